@@ -1,0 +1,371 @@
+"""The experiment's one dataclass: every knob, its default and its unit; presets; exact parameter arithmetic.
+
+Edit the defaults of `Config` for your GPU, or leave them and choose a preset. Each field is also a command-line
+option of run_experiment.py, and the sentence under a field is that option's help. This file imports no torch, so
+that `--help` and `plan` answer at once.
+"""
+import ast
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+
+class ExperimentError(Exception):
+    """Something the user can mend: its text names the cause and the remedy. Printed without a traceback, exit code 1."""
+
+
+class ConfigError(ExperimentError, ValueError):
+    """Wrong options or values; exit code 2."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # --- model
+    d_model: int = 4096
+    """Width of the residual stream."""
+    n_layers: int = 40
+    """Transformer blocks."""
+    n_heads: int = 32
+    """Attention heads; the head dimension is d_model / n_heads and must be even."""
+    n_kv_heads: int = 0
+    """Key and value heads (grouped-query attention); 0 means as many as n_heads."""
+    d_ff: int = 11008
+    """Hidden width of the SwiGLU feed-forward network, of each expert and of the dense blocks."""
+    num_experts: int = 8
+    """Experts in an MoE block; 0 makes a dense model."""
+    top_k: int = 2
+    """Experts that each token is sent to."""
+    norm_topk_prob: bool | None = None
+    """Make the chosen experts' weights sum to 1. Default: true for top_k >= 2, false for top_k = 1."""
+    moe_every: int = 4
+    """Every n-th block is an MoE block, the others are dense; 1 makes every block an MoE block."""
+    max_seq_len: int = 4096
+    """Tokens in a training sequence."""
+    vocab_size: int = 49152
+    """Tokens in the vocabulary, also what the tokenizer is trained to."""
+    tie_embeddings: bool = False
+    """Use the input embedding as the output head too."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position embedding's wavelengths."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; matrices that write to the residual stream get 1/sqrt(2 n_layers) of it."""
+
+    # --- batch and length of the run; a step is an optimizer step everywhere
+    batch_size: int = 4
+    """Sequences in a micro-batch (one forward and backward pass)."""
+    gradient_accumulation_steps: int = 8
+    """Micro-batches in an optimizer step."""
+    max_steps: int = 50_000
+    """Optimizer steps in the run; the schedule ends here."""
+
+    # --- optimization
+    muon_lr: float = 0.01
+    """Muon's peak learning rate, for hidden matrices; updates are scaled by sqrt(max(1, rows/columns))."""
+    adamw_lr: float = 0.001
+    """AdamW's peak learning rate, for embedding, head, norms and router."""
+    muon_momentum: float = 0.95
+    """Muon's (Nesterov) momentum."""
+    adamw_beta1: float = 0.9
+    """AdamW's decay rate of the first moment."""
+    adamw_beta2: float = 0.95
+    """AdamW's decay rate of the second moment."""
+    adamw_eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, times the learning rate, on everything but norms."""
+    warmup_fraction: float = 0.05
+    """Share of max_steps over which the learning rates rise linearly from 0."""
+    min_lr_fraction: float = 0.1
+    """Learning rates fall along a cosine to this share of their peak."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+    load_balancing_weight: float = 0.01
+    """Weight of each MoE block's load-balancing loss (Switch Transformer); 0 switches it off."""
+    load_balancing_scope: Literal["batch", "sequence"] = "batch"
+    """Balance over a micro-batch's tokens, or within each sequence (then the micro-batch size does not matter)."""
+    router_z_loss_weight: float = 0.0
+    """Weight of each MoE block's router z-loss (ST-MoE); 0 switches it off."""
+
+    # --- precision, memory, speed
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; auto takes the GPU when there is one."""
+    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """Autocast type of forward and backward; fp16 comes with loss scaling."""
+    master_weights: Literal["split", "fp32"] = "split"
+    """fp32 master weights as a 16-bit weight and a 16-bit residual, or as plain fp32 parameters (always so in fp32)."""
+    loss_scale: float = 65536.0
+    """First loss scale in fp16; halved on overflow, doubled after loss_scale_growth_interval good steps."""
+    loss_scale_growth_interval: int = 500
+    """Steps without overflow after which the loss scale is doubled."""
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "full"
+    """What a block keeps for the backward pass: all, the products' outputs, or its input; auto: the fastest that fits."""
+    offload_optimizer: Literal["auto", "true", "false"] = "auto"
+    """Keep optimizer state in host memory, streamed through the GPU; auto: only when it does not fit."""
+    host_memory_gb: float = 0.0
+    """Host memory that the plan may count on, in GB; 0 asks the operating system."""
+    compile: Literal["auto", "true", "false"] = "auto"
+    """Compile each block with torch.compile; auto: on a GPU."""
+
+    # --- data
+    data: str = "python"
+    """Corpus: python (the standard library), installed (adds the installed packages), or a file, folder or glob."""
+    text_field: str = "text"
+    """Field of a .jsonl or .parquet row that holds the text."""
+    tokenizer: str = "train"
+    """train: a byte-level BPE of vocab_size trained on the corpus, once; or the path of a tokenizer.json."""
+    validation_fraction: float = 0.01
+    """Share of the corpus's characters, in whole documents, that is held out."""
+    cache_dir: str = "cache"
+    """Where trained tokenizers and token shards are kept between runs."""
+    num_workers: int = 0
+    """Background processes that read batches; 0 reads in the main process."""
+    seed: int = 1234
+    """Seed of initial weights and data order."""
+
+    # --- evaluation, logging, checkpoints
+    eval_every: int = 500
+    """Steps between validations; there is always one at step 0 and one at the end."""
+    eval_steps: int = 20
+    """Validation batches in a validation."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    save_every: int = 5000
+    """Steps between checkpoints; 0 switches them off."""
+    save_minutes: float = 60.0
+    """Minutes between saves of checkpoint_latest.pt alone; 0 switches them off."""
+    keep_checkpoints: int = 3
+    """Newest numbered checkpoints of this run that are kept."""
+    sample_tokens: int = 200
+    """Tokens of text to generate at the end of the run; 0 for none."""
+    save_dir: str = "checkpoints"
+    """Folder of everything the run writes."""
+
+    def __post_init__(self):
+        resolved = dict(n_kv_heads=self.n_kv_heads or self.n_heads,
+                        norm_topk_prob=(self.top_k != 1) if self.norm_topk_prob is None else self.norm_topk_prob)
+        for name in ("offload_optimizer", "compile"):
+            value = getattr(self, name)
+            resolved[name] = str(value).lower() if isinstance(value, bool) else value
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+        problems = _problems(self)
+        if problems:
+            raise ConfigError("impossible configuration:\n" + "\n".join(f"  {p}" for p in problems))
+
+    # --- derived
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.max_seq_len
+
+    @property
+    def split_masters(self) -> bool:
+        """Whether matrices are stored as a 16-bit weight plus a 16-bit residual."""
+        return self.precision != "fp32" and self.master_weights == "split"
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) is an MoE block: the moe_every-th, the 2 moe_every-th, ... (GShard's layout)."""
+        return self.num_experts > 0 and (layer + 1) % self.moe_every == 0
+
+    @property
+    def n_moe_layers(self) -> int:
+        return sum(self.is_moe(i) for i in range(self.n_layers))
+
+    @property
+    def parameter_groups(self) -> dict[str, int]:
+        """Exact parameter counts by kind: embedding, head, attention, dense_ffn, experts, router, norms."""
+        d, hd, moe = self.d_model, self.head_dim, self.n_moe_layers
+        ffn = 3 * d * self.d_ff
+        return dict(embedding=self.vocab_size * d,
+                    head=0 if self.tie_embeddings else self.vocab_size * d,
+                    attention=self.n_layers * (2 * self.n_heads + 2 * self.n_kv_heads) * hd * d,
+                    dense_ffn=(self.n_layers - moe) * ffn,
+                    experts=moe * self.num_experts * ffn,
+                    router=moe * self.num_experts * d,
+                    norms=self.n_layers * (2 * d + 2 * hd) + d)
+
+    @property
+    def total_params(self) -> int:
+        return sum(self.parameter_groups.values())
+
+    @property
+    def active_params(self) -> int:
+        """Parameters that one token uses: all of them, but only top_k of the num_experts experts."""
+        idle = 0 if not self.num_experts else \
+            self.parameter_groups["experts"] // self.num_experts * (self.num_experts - self.top_k)
+        return self.total_params - idle
+
+    @property
+    def flops_per_token(self) -> int:
+        """Training FLOPs of one token: 6 for each active parameter of a matrix product (the head is one, the embedding
+        look-up is not), and causal attention at half; recomputation is not counted (PaLM, appendix B)."""
+        products = self.active_params - (0 if self.tie_embeddings else self.parameter_groups["embedding"])
+        return 6 * products + 6 * self.n_layers * self.max_seq_len * self.d_model
+
+
+_BRIEF = dict(batch_size=4, gradient_accumulation_steps=8, max_steps=50_000, muon_lr=0.01, adamw_lr=0.001,
+              warmup_fraction=0.05, grad_clip=1.0, eval_every=500, save_every=5000, num_experts=8, top_k=2,
+              max_seq_len=4096, vocab_size=49152, n_kv_heads=0)
+
+# What a preset sets wins over a default edited in Config; what it does not name keeps the default.
+PRESETS = {
+    "18b": dict(_BRIEF, d_model=4096, n_layers=40, n_heads=32, d_ff=11008, moe_every=4),
+    "5b": dict(_BRIEF, d_model=2048, n_layers=32, n_heads=16, d_ff=5504, moe_every=2),
+    "2b": dict(_BRIEF, d_model=1536, n_layers=24, n_heads=12, d_ff=4096, moe_every=3),
+    "25b": dict(_BRIEF, d_model=5120, n_layers=48, n_heads=40, d_ff=13824, moe_every=8, batch_size=2),
+    "18b_every_block": dict(_BRIEF, d_model=4096, n_layers=40, n_heads=32, d_ff=3840, moe_every=1),
+    "small": dict(_BRIEF, d_model=768, n_layers=12, n_heads=12, d_ff=1280, moe_every=1, max_seq_len=1024,
+                  vocab_size=32768, batch_size=16, max_steps=500, eval_every=100, save_every=250,
+                  activation_checkpointing="auto", data="installed"),
+    "tiny": dict(_BRIEF, d_model=128, n_layers=4, n_heads=4, d_ff=256, moe_every=1, max_seq_len=256, vocab_size=4096,
+                 batch_size=8, gradient_accumulation_steps=2, max_steps=200, muon_lr=0.02, adamw_lr=0.003,
+                 eval_every=50, eval_steps=8, log_every=5, save_every=100, activation_checkpointing="none", precision="fp32",
+                 sample_tokens=100),
+}
+
+# Smallest GPU memory (GB, 1e9 bytes) for which a preset is chosen when nothing else decides; largest first.
+PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
+
+# Fingerprint of the defaults above as they were shipped, so that an edit is noticed; a test holds it to them.
+SHIPPED_DEFAULTS = "a50e5f772b13d5f1"
+
+
+def defaults() -> dict:
+    """The dataclass's defaults as they stand in this file, edited or not."""
+    return {f.name: f.default for f in dataclasses.fields(Config)}
+
+
+def defaults_fingerprint() -> str:
+    return hashlib.sha256(json.dumps(defaults(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def field_docs() -> dict[str, str]:
+    """Each field's documentation: the string literal that follows it in the class body."""
+    body = ast.parse(inspect.getsource(Config)).body[0].body
+    return {a.target.id: b.value.value for a, b in zip(body, body[1:])
+            if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)}
+
+
+def nearest(name: str, known) -> str:
+    """' Did you mean X?' for the most similar known name, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def parse_value(name: str, text: str):
+    """The value of field `name` written as text on a command line. Raises ConfigError when the type does not fit."""
+    kind = typing.get_type_hints(Config)[name]
+    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    if choices:
+        if text in choices:
+            return text
+        raise ConfigError(f"{name}: {text!r} is not one of {', '.join(choices)}.{nearest(text, choices)}")
+    try:
+        if kind in (bool, bool | None):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        if kind is int:
+            return int(text.replace("_", ""))
+        return kind(text)
+    except (KeyError, ValueError):
+        expected = {int: "a whole number", float: "a number"}.get(kind, "true or false")
+        raise ConfigError(f"{name}: {text!r} is not {expected}") from None
+
+
+def preset_values(name: str) -> dict:
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def resolve(options: dict, preset: str | None, gpu_memory_gb: float | None) -> tuple[Config, str, str]:
+    """Builds the configuration by precedence: options (the command line), then `preset`, then defaults edited in this
+    file, then the preset for a GPU of `gpu_memory_gb` (1e9 bytes; None without one).
+
+    Returns (config, the preset's name or "config.py", why it was chosen). Raises ConfigError.
+    """
+    edited = defaults_fingerprint() != SHIPPED_DEFAULTS
+    if preset:
+        name, why = preset, "chosen with --preset"
+    elif edited:
+        changed = [k for k, v in PRESETS["18b"].items() if defaults()[k] != v]
+        name = "config.py"
+        why = ("its defaults were edited" + (f" ({', '.join(changed)})" if changed else "")
+               + ", so no preset was chosen by GPU memory; --preset NAME chooses one")
+    else:
+        name = next(p for least, p in PRESET_BY_GPU_MEMORY if (gpu_memory_gb or 0) >= least)
+        why = f"the GPU has {gpu_memory_gb:.0f} GB" if gpu_memory_gb else "no GPU was found"
+    values = {} if name == "config.py" else preset_values(name)
+    return Config(**{**values, **options}), name, why
+
+
+def _problems(c: Config) -> list[str]:
+    """Everything that makes the configuration impossible, each with its remedy."""
+    found = []
+
+    def check(ok: bool, message: str):
+        if not ok:
+            found.append(message)
+
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        kind, value = hints[f.name], getattr(c, f.name)
+        if typing.get_origin(kind) is Literal:
+            check(value in typing.get_args(kind), f"{f.name}={value!r}: choose one of {', '.join(typing.get_args(kind))}")
+        elif kind is float:
+            check(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"),
+                  f"{f.name}={value!r}: give a finite number")
+        elif kind is int:
+            check(isinstance(value, int) and not isinstance(value, bool), f"{f.name}={value!r}: give a whole number")
+        elif kind in (bool, bool | None):
+            check(isinstance(value, bool), f"{f.name}={value!r}: give true or false")
+        else:
+            check(isinstance(value, str) and value != "", f"{f.name}={value!r}: give a text that is not empty")
+    if found:   # the checks below need the right types
+        return found
+
+    for name in ("d_model n_layers n_heads n_kv_heads d_ff moe_every top_k max_seq_len batch_size "
+                 "gradient_accumulation_steps max_steps eval_every eval_steps log_every keep_checkpoints "
+                 "loss_scale_growth_interval").split():
+        check(getattr(c, name) >= 1, f"{name}={getattr(c, name)}: must be at least 1")
+    for name in ("num_experts load_balancing_weight router_z_loss_weight weight_decay grad_clip save_every save_minutes "
+                 "num_workers host_memory_gb sample_tokens muon_lr adamw_lr seed").split():
+        check(getattr(c, name) >= 0, f"{name}={getattr(c, name)}: must not be negative")
+    for name in ("rope_theta", "rms_norm_eps", "adamw_eps", "init_std"):
+        check(getattr(c, name) > 0, f"{name}={getattr(c, name)}: must be greater than 0")
+    for name in ("muon_momentum", "adamw_beta1", "adamw_beta2"):
+        check(0 <= getattr(c, name) < 1, f"{name}={getattr(c, name)}: must lie in [0, 1)")
+    for name in ("warmup_fraction", "min_lr_fraction"):
+        check(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: must lie in [0, 1]")
+    check(0 < c.validation_fraction <= 0.5, f"validation_fraction={c.validation_fraction}: must lie in (0, 0.5]")
+    check(c.loss_scale >= 1, f"loss_scale={c.loss_scale}: must be at least 1")
+    check(c.vocab_size >= 260, f"vocab_size={c.vocab_size}: must be at least 260 (256 bytes and the special tokens)")
+    if c.n_heads >= 1:
+        check(c.d_model % c.n_heads == 0 and (c.d_model // c.n_heads) % 2 == 0,
+              f"d_model={c.d_model}, n_heads={c.n_heads}: d_model / n_heads must be an even whole number; "
+              "change n_heads or d_model")
+        if c.n_kv_heads >= 1:
+            check(c.n_heads % c.n_kv_heads == 0, f"n_kv_heads={c.n_kv_heads}: must divide n_heads={c.n_heads}; "
+                  "0 means as many as n_heads")
+    check(c.d_model % 8 == 0 and c.d_ff % 8 == 0, f"d_model={c.d_model}, d_ff={c.d_ff}: must be multiples of 8 "
+          "(grouped products need rows of 16 bytes)")
+    if c.num_experts > 0:
+        check(c.top_k <= c.num_experts, f"top_k={c.top_k}: must not exceed num_experts={c.num_experts}")
+        check(c.moe_every <= c.n_layers, f"moe_every={c.moe_every}: larger than n_layers={c.n_layers}, so no block would be "
+              "an MoE block; lower it, or set num_experts=0 for a dense model")
+        check(not (c.top_k == 1 and c.norm_topk_prob and c.num_experts > 1),
+              "norm_topk_prob=true with top_k=1: a single weight is always 1 and the router never learns; set it to false")
+    return found
