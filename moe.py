@@ -1,0 +1,212 @@
+"""Mixture of Experts: a top-k router, SwiGLU experts as grouped products, the balancing losses, routing statistics.
+
+Dropless: every token reaches its top_k experts, whatever the load. Token-expert pairs are sorted by expert, each product
+runs once over all experts with their row ranges, and the results go back to their tokens.
+
+Shape suffixes: B sequences, S positions, N = B S tokens, R = N K token-expert pairs sorted by expert, D d_model,
+F d_ff, E experts, K experts a token.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import Config
+
+
+# ---------------------------------------------------------------- grouped products
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows ends[e-1] : ends[e] of x times weight[e] transposed, for every expert e, [R, O]; a range may be empty.
+
+    x and weight have one dtype; ends is int32 and ends[-1] == R. In bfloat16 on a GPU this is one grouped product and the
+    host is not waited for; elsewhere a product for each expert (F.grouped_mm lacks float64, is broken in fp32 on CPUs
+    and reads `ends` back to the host in fp16 anyway).
+    """
+    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
+        return F.grouped_mm(x_RI, _clear_idle_gradient(weight_EOI, ends_E).transpose(-2, -1), offs=ends_E)
+    return expert_loop(x_RI, weight_EOI, ends_E)
+
+
+# An operator of its own, so that torch.compile and selective checkpointing see one product instead of a data-dependent loop.
+@torch.library.custom_op("moe::expert_loop", mutates_args=())
+def expert_loop(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`grouped_linear` as a loop over experts, for any dtype and device."""
+    out_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+    for e, rows in enumerate(_ranges(ends_E)):
+        torch.mm(x_RI[rows], weight_EOI[e].T, out=out_RO[rows])
+    return out_RO
+
+
+@torch.library.custom_op("moe::expert_loop_backward", mutates_args=())
+def expert_loop_backward(grad_RO: Tensor, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = torch.empty_like(x_RI), torch.empty_like(weight_EOI)
+    for e, rows in enumerate(_ranges(ends_E)):
+        torch.mm(grad_RO[rows], weight_EOI[e], out=grad_x[rows])
+        torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_weight[e])     # zero for an expert without rows
+    return grad_x, grad_weight
+
+
+@expert_loop.register_fake
+def _(x_RI, weight_EOI, ends_E):
+    return x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+
+
+@expert_loop_backward.register_fake
+def _(grad_RO, x_RI, weight_EOI, ends_E):
+    return torch.empty_like(x_RI), torch.empty_like(weight_EOI)
+
+
+expert_loop.register_autograd(
+    lambda ctx, grad: (*expert_loop_backward(grad.contiguous(), *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def _ranges(ends_E: Tensor) -> list[slice]:
+    ends = ends_E.tolist()
+    return [slice(start, end) for start, end in zip([0] + ends, ends)]
+
+
+class _ClearIdleGradient(torch.autograd.Function):
+    """Identity whose gradient is zero for experts without rows: on some GPUs F.grouped_mm leaves theirs unwritten."""
+
+    @staticmethod
+    def forward(ctx, weight_EOI, ends_E):
+        ctx.save_for_backward(ends_E)
+        return weight_EOI.view_as(weight_EOI)
+
+    @staticmethod
+    def backward(ctx, grad_EOI):
+        (ends_E,) = ctx.saved_tensors
+        rows_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+        return torch.where(rows_E[:, None, None] > 0, grad_EOI, 0), None
+
+
+_clear_idle_gradient = _ClearIdleGradient.apply
+
+
+# ---------------------------------------------------------------- tokens to experts and back
+
+class _Dispatch(torch.autograd.Function):
+    """Copies each token's row to its K places in expert order. The gradient is `_Combine`, a gather and a sum: the one
+    that autograd makes of indexing scatters with atomics, slower and in no fixed order."""
+
+    @staticmethod
+    def forward(ctx, x_ND, order_R, place_R, k: int):
+        ctx.save_for_backward(order_R, place_R)
+        ctx.k = k
+        return x_ND[order_R // k]
+
+    @staticmethod
+    def backward(ctx, grad_RD):
+        order_R, place_R = ctx.saved_tensors
+        return _Combine.apply(grad_RD, order_R, place_R, ctx.k), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Sums the K rows of each token, wherever expert order has put them."""
+
+    @staticmethod
+    def forward(ctx, y_RD, order_R, place_R, k: int):
+        ctx.save_for_backward(order_R, place_R)
+        ctx.k = k
+        return y_RD[place_R].view(-1, k, y_RD.shape[-1]).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        order_R, place_R = ctx.saved_tensors
+        return _Dispatch.apply(grad_ND, order_R, place_R, ctx.k), None, None, None
+
+
+# ---------------------------------------------------------------- balance
+
+def load_balancing_loss(probs_BSE: Tensor, counts_BE: Tensor, scope: str) -> Tensor:
+    """Switch Transformer's auxiliary loss (Fedus et al. 2021, eq. 4): E sum_e f_e P_e, where f_e is expert e's share of
+    the routed pairs and P_e its mean router probability; 1 at perfect balance whatever top_k.
+
+    scope "batch" takes both shares over all tokens given, so the micro-batch is part of the objective; "sequence" takes
+    them in each sequence and averages, and does not depend on it.
+    """
+    probs_BE, counts_BE = probs_BSE.mean(dim=1), counts_BE.float()
+    if scope == "batch":
+        probs_BE, counts_BE = probs_BE.mean(dim=0, keepdim=True), counts_BE.sum(dim=0, keepdim=True)
+    share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True)
+    return (share_BE * probs_BE).sum(dim=1).mean() * probs_BSE.shape[-1]
+
+
+def router_z_loss(logits_BSE: Tensor) -> Tensor:
+    """Mean squared log-partition of the router's logits (Zoph et al. 2022, ST-MoE, eq. 5): keeps them small."""
+    return torch.logsumexp(logits_BSE, dim=-1).square().mean()
+
+
+# ---------------------------------------------------------------- modules
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020); gate and up are one product. gate_up [2, F, D], down [D, F]."""
+
+    def __init__(self, config: Config, dtype: torch.dtype):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2, config.d_ff, config.d_model, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(config.d_model, config.d_ff, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.gate_up.flatten(0, 1)).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+class Router(nn.Module):
+    """Chooses top_k of num_experts for each token; in fp32 throughout, its weight [E, D] too."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model, dtype=torch.float32))
+        self.top_k, self.norm_topk_prob = config.top_k, config.norm_topk_prob
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns logits [B, S, E], probabilities [B, S, E], chosen weights [B, S, K] and chosen experts [B, S, K]."""
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            logits_BSE = F.linear(x_BSD.to(self.weight.dtype), self.weight)
+        probs_BSE = logits_BSE.softmax(dim=-1)
+        weights_BSK, experts_BSK = probs_BSE.topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights_BSK = weights_BSK / weights_BSK.sum(dim=-1, keepdim=True)
+        return logits_BSE, probs_BSE, weights_BSK, experts_BSK
+
+
+class Experts(nn.Module):
+    """num_experts SwiGLU networks. gate_up [E, 2, F, D], down [E, D, F]."""
+
+    def __init__(self, config: Config, dtype: torch.dtype):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2, config.d_ff, config.d_model, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.d_model, config.d_ff, dtype=dtype))
+
+    def forward(self, x_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+        """Each expert on its rows, times the router's weight (before the down product: the same, and fused)."""
+        dtype = x_RD.dtype      # grouped products are not autocast: fp32 masters are cast here
+        gate_RF, up_RF = grouped_linear(x_RD, self.gate_up.flatten(1, 2).to(dtype), ends_E).chunk(2, dim=-1)
+        hidden_RF = (F.silu(gate_RF) * up_RF * weights_R[:, None]).to(dtype)
+        return grouped_linear(hidden_RF, self.down.to(dtype), ends_E)
+
+
+class MoE(nn.Module):
+    """Router, experts, and what there is to know about the routing."""
+
+    def __init__(self, config: Config, dtype: torch.dtype):
+        super().__init__()
+        self.router, self.experts = Router(config), Experts(config, dtype)
+        self.num_experts, self.top_k, self.scope = config.num_experts, config.top_k, config.load_balancing_scope
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Returns the output [B, S, D] and (load-balancing loss, router z-loss, token-expert pairs per expert [E])."""
+        logits_BSE, probs_BSE, weights_BSK, experts_BSK = self.router(x_BSD)
+        experts = torch.arange(self.num_experts, device=x_BSD.device)
+        counts_BE = (experts_BSK.unsqueeze(-1) == experts).sum(dim=(1, 2))
+        counts_E = counts_BE.sum(dim=0)
+        ends_E = counts_E.cumsum(dim=0).to(torch.int32)
+
+        order_R = experts_BSK.flatten().argsort(stable=True)        # pairs by expert; pair r is token r // K
+        place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+        x_RD = _Dispatch.apply(x_BSD.flatten(0, 1), order_R, place_R, self.top_k)
+        y_RD = self.experts(x_RD, weights_BSK.flatten()[order_R], ends_E)
+        y_BSD = _Combine.apply(y_RD, order_R, place_R, self.top_k).view_as(x_BSD)
+        return y_BSD, (load_balancing_loss(probs_BSE, counts_BE, self.scope), router_z_loss(logits_BSE), counts_E)
