@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from config import Config
+from config import LOSS_CHUNK, Config
 from moe import MoE, SwiGLU
 
 logging.getLogger("torchao").setLevel(logging.ERROR)    # it warns of compiled extensions that nothing here uses
 from torchtune.modules import RotaryPositionalEmbeddings  # noqa: E402
 
 COMPUTE_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LOSS_CHUNK = 2048       # tokens whose logits exist at a time
 
 
 class RMSNorm(nn.Module):
@@ -252,3 +251,27 @@ def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) ->
     """Mean cross-entropy (nats, fp32) of softmax(x weight^T) against targets, and how many arg-maxima are right."""
     with torch.autocast(x_ND.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, torch.is_grad_enabled())
+
+
+# ---------------------------------------------------------------- generation
+
+@torch.no_grad()
+def generate(model: MoETransformer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+             seed: int = 0, stop: int | None = None) -> list[int]:
+    """Up to `max_new_tokens` token ids that continue `prompt`, which must not be empty; ends after the id `stop`.
+
+    temperature 0 takes the likeliest token; top_k > 0 draws from the k likeliest only. Sees the last max_seq_len tokens.
+    """
+    device = model.norm.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_new_tokens and (len(tokens) == len(prompt) or tokens[-1] != stop):
+        window = torch.tensor([tokens[-model.config.max_seq_len:]], device=device)
+        logits = model(window)[0, -1].float().cpu()
+        if top_k:
+            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
+        if temperature == 0:
+            tokens.append(int(logits.argmax()))
+        else:
+            tokens.append(int(torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)))
+    return tokens[len(prompt):]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from config import ExperimentError
+from config import OPTIMIZER_PIECE, ExperimentError
 
 
 # ---------------------------------------------------------------- split master weights
@@ -108,7 +108,7 @@ class OptimizerState:
     `matrices=True` cuts pieces between matrices (the last two dimensions), else between rows of the first dimension.
     Raises ExperimentError when host memory does not hold the state.
     """
-    PIECE = 2 ** 26     # elements of a piece; a single matrix may be larger
+    PIECE = OPTIMIZER_PIECE
 
     def __init__(self, parameters: dict[str, Tensor], moments: tuple[str, ...], moment_dtype, offload: bool, matrices: bool):
         self.parameters, self.offload, self.matrices = parameters, offload, matrices

@@ -1,0 +1,290 @@
+"""Predicts every byte of a run, and picks activation checkpointing, micro-batch and the place of optimizer state.
+
+All sizes are in GB of 1e9 bytes. The counts of what a block keeps are those of the compiled block (a test compares them
+with what torch.compile saves); what the backward pass holds for a moment is an upper estimate. No torch here, so that
+`plan` answers at once and needs no GPU.
+"""
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import LOSS_CHUNK, OPTIMIZER_PIECE, Config, ConfigError, nearest
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A known GPU: usable memory in GB, dense 16-bit peak in TFLOP/s, a usual host's memory in GB, and the words in the
+    driver's name for it. The peaks are the vendors' datasheets'."""
+    memory_gb: float
+    peak_tflops: float
+    host_memory_gb: float
+    words: tuple[str, ...]
+
+
+GPUS = {
+    "b200": GPU(191.5, 2250, 256, ("B200",)),
+    "h200": GPU(150.1, 989, 128, ("H200",)),
+    "h100": GPU(84.9, 989, 128, ("H100", "HBM3")),      # the SXM card; PCIe and NVL cards have other peaks
+    "a100-80": GPU(85.1, 312, 128, ("A100", "80GB")),
+    "a100-40": GPU(42.3, 312, 128, ("A100", "40GB")),
+    "rtx4090": GPU(25.3, 165, 64, ("RTX 4090",)),
+}
+
+CONTEXT_GB = 0.7        # CUDA context and library workspaces, outside PyTorch's allocator (assumed)
+USABLE = 0.97           # share of the rest that is planned for: fragmentation and what the estimate misses (assumed)
+
+# Time of a step relative to keeping everything, for the planner's order of preference. From an 18B model on an H200,
+# forward and backward: selective 8,836 to 9,002 tokens/s, full 6,937; micro-batch 2 against 4 loses 2%.
+RECOMPUTATION_TIME = {"none": 1.0, "selective": 1.03, "full": 1.30}
+HALVED_BATCH_TIME = 1.02
+OFFLOAD_TIME = 1.02
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run goes: a GPU (or None for a CPU run) with its memory, and its host's memory, in GB."""
+    name: str | None
+    memory_gb: float
+    host_memory_gb: float
+    key: str | None = None      # its name in GPUS, when it is a known one
+
+    @property
+    def usable_gb(self) -> float:
+        return (self.memory_gb - CONTEXT_GB) * USABLE if self.name else self.host_memory_gb * 0.9
+
+
+# ---------------------------------------------------------------- bytes
+
+def activation_bytes_per_token(c: Config, layer: int, checkpointing: str) -> int:
+    """Bytes that block `layer` keeps for its backward pass, per token: its input, and with "selective" the products'
+    and attention's outputs, with "none" also the normalised inputs, rotated queries and keys, and the gated product."""
+    w, moe = _compute_bytes(c), c.is_moe(layer)
+    d, kv, paths = c.d_model, c.n_kv_heads * c.head_dim, c.top_k if moe else 1
+    routing = 12 * c.top_k if moe else 0                                                      # index and weight
+    if checkpointing == "full":
+        return w * d + routing
+    log_sum_exp = 4 * c.n_heads
+    if checkpointing == "selective":
+        return w * (4 * d + 2 * kv + 2 * c.d_ff * paths) + log_sum_exp + routing + (4 * c.num_experts if moe else 0)
+    statistics = 4 * (c.n_heads + c.n_kv_heads) + 8
+    routing += (4 * c.num_experts + 16 * c.top_k + 12) if moe else 0
+    return w * (7 * d + 3 * kv + 3 * c.d_ff * paths + (d * (c.top_k - 1) if moe else 0)) + log_sum_exp + statistics + routing
+
+
+def memory(c: Config, checkpointing: str, batch_size: int, offload: bool) -> dict[str, float]:
+    """Predicted memory in GB: weights, gradients, master, momentum, adamw (0 when they live on the host), activations,
+    workspace, their total, and host.
+
+    activations: the peak of forward and backward beyond what stays. workspace: what the optimizer step needs beyond
+    that, as the two do not meet.
+    """
+    p = c.parameter_groups
+    wide = p["norms"] + p["router"]                                       # always fp32
+    hidden = p["attention"] + p["dense_ffn"] + p["experts"]               # Muon
+    narrow = c.total_params - wide
+    weight_bytes = 2 if c.split_masters else 4
+    weights = narrow * weight_bytes + wide * 4
+    state = dict(master=narrow * 2 if c.split_masters else 0,
+                 momentum=hidden * (2 if c.split_masters else 4),
+                 adamw=(c.total_params - hidden) * 8)
+
+    tokens, w = batch_size * c.max_seq_len, _compute_bytes(c)
+    kept = tokens * sum(activation_bytes_per_token(c, i, checkpointing) for i in range(c.n_layers))
+    # one block's backward: what it recomputes, the gradients of its widest activations, and its largest weight gradient
+    backward = 0
+    for i in {next((i for i in range(c.n_layers) if c.is_moe(i) == moe), 0) for moe in (False, True)}:
+        paths, experts = (c.top_k, c.num_experts) if c.is_moe(i) else (1, 1)
+        recomputed = activation_bytes_per_token(c, i, "none") - activation_bytes_per_token(c, i, checkpointing)
+        flowing = w * (3 * c.d_ff * paths + 2 * c.d_model)
+        backward = max(backward, tokens * (recomputed + flowing) + 2 * experts * c.d_ff * c.d_model * weight_bytes)
+    head = c.vocab_size * c.d_model
+    loss = 2 * tokens * c.d_model * w + head * (4 + w) + 3 * 4 * min(tokens, LOSS_CHUNK) * c.vocab_size
+    activations = kept + max(backward, loss)
+
+    matrix = c.d_model * max(c.d_ff, c.d_model)
+    piece = min(max(OPTIMIZER_PIECE // matrix, 1) * matrix, hidden)
+    optimizer = piece * 24 + (3 * piece * 4 if offload else 0)
+
+    sizes = dict(weights=weights, gradients=weights, **{k: 0 if offload else v for k, v in state.items()},
+                 activations=activations, workspace=max(0, optimizer - activations))
+    sizes["total"] = sum(sizes.values())
+    sizes["host"] = sum(state.values()) if offload else 0
+    return {k: v / GB for k, v in sizes.items()}
+
+
+def checkpoint_gb(c: Config) -> float:
+    """Size of a checkpoint file: weights and optimizer state."""
+    m = memory(c, "full", 1, offload=False)
+    return sum(m[k] for k in ("weights", "master", "momentum", "adamw"))
+
+
+def _compute_bytes(c: Config) -> int:
+    return 4 if c.precision == "fp32" else 2
+
+
+# ---------------------------------------------------------------- choice
+
+@dataclass(frozen=True)
+class Choice:
+    batch_size: int
+    gradient_accumulation_steps: int
+    activation_checkpointing: str
+    offload_optimizer: bool
+    memory_gb: dict
+
+    def fits(self, machine: Machine) -> bool:
+        if machine.name is None:        # on a CPU all of it is host memory
+            return self.memory_gb["total"] + self.memory_gb["host"] <= machine.usable_gb
+        return self.memory_gb["total"] <= machine.usable_gb and self.memory_gb["host"] <= 0.9 * machine.host_memory_gb
+
+    def options(self) -> str:
+        """The choice as command-line options."""
+        return (f"--batch_size {self.batch_size} --gradient_accumulation_steps {self.gradient_accumulation_steps} "
+                f"--activation_checkpointing {self.activation_checkpointing} "
+                f"--offload_optimizer {str(self.offload_optimizer).lower()}")
+
+
+def candidates(c: Config, modes=None, offloads=None, batches=None) -> list[Choice]:
+    """Every choice with the same tokens per step, the fastest first; None leaves a field free."""
+    n = c.sequences_per_step
+    found = []
+    for batch in batches or [b for b in range(1, c.batch_size + 1) if n % b == 0]:
+        for mode in modes or RECOMPUTATION_TIME:
+            for offload in offloads if offloads is not None else (False, True):
+                time = RECOMPUTATION_TIME[mode] * (OFFLOAD_TIME if offload else 1)
+                time *= 1 + (HALVED_BATCH_TIME - 1) * (c.batch_size / batch - 1)
+                found.append((time, Choice(batch, n // batch, mode, offload, memory(c, mode, batch, offload))))
+    return [choice for _, choice in sorted(found, key=lambda pair: pair[0])]
+
+
+def choose(c: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool]:
+    """(the fastest choice that fits and keeps what the configuration fixes, True); when none fits, (the fastest that
+    fits with everything free, or the smallest of all, False). `fixed_batch` keeps the micro-batch too."""
+    modes = None if c.activation_checkpointing == "auto" else [c.activation_checkpointing]
+    offloads = {"auto": None, "true": [True], "false": [False]}[c.offload_optimizer]
+    if machine.name is None and offloads is None:
+        offloads = [False]
+    kept = candidates(c, modes, offloads, [c.batch_size] if fixed_batch else None)
+    for choice in kept:
+        if choice.fits(machine):
+            return choice, True
+    free = candidates(c)
+    return next((choice for choice in free if choice.fits(machine)), min(free, key=lambda x: x.memory_gb["total"])), False
+
+
+def smaller(c: Config, used: Choice) -> Choice | None:
+    """The fastest choice that needs at least 5% less memory than `used`: what to try after running out."""
+    return next((x for x in candidates(c) if x.memory_gb["total"] < 0.95 * used.memory_gb["total"]), None)
+
+
+def apply(c: Config, choice: Choice) -> Config:
+    """The configuration with every field that was auto decided."""
+    return dataclasses.replace(c, batch_size=choice.batch_size,
+                               gradient_accumulation_steps=choice.gradient_accumulation_steps,
+                               activation_checkpointing=choice.activation_checkpointing,
+                               offload_optimizer=str(choice.offload_optimizer).lower())
+
+
+# ---------------------------------------------------------------- machines
+
+def known_gpu(driver_name: str) -> str | None:
+    """The name in GPUS of a GPU by its driver's name for it; None for one whose figures are not known."""
+    return next((key for key, gpu in GPUS.items() if all(word in driver_name for word in gpu.words)), None)
+
+
+def host_memory_gb() -> float:
+    """Memory that the operating system and the container's limit leave to this process, in GB."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    except (OSError, ValueError):
+        pass        # no limit
+    return free / GB
+
+
+def resident_gb() -> tuple[float, float]:
+    """(now, peak) memory of this process that is in RAM, in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GB
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / GB, peak
+    except OSError:
+        return peak, peak
+
+
+def find_machine(host_gb: float = 0, gpu: str | None = None, cpu: bool = False) -> Machine:
+    """The GPU named `gpu` with a usual host, or else the first GPU that the driver reports, or (with `cpu`, or without a
+    GPU) this machine's CPU. `host_gb` states the host's memory; 0 looks. Raises ConfigError for an unknown name."""
+    if gpu is not None:
+        if gpu not in GPUS:
+            raise ConfigError(f"unknown GPU {gpu!r}.{nearest(gpu, GPUS)} Known: {', '.join(GPUS)}")
+        return Machine(gpu, GPUS[gpu].memory_gb, host_gb or GPUS[gpu].host_memory_gb, gpu)
+    host_gb = host_gb or host_memory_gb()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    if shutil.which("nvidia-smi") and visible and not cpu:
+        answer = subprocess.run(["nvidia-smi", f"--id={visible}", "--query-gpu=name,memory.total",
+                                 "--format=csv,noheader,nounits"], capture_output=True, text=True)
+        if answer.returncode == 0 and answer.stdout.strip():
+            name, mib = answer.stdout.splitlines()[0].rsplit(",", 1)
+            # the driver's total holds 0.5% that PyTorch does not see
+            return Machine(name.strip(), float(mib) * 2 ** 20 / GB * 0.995, host_gb, known_gpu(name))
+    return Machine(None, 0, host_gb)
+
+
+# ---------------------------------------------------------------- report
+
+COMPONENTS = dict(weights="Model weights", gradients="Gradients", master="fp32 master (16-bit residual)",
+                  momentum="Muon momentum", adamw="AdamW moments", activations="Activations", workspace="Optimizer workspace")
+
+
+def table(predicted: dict, measured: dict | None = None, capacity_gb: float | None = None) -> str:
+    """The memory table in GB: predicted, and measured where known, with the total and the headroom."""
+    rows = [("Component", "Predicted (GB)") + (("Measured (GB)",) if measured else ())]
+
+    def row(label, key):
+        rows.append((label, f"{predicted[key]:.2f}") + ((f"{measured[key]:.2f}" if key in measured else "-",) if measured else ()))
+
+    for key, label in COMPONENTS.items():
+        row(label, key)
+    row("Total", "total")
+    if capacity_gb:
+        rows.append(("Headroom", f"{capacity_gb - predicted['total']:.2f}")
+                    + ((f"{capacity_gb - measured['total']:.2f}",) if measured else ()))
+    if predicted["host"]:
+        row("Host memory (streamed state)", "host")
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([r[0].ljust(widths[0])] + [x.rjust(n) for x, n in zip(r[1:], widths[1:])]) for r in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def measured_tokens_per_second(preset: str, precision: str, gpu: str | None) -> float | None:
+    """Median training speed from benchmarks/results, where it was measured for this preset, precision and GPU."""
+    path = Path(__file__).parent / "benchmarks" / "results" / f"train_{preset}_{precision}_{gpu}.json"
+    return json.loads(path.read_text())["value"] if gpu and path.exists() else None
+
+
+def plan(c: Config, preset: str, machine: Machine) -> dict:
+    """Everything `plan` prints, as plain types; see its keys."""
+    choice, kept = choose(c, machine, fixed_batch=False)
+    speed = measured_tokens_per_second(preset, c.precision, machine.key)
+    return dict(preset=preset, total_params=c.total_params, active_params=c.active_params, gpu=machine.name,
+                gpu_memory_gb=round(machine.memory_gb, 1), host_memory_gb=round(machine.host_memory_gb, 1),
+                fits=choice.fits(machine), as_configured=kept, tokens_per_step=c.tokens_per_step,
+                tokens_per_run=c.tokens_per_step * c.max_steps, checkpoint_gb=round(checkpoint_gb(c), 3),
+                tokens_per_second=speed, hours=c.tokens_per_step * c.max_steps / speed / 3600 if speed else None,
+                memory_gb={k: round(v, 3) for k, v in choice.memory_gb.items()},
+                choice={f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.name != "memory_gb"},
+                options=choice.options())

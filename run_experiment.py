@@ -1,0 +1,220 @@
+"""Trains a Mixture-of-Experts language model on one GPU (or, small, on a CPU).
+
+    python run_experiment.py                              train the preset that fits this machine's GPU (a CPU: tiny)
+    python run_experiment.py --preset 5b --max_steps 2000 every field of config.py is an option
+    python run_experiment.py --resume latest              go on where the last run stopped
+    python run_experiment.py plan --preset 18b --gpu h200 what it takes, without a GPU
+    python run_experiment.py sample --checkpoint checkpoints/checkpoint_latest.pt --prompt "def main("
+"""
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import memory
+from config import (Config, ConfigError, ExperimentError, defaults, field_docs, nearest, parse_value, resolve)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors as ConfigError, and the nearest option's name for one that does not exist."""
+
+    def error(self, message):
+        raise ConfigError(message)
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        # --max-steps is as good as --max_steps
+        argv = ["--" + name.replace("-", "_") + eq + value if arg.startswith("--") else arg
+                for arg in argv for name, eq, value in [arg[2:].partition("=")]]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            name = unknown[0].partition("=")[0]
+            raise ConfigError(f"unknown option {unknown[0]!r}.{nearest(name, known)} --help lists them all.")
+        return args
+
+
+def new_parser(usage: str) -> Parser:
+    return Parser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def add_config_options(parser: Parser) -> None:
+    """An option for every field of Config, with its documentation and default."""
+    group = parser.add_argument_group("configuration (the default is config.py's; a preset may set another)")
+    docs = field_docs()
+    for name, default in defaults().items():
+        text = f"{docs.get(name, '')} [{'derived' if default is None else default}]".replace("%", "%%")
+        group.add_argument(f"--{name}", metavar="VALUE", help=text, default=argparse.SUPPRESS)
+
+
+def config_options(args: argparse.Namespace) -> dict:
+    """The Config fields given on the command line, each in its type. Raises ConfigError with all that are wrong."""
+    values, problems = {}, []
+    for name in defaults():
+        if hasattr(args, name):
+            try:
+                values[name] = parse_value(name, getattr(args, name))
+            except ConfigError as error:
+                problems.append(f"--{error}")
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+    return values
+
+
+# ---------------------------------------------------------------- commands
+
+def train(argv: list[str]) -> None:
+    parser = new_parser("run_experiment.py [train] [--preset NAME] [--resume latest|PATH] [--overwrite] [--FIELD VALUE ...]")
+    parser.add_argument("--preset", help="a preset of config.py: 18b 5b 2b 25b 18b_every_block small tiny")
+    parser.add_argument("--resume", metavar="latest|PATH", help="go on from save_dir's latest checkpoint (a fresh start when "
+                        "there is none), or from a checkpoint file")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that save_dir holds and start anew")
+    add_config_options(parser)
+    args = parser.parse(argv)
+    options = config_options(args)
+    if args.resume and args.overwrite:
+        raise ConfigError("--resume goes on with a run and --overwrite deletes it: choose one")
+
+    import torch        # only now: --help and plan answer without it
+    gpu_gb = None
+    if options.get("device", defaults()["device"]) != "cpu" and torch.cuda.is_available():
+        gpu_gb = torch.cuda.get_device_properties(0).total_memory / memory.GB
+    config, name, why = resolve(options, args.preset, gpu_gb)
+
+    import checkpoint
+    import data
+    import trainer
+    path = resume_path(args.resume, config)
+    state = None
+    if path is not None:
+        state = checkpoint.load(path)
+        config, changes = trainer.resumed_config(state["config"], options)
+        print(f"Resuming {path} at step {state['step']}" + (f", {args.preset} ignored: the checkpoint's configuration holds"
+              if args.preset else "") + (". Changed: " + "; ".join(changes) if changes else ""))
+    else:
+        print(f"Preset {name}: {why}." if name != "config.py" else f"Configuration of config.py: {why}.")
+    folder = Path(config.save_dir)
+    found = trainer.run_files(folder) if folder.is_dir() else []
+    if found and not args.overwrite and (path is None or path.resolve().parent != folder.resolve()):
+        if path is None and args.resume == "latest":        # a run that ended before its first checkpoint
+            print(f"No checkpoint in {folder}: a fresh start; what the run left is set aside as "
+                  + ", ".join(trainer.set_aside(file).name for file in found))
+        else:
+            raise ConfigError(f"{folder} already holds a run ({', '.join(f.name for f in found[:4])}"
+                              f"{' ...' if len(found) > 4 else ''}). Go on with it: --resume latest; keep it: another "
+                              "--save_dir; delete it: --overwrite.")
+    checkpoint.check_free_space(folder, 0)
+
+    print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
+          f"{config.tokens_per_step:,} tokens a step", flush=True)
+    corpus = data.prepare(config)
+    if args.overwrite:
+        for file in found:
+            file.unlink(missing_ok=True)
+    if path is not None and path.resolve().parent != folder.resolve() and (path.parent / trainer.METRICS).exists():
+        shutil.copy(path.parent / trainer.METRICS, folder / trainer.METRICS)       # the history goes along
+    trainer.Trainer(config, corpus, state).run()
+
+
+def resume_path(resume: str | None, config: Config) -> Path | None:
+    """The checkpoint that --resume names; None for a fresh start."""
+    if resume is None:
+        return None
+    if resume != "latest":
+        return Path(resume)
+    import checkpoint
+    latest = checkpoint.latest_path(config.save_dir)
+    return latest if latest.exists() else None
+
+
+def plan(argv: list[str]) -> None:
+    parser = new_parser("run_experiment.py plan [--preset NAME] [--gpu NAME] [--host_memory_gb N] [--json] [--FIELD VALUE ...]")
+    parser.add_argument("--preset", help="a preset of config.py")
+    parser.add_argument("--gpu", help=f"plan for this GPU instead of the one found: {' '.join(memory.GPUS)}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_config_options(parser)
+    args = parser.parse(argv)
+    options = config_options(args)
+    machine = memory.find_machine(options.get("host_memory_gb", 0), args.gpu, options.get("device") == "cpu")
+    config, name, why = resolve(options, args.preset, machine.memory_gb or None)
+    facts = memory.plan(config, name, machine)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+        return
+    where = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)" if facts["gpu"] else "this machine's CPU"
+    print(f"{name}: {why}.\n"
+          f"parameters        {config.total_params:,} ({config.total_params / 1e9:.2f}B), {config.active_params:,} "
+          f"({config.active_params / 1e9:.2f}B) active for a token\n"
+          f"tokens            {facts['tokens_per_step']:,} a step, {facts['tokens_per_run'] / 1e9:,.3f}B a run\n"
+          f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file\n"
+          f"hours             " + (f"{facts['hours']:,.0f} at the measured {facts['tokens_per_second']:,.0f} tokens/s"
+                                   if facts["hours"] else "not measured for this GPU; training prints them after its first steps")
+          + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB: "
+          + ("fits" if facts["fits"] and facts["as_configured"] else "fits, but not as configured" if facts["fits"]
+             else "does not fit; the smallest choice is") + f"\n  {facts['options']}\n")
+    print(memory.table(memory.choose(config, machine, fixed_batch=False)[0].memory_gb,
+                       capacity_gb=machine.memory_gb or machine.host_memory_gb))
+    print("\nAll sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside them.")
+
+
+def sample(argv: list[str]) -> None:
+    parser = new_parser("run_experiment.py sample --checkpoint PATH --prompt TEXT [--temperature T] [--top_k K] ...")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint file of a run")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token [0.8]")
+    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all [50]")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add at most [200]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws [0]")
+    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[auto: the GPU when there is one]")
+    args = parser.parse(argv)
+    for name, least in (("temperature", 0), ("top_k", 0), ("max_new_tokens", 1)):
+        if not getattr(args, name) >= least:
+            raise ConfigError(f"--{name} must be at least {least}")
+
+    import torch
+
+    import checkpoint
+    import data
+    from model import generate
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU; use --device cpu")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    state = checkpoint.load(args.checkpoint)
+    model, config = checkpoint.model_from_state(state, device)
+    tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
+    prompt = tokenizer.encode(args.prompt).ids or [end_of_text]
+    new = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed, end_of_text)
+    print(args.prompt + tokenizer.decode(new))
+
+
+def main(argv: list[str]) -> int:
+    commands = dict(train=train, plan=plan, sample=sample)
+    if argv and not argv[0].startswith("-"):
+        command, argv = argv[0], argv[1:]
+    else:
+        command = "train"
+    try:
+        if command not in commands:
+            raise ConfigError(f"unknown command {command!r}.{nearest(command, commands)} Commands: {', '.join(commands)}")
+        commands[command](argv)
+        return 0
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # the reader left: nothing more to say
+        return 1
+    except OSError as error:
+        print(f"error: {error}. Check the path, its permissions and the free disk space.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was being trained yet, or Ctrl-C came twice", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

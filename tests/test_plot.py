@@ -1,0 +1,192 @@
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import plot
+from config import ExperimentError
+
+ROOT = Path(plot.__file__).parent
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def training_row(step, layers=2, experts=4, **changes):
+    loss = 4 + 6 * math.exp(-step / 30)
+    return dict(step=step, train_loss=loss, train_perplexity=math.exp(loss), train_accuracy=0.3, load_balancing_loss=1.0,
+                grad_norm=1.0, muon_lr=0.01, adamw_lr=0.001, tokens_per_second=5e4, mfu=None,
+                expert_load=[[1 / experts] * experts] * layers, memory_allocated_gb=40.0, memory_reserved_gb=60.0,
+                memory_peak_gb=55.0, elapsed_seconds=1.0 * step, tokens_seen=1000 * step, loss_scale=65536.0,
+                skipped_steps=0) | changes
+
+
+def validation_row(step):
+    return dict(step=step, val_loss=5.0, val_perplexity=148.4, val_accuracy=0.2)
+
+
+def run(steps=20, **options):
+    rows = [validation_row(0)]
+    for step in range(1, steps + 1):
+        rows += [training_row(step, **options)] + ([validation_row(step)] if step % 10 == 0 else [])
+    return rows
+
+
+CPU = dict(memory_allocated_gb=1.2, memory_peak_gb=1.5, memory_reserved_gb=None)
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Draws rows and returns the panels by name, as they were when the file was written."""
+    def draw(rows, **options):
+        panels = {}
+
+        def write(figure, path):
+            names = ("loss", "perplexity", "rate", "speed", "experts", "memory")
+            panels.update(zip(names, figure.axes, strict=True))
+            figure.savefig(path)
+        monkeypatch.setattr(plot, "_write", write)
+        plot.plot_training_curves(rows, tmp_path / "c.png", **options)
+        assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+        return panels
+    return draw
+
+
+def texts(axes):
+    return [t.get_text() for t in axes.texts]
+
+
+def lines(axes):
+    return {line.get_label(): np.asarray(line.get_ydata(), float) for line in axes.lines}
+
+
+@pytest.mark.parametrize("rows", [
+    [], [validation_row(0)], [training_row(1)], run(2), run(20), run(20, layers=48, experts=64), run(20, layers=1, experts=1),
+    run(20, layers=0), run(20, **CPU), run(3, layers=0, **CPU),
+    run(20, train_loss=math.nan, train_perplexity=math.inf), run(20, train_loss=None, tokens_per_second=None),
+    run(20, train_perplexity=0.0, muon_lr=0.0, adamw_lr=0.0, tokens_per_second=0.0), run(20, memory_peak_gb=math.inf),
+    run(5) + run(5, train_loss=-math.inf, grad_norm=math.nan), run(20, expert_load=[[None, math.nan, math.inf, 0.5]]),
+    [{"step": 3}, {"step": 4, "train_loss": 1.0}, {"step": 5, "val_loss": 1.0}], [training_row(10**7)],
+    [training_row(s, train_perplexity=200 + s) for s in range(9)]])
+def test_any_history_gives_a_plot_without_warnings(tmp_path, rows):
+    path = tmp_path / "training_curves.png"
+    plot.plot_training_curves(rows, path, title="a title", unigram_entropy=7.0)
+    assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_panels_show_the_data(draw):
+    panels = draw(run(20), unigram_entropy=7.0)
+    assert list(lines(panels["loss"])["validation"]) == [5.0] * 3
+    assert set(lines(panels["loss"])["unigram entropy"]) == {7.0}
+    assert panels["perplexity"].get_yscale() == "log"
+    assert {k: v[0] for k, v in lines(panels["rate"]).items()} == {"Muon": 0.01, "AdamW": 0.001}
+    assert {k: v[0] for k, v in lines(panels["memory"]).items()} == {"allocated": 40, "reserved": 60, "peak": 55}
+    assert panels["memory"].get_title() == "GPU memory (GB)" and panels["memory"].get_ylim()[0] == 0
+    for axes in panels.values():
+        assert axes.get_title() and not texts(axes)
+
+
+def test_expert_panel_has_the_extremes_of_each_layer(draw):
+    load = [[0.1, 0.9], [0.4, 0.6], [0.3, 0.7]]
+    panel = draw([training_row(s, expert_load=load) for s in range(5)])["experts"]
+    shown = lines(panel)
+    assert shown["busiest expert, median layer"][0] == 0.7 and shown["idlest expert, median layer"][0] == 0.3
+    assert shown["even share, 1/2"][0] == 0.5
+    bands = [b.get_paths()[0].vertices[:, 1] for b in panel.collections]
+    assert [(b.min(), b.max()) for b in bands] == [(0.6, 0.9), (0.1, 0.4)]
+    assert panel.get_ylim()[1] > 0.9
+
+
+def test_dense_and_cpu_and_empty_runs_say_so(draw):
+    panels = draw(run(20, layers=0, **CPU))
+    assert texts(panels["experts"]) == ["dense model: no experts"]
+    assert panels["memory"].get_title() == "Memory (GB)" and set(lines(panels["memory"])) == {"resident", "peak"}
+    assert {t for axes in draw([]).values() for t in texts(axes)} == {"no data yet"}
+    assert texts(draw([validation_row(0)])["experts"]) == ["no data yet"]
+
+
+def test_a_single_row_is_visible(draw):
+    panels = draw([training_row(7)])
+    for name in ("loss", "perplexity", "rate", "speed", "experts", "memory"):
+        assert panels[name].lines[-1].get_marker() == "o" or name == "experts"
+
+
+def test_bad_values_leave_a_gap(draw):
+    rows = run(30)
+    for row in rows[10:15]:
+        row["train_loss"] = math.inf
+    smooth = lines(draw(rows)["loss"])["training, smoothed"]
+    assert 3 <= np.isnan(smooth).sum() <= 5 and np.isfinite(smooth[-10:]).all()
+
+
+def test_smoothing():
+    assert len(plot._smoothed(np.array([]))) == 0
+    y = np.arange(200.0)
+    assert np.allclose(plot._smoothed(y)[:-4], y[:-4])      # a straight line stays where it is: no lag
+    assert np.allclose(plot._smoothed(np.full(100, 3.0)), 3.0)
+    noise = np.random.default_rng(0).normal(size=10_000)
+    assert plot._smoothed(noise)[200:-200].std() < 0.08
+    assert np.array_equal(plot._smoothed(np.array([np.nan, 2.0, np.nan])), [np.nan, 2.0, np.nan], equal_nan=True)
+
+
+def test_a_failed_write_keeps_the_old_plot(tmp_path, monkeypatch):
+    path = tmp_path / "c.png"
+    path.write_bytes(b"old")
+
+    def fail(self, file, **_):
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(ExperimentError, match="c.png.*No space"):
+        plot.plot_training_curves(run(3), path)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.undo()
+    with pytest.raises(ExperimentError, match="No such file"):
+        plot.plot_training_curves(run(3), tmp_path / "missing" / "c.png")
+
+
+def test_ten_thousand_rows_are_fast(tmp_path):
+    rows = run(10_000, layers=12, experts=8)
+    start = time.perf_counter()
+    plot.plot_training_curves(rows, tmp_path / "c.png")
+    assert time.perf_counter() - start < 15     # about 1 s on an idle machine
+
+
+def test_pyplot_is_not_imported():
+    subprocess.run([sys.executable, "-c", "import plot, sys; assert 'matplotlib.pyplot' not in sys.modules"], cwd=ROOT,
+                   check=True)
+
+
+# --- command line
+
+def write_metrics(folder, rows, tail=""):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 21, "train_lo', "\n"])
+def test_redraws_a_run(tmp_path, capsys, tail):
+    write_metrics(tmp_path, run(20, train_loss=math.nan), tail)
+    assert plot.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 20
+    assert plot.main([str(tmp_path)]) == 0
+    assert (tmp_path / "training_curves.png").exists()
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "other.png")]) == 0
+    assert (tmp_path / "other.png").exists() and capsys.readouterr().err == ""
+
+
+def test_command_line_errors(tmp_path, capsys):
+    assert plot.main([str(tmp_path / "missing")]) == 1
+    assert "metrics.jsonl cannot be read: No such file" in capsys.readouterr().err
+    for bad in ("{oops\n", "[1]\n", '{"train_loss": 1}\n'):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad + '{"step": 2}\n')
+        assert plot.main([str(tmp_path)]) == 1
+        assert "line 2" in capsys.readouterr().err
+    write_metrics(tmp_path, run(2))
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "no" / "c.png")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    done = subprocess.run([sys.executable, ROOT / "plot.py", str(tmp_path / "missing")], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr

@@ -1,0 +1,661 @@
+"""The training loop: accumulate, measure the gradient, step, log, save, evaluate. A step is an optimizer step everywhere.
+
+The step itself is `Trainer.train_step`; everything else watches it, writes down what it saw, or keeps it from being lost.
+"""
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import random
+import signal
+import statistics
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import numpy
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import checkpoint
+import data
+import memory
+from config import Config, ConfigError, ExperimentError
+from model import MoETransformer, generate
+from muon import AdamW, Muon, split_parameters
+from plot import plot_training_curves
+from precision import LossScaler, gradient_norms
+
+METRICS, RESULTS, CURVES = "metrics.jsonl", "training_results.json", "training_curves.png"
+RESULTS_MINUTES = 5         # results and curves are rewritten at least this often
+MEASURED_STEPS = 3          # steps after the first whose speed gives the first forecast
+SPIKE = 4.0                 # a gradient norm this many times its running mean is a spike
+STUCK_STEPS = 10            # overflows in a row at the smallest loss scale that end the run
+
+# What a resumed run may not change: the model's shape, the form of its state, and which sequences come when.
+FROZEN = set("""d_model n_layers n_heads n_kv_heads d_ff num_experts top_k norm_topk_prob moe_every max_seq_len vocab_size
+tie_embeddings rope_theta rms_norm_eps init_std precision master_weights validation_fraction seed""".split())
+
+
+def learning_rate_factor(step: int, config: Config) -> float:
+    """Share of the peak learning rate at update `step` (from 0): a linear rise, then a cosine to min_lr_fraction."""
+    warmup = round(config.warmup_fraction * config.max_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, config.max_steps - 1 - warmup))
+    return config.min_lr_fraction + (1 - config.min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
+    """The checkpoint's configuration with the command line's changes, and those changes in words.
+
+    Raises ConfigError for changes to what shapes the model, its state or the data order.
+    """
+    known = {f.name for f in dataclasses.fields(Config)}
+    config = Config(**{**{k: v for k, v in saved.items() if k in known}, **options})
+    before = Config(**{k: v for k, v in saved.items() if k in known})
+    changed = {name for name in options if getattr(config, name) != getattr(before, name)}
+    refused = [f"{name}: the checkpoint has {getattr(before, name)}, not {getattr(config, name)}"
+               for name in sorted(changed & FROZEN)]
+    if config.sequences_per_step != before.sequences_per_step:
+        refused.append(f"batch_size x gradient_accumulation_steps: the checkpoint has {before.sequences_per_step} sequences "
+                       f"a step, not {config.sequences_per_step}")
+    if refused:
+        raise ConfigError("a resumed run keeps its model and its data order:\n  " + "\n  ".join(refused)
+                          + "\nLeave these options out, or start a new run with another --save_dir.")
+    return config, [f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in sorted(changed)]
+
+
+class Trainer:
+    """One run in one folder. `state` is what checkpoint.load returned, to go on from there."""
+
+    def __init__(self, config: Config, corpus: data.Corpus, state: dict | None = None):
+        self.corpus, self.folder = corpus, Path(config.save_dir)
+        if state is not None:
+            _same_data(state["data"], corpus)
+        self.device = find_device(config)
+        self.machine = find_machine(config, self.device)
+        self.asked = config                 # with its autos, which another machine may settle otherwise
+        self.config = config = self._decide(config)
+
+        print("Building the model ...", flush=True)
+        with torch.device("meta"):
+            self.model = MoETransformer(config)
+        self.model.materialize(self.device)
+        self.parameters = dict(self.model.named_parameters())
+        hidden, others = split_parameters(self.model)
+        offload = config.offload_optimizer == "true"
+        if offload:
+            self._check_host_memory()
+            print(f"Reserving {self.predicted['host']:.1f} GB of host memory for optimizer state ...", flush=True)
+        self.muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload)
+        self.adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload)
+        self.scaler = LossScaler(config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16")
+        if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
+            self.model.compile_blocks()
+
+        self.run_id = uuid.uuid4().hex
+        self.step = self.data_position = self.tokens_seen = self.skipped_steps = 0
+        self.train_seconds = 0.0            # inside train_step, over the whole run
+        self.mean_norm = None               # running mean of the gradient norm
+        self.saved_steps: list[int] = []
+        self.interval: dict = {}            # sums since the last line of metrics
+        self.history: list[dict] = []
+        self.last_saved_step = -1
+        if state is not None:
+            self._load(state)
+
+        self.bar = tqdm(disable=True)
+        self.stop_signal: int | None = None         # the signal that asked to stop
+        self.started = self.last_save = self.last_results = time.monotonic()
+        self.elapsed_before = self.history[-1].get("elapsed_seconds", 0) if self.history else 0
+        self.speeds: list[float] = []               # seconds of each step in this process
+        self.peak_gb = 0.0
+        self.measured: dict = dict(steps=0)         # of memory, see _measure_memory
+
+    # ------------------------------------------------------------ the step
+
+    def train_step(self, batches) -> bool:
+        """One optimizer step; False when the gradients overflowed and nothing but the loss scale was changed."""
+        c = self.config
+        self.model.train()
+        loss_sum = torch.zeros((), device=self.device)
+        for _ in range(c.gradient_accumulation_steps):
+            tokens, targets = (t.to(self.device, non_blocking=True) for t in next(batches))
+            loss, metrics = self.model(tokens, targets)
+            (loss * (self.scaler.scale / c.gradient_accumulation_steps)).backward()
+            loss_sum += loss.detach()
+            self._accumulate(metrics)
+        self.data_position += c.sequences_per_step
+
+        norms = gradient_norms(list(self.parameters.values()))
+        loss, norm = torch.stack([loss_sum / c.gradient_accumulation_steps, norms.norm()]).tolist()   # the one wait
+        norm /= self.scaler.scale
+        self._check_loss(loss)
+        overflow = not math.isfinite(norm)
+        if not overflow:
+            self._watch_norm(norm, norms)
+            factor = (min(1.0, c.grad_clip / (norm + 1e-6)) if c.grad_clip else 1.0) / self.scaler.scale
+            rate = learning_rate_factor(self.step, c)
+            self._measure_memory("backward")
+            self.muon.step(rate * c.muon_lr, factor)
+            self.adamw.step(rate * c.adamw_lr, factor)
+            self._measure_memory("optimizer")
+            self.step += 1
+            self.tokens_seen += c.tokens_per_step
+        for p in self.parameters.values():
+            p.grad = None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()        # so that the time of a step is this step's
+        self.scaler.update(overflow)
+        self._check_overflow(overflow)
+        return not overflow
+
+    # ------------------------------------------------------------ the run
+
+    def run(self) -> None:
+        """Trains to max_steps, or until a signal asks to stop; raises ExperimentError with advice when it cannot go on."""
+        c = self.config
+        self._print_forecast()
+        checkpoint.check_free_space(self.folder, self._checkpoint_bytes_to_come())
+        checkpoint.remove_leftovers(self.folder)
+        with self._signals(), attention_backends(self.device), self._out_of_memory_advice():
+            if not any(row["step"] == self.step and "val_loss" in row for row in self.history) and self._evaluation_due():
+                self._evaluate()
+            batches = data.batches(self.corpus.train, c, self.data_position, pin_memory=self.device.type == "cuda")
+            with tqdm(total=c.max_steps, initial=self.step, unit="step", dynamic_ncols=True, file=sys.stdout) as self.bar:
+                while self.step < c.max_steps and self.stop_signal is None:
+                    start = time.perf_counter()
+                    stepped = self.train_step(batches)
+                    self._count_time(time.perf_counter() - start)
+                    if not stepped:
+                        continue
+                    self.bar.update()
+                    if self.step % c.log_every == 0 or self.step == c.max_steps:
+                        self._log()
+                    self._save_if_due()
+                    if self._evaluation_due():
+                        self._evaluate()
+                    elif time.monotonic() - self.last_results > 60 * RESULTS_MINUTES:
+                        self._write_results()
+        if self.stop_signal is not None:
+            self._stop()
+        self._finish()
+
+    def _evaluation_due(self) -> bool:
+        return self.step % self.config.eval_every == 0 or self.step == self.config.max_steps
+
+    def _stop(self) -> None:
+        """After a signal: save, unless this step is on disk already, and leave with the signal's customary exit code."""
+        if self._saving() and self.last_saved_step != self.step:
+            self._save(latest_only=True)
+        self._write_results()
+        print(f"\nStopped at step {self.step}. " + (f"Go on with: python run_experiment.py --save_dir {self.folder} --resume latest"
+              if self._saving() else "Saving is off (save_every=0, save_minutes=0), so nothing was saved."), flush=True)
+        raise SystemExit(128 + self.stop_signal)
+
+    def _finish(self) -> None:
+        sample = None
+        if self.config.sample_tokens:
+            self.model.eval()
+            prompt = self.corpus.validation[:32].astype("int64").tolist()
+            new = generate(self.model, prompt, min(self.config.sample_tokens, 2000), temperature=0.8, top_k=50, seed=0,
+                           stop=self.corpus.end_of_text)
+            decode = self.corpus.tokenizer.decode
+            sample = dict(prompt=decode(prompt), text=decode(new))
+            print(f"\nA sample (prompt | continuation):\n{sample['prompt']}|{sample['text']}\n")
+        self._write_results(sample)
+        final = self._final_metrics()
+        print(f"Done: {self.step} steps, {self.tokens_seen / 1e6:,.2f}M tokens, validation loss "
+              f"{final.get('val_loss', float('nan')):.4f} (unigram entropy {self.corpus.unigram_entropy:.4f}).\n"
+              f"{self.folder / RESULTS}, {self.folder / CURVES}", flush=True)
+
+    # ------------------------------------------------------------ watching a step
+
+    def _accumulate(self, metrics: dict) -> None:
+        """Adds a micro-batch's metrics to the interval's sums, on the device: nobody waits for them here."""
+        for key, value in (metrics | dict(micro_batches=torch.ones((), device=self.device))).items():
+            self.interval[key] = self.interval[key] + value if key in self.interval else value
+
+    def _watch_norm(self, norm: float, norms: torch.Tensor) -> None:
+        """Keeps the running mean of the gradient norm and remembers where a spike came from."""
+        if self.mean_norm is not None and self.step > 10 and norm > SPIKE * self.mean_norm:
+            largest = list(self.parameters)[norms.argmax().item()]
+            self.interval["spike"] = dict(grad_norm=norm, usual=self.mean_norm, parameter=largest, at_step=self.step + 1)
+            self.bar.write(f"step {self.step + 1}: gradient norm {norm:.2f}, usually {self.mean_norm:.2f}; largest in {largest}")
+        self.mean_norm = norm if self.mean_norm is None else 0.95 * self.mean_norm + 0.05 * norm
+        self.interval["grad_norm"] = norm
+
+    def _check_loss(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        fp16 = " With --precision bf16 nothing overflows at 65,504, fp16's largest number." if self.config.precision == "fp16" else ""
+        raise ExperimentError(
+            f"the loss is {loss} in the forward pass at step {self.step + 1}: training has diverged.{fp16}\n"
+            f"  Lower --muon_lr (now {self.config.muon_lr:g}) and --adamw_lr (now {self.config.adamw_lr:g}), raise "
+            f"--warmup_fraction (now {self.config.warmup_fraction:g}), look at grad_norm in {self.folder / METRICS}, check the "
+            f"data.\n  {self._last_checkpoint_words()}")
+
+    def _check_overflow(self, overflow: bool) -> None:
+        if not overflow:
+            return
+        self.skipped_steps += 1
+        self.bar.write(f"step {self.step + 1}: the gradients overflowed; batch skipped, loss scale {self.scaler.scale:g}")
+        if self.scaler.stuck_steps >= STUCK_STEPS:
+            raise ExperimentError(
+                f"{STUCK_STEPS} batches in a row gave inf or nan gradients at the smallest loss scale, "
+                f"{self.scaler.scale:g}, before step {self.step + 1}.\n  Lower --muon_lr (now {self.config.muon_lr:g}) and "
+                f"--adamw_lr (now {self.config.adamw_lr:g}), raise --warmup_fraction, or try "
+                f"{'--precision bf16' if self.config.precision == 'fp16' else '--precision fp32'}.\n"
+                f"  {self._last_checkpoint_words()}")
+
+    def _last_checkpoint_words(self) -> str:
+        latest = checkpoint.latest_path(self.folder)
+        return f"The last checkpoint is {latest}." if latest.exists() else "No checkpoint was saved yet."
+
+    def _count_time(self, seconds: float) -> None:
+        self.train_seconds += seconds
+        self.interval["seconds"] = self.interval.get("seconds", 0.0) + seconds
+        self.interval["steps"] = self.interval.get("steps", 0) + 1
+        self.speeds.append(seconds)
+        if len(self.speeds) == MEASURED_STEPS + 1:
+            per_step = statistics.median(self.speeds[1:])
+            hours = per_step * (self.config.max_steps - self.step) / 3600
+            self.bar.write(f"{self.config.tokens_per_step / per_step:,.0f} tokens/s in the first steps: "
+                           f"{hours:,.2f} hours to go for {self.config.max_steps - self.step:,} steps")
+
+    def _measure_memory(self, phase: str) -> None:
+        """On a GPU, notes in the second and third step of this process what forward and backward, and the optimizer step,
+        took at their peak, and prints the table of predicted and measured memory."""
+        if self.device.type != "cuda":
+            return
+        peak = torch.cuda.max_memory_allocated() / memory.GB
+        self.peak_gb = max(self.peak_gb, peak)
+        if self.measured["steps"] in (1, 2):
+            torch.cuda.reset_peak_memory_stats()
+        if phase == "backward":
+            self.measured["backward"] = peak
+            return
+        self.measured["steps"] += 1
+        if self.measured["steps"] == 3:
+            self.bar.write(self._measured_table(backward=self.measured["backward"], optimizer=peak))
+
+    def _measured_table(self, backward: float, optimizer: float) -> str:
+        muon, adamw = self.muon.state, self.adamw.state
+        state = {"master": [s["residual"] for o in (muon, adamw) for s in o.tensors.values() if "residual" in s],
+                 "momentum": [s["momentum"] for s in muon.tensors.values()],
+                 "adamw": [t for s in adamw.tensors.values() for k, t in s.items() if k != "residual"]}
+        state = {k: sum(t.nbytes for t in v) / memory.GB for k, v in state.items()}
+        sizes = dict(weights=sum(p.nbytes for p in self.parameters.values()) / memory.GB,
+                     gradients=sum(p.grad.nbytes for p in self.parameters.values() if p.grad is not None) / memory.GB,
+                     **{k: 0.0 if muon.offload else v for k, v in state.items()})
+        sizes["activations"] = backward - sum(sizes.values())
+        sizes["workspace"] = max(0.0, optimizer - backward)
+        sizes["total"] = sum(sizes.values())
+        sizes["host"] = sum(state.values()) if muon.offload else 0.0
+        self.measured["memory_gb"] = sizes
+        return memory.table(self.predicted, sizes, self.machine.memory_gb)
+
+    # ------------------------------------------------------------ what is written down
+
+    def _log(self) -> None:
+        """Reads the interval's sums, the only time metrics are waited for, and appends a line."""
+        c, sums = self.config, self.interval
+        micro_batches = float(sums["micro_batches"])
+        tokens = micro_batches * c.batch_size * c.max_seq_len
+        loss = float(sums["cross_entropy"]) / micro_batches
+        speed = tokens / sums["seconds"]
+        row = dict(step=self.step, train_loss=loss, train_perplexity=_exp(loss), train_accuracy=float(sums["correct"]) / tokens)
+        if c.n_moe_layers:
+            counts = sums["expert_counts"].double()
+            row |= dict(load_balancing_loss=float(sums["load_balancing_loss"]) / micro_batches,
+                        router_z_loss=float(sums["router_z_loss"]) / micro_batches,
+                        expert_load=[[round(x, 5) for x in layer] for layer in (counts / counts.sum(1, keepdim=True)).tolist()])
+        rate = learning_rate_factor(self.step - 1, c)
+        row |= dict(grad_norm=sums["grad_norm"], muon_lr=rate * c.muon_lr, adamw_lr=rate * c.adamw_lr, loss_scale=self.scaler.scale,
+                    skipped_steps=self.skipped_steps, tokens_seen=self.tokens_seen, tokens_per_second=speed,
+                    mfu=self._mfu(speed), **self._memory_now(), elapsed_seconds=self._elapsed())
+        if "spike" in sums:
+            row["grad_norm_spike"] = sums["spike"]
+        self.interval = {}
+        self._append(row)
+        shown = dict(loss=f"{loss:.3f}", ppl=f"{row['train_perplexity']:.1f}", acc=f"{row['train_accuracy']:.3f}",
+                     norm=f"{row['grad_norm']:.2f}", lr=f"{row['muon_lr']:.1e}", tok_s=f"{speed:,.0f}")
+        if c.n_moe_layers:
+            shown |= dict(aux=f"{row['load_balancing_loss']:.3f}", top_load=f"{max(max(x) for x in row['expert_load']):.2f}")
+        if row["mfu"]:
+            shown["mfu"] = f"{row['mfu']:.3f}"
+        shown["gb"] = f"{row['memory_peak_gb']:.1f}"
+        self.bar.set_postfix(shown)
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Model-FLOP utilisation; None on a GPU whose peak is not known, rather than a wrong one."""
+        gpu = memory.GPUS.get(self.machine.key)
+        if gpu is None or self.config.precision == "fp32":
+            return None
+        return self.config.flops_per_token * tokens_per_second / (gpu.peak_tflops * 1e12)
+
+    def _memory_now(self) -> dict:
+        if self.device.type == "cuda":
+            self.peak_gb = max(self.peak_gb, torch.cuda.max_memory_allocated() / memory.GB)
+            now = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            return dict(memory_allocated_gb=now[0] / memory.GB, memory_reserved_gb=now[1] / memory.GB, memory_peak_gb=self.peak_gb)
+        resident, peak = memory.resident_gb()
+        return dict(memory_allocated_gb=resident, memory_reserved_gb=None, memory_peak_gb=peak)
+
+    def _elapsed(self) -> float:
+        return self.elapsed_before + time.monotonic() - self.started
+
+    def _append(self, row: dict) -> None:
+        self.history.append(row)
+        with open(self.folder / METRICS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @torch.no_grad()
+    def _evaluate(self) -> None:
+        """Mean loss over the first eval_steps validation batches, the same ones every time."""
+        self.model.eval()
+        loss = correct = torch.zeros((), device=self.device)
+        tokens = 0
+        batches = list(data.validation_batches(self.corpus.validation, self.config))
+        full = [b for b in batches if len(b[0]) == self.config.batch_size] or batches     # one shape, compiled once
+        for inputs, targets in tqdm(full, desc=f"validation at step {self.step}", leave=False, file=sys.stdout, dynamic_ncols=True):
+            _, metrics = self.model(inputs.to(self.device), targets.to(self.device))
+            if self.stop_signal is not None:
+                return          # made up for when the run is resumed: it was saved before this evaluation
+            loss = loss + metrics["cross_entropy"] * targets.numel()
+            correct = correct + metrics["correct"]
+            tokens += targets.numel()
+        loss = (loss / tokens).item()
+        self._append(dict(step=self.step, val_loss=loss, val_perplexity=_exp(loss), val_accuracy=correct.item() / tokens,
+                          val_tokens=tokens, elapsed_seconds=self._elapsed()))
+        tqdm.write(f"step {self.step}: validation loss {loss:.4f}, perplexity {_exp(loss):.2f}, "
+                   f"accuracy {correct.item() / tokens:.4f}", file=sys.stdout)
+        self._write_results()
+
+    def _final_metrics(self) -> dict:
+        final: dict = {}
+        for row in self.history:
+            final.update({k: v for k, v in row.items() if k not in ("expert_load", "grad_norm_spike")})
+        return final
+
+    def _write_results(self, sample: dict | None = None) -> None:
+        """Rewrites training_results.json and training_curves.png, each whole or not at all."""
+        c = self.config
+        results = dict(
+            config=dataclasses.asdict(c), environment=environment(self.device),
+            parameters=dict(total=c.total_params, active=c.active_params, **c.parameter_groups),
+            data=dict(self._data_identity(), train_tokens=len(self.corpus.train), validation_tokens=len(self.corpus.validation),
+                      unigram_entropy=self.corpus.unigram_entropy),
+            memory_gb=dict(predicted=self.predicted, measured=self.measured.get("memory_gb")),
+            final_metrics=self._final_metrics(),
+            totals=dict(steps=self.step, tokens=self.tokens_seen, skipped_steps=self.skipped_steps,
+                        train_seconds=self.train_seconds, elapsed_seconds=self._elapsed(),
+                        tokens_per_second=self.tokens_seen / self.train_seconds if self.train_seconds else None),
+            sample=sample, history=self.history)
+        temporary = self.folder / f".{RESULTS}.tmp"
+        temporary.write_text(json.dumps(results, indent=1))
+        os.replace(temporary, self.folder / RESULTS)
+        plot_training_curves(self.history, self.folder / CURVES, unigram_entropy=self.corpus.unigram_entropy,
+                             title=f"{c.total_params / 1e9:.3g}B parameters, {c.active_params / 1e9:.3g}B active")
+        self.last_results = time.monotonic()
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _saving(self) -> bool:
+        return bool(self.config.save_every or self.config.save_minutes)
+
+    def _save_if_due(self) -> None:
+        c = self.config
+        last = self.step == c.max_steps
+        if c.save_every and (self.step % c.save_every == 0 or last):
+            self._save(latest_only=False)
+        elif c.save_minutes and (last or time.monotonic() - self.last_save > 60 * c.save_minutes):
+            self._save(latest_only=True)
+
+    def _save(self, latest_only: bool) -> None:
+        latest = checkpoint.latest_path(self.folder)
+        self.bar.set_description("saving")
+        if latest_only:
+            checkpoint.save(latest, self._state())
+        else:
+            path = checkpoint.step_path(self.folder, self.step)
+            set_aside(path)                             # a branch of this run that a resume from further back left
+            self.saved_steps.append(self.step)
+            checkpoint.save(path, self._state())
+            checkpoint.link_latest(path, latest)
+            self.saved_steps = checkpoint.prune(self.folder, self.saved_steps, self.config.keep_checkpoints)
+        self.bar.set_description("")
+        self.last_save, self.last_saved_step = time.monotonic(), self.step
+
+    def _state(self) -> dict:
+        c = self.config
+        return dict(
+            config=dataclasses.asdict(self.asked), run_id=self.run_id, step=self.step, data_position=self.data_position,
+            tokens_seen=self.tokens_seen, skipped_steps=self.skipped_steps, saved_steps=self.saved_steps,
+            train_seconds=self.train_seconds, mean_norm=self.mean_norm,
+            model={name: p.detach() for name, p in self.parameters.items()},
+            optimizer=dict(muon=self.muon.state_dict(), adamw=self.adamw.state_dict()),
+            schedule=dict(step=self.step, max_steps=c.max_steps, factor=learning_rate_factor(self.step, c)),
+            loss_scaler=self.scaler.state_dict(), random=random_states(self.device),
+            data=self._data_identity(), tokenizer_json=self.corpus.tokenizer_json,
+            metrics=self._final_metrics(), interval=self.interval)
+
+    def _data_identity(self) -> dict:
+        return dict(data_hash=self.corpus.data_hash, tokenizer_hash=self.corpus.tokenizer_hash)
+
+    @torch.no_grad()
+    def _load(self, state: dict) -> None:
+        try:
+            for name, p in self.parameters.items():
+                saved = state["model"][name]
+                if saved.shape != p.shape or saved.dtype != p.dtype:
+                    raise ValueError(f"{name} is {saved.dtype} {tuple(saved.shape)}, not {p.dtype} {tuple(p.shape)}")
+                p.copy_(saved)
+            self.muon.load_state_dict(state["optimizer"]["muon"])
+            self.adamw.load_state_dict(state["optimizer"]["adamw"])
+            self.scaler.load_state_dict(state["loss_scaler"])
+            for name in ("run_id", "step", "data_position", "tokens_seen", "skipped_steps", "saved_steps", "train_seconds",
+                         "mean_norm"):
+                setattr(self, name, state[name])
+            self.interval = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in state["interval"].items()}
+            restore_random_states(state["random"], self.device)
+        except (KeyError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"the checkpoint does not match this program's model: {error}. Resume it with "
+                                             "the version of the program that wrote it.") from error
+        self.history = rewind_metrics(self.folder, self.step)
+        self.last_saved_step = self.step
+
+    def _checkpoint_bytes_to_come(self) -> int:
+        c = self.config
+        if not self._saving():
+            return 0
+        numbered = math.ceil((c.max_steps - self.step) / c.save_every) if c.save_every else 0
+        files = min(numbered, c.keep_checkpoints) + 1       # one more while the oldest still stands, or latest alone
+        return int(files * memory.checkpoint_gb(c) * memory.GB)
+
+    # ------------------------------------------------------------ before the first step
+
+    def _decide(self, config: Config) -> Config:
+        """Settles the fields that are auto and prints the predicted memory."""
+        choice, kept = memory.choose(config, self.machine, fixed_batch=True)
+        where = f"{self.machine.name}, {self.machine.memory_gb:.1f} GB" if self.machine.name else \
+            f"CPU, {self.machine.host_memory_gb:.1f} GB free"
+        if kept:
+            config = memory.apply(config, choice)
+            self.predicted = choice.memory_gb
+        else:       # the prediction is not law: go on as asked, and say what would fit
+            mode = config.activation_checkpointing if config.activation_checkpointing != "auto" else "full"
+            offload = config.offload_optimizer != "false" and self.machine.name is not None
+            config = dataclasses.replace(config, activation_checkpointing=mode, offload_optimizer=str(offload).lower())
+            self.predicted = memory.memory(config, mode, config.batch_size, offload)
+            print(f"warning: this configuration is not expected to fit ({where}). "
+                  + (f"This would: {choice.options()}" if choice.fits(self.machine) else "No choice for this model would; use "
+                     "a smaller preset."), file=sys.stderr)
+        print(f"Memory on {where}: activation checkpointing {config.activation_checkpointing}, optimizer state "
+              f"{'streamed from the host' if config.offload_optimizer == 'true' else 'on the device'}\n"
+              + memory.table(self.predicted, capacity_gb=self.machine.memory_gb or self.machine.host_memory_gb))
+        return config
+
+    def _check_host_memory(self) -> None:
+        needed, there = self.predicted["host"], self.machine.host_memory_gb
+        if needed > there:
+            raise ExperimentError(f"no host memory for streaming: the optimizer state takes {needed:.1f} GB and {there:.1f} GB "
+                                  "are free. Use a smaller preset or --offload_optimizer false; if the host has more than the "
+                                  "operating system reports, say so with --host_memory_gb.")
+
+    def _print_forecast(self) -> None:
+        c, corpus = self.config, self.corpus
+        passes = c.max_steps * c.tokens_per_step / max(1, len(corpus.train))
+        print(f"Corpus {c.data}: {len(corpus.train):,} training tokens, {len(corpus.validation):,} validation tokens, unigram "
+              f"entropy {corpus.unigram_entropy:.3f} nats\n"
+              f"The run: {c.max_steps:,} steps of {c.tokens_per_step:,} tokens, {c.max_steps * c.tokens_per_step / 1e6:,.1f}M "
+              f"tokens, {passes:.2f} passes over the corpus", flush=True)
+        if passes > 4:
+            print(f"warning: {passes:.1f} passes over the corpus; beyond about 4 repeated data is worth much less than new "
+                  "(Muennighoff et al. 2023). Use more --data or fewer --max_steps.", file=sys.stderr)
+        if self.device.type == "cpu" and c.precision != "fp32":
+            print(f"note: {c.precision} is slow on a CPU; --precision fp32 is faster there", file=sys.stderr)
+
+    # ------------------------------------------------------------ signals and memory errors
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """SIGTERM and the first Ctrl-C let the step finish, save and stop; the second Ctrl-C exits at once."""
+        def handle(number, _frame):
+            if self.stop_signal is not None and number == signal.SIGINT:
+                os._exit(130)
+            self.stop_signal = number
+            os.write(2, b"\nstopping after this step; Ctrl-C again to stop at once without saving\n")
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def _out_of_memory_advice(self):
+        try:
+            yield
+        except RuntimeError as error:       # torch.OutOfMemoryError is one
+            if not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):
+                raise
+            used = next(x for x in memory.candidates(self.config, [self.config.activation_checkpointing],
+                                                     [self.config.offload_optimizer == "true"], [self.config.batch_size]))
+            less = memory.smaller(self.config, used)
+            raise ExperimentError(
+                f"out of memory at step {self.step + 1} on {self.machine.name or 'the CPU'} ({self.machine.memory_gb:.1f} GB; "
+                f"predicted {used.memory_gb['total']:.1f} GB).\n  " +
+                (f"Next smaller choice, at the same tokens per step ({less.memory_gb['total']:.1f} GB): {less.options()}"
+                 if less else "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset.")
+                + f"\n  Memory is lost to fragmentation when PYTORCH_ALLOC_CONF=expandable_segments:True is not set.\n"
+                f"  {self._last_checkpoint_words()}") from error
+
+
+# ---------------------------------------------------------------- the machine
+
+def find_device(config: Config) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: PyTorch finds no GPU; check the driver and that torch is a CUDA build, or use --device cpu")
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def find_machine(config: Config, device: torch.device) -> memory.Machine:
+    host = config.host_memory_gb or memory.host_memory_gb()
+    if device.type == "cpu":
+        return memory.Machine(None, 0, host)
+    name = torch.cuda.get_device_name()
+    return memory.Machine(name, torch.cuda.get_device_properties(0).total_memory / memory.GB, host, memory.known_gpu(name))
+
+
+def attention_backends(device: torch.device):
+    """Fused attention's order of preference: cuDNN's is the faster one on Hopper and later (542 against 313 TFLOP/s
+    forward on an H100), flash before. It holds for the whole run, as backward passes recompute attention too."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    hopper = torch.cuda.get_device_capability() >= (9, 0)
+    order.insert(0 if hopper else 1, SDPBackend.CUDNN_ATTENTION)
+    return sdpa_kernel(order, set_priority=True)
+
+
+def environment(device: torch.device) -> dict:
+    """What the run ran on, as plain types."""
+    return dict(command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+                gpu=torch.cuda.get_device_name() if device.type == "cuda" else None, platform=platform.platform(),
+                cpus=os.cpu_count(), cpu_threads=torch.get_num_threads())
+
+
+def random_states(device: torch.device) -> dict:
+    """Every generator's state as tensors and plain types, which torch.load opens with weights_only."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = numpy.random.get_state()
+    return dict(python=[version, list(words), gauss], numpy=[name, keys.tolist(), *map(float, rest)],
+                torch=torch.get_rng_state(), **(dict(cuda=torch.cuda.get_rng_state()) if device.type == "cuda" else {}))
+
+
+def restore_random_states(state: dict, device: torch.device) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), int(position), int(has_gauss), cached))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ---------------------------------------------------------------- the run's folder
+
+def run_files(folder: Path) -> list[Path]:
+    """What a run has left in a folder."""
+    return [p for name in (METRICS, RESULTS, CURVES) if (p := folder / name).exists()] + sorted(folder.glob("checkpoint_*.pt"))
+
+
+def set_aside(path: Path) -> Path | None:
+    """Renames a file that would be written over to the first free name.1, name.2, ...; None when there is none."""
+    if not path.exists():
+        return None
+    number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.{n}").exists())
+    return path.rename(path.with_name(f"{path.name}.{number}"))
+
+
+def rewind_metrics(folder: Path, step: int) -> list[dict]:
+    """The rows of metrics.jsonl up to `step`; later ones, and a line that a crash cut short, are dropped from the file
+    (the file as it was is set aside when that loses whole rows)."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    rows, later = [], 0
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            rows.append(row)
+        else:
+            later += 1
+    temporary = path.with_name(f".{METRICS}.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if later:
+        print(f"{later} rows of {METRICS} past step {step} are dropped; the file as it was is {set_aside(path).name}")
+    os.replace(temporary, path)
+    return rows
+
+
+def _same_data(saved: dict, corpus: data.Corpus) -> None:
+    for key, what, option in (("data_hash", "text", "data"), ("tokenizer_hash", "tokenizer", "tokenizer")):
+        if saved[key] != getattr(corpus, key):
+            raise ExperimentError(f"the checkpoint was trained on other {what} ({key} {saved[key][:12]}, here "
+                                  f"{getattr(corpus, key)[:12]}). Give the --{option} of the first run, unchanged, or start a "
+                                  "new run with another --save_dir.")
+
+
+def _exp(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
