@@ -41,9 +41,9 @@ def latest_path(folder) -> Path:
 def save(path, state: dict):
     """Writes `state` to `path`: all of it, or nothing and the file that was there stays.
 
-    `state` is a nested dict with str keys; its leaves are tensors of any dtype and device, and plain values (None, bool,
-    int, float, str and lists and dicts of them). Of a view only its own bytes are stored; strides are kept where the
-    elements lie densely in memory. Tensors on the same bytes are stored once.
+    `state` is a nested dict with str keys; its leaves are tensors of any dtype and device, and plain values (None,
+    bool, int, float, str and lists and dicts of them). Of a view only its own bytes are stored; strides are kept where
+    the elements lie densely in memory. Tensors on the same bytes are stored once.
 
     Raises CheckpointError when the file cannot be written, TypeError for a leaf or key of another type.
     """
@@ -60,7 +60,7 @@ def save(path, state: dict):
     try:
         temporary.unlink(missing_ok=True)   # never write into it: it may be a link to another checkpoint
         checksums = _checksums(tensors, plain)
-        # torch.load never checks the zip file's own CRCs and computing them takes 2/3 of the time (measured: 1 to 3 GB/s).
+        # torch.load never checks the zip file's own CRCs, and they take 2/3 of the time (measured: 1 GB/s to 3 GB/s).
         torch.serialization.set_crc32_options(False)
         with open(temporary, "xb") as file:
             torch.save({**state, "format": FORMAT, "checksums": checksums}, file)
@@ -83,7 +83,8 @@ def save(path, state: dict):
         needed = sum({t.data_ptr(): t.nbytes for t in tensors.values()}.values())
         raise CheckpointError(
             f"checkpoint {path} was not saved: {_reason(cause)}. It needs {needed / 1e9:.2f} GB, {_free(path.parent)}. "
-            f"{'The previous file of that name is untouched. ' if os.path.exists(path) else ''}{SPACE_REMEDY}") from error
+            + ("The previous file of that name is untouched. " if os.path.exists(path) else "") + SPACE_REMEDY
+        ) from error
     finally:
         torch.serialization.set_crc32_options(zip_crc)
     _sync_folder(path.parent)
@@ -121,8 +122,8 @@ def load(path, mmap: bool = True) -> dict:
 
 
 def link_latest(path, latest):
-    """Makes `latest` the same file as `path`: a hard link, or a relative symbolic link where the file system has no hard
-    links. There is no moment without a `latest`. Raises CheckpointError."""
+    """Makes `latest` the same file as `path`: a hard link, or a relative symbolic link where the file system has no
+    hard links. There is no moment without a `latest`. Raises CheckpointError."""
     path, latest = Path(path), Path(latest)
     temporary = _temporary(latest)
     try:
@@ -223,9 +224,10 @@ def remove_leftovers(folder):
 
 
 def _compact(node, storages: dict, dtypes: dict):
-    """A copy of the nested dicts in which each tensor has a storage of its own bytes alone, shared where bytes are shared.
+    """A copy of the nested dicts in which each tensor has a storage of its own bytes alone.
 
-    Tensors that are dense in memory are not copied. `storages` and `dtypes` start empty.
+    Tensors on the same bytes share their storage; tensors that are dense in memory are not copied. `storages` and
+    `dtypes` start empty.
     """
     if isinstance(node, dict):
         return {key: _compact(value, storages, dtypes) for key, value in node.items()}
@@ -267,15 +269,15 @@ def _split(node, path: str, tensors: dict):
         return [_split(value, path, None) for value in node]    # no tensors in lists: they would have no key path
     if node is None or type(node) in (bool, int, float, str):
         return node
-    raise TypeError(f"checkpoint: {path} is a {type(node).__name__}; allowed are tensors in dicts, and None, bool, int, "
-                    "float, str, list and dict")
+    raise TypeError(f"checkpoint: {path} is a {type(node).__name__}; allowed are tensors in dicts, and None, bool, "
+                    "int, float, str, list and dict")
 
 
 def _checksums(tensors: dict, plain) -> dict[str, int]:
     """CRC-32 of each tensor and of the plain values; threads help because zlib releases the interpreter lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = dict(zip(tensors, pool.map(_checksum, tensors.values())))
-    # The tensors' names once more: a pickle stores equal strings once, so one damaged string can be a key in two places.
+    # The tensors' names too: a pickle stores equal strings once, so one damaged string can be a key in two places.
     found[PLAIN] = zlib.crc32(json.dumps([sorted(tensors), plain], sort_keys=True).encode())  # json keeps floats exact
     return found
 

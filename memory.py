@@ -253,21 +253,29 @@ def table(predicted: dict, measured: dict | None = None, capacity_gb: float | No
     """The memory table in GB: predicted, and measured where known, with the total and the headroom."""
     rows = [("Component", "Predicted (GB)") + (("Measured (GB)",) if measured else ())]
 
+    digits = 2 if predicted["total"] >= 10 else 3
+
     def row(label, key):
-        rows.append((label, f"{predicted[key]:.2f}") + ((f"{measured[key]:.2f}" if key in measured else "-",) if measured else ()))
+        rows.append((label, f"{predicted[key]:.{digits}f}")
+                    + ((f"{measured[key]:.{digits}f}" if key in measured else "-",) if measured else ()))
 
     for key, label in COMPONENTS.items():
         row(label, key)
     row("Total", "total")
-    if capacity_gb:
-        rows.append(("Headroom", f"{capacity_gb - predicted['total']:.2f}")
-                    + ((f"{capacity_gb - measured['total']:.2f}",) if measured else ()))
+    if capacity_gb and "total" in (measured or predicted):
+        rows.append(("Headroom", f"{capacity_gb - predicted['total']:.{digits}f}")
+                    + ((f"{capacity_gb - measured['total']:.{digits}f}",) if measured else ()))
     if predicted["host"]:
         row("Host memory (streamed state)", "host")
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([r[0].ljust(widths[0])] + [x.rjust(n) for x, n in zip(r[1:], widths[1:])]) for r in rows]
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def count(n: float) -> str:
+    """A large number in words: 17.97B, 4.46M."""
+    return f"{n / 1e9:,.2f}B" if n >= 1e9 else f"{n / 1e6:,.2f}M"
 
 
 def measured_tokens_per_second(preset: str, precision: str, gpu: str | None) -> float | None:

@@ -86,14 +86,13 @@ def plot_training_curves(history: list[dict], path, title: str = "", unigram_ent
 
 
 def _expert_panel(axes, train: list[dict]):
-    """For each layer the largest and the smallest share of the tokens among its experts: median, and range over layers."""
+    """Each layer's largest and smallest share of the tokens among its experts: the median layer, and the range."""
     axes.set_title("Expert load (share of a layer's tokens)")
     rows = [row for row in train if row.get("expert_load")]
     if not rows:
         return
     x = np.array([row["step"] for row in rows])
     load = np.array([row["expert_load"] for row in rows], float)    # (rows, layers, experts)
-    load[~np.isfinite(load)] = np.nan
     for share, label, color in ((load.max(-1), "busiest expert", RED), (load.min(-1), "idlest expert", BLUE)):
         axes.fill_between(x, share.min(1), share.max(1), color=color, alpha=0.2, linewidth=0)
         _line(axes, x, np.median(share, axis=1), f"{label}, median layer", color)
@@ -117,9 +116,8 @@ def _say(axes, text: str):
 
 
 def _series(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric; what is not a finite number becomes nan, which leaves a gap in a line."""
-    values = np.array([row.get(name) for row in rows], float)      # None becomes nan
-    return np.array([row["step"] for row in rows], float), np.where(np.isfinite(values), values, np.nan)
+    """Steps and values of one metric; None becomes nan, and nan and inf leave a gap in a line."""
+    return np.array([row["step"] for row in rows], float), np.array([row.get(name) for row in rows], float)
 
 
 def _smoothed(y: np.ndarray) -> np.ndarray:

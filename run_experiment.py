@@ -144,9 +144,9 @@ def plan(argv: list[str]) -> None:
         return
     where = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)" if facts["gpu"] else "this machine's CPU"
     print(f"{name}: {why}.\n"
-          f"parameters        {config.total_params:,} ({config.total_params / 1e9:.2f}B), {config.active_params:,} "
-          f"({config.active_params / 1e9:.2f}B) active for a token\n"
-          f"tokens            {facts['tokens_per_step']:,} a step, {facts['tokens_per_run'] / 1e9:,.3f}B a run\n"
+          f"parameters        {config.total_params:,} ({memory.count(config.total_params)}), {config.active_params:,} "
+          f"({memory.count(config.active_params)}) active for a token\n"
+          f"tokens            {facts['tokens_per_step']:,} a step, {memory.count(facts['tokens_per_run'])} a run\n"
           f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file\n"
           f"hours             " + (f"{facts['hours']:,.0f} at the measured {facts['tokens_per_second']:,.0f} tokens/s"
                                    if facts["hours"] else "not measured for this GPU; training prints them after its first steps")

@@ -210,7 +210,7 @@ class Trainer:
             print(f"\nA sample (prompt | continuation):\n{sample['prompt']}|{sample['text']}\n")
         self._write_results(sample)
         final = self._final_metrics()
-        print(f"Done: {self.step} steps, {self.tokens_seen / 1e6:,.2f}M tokens, validation loss "
+        print(f"Done: {self.step} steps, {memory.count(self.tokens_seen)} tokens, validation loss "
               f"{final.get('val_loss', float('nan')):.4f} (unigram entropy {self.corpus.unigram_entropy:.4f}).\n"
               f"{self.folder / RESULTS}, {self.folder / CURVES}", flush=True)
 
@@ -269,13 +269,13 @@ class Trainer:
                            f"{hours:,.2f} hours to go for {self.config.max_steps - self.step:,} steps")
 
     def _measure_memory(self, phase: str) -> None:
-        """On a GPU, notes in the second and third step of this process what forward and backward, and the optimizer step,
-        took at their peak, and prints the table of predicted and measured memory."""
-        if self.device.type != "cuda":
-            return
-        peak = torch.cuda.max_memory_allocated() / memory.GB
+        """In the second and third step of this process notes what forward and backward ("backward") and the optimizer step
+        ("optimizer") took at their peak, then prints the table of predicted and measured memory. On a CPU only what stays
+        is known exactly, and what the whole process takes."""
+        gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() / memory.GB if gpu else memory.resident_gb()[1]
         self.peak_gb = max(self.peak_gb, peak)
-        if self.measured["steps"] in (1, 2):
+        if gpu and self.measured["steps"] in (1, 2):
             torch.cuda.reset_peak_memory_stats()
         if phase == "backward":
             self.measured["backward"] = peak
@@ -293,12 +293,13 @@ class Trainer:
         sizes = dict(weights=sum(p.nbytes for p in self.parameters.values()) / memory.GB,
                      gradients=sum(p.grad.nbytes for p in self.parameters.values() if p.grad is not None) / memory.GB,
                      **{k: 0.0 if muon.offload else v for k, v in state.items()})
-        sizes["activations"] = backward - sum(sizes.values())
-        sizes["workspace"] = max(0.0, optimizer - backward)
-        sizes["total"] = sum(sizes.values())
+        if self.device.type == "cuda":
+            sizes |= dict(activations=backward - sum(sizes.values()), workspace=max(0.0, optimizer - backward))
+            sizes["total"] = sum(sizes.values())
         sizes["host"] = sum(state.values()) if muon.offload else 0.0
         self.measured["memory_gb"] = sizes
-        return memory.table(self.predicted, sizes, self.machine.memory_gb)
+        table = memory.table(self.predicted, sizes, self.machine.memory_gb)
+        return table if self.device.type == "cuda" else f"{table}\nThe whole process: {optimizer:.3f} GB of RAM at its peak"
 
     # ------------------------------------------------------------ what is written down
 
@@ -341,11 +342,10 @@ class Trainer:
 
     def _memory_now(self) -> dict:
         if self.device.type == "cuda":
-            self.peak_gb = max(self.peak_gb, torch.cuda.max_memory_allocated() / memory.GB)
             now = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
             return dict(memory_allocated_gb=now[0] / memory.GB, memory_reserved_gb=now[1] / memory.GB, memory_peak_gb=self.peak_gb)
-        resident, peak = memory.resident_gb()
-        return dict(memory_allocated_gb=resident, memory_reserved_gb=None, memory_peak_gb=peak)
+        resident, self.peak_gb = memory.resident_gb()
+        return dict(memory_allocated_gb=resident, memory_reserved_gb=None, memory_peak_gb=self.peak_gb)
 
     def _elapsed(self) -> float:
         return self.elapsed_before + time.monotonic() - self.started
@@ -401,7 +401,7 @@ class Trainer:
         temporary.write_text(json.dumps(results, indent=1))
         os.replace(temporary, self.folder / RESULTS)
         plot_training_curves(self.history, self.folder / CURVES, unigram_entropy=self.corpus.unigram_entropy,
-                             title=f"{c.total_params / 1e9:.3g}B parameters, {c.active_params / 1e9:.3g}B active")
+                             title=f"{memory.count(c.total_params)} parameters, {memory.count(c.active_params)} active")
         self.last_results = time.monotonic()
 
     # ------------------------------------------------------------ checkpoints
@@ -490,7 +490,7 @@ class Trainer:
             self.predicted = choice.memory_gb
         else:       # the prediction is not law: go on as asked, and say what would fit
             mode = config.activation_checkpointing if config.activation_checkpointing != "auto" else "full"
-            offload = config.offload_optimizer != "false" and self.machine.name is not None
+            offload = config.offload_optimizer == "true" or (config.offload_optimizer == "auto" and bool(self.machine.name))
             config = dataclasses.replace(config, activation_checkpointing=mode, offload_optimizer=str(offload).lower())
             self.predicted = memory.memory(config, mode, config.batch_size, offload)
             print(f"warning: this configuration is not expected to fit ({where}). "
@@ -513,7 +513,7 @@ class Trainer:
         passes = c.max_steps * c.tokens_per_step / max(1, len(corpus.train))
         print(f"Corpus {c.data}: {len(corpus.train):,} training tokens, {len(corpus.validation):,} validation tokens, unigram "
               f"entropy {corpus.unigram_entropy:.3f} nats\n"
-              f"The run: {c.max_steps:,} steps of {c.tokens_per_step:,} tokens, {c.max_steps * c.tokens_per_step / 1e6:,.1f}M "
+              f"The run: {c.max_steps:,} steps of {c.tokens_per_step:,} tokens, {memory.count(c.max_steps * c.tokens_per_step)} "
               f"tokens, {passes:.2f} passes over the corpus", flush=True)
         if passes > 4:
             print(f"warning: {passes:.1f} passes over the corpus; beyond about 4 repeated data is worth much less than new "
@@ -550,12 +550,12 @@ class Trainer:
                                                      [self.config.offload_optimizer == "true"], [self.config.batch_size]))
             less = memory.smaller(self.config, used)
             raise ExperimentError(
-                f"out of memory at step {self.step + 1} on {self.machine.name or 'the CPU'} ({self.machine.memory_gb:.1f} GB; "
-                f"predicted {used.memory_gb['total']:.1f} GB).\n  " +
+                f"out of memory at step {self.step + 1} on {self.machine.name or 'the CPU'} ({self.machine.memory_gb or self.machine.host_memory_gb:.1f} "
+                f"GB; predicted {used.memory_gb['total']:.1f} GB).\n  " +
                 (f"Next smaller choice, at the same tokens per step ({less.memory_gb['total']:.1f} GB): {less.options()}"
                  if less else "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset.")
-                + f"\n  Memory is lost to fragmentation when PYTORCH_ALLOC_CONF=expandable_segments:True is not set.\n"
-                f"  {self._last_checkpoint_words()}") from error
+                + ("\n  Set PYTORCH_ALLOC_CONF=expandable_segments:True in the environment: less is lost to fragmentation."
+                   if self.machine.name else "") + f"\n  {self._last_checkpoint_words()}") from error
 
 
 # ---------------------------------------------------------------- the machine

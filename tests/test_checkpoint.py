@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import checkpoint
 from checkpoint import CheckpointError
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32, torch.int64,
-          torch.uint8, torch.uint16, torch.bool, torch.complex64, torch.float8_e4m3fn]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32,
+          torch.int64, torch.uint8, torch.uint16, torch.bool, torch.complex64, torch.float8_e4m3fn]
 ROOT = Path(checkpoint.__file__).parent
 
 
@@ -74,7 +74,7 @@ plain_values = st.recursive(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.dictionaries(st.text(max_size=5).filter(lambda k: k not in ("format", "checksums")), plain_values, max_size=4))
+@given(st.dictionaries(st.text(max_size=5), plain_values, max_size=4))
 def test_plain_values(tmp_path, state):
     checkpoint.save(tmp_path / "c.pt", state)
     assert_same(state, checkpoint.load(tmp_path / "c.pt"))
@@ -91,7 +91,8 @@ def test_torch_alone_opens_it(tmp_path):
 
 def test_views_store_only_their_bytes(tmp_path):
     large = torch.randn(1000, 1000)
-    state = {"rows": large[10:12], "column": large[:, 3], "one": large[5, 5], "last": large[-1], "wide": large[:1].expand(3, -1)}
+    state = {"rows": large[10:12], "column": large[:, 3], "one": large[5, 5], "last": large[-1],
+             "wide": large[:1].expand(3, -1)}
     checkpoint.save(tmp_path / "c.pt", state)
     assert (tmp_path / "c.pt").stat().st_size < 4 * (2000 + 1000 + 1 + 1000 + 3000) + 5000
     loaded = checkpoint.load(tmp_path / "c.pt")
@@ -115,7 +116,7 @@ def test_shared_tensors_are_stored_once(tmp_path):
     state = {"embed": weight, "head": weight, "a": flat[:100_000], "b": flat[:100_000].view(100, 1000),
              "bits": weight.view(torch.int32)}
     checkpoint.save(tmp_path / "c.pt", state)
-    assert (tmp_path / "c.pt").stat().st_size < 3 * 400_000 + 10_000     # the same bytes as another dtype are one copy more
+    assert (tmp_path / "c.pt").stat().st_size < 3 * 400_000 + 10_000     # "bits" is a copy
     loaded = checkpoint.load(tmp_path / "c.pt")
     assert_same(state, loaded)
     assert loaded["embed"].data_ptr() == loaded["head"].data_ptr() and loaded["a"].data_ptr() == loaded["b"].data_ptr()
@@ -129,7 +130,7 @@ def test_parameters_and_dict_subclasses_become_plain(tmp_path):
     assert torch.equal(loaded["p"], model.weight) and not loaded["p"].requires_grad
 
 
-@pytest.mark.parametrize("value", [(1, 2), {1: 2}, {1, 2}, b"x", 1j, [torch.ones(1)], object(), torch.float32, Path("x"),
+@pytest.mark.parametrize("value", [(1, 2), {1: 2}, {1, 2}, b"x", 1j, [torch.ones(1)], object(), torch.half, Path("x"),
                                    torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")])
 def test_other_types_are_refused(tmp_path, value):
     with pytest.raises(TypeError):
@@ -201,10 +202,12 @@ def test_every_tensor_byte_and_every_plain_value_is_covered(tmp_path):
     lambda s: s["model"].update({"w.low": s["model"]["w.low"].view(torch.float16)}),
     lambda s: s["model"].update({"w.low": s["model"]["w.low"].view(5, 10)}),
     lambda s: s["model"].update({"embed.weight": s["model"]["embed.weight"].as_strided((20, 8), (1, 20))}),
+    lambda s: s["model"].update({"w.low": torch.cat([s["model"]["w.low"], torch.ones(9, dtype=torch.int16)])[1:51]}),
     lambda s: s["model"]["embed.weight"].requires_grad_(), lambda s: s["checksums"].pop("rng"),
     lambda s: s.update(checksums=None), lambda s: s.update(checksums=[1]), lambda s: s.update(rng=(1,)),
     lambda s: s.update(format=torch.ones(2)), lambda s: s.update(format="1"), lambda s: s.update({5: 1})])
-def test_tampered_contents(tmp_path, change):
+def test_tampered_contents(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(checkpoint, "PIECE", 100)
     path = tmp_path / "c.pt"
     checkpoint.save(path, example())
     state = torch.load(path, weights_only=True)
@@ -225,6 +228,19 @@ def test_not_a_checkpoint(tmp_path, contents):
     for mmap in (True, False):
         with pytest.raises(CheckpointError, match="c.pt"):
             checkpoint.load(path, mmap)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["CHECKPOINT_TEST_FOLDER"],)
+
+
+def test_code_in_a_file_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHECKPOINT_TEST_FOLDER", str(tmp_path / "made"))
+    torch.save({"format": 1, "checksums": {}, "a": Harmful()}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+        checkpoint.load(tmp_path / "c.pt")
+    assert names(tmp_path) == ["c.pt"]
 
 
 def test_newer_format(tmp_path, monkeypatch):
@@ -253,6 +269,10 @@ def test_missing_file_names_other_checkpoints_newest_first(tmp_path):
         checkpoint.load(tmp_path / "missing" / "c.pt")
 
 
+def test_shapes_of_no_bytes_are_covered():
+    assert checkpoint._checksum(torch.empty(3, 0)) != checkpoint._checksum(torch.empty(4, 0))
+
+
 # --- failures while writing
 
 class StopsWriting:
@@ -278,8 +298,8 @@ class StopsWriting:
 
 @pytest.mark.parametrize("after", [0, 1, 5, 12])
 @pytest.mark.parametrize("error, expected, text", [
-    (OSError(errno.ENOSPC, "x"), CheckpointError, "No space left on device"), (KeyboardInterrupt(), KeyboardInterrupt, None),
-    (RuntimeError("odd"), CheckpointError, None)])
+    (OSError(errno.ENOSPC, "x"), CheckpointError, "No space left on device"),
+    (KeyboardInterrupt(), KeyboardInterrupt, None), (RuntimeError("odd"), CheckpointError, None)])
 def test_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch, after, error, expected, text):
     path = tmp_path / "checkpoint_latest.pt"
     checkpoint.save(path, example(1))
@@ -357,6 +377,7 @@ def test_latest_is_a_hard_link(tmp_path):
             checkpoint.save(path, {"step": step})
         checkpoint.link_latest(path, latest)
         assert latest.stat().st_ino == path.stat().st_ino and not latest.is_symlink()
+        assert not any(name.endswith(".tmp") for name in names(tmp_path))
     assert names(tmp_path) == ["checkpoint_latest.pt", "checkpoint_step_1.pt", "checkpoint_step_2.pt"]
     checkpoint.save(latest, {"step": 3})    # must not write through the link
     assert checkpoint.load(path) == {"step": 2} and checkpoint.load(latest) == {"step": 3}

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data
 from config import PRESETS, Config, ExperimentError
@@ -66,13 +66,14 @@ def test_python_is_the_standard_library_without_odd_files(tmp_path, monkeypatch)
     library = tmp_path / "lib"
     for name in ("a.py", "b/c.py", "b/__pycache__/c.py", "site-packages/p.py", "dist-packages/q.py", "d.txt"):
         (library / name).parent.mkdir(parents=True, exist_ok=True)
-        (library / name).write_text(f"# {name}\n" + story(len(name)))
+        (library / name).write_text(f"# {name}\r\n" + story(len(name)), newline="")
     (library / "empty.py").write_text("")
     (library / "latin.py").write_bytes(b"# caf\xe9\n")
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(library if name == "stdlib" else library / "site-packages"))
+    paths = {"stdlib": library, "purelib": library / "site-packages", "platlib": library / "site-packages"}
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(paths[name]))
     config = config_for(tmp_path, data="python")
     assert [os.path.relpath(f, library) for f in data._sources(config)] == ["a.py", "empty.py", "latin.py", "b/c.py"]
-    assert [t.split("\n")[0] for t, _ in data._documents(data._sources(config), config)] == ["# a.py", "# b/c.py"]
+    assert [t.split("\r\n")[0] for t, _ in data._documents(data._sources(config), config)] == ["# a.py", "# b/c.py"]
     assert data.prepare(config).documents == 2
 
 
@@ -83,7 +84,8 @@ def test_installed_adds_source_headers_and_text_of_packages_once(tmp_path, monke
     for name in names:
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(name)
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(library if name == "stdlib" else library / "site-packages"))
+    paths = {"stdlib": library, "purelib": library / "site-packages", "platlib": library / "site-packages"}
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(paths[name]))
     found = [os.path.relpath(f, library) for f in data._sources(config_for(tmp_path, data="installed"))]
     assert found[0] == "a.py" and sorted(found) == sorted(n for n in names if not n.endswith(".so"))
 
@@ -202,7 +204,8 @@ def test_too_small_a_corpus(tmp_path, folder):
 
 def test_cache_folder_that_cannot_be_written(tmp_path, folder):
     (tmp_path / "file").write_text("")
-    fails(config_for(tmp_path, cache_dir=str(tmp_path / "file" / "cache")), str(tmp_path / "file" / "cache"), "--cache_dir")
+    cache = str(tmp_path / "file" / "cache")
+    fails(config_for(tmp_path, cache_dir=cache), cache, "--cache_dir")
 
 
 def test_full_disk(tmp_path, folder):
@@ -230,7 +233,8 @@ def test_split_takes_lowest_hashes_up_to_the_fraction():
     assert data.split(hashes, np.array([10, 1000, 10, 10, 10]), 0.2).tolist() == [False, True, False, False, False]
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 100)), min_size=1, max_size=30), st.floats(1e-6, 0.5))
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 100)), min_size=1, max_size=30),
+       st.floats(1e-6, 0.5))
 @settings(max_examples=200, deadline=None)
 def test_split_keeps_equal_documents_together_and_fills_both_sides(documents, fraction):
     hashes, lengths = np.array([h for h, _ in documents], np.uint64), np.array([n for _, n in documents])
@@ -348,10 +352,14 @@ def test_tokenizer_is_trained_on_an_even_sample_of_training_documents(tmp_path, 
 
 
 def save_tokenizer(path: Path, vocabulary: dict, special: list[str]) -> str:
+    """A tokenizer of words, with everything on that a corpus must not get: truncation, padding, added tokens."""
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(special)
     tokenizer.enable_truncation(3)
-    tokenizer.enable_padding(length=5)
+    tokenizer.enable_padding(length=100)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "$A " + special[0], special_tokens=[(special[0], tokenizer.token_to_id(special[0]))])
     tokenizer.save(str(path))
     return str(path)
 
@@ -364,11 +372,12 @@ def test_given_tokenizer(tmp_path, folder, trained):
         data.prepare(config_for(tmp_path, tokenizer=str(tmp_path / "given.json"), vocab_size=299))
 
 
-def test_truncation_and_padding_of_a_given_tokenizer_are_off(tmp_path, folder):
+def test_a_given_tokenizer_adds_and_drops_nothing(tmp_path, folder):
     path = save_tokenizer(tmp_path / "t.json", {"a": 0, "b": 1}, ["[SEP]", "</s>"])
-    corpus = data.prepare(config_for(tmp_path, tokenizer=path, max_seq_len=8))
+    corpus = data.prepare(config_for(tmp_path, tokenizer=path))
     assert corpus.end_of_text == corpus.tokenizer.token_to_id("</s>")   # before [SEP] in the list
-    assert len(corpus.tokenizer.encode_batch(["a", "b" * 50])[0].ids) == 1
+    assert len(corpus.train) + len(corpus.validation) == sum(len(story(i).split()) + 1 for i in range(40))
+    assert set(corpus.train.tolist()) == {0, corpus.end_of_text}
 
 
 def test_bad_tokenizers(tmp_path, folder):
@@ -401,6 +410,10 @@ def test_a_change_builds_another_cache(tmp_path, folder):
     second = data.prepare(config_for(tmp_path))
     assert "doc99x" in text_of(second, second.train) + text_of(second, second.validation)
     assert first.data_hash != second.data_hash
+    (folder / "03.txt").write_text(story(99).replace("alpha", "ALPHA"))   # the same size, another time
+    os.utime(folder / "03.txt", (1, 1))
+    third = data.prepare(config_for(tmp_path))
+    assert "ALPHA" in text_of(third, third.train) + text_of(third, third.validation)
     for change in (dict(vocab_size=310), dict(validation_fraction=0.3), dict(text_field="body")):
         before = len(list((tmp_path / "cache").iterdir()))
         data.prepare(config_for(tmp_path, **change))
@@ -409,10 +422,9 @@ def test_a_change_builds_another_cache(tmp_path, folder):
 
 def test_hashes_do_not_depend_on_place_or_time(tmp_path, folder):
     first = data.prepare(config_for(tmp_path))
-    folder.rename(tmp_path / "elsewhere")
-    for file in (tmp_path / "elsewhere").iterdir():
-        os.utime(file, (1, 1))
+    folder.rename(tmp_path / "elsewhere")   # keeps names, sizes and times: only the place differs
     second = data.prepare(config_for(tmp_path, data=str(tmp_path / "elsewhere")))
+    assert len(list((tmp_path / "cache").iterdir())) == 2   # but the cache does
     assert (first.data_hash, first.tokenizer_hash) == (second.data_hash, second.tokenizer_hash)
     assert np.array_equal(first.train, second.train)
 
@@ -474,8 +486,8 @@ def damage(path: Path, at: int | None, content: bytes = b""):
     path.write_bytes(whole[:-2] if at is None else whole[:at] + content + whole[at + len(content):])
 
 
-SHARD_DAMAGE = {"is not a token shard": (0, b"X"), "format version 99": (8, b"\x63"), "tokens of 8 bytes": (12, b"\x08"),
-                "holds": (None, b""), "another tokenizer": (24, b"\x00\x00\x00")}
+SHARD_DAMAGE = {"is not a token shard": (0, b"X"), "format version 99": (8, b"\x63"),
+                "tokens of 8 bytes": (12, b"\x08"), "holds": (None, b""), "another tokenizer": (24, b"\x00\x00\x00")}
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin"])
@@ -536,7 +548,8 @@ def test_order_is_pinned():
 def test_sequences_depend_on_the_position_alone(position, count, cut, seed):
     tokens, cut = np.arange(100, dtype=np.uint16), min(cut, count)
     whole = data.sequences(tokens, 7, seed, position, count)
-    parts = [data.sequences(tokens, 7, seed, position, cut), data.sequences(tokens, 7, seed, position + cut, count - cut)]
+    parts = [data.sequences(tokens, 7, seed, position, cut),
+             data.sequences(tokens, 7, seed, position + cut, count - cut)]
     assert np.array_equal(whole, np.concatenate(parts))
 
 
@@ -559,7 +572,8 @@ def test_cut_into_micro_batches_does_not_matter(tmp_path):
 
 def test_beginning_at_a_position_is_skipping_to_it(tmp_path):
     tokens, config = np.arange(1000, dtype=np.uint16), config_for(tmp_path, batch_size=4)
-    for (a, _), (b, _) in zip(take(data.batches(tokens, config, 0), 20)[15:], take(data.batches(tokens, config, 60), 5)):
+    from_start, from_there = take(data.batches(tokens, config, 0), 20), take(data.batches(tokens, config, 60), 5)
+    for (a, _), (b, _) in zip(from_start[15:], from_there):
         assert torch.equal(a, b)
 
 
@@ -569,7 +583,8 @@ def test_workers_give_the_same_batches_and_end(tmp_path, folder, capfd):
     state = torch.get_rng_state()
     for close in (True, False):
         parallel = data.batches(tokens, config, 3)
-        for (a, b), (c, d) in zip(take(parallel, 30), take(data.batches(tokens, replace(config, num_workers=0), 3), 30)):
+        in_process = data.batches(tokens, replace(config, num_workers=0), 3)
+        for (a, b), (c, d) in zip(take(parallel, 30), take(in_process, 30)):
             assert torch.equal(a, c) and torch.equal(b, d)
         workers = multiprocessing.active_children()
         assert len(workers) == 2

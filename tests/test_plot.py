@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 def training_row(step, layers=2, experts=4, **changes):
     loss = 4 + 6 * math.exp(-step / 30)
-    return dict(step=step, train_loss=loss, train_perplexity=math.exp(loss), train_accuracy=0.3, load_balancing_loss=1.0,
-                grad_norm=1.0, muon_lr=0.01, adamw_lr=0.001, tokens_per_second=5e4, mfu=None,
+    return dict(step=step, train_loss=loss, train_perplexity=math.exp(loss), train_accuracy=0.3,
+                load_balancing_loss=1.0, grad_norm=1.0, muon_lr=0.01, adamw_lr=0.001, tokens_per_second=5e4, mfu=None,
                 expert_load=[[1 / experts] * experts] * layers, memory_allocated_gb=40.0, memory_reserved_gb=60.0,
                 memory_peak_gb=55.0, elapsed_seconds=1.0 * step, tokens_seen=1000 * step, loss_scale=65536.0,
                 skipped_steps=0) | changes
@@ -65,8 +65,9 @@ def lines(axes):
 
 
 @pytest.mark.parametrize("rows", [
-    [], [validation_row(0)], [training_row(1)], run(2), run(20), run(20, layers=48, experts=64), run(20, layers=1, experts=1),
-    run(20, layers=0), run(20, **CPU), run(3, layers=0, **CPU),
+    [], [validation_row(0)], [training_row(1)], run(2), run(20),
+    run(20, layers=48, experts=64), run(20, layers=1, experts=1), run(20, layers=0), run(20, **CPU),
+    run(3, layers=0, **CPU),
     run(20, train_loss=math.nan, train_perplexity=math.inf), run(20, train_loss=None, tokens_per_second=None),
     run(20, train_perplexity=0.0, muon_lr=0.0, adamw_lr=0.0, tokens_per_second=0.0), run(20, memory_peak_gb=math.inf),
     run(5) + run(5, train_loss=-math.inf, grad_norm=math.nan), run(20, expert_load=[[None, math.nan, math.inf, 0.5]]),
@@ -132,6 +133,14 @@ def test_smoothing():
     noise = np.random.default_rng(0).normal(size=10_000)
     assert plot._smoothed(noise)[200:-200].std() < 0.08
     assert np.array_equal(plot._smoothed(np.array([np.nan, 2.0, np.nan])), [np.nan, 2.0, np.nan], equal_nan=True)
+
+
+def test_a_redrawn_plot_is_a_new_file(tmp_path):
+    path = tmp_path / "c.png"
+    path.write_bytes(b"old")
+    (tmp_path / "reader.png").hardlink_to(path)     # someone who has the old one open
+    plot.plot_training_curves(run(3), path)
+    assert (tmp_path / "reader.png").read_bytes() == b"old" != path.read_bytes()
 
 
 def test_a_failed_write_keeps_the_old_plot(tmp_path, monkeypatch):

@@ -1,0 +1,398 @@
+"""The loop: exact resume, overflow, schedule, what is written down, signals, memory errors."""
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import random
+import signal
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import memory
+import trainer as trainer_module
+from config import PRESETS, Config, ConfigError, ExperimentError
+from trainer import Trainer, learning_rate_factor, resumed_config
+
+FORMS = {"fp32": dict(precision="fp32"), "bf16-split": dict(precision="bf16"), "fp16-split": dict(precision="fp16"),
+         "bf16-fp32-masters": dict(precision="bf16", master_weights="fp32"),
+         "fp16-offload": dict(precision="fp16", offload_optimizer="true")}
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """Twenty documents of words with some grammar in them, so that a tiny model learns at once."""
+    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(40)]
+    for i in range(20):
+        lines = (" ".join(draw.choice(words[j % 40:j % 40 + 4] or words) for j in range(draw.randint(5, 15))) for _ in range(60))
+        (folder / f"{i:02}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def settings(text, tmp_path):
+    """settings(**changes) is the Config of a small run in tmp_path/run."""
+    def make(**changes) -> Config:
+        return Config(**{**PRESETS["tiny"], **dict(
+            d_model=32, n_layers=2, n_heads=2, d_ff=32, num_experts=4, moe_every=1, max_seq_len=16, vocab_size=300, batch_size=2,
+            gradient_accumulation_steps=2, max_steps=30, eval_every=10, eval_steps=2, log_every=4, save_every=15, sample_tokens=0,
+            device="cpu", data=str(text), validation_fraction=0.1, cache_dir=str(text.parent / "cache"),
+            save_dir=str(tmp_path / "run")), **changes})
+    return make
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes longer than the training here; one test looks at the curves."""
+    if "curves" not in request.node.name:
+        monkeypatch.setattr(trainer_module, "plot_training_curves", lambda *args, **kwargs: None)
+
+
+def build(config, state=None) -> Trainer:
+    (folder := trainer_module.Path(config.save_dir)).mkdir(parents=True, exist_ok=True)
+    assert folder.is_dir()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return Trainer(config, data.prepare(config), state)
+
+
+def rows(config, kind):
+    lines = (trainer_module.Path(config.save_dir) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if kind in row]
+
+
+def stop_after(trainer, step, number=signal.SIGTERM):
+    """Makes the trainer see a signal while it takes the given step."""
+    take = trainer.train_step
+
+    def train_step(batches):
+        if trainer.step == step - 1:
+            signal.raise_signal(number)
+        return take(batches)
+    trainer.train_step = train_step
+
+
+def states(trainer):
+    return {**{f"model/{k}": p.detach() for k, p in trainer.parameters.items()},
+            **{f"{o}/{k}/{key}": t for o, opt in (("muon", trainer.muon), ("adamw", trainer.adamw))
+               for k, s in opt.state.tensors.items() for key, t in s.items()}}
+
+
+# ---------------------------------------------------------------- resume
+
+@pytest.mark.parametrize("form", FORMS)
+def test_stopped_and_resumed_run_equals_one_run_to_the_bit(settings, tmp_path, form):
+    whole = build(settings(save_dir=str(tmp_path / "whole"), **FORMS[form]))
+    whole.run()
+    config = settings(**FORMS[form])
+    first = build(config)
+    stop_after(first, 15)
+    with pytest.raises(SystemExit) as stopped:
+        first.run()
+    assert stopped.value.code == 128 + signal.SIGTERM and first.step == 15
+    torch.manual_seed(99)       # a new process has other random states
+    random.seed(99)
+    second = build(config, checkpoint.load(checkpoint.latest_path(config.save_dir)))
+    second.run()
+
+    expected, found = states(whole), states(second)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert expected[name].dtype == found[name].dtype and torch.equal(expected[name], found[name]), name
+    for kind in ("train_loss", "val_loss"):
+        exact = [{k: r.get(k) for k in ("step", kind, "grad_norm", "expert_load", "tokens_seen")} for r in rows(whole.config, kind)]
+        assert exact == [{k: r.get(k) for k in exact[0]} for r in rows(config, kind)]
+    assert torch.equal(torch.get_rng_state(), checkpoint.load(checkpoint.latest_path(config.save_dir))["random"]["torch"])
+
+
+def test_rows_past_the_checkpoint_are_dropped_and_kept_aside(settings, tmp_path):
+    config = settings(save_every=5, log_every=1, keep_checkpoints=10)
+    build(config).run()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 31, "train_lo')        # a crash in the middle of a line
+    resumed = build(config, checkpoint.load(checkpoint.step_path(config.save_dir, 15)))
+    assert [r["step"] for r in rows(config, "train_loss")] == list(range(1, 16))
+    resumed.run()
+    assert [r["step"] for r in rows(config, "train_loss")] == list(range(1, 31))
+    assert (tmp_path / "run" / "metrics.jsonl.1").read_text().startswith(before)
+    assert (tmp_path / "run" / "checkpoint_step_30.pt.1").exists(), "the first branch's later checkpoint is not written over"
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up(settings, monkeypatch):
+    config = settings(save_every=10)
+    first = build(config)
+    evaluate = first._evaluate
+    monkeypatch.setattr(first, "_evaluate", lambda: evaluate() if first.step < 10 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert [r["step"] for r in rows(config, "val_loss")] == [0], "saved before evaluating"
+    build(config, checkpoint.load(checkpoint.latest_path(config.save_dir))).run()
+    assert [r["step"] for r in rows(config, "val_loss")] == [0, 10, 20, 30]
+
+
+def test_resume_refuses_other_data_and_other_tokenizer(settings, tmp_path):
+    config = settings(max_steps=2, save_every=2)
+    build(config).run()
+    state = checkpoint.load(checkpoint.latest_path(config.save_dir))
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in trainer_module.Path(config.data).glob("*.txt"):
+        (other / file.name).write_text(file.read_text() + "!")
+    with pytest.raises(ExperimentError, match="other text.*--data"):
+        build(dataclasses.replace(config, data=str(other)), state)
+    state["data"]["tokenizer_hash"] = "0" * 64
+    with pytest.raises(ExperimentError, match="other tokenizer.*--tokenizer"):
+        build(config, state)
+
+
+def test_resume_refuses_a_state_that_does_not_fit_the_model(settings):
+    config = settings(max_steps=2, save_every=2)
+    build(config).run()
+    state = checkpoint.load(checkpoint.latest_path(config.save_dir))
+    state["model"]["norm.weight"] = state["model"]["norm.weight"].half()
+    with pytest.raises(checkpoint.CheckpointError, match="norm.weight"):
+        build(config, state)
+
+
+def test_resumed_config_keeps_shape_and_data_order():
+    saved = dataclasses.asdict(Config(**PRESETS["tiny"]))
+    config, changes = resumed_config(saved, dict(muon_lr=0.5, batch_size=4, gradient_accumulation_steps=4, eval_every=50))
+    assert config.muon_lr == 0.5 and config.batch_size == 4
+    assert any(c.startswith("muon_lr: 0.02 -> 0.5") for c in changes) and not any("eval_every" in c for c in changes)
+    with pytest.raises(ConfigError) as refused:
+        resumed_config(saved, dict(d_model=256, seed=7, batch_size=64))
+    for name in ("d_model", "seed", "batch_size x gradient_accumulation_steps"):
+        assert name in str(refused.value)
+
+
+# ---------------------------------------------------------------- overflow and divergence
+
+def poison(trainer, value, when):
+    """Puts inf or nan into one gradient of the model at the micro-batches for which when(n) holds."""
+    p, seen = trainer.parameters["blocks.1.ffn.experts.down"], [0]
+
+    def hook(grad):
+        seen[0] += 1
+        if when(seen[0]):
+            grad = grad.clone()
+            grad[1, 2, 3] = value
+        return grad
+    p.register_hook(hook)
+
+
+@pytest.mark.parametrize("form", ["fp16-split", "bf16-split", "fp32"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_overflow_changes_nothing_but_the_scale_and_the_run_goes_on(settings, form, value):
+    config = settings(save_every=0, save_minutes=0, **FORMS[form])
+    trainer = build(config)
+    poison(trainer, value, when=lambda n: n == 7)       # the fourth step's first micro-batch
+    batches = data.batches(trainer.corpus.train, config, 0)
+    for _ in range(3):
+        assert trainer.train_step(batches)
+    before = {k: t.clone() for k, t in states(trainer).items()}
+    scale, steps = trainer.scaler.scale, trainer.adamw.steps
+    assert not trainer.train_step(batches)
+    assert all(torch.equal(before[k], t) for k, t in states(trainer).items())
+    assert (trainer.step, trainer.adamw.steps, trainer.tokens_seen) == (3, steps, 3 * config.tokens_per_step)
+    assert trainer.scaler.scale == (scale / 2 if form == "fp16-split" else 1)
+    assert trainer.data_position == 4 * config.sequences_per_step, "the batch is not retried"
+    assert trainer.skipped_steps == 1 and all(p.grad is None for p in trainer.parameters.values())
+    assert trainer.train_step(batches) and trainer.step == 4
+    assert all(torch.isfinite(t.float()).all() for t in states(trainer).values())
+
+
+def test_overflow_at_the_smallest_scale_stops_with_advice(settings):
+    trainer = build(settings(precision="fp16", loss_scale=4.0))
+    poison(trainer, math.inf, when=lambda n: True)
+    with pytest.raises(ExperimentError, match="10 batches in a row.*smallest loss scale.*\n.*muon_lr.*bf16"):
+        trainer.run()
+    assert trainer.skipped_steps == 2 + 10 and trainer.step == 0      # 4 -> 2 -> 1, then ten at 1
+
+
+def test_search_for_the_scale_does_not_stop_a_run(settings):
+    trainer = build(settings(precision="fp16", loss_scale=2.0 ** 40, max_steps=3, eval_every=3))
+    trainer.run()
+    assert trainer.step == 3 and trainer.skipped_steps > 10 and trainer.scaler.scale < 2.0 ** 30
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice_and_saves_nothing(settings):
+    trainer = build(settings(precision="fp16"))
+    with torch.no_grad():
+        trainer.parameters["norm.weight"].fill_(math.nan)
+    with pytest.raises(ExperimentError, match="loss is nan.*bf16(.|\n)*muon_lr(.|\n)*No checkpoint"):
+        trainer.train_step(data.batches(trainer.corpus.train, trainer.config, 0))
+
+
+# ---------------------------------------------------------------- the step
+
+def test_clipping_and_scale_are_one_factor_on_gradients_that_stay_as_they_are(settings, monkeypatch):
+    for form in ("fp32", "fp16-split"):
+        trainer = build(settings(grad_clip=0.01, loss_scale=1024.0, **FORMS[form]))
+        seen = {}
+        monkeypatch.setattr(trainer.muon, "step", lambda lr, factor: seen.update(
+            factor=factor, grads=[p.grad.clone() for p in trainer.parameters.values()]))
+        monkeypatch.setattr(trainer.adamw, "step", lambda lr, factor: seen.update(adamw=factor))
+        trainer.train_step(data.batches(trainer.corpus.train, trainer.config, 0))
+        norm = torch.stack([g.double().norm() for g in seen["grads"]]).norm().item()
+        assert seen["factor"] == seen["adamw"]
+        assert norm * seen["factor"] == pytest.approx(0.01, rel=1e-3)
+        assert trainer.interval["grad_norm"] == pytest.approx(norm / trainer.scaler.scale, rel=1e-4)
+
+
+def test_the_split_into_micro_batches_does_not_change_a_step(settings):
+    """With balancing within sequences; a batch is then a sum over its sequences."""
+    results = []
+    for batch, accumulation in ((1, 4), (4, 1)):
+        trainer = build(settings(batch_size=batch, gradient_accumulation_steps=accumulation, load_balancing_scope="sequence",
+                                 grad_clip=0))
+        batches = data.batches(trainer.corpus.train, trainer.config, 0)
+        for _ in range(3):
+            trainer.train_step(batches)
+        results.append({k: p.detach().clone() for k, p in trainer.parameters.items()})
+    for name, value in results[0].items():
+        assert torch.allclose(value, results[1][name], rtol=1e-4, atol=2e-5), name
+
+
+def test_schedule_is_a_pure_function_of_the_step():
+    c = Config(max_steps=100, warmup_fraction=0.1, min_lr_fraction=0.2)
+    factors = [learning_rate_factor(s, c) for s in range(100)]
+    assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert factors[10] == 1 and factors[-1] == pytest.approx(0.2) and factors[54:56] == pytest.approx([0.6, 0.6], abs=0.02)
+    assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
+    assert learning_rate_factor(0, dataclasses.replace(c, warmup_fraction=0.0)) == 1
+
+
+# ---------------------------------------------------------------- what is written down
+
+def test_metrics_results_and_curves(settings, tmp_path):
+    config = settings(log_every=1, sample_tokens=5)
+    trainer = build(config)
+    trainer.run()
+    train, val = rows(config, "train_loss"), rows(config, "val_loss")
+    assert [r["step"] for r in train] == list(range(1, 31)), "a step is an optimizer step"
+    assert [r["step"] for r in val] == [0, 10, 20, 30]
+    assert train[-1]["train_loss"] < train[0]["train_loss"] - 0.5 and val[-1]["val_loss"] < val[0]["val_loss"] - 0.5
+    for row in train:
+        assert row["train_perplexity"] == pytest.approx(math.exp(row["train_loss"]))
+        assert len(row["expert_load"]) == 2 and all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in row["expert_load"])
+        assert 0 <= row["train_accuracy"] <= 1 and row["tokens_per_second"] > 0 and row["mfu"] is None
+        assert row["muon_lr"] == pytest.approx(config.muon_lr * learning_rate_factor(row["step"] - 1, config))
+        assert row["tokens_seen"] == row["step"] * config.tokens_per_step
+    results = json.loads((tmp_path / "run" / "training_results.json").read_text())
+    assert results.keys() >= {"config", "environment", "parameters", "history", "final_metrics", "totals"}
+    assert results["final_metrics"]["val_loss"] == val[-1]["val_loss"] and results["totals"]["steps"] == 30
+    assert len(results["history"]) == 34 and results["parameters"]["total"] == config.total_params
+    assert results["sample"]["text"] and Config(**results["config"]) == trainer.config
+    assert (tmp_path / "run" / "training_curves.png").stat().st_size > 10_000
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_validation_loss_is_the_mean_over_the_first_windows(settings):
+    config = settings(max_steps=1, eval_every=1, eval_steps=3)
+    trainer = build(config)
+    trainer.run()
+    batch = torch.from_numpy(trainer.corpus.validation[:3 * 2 * 16 + 1].astype("int64"))
+    with torch.no_grad():
+        logits = trainer.model(batch[:-1].view(6, 16))
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), batch[1:])
+    assert rows(config, "val_loss")[-1]["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_spike_of_the_gradient_norm_names_its_parameter(settings):
+    trainer = build(settings(log_every=1))
+    poison(trainer, 1e4, when=lambda n: n == 2 * 20)
+    trainer.run()
+    spikes = [r for r in rows(trainer.config, "train_loss") if "grad_norm_spike" in r]
+    assert [(r["step"], r["grad_norm_spike"]["parameter"]) for r in spikes] == [(20, "blocks.1.ffn.experts.down")]
+
+
+def test_checkpoints_are_numbered_kept_and_linked(settings, tmp_path):
+    config = settings(save_every=4, keep_checkpoints=2)
+    build(config).run()
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.glob("*.pt")} == {"checkpoint_step_28.pt", "checkpoint_step_30.pt", "checkpoint_latest.pt"}
+    assert (folder / "checkpoint_latest.pt").samefile(folder / "checkpoint_step_30.pt")
+    state = torch.load(folder / "checkpoint_latest.pt", weights_only=True)
+    assert state.keys() >= {"model", "optimizer", "schedule", "loss_scaler", "random", "data_position", "metrics", "config", "step"}
+    assert state["config"]["d_model"] == 32 and state["data_position"] == 30 * config.sequences_per_step
+
+
+def test_saving_by_minutes_writes_latest_alone_and_zero_switches_off(settings, tmp_path):
+    build(settings(save_every=0, save_minutes=1e-9, max_steps=3)).run()
+    assert [p.name for p in (tmp_path / "run").glob("*.pt")] == ["checkpoint_latest.pt"]
+    off = build(settings(save_every=0, save_minutes=0, max_steps=3, save_dir=str(tmp_path / "off")))
+    stop_after(off, 2)
+    with pytest.raises(SystemExit):
+        off.run()
+    assert not list((tmp_path / "off").glob("*.pt"))
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16-split", "fp16-split"])
+def test_load_model_decodes_the_exact_masters(settings, form):
+    trainer = build(settings(max_steps=6, save_every=6, **FORMS[form]))
+    trainer.run()
+    model, config = checkpoint.load_model(checkpoint.latest_path(trainer.config.save_dir))
+    assert not model.training and config.precision == trainer.config.precision
+    all_states = {**trainer.muon.state.tensors, **trainer.adamw.state.tensors}
+    for name, p in model.named_parameters():
+        weight = trainer.parameters[name].detach()
+        master = trainer_module_master(weight, all_states[name])
+        assert p.dtype == torch.float32 and torch.equal(p, master)
+        if form != "fp32" and weight.ndim > 1 and "router" not in name:
+            assert not torch.equal(p, weight.float()), "the residual counts"
+    assert model(torch.zeros(1, 4, dtype=torch.long)).dtype == torch.float32
+
+
+def trainer_module_master(weight, state):
+    from precision import read_master
+    return read_master(weight, state)
+
+
+# ---------------------------------------------------------------- before the first step, and running out
+
+def test_free_space_is_checked_before_the_first_step(settings, monkeypatch):
+    trainer = build(settings(save_every=10, keep_checkpoints=2))
+    asked = []
+    monkeypatch.setattr(checkpoint, "check_free_space", lambda folder, size: asked.append((trainer.step, size)))
+    trainer.run()
+    size = checkpoint.latest_path(trainer.config.save_dir).stat().st_size
+    assert asked[0][0] == 0 and asked[0][1] == pytest.approx(3 * memory.checkpoint_gb(trainer.config) * 1e9)
+    tokenizer_and_plain = 100_000
+    assert abs(asked[0][1] / 3 - size) < tokenizer_and_plain + 0.05 * size
+
+
+def test_forecast_warns_above_four_passes(settings, capsys):
+    trainer = build(settings(max_steps=5000))
+    trainer._print_forecast()
+    out = capsys.readouterr()
+    assert "training tokens" in out.out and "passes over the corpus" in out.out and "warning" in out.err
+    build(settings(max_steps=10))._print_forecast()
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_out_of_memory_carries_the_plans_advice(settings, monkeypatch):
+    trainer = build(settings(activation_checkpointing="none", batch_size=8, max_seq_len=128))
+
+    def no_memory(batches):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(trainer, "train_step", no_memory)
+    with pytest.raises(ExperimentError, match=r"out of memory at step 1.*\n.*--batch_size \d+ --gradient_accumulation_steps"):
+        trainer.run()
+
+
+def test_no_host_memory_for_streaming(settings):
+    config = settings(offload_optimizer="true", host_memory_gb=1e-6)
+    with pytest.raises(ExperimentError, match="no host memory.*--host_memory_gb"):
+        build(config)
+
+
+def test_mfu_only_for_known_gpus(settings):
+    trainer = build(settings(precision="bf16"))
+    assert trainer._mfu(1e6) is None
+    trainer.machine = memory.Machine("NVIDIA H100 80GB HBM3", 84.9, 128, memory.known_gpu("NVIDIA H100 80GB HBM3"))
+    assert trainer._mfu(1e6) == pytest.approx(trainer.config.flops_per_token * 1e6 / 989e12)
+    assert memory.known_gpu("NVIDIA H100 PCIe") is None and memory.known_gpu("Tesla T4") is None
