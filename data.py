@@ -36,7 +36,7 @@ BUILT_IN = ("python", "installed")
 INSTALLED_SUFFIXES = (".py", ".pyi", ".pyx", ".pxd", ".h", ".hpp", ".hh", ".cuh", ".txt", ".md", ".rst")
 USER_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>", "[SEP]")   # first one wins
-PIECE = 64 * 1024                        # characters after which a long document is cut at the next line end
+PIECE_CHARACTERS = 2048, 64 * 1024       # after which a long document is cut at the next line end: least, most
 TOKENIZER_SAMPLE = 20_000_000            # characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores
 TOKENIZE_CHARACTERS = 4_000_000          # characters tokenized at a time
 FORMAT_VERSION = 1                       # of the cache: raise it when the same files would give other shards
@@ -327,11 +327,14 @@ def _bad_byte(path: str) -> str:
 
 
 def _documents(files: list[str], config: Config):
-    """Yields (text, whether its document ends with it): a short document at once, a long one in pieces of PIECE
-    characters, each prolonged to the end of its line unless that is as far again."""
+    """Yields (text, whether its document ends with it): a short document at once, a long one in pieces, each
+    prolonged to the end of its line unless that is as far again."""
+    least, most = PIECE_CHARACTERS
+    length = min(most, max(least, sum(map(os.path.getsize, files)) // 200))    # a small corpus is cut more finely
+
     def read(stream) -> str:
-        piece = stream.read(PIECE)
-        return piece + stream.readline(PIECE) if len(piece) == PIECE else piece
+        piece = stream.read(length)
+        return piece + stream.readline(length) if len(piece) == length else piece
 
     for path in files:
         try:
@@ -372,7 +375,7 @@ def _cache_key(config: Config, files: list[str], tokenizer_json: str | None) -> 
     """Changes with whatever changes the shards; files are told apart by name, size and time of change."""
     tokenizer = [TOKENIZER_SAMPLE, config.vocab_size] if tokenizer_json is None else _sha256(tokenizer_json)
     stats = [(os.path.abspath(path), os.stat(path)) for path in files]
-    identity = [FORMAT_VERSION, PIECE, tokenizer, _dtype(config).str, config.validation_fraction, config.text_field,
+    identity = [FORMAT_VERSION, PIECE_CHARACTERS, tokenizer, _dtype(config).str, config.validation_fraction, config.text_field,
                 config.data in BUILT_IN, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]]
     return _sha256(json.dumps(identity))[:16]
 

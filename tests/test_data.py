@@ -126,7 +126,7 @@ def test_line_ends_and_characters_arrive_unchanged(tmp_path):
 
 
 def test_long_documents_are_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 50)
+    monkeypatch.setattr(data, "PIECE_CHARACTERS", (50, 50))
     text = "".join(story(i) for i in range(3)) + "é" * 333 + "\nend"
     (tmp_path / "a.txt").write_text(text)
     config = config_for(tmp_path, data=str(tmp_path / "a.txt"))
@@ -159,7 +159,7 @@ def test_empty_files(tmp_path, folder):
 
 @pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl"])
 def test_undecodable_file_is_named_with_the_byte(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 50)
+    monkeypatch.setattr(data, "PIECE_CHARACTERS", (50, 50))
     good = "".join(json.dumps({"text": "x é" * 20}, ensure_ascii=False) + "\n" for _ in range(500)).encode()
     (tmp_path / name).write_bytes(good + b'{"text": "caf\xe9"}\n')
     fails(config_for(tmp_path, data=str(tmp_path / name)), name, f"offset {len(good) + 13}", "UTF-8")
@@ -279,7 +279,7 @@ def test_end_of_text_follows_every_document_and_only_those(tmp_path, folder):
 
 
 def test_pieces_of_a_long_file_are_joined_on_their_side(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 300)
+    monkeypatch.setattr(data, "PIECE_CHARACTERS", (300, 300))
     text = "".join(story(i) for i in range(40))
     (tmp_path / "one.txt").write_text(text)
     config = config_for(tmp_path, data=str(tmp_path / "one.txt"))
@@ -615,3 +615,9 @@ def test_validation_batches_are_the_first_windows_in_order(tmp_path):
     short = list(data.validation_batches(tokens, replace(config, eval_steps=2)))
     assert [len(i) for i, _ in short] == [4, 4]
     assert all(x.dtype == torch.int64 and x.is_contiguous() for pair in short for x in pair)
+
+
+def test_one_small_file_is_cut_finely_enough_to_be_split(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(story(i) for i in range(400)))      # tens of kB
+    corpus = data.prepare(config_for(tmp_path, data=str(tmp_path / "a.txt"), validation_fraction=0.01))
+    assert len(corpus.validation) > 100 and len(corpus.train) > 20 * len(corpus.validation)
