@@ -232,7 +232,7 @@ PRESETS = {
                   vocab_size=32768, batch_size=16, max_steps=500, eval_every=100, save_every=250,
                   activation_checkpointing="auto", data="installed"),
     "tiny": dict(_BRIEF, d_model=128, n_layers=4, n_heads=4, d_ff=256, moe_every=1, max_seq_len=256, vocab_size=4096,
-                 batch_size=8, gradient_accumulation_steps=2, max_steps=200, muon_lr=0.02, adamw_lr=0.003,
+                 batch_size=8, gradient_accumulation_steps=2, max_steps=250, muon_lr=0.02, adamw_lr=0.003,
                  eval_every=50, eval_steps=8, log_every=5, save_every=100, activation_checkpointing="none", precision="fp32",
                  sample_tokens=100),
 }

@@ -161,13 +161,15 @@ def batches(tokens: np.ndarray, config: Config, position: int, pin_memory: bool 
 
 
 def validation_batches(tokens: np.ndarray, config: Config):
-    """Iterator of (inputs, targets) over the first eval_steps * batch_size windows, or as many as there are: always the
-    same ones in the same order, int64 [batch_size, max_seq_len] each; the last batch may hold fewer sequences."""
+    """Iterator of (inputs, targets) over eval_steps * batch_size windows, or as many as there are: always the same ones,
+    spread evenly over the tokens (the first ones would be a few documents), int64 [batch_size, max_seq_len] each; the
+    last batch may hold fewer sequences."""
     seq_len = config.max_seq_len
-    n_windows = min(config.eval_steps * config.batch_size, (len(tokens) - 1) // seq_len)
-    for first in range(0, n_windows, config.batch_size):
-        windows = range(first, min(first + config.batch_size, n_windows))
-        rows = [tokens[i * seq_len:(i + 1) * seq_len + 1] for i in windows]
+    there = (len(tokens) - 1) // seq_len
+    taken = min(config.eval_steps * config.batch_size, there)
+    starts = np.arange(taken) * there // taken * seq_len
+    for first in range(0, taken, config.batch_size):
+        rows = [tokens[start:start + seq_len + 1] for start in starts[first:first + config.batch_size]]
         yield _inputs_and_targets(np.stack(rows).astype(np.int64))
 
 

@@ -5,6 +5,7 @@
 """
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -82,6 +83,22 @@ def plot_training_curves(history: list[dict], path, title: str = "", unigram_ent
             _say(axes, "no data yet" if axes is not experts or not train else "dense model: no experts")
     for axes in panels[-1]:
         axes.set_xlabel("step")
+    _write(figure, Path(path))
+
+
+def plot_comparison(runs: dict[str, list[dict]], path, title: str = ""):
+    """Draws the loss of several runs, {label: rows of metrics.jsonl}, into one PNG at `path`: smoothed training loss, and
+    validation loss as points. Raises ExperimentError when the file cannot be written."""
+    figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for (label, history), color in zip(runs.items(), itertools.cycle([BLUE, ORANGE, GREEN, RED])):
+        x, y = _series([row for row in history if "train_loss" in row], "train_loss")
+        _line(axes, x, _smoothed(y), label, color, linewidth=1.5)
+        _line(axes, *_series([row for row in history if "val_loss" in row], "val_loss"), None, color, marker="o", linestyle="")
+    axes.set(title=title, xlabel="step", ylabel="loss (nats per token); points: validation")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.legend(frameon=False)
     _write(figure, Path(path))
 
 

@@ -6,15 +6,19 @@
     python run_experiment.py plan --preset 18b --gpu h200 what it takes, without a GPU
     python run_experiment.py sample --checkpoint checkpoints/checkpoint_latest.pt --prompt "def main("
 """
-import argparse
-import json
-import os
-import shutil
-import sys
-from pathlib import Path
+import time
 
-import memory
-from config import (Config, ConfigError, ExperimentError, defaults, field_docs, nearest, parse_value, resolve)
+LAUNCHED = time.monotonic()     # before the slow imports
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import memory  # noqa: E402
+from config import (Config, ConfigError, ExperimentError, defaults, field_docs, nearest, parse_value, resolve)  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,7 +118,7 @@ def train(argv: list[str]) -> None:
             file.unlink(missing_ok=True)
     if path is not None and path.resolve().parent != folder.resolve() and (path.parent / trainer.METRICS).exists():
         shutil.copy(path.parent / trainer.METRICS, folder / trainer.METRICS)       # the history goes along
-    trainer.Trainer(config, corpus, state).run()
+    trainer.Trainer(config, corpus, state, LAUNCHED).run()
 
 
 def resume_path(resume: str | None, config: Config) -> Path | None:

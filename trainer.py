@@ -71,9 +71,11 @@ def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
 
 
 class Trainer:
-    """One run in one folder. `state` is what checkpoint.load returned, to go on from there."""
+    """One run in one folder. `state` is what checkpoint.load returned, to go on from there; `launched` is the
+    time.monotonic() at which the program started."""
 
-    def __init__(self, config: Config, corpus: data.Corpus, state: dict | None = None):
+    def __init__(self, config: Config, corpus: data.Corpus, state: dict | None = None, launched: float | None = None):
+        self.launched, self.seconds_to_first_step = launched or time.monotonic(), None
         self.corpus, self.folder = corpus, Path(config.save_dir)
         if state is not None:
             _same_data(state["data"], corpus)
@@ -262,6 +264,8 @@ class Trainer:
         self.interval["seconds"] = self.interval.get("seconds", 0.0) + seconds
         self.interval["steps"] = self.interval.get("steps", 0) + 1
         self.speeds.append(seconds)
+        if len(self.speeds) == 1:
+            self.seconds_to_first_step = time.monotonic() - self.launched
         if len(self.speeds) == MEASURED_STEPS + 1:
             per_step = statistics.median(self.speeds[1:])
             hours = per_step * (self.config.max_steps - self.step) / 3600
@@ -395,7 +399,8 @@ class Trainer:
             final_metrics=self._final_metrics(),
             totals=dict(steps=self.step, tokens=self.tokens_seen, skipped_steps=self.skipped_steps,
                         train_seconds=self.train_seconds, elapsed_seconds=self._elapsed(),
-                        tokens_per_second=self.tokens_seen / self.train_seconds if self.train_seconds else None),
+                        tokens_per_second=self.tokens_seen / self.train_seconds if self.train_seconds else None,
+                        seconds_to_first_step=self.seconds_to_first_step),
             sample=sample, history=self.history)
         temporary = self.folder / f".{RESULTS}.tmp"
         temporary.write_text(json.dumps(results, indent=1))

@@ -604,7 +604,7 @@ def test_workers_give_the_same_batches_and_end(tmp_path, folder, capfd):
     assert "forked" not in capfd.readouterr().err
 
 
-def test_validation_batches_are_the_first_windows_in_order(tmp_path):
+def test_validation_batches_are_the_same_windows_each_time_spread_evenly(tmp_path):
     tokens = np.arange(16 * 10 + 5, dtype=np.uint16)
     config = config_for(tmp_path, batch_size=4, eval_steps=20)
     for _ in range(2):
@@ -614,6 +614,7 @@ def test_validation_batches_are_the_first_windows_in_order(tmp_path):
         assert torch.equal(torch.cat([t for _, t in got]), torch.arange(1, 161).view(10, 16))
     short = list(data.validation_batches(tokens, replace(config, eval_steps=2)))
     assert [len(i) for i, _ in short] == [4, 4]
+    assert [i[r, 0].item() // 16 for i, _ in short for r in range(4)] == [0, 1, 2, 3, 5, 6, 7, 8]
     assert all(x.dtype == torch.int64 and x.is_contiguous() for pair in short for x in pair)
 
 
