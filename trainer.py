@@ -113,7 +113,7 @@ class Trainer:
 
         self.bar = tqdm(disable=True)
         self.stop_signal: int | None = None         # the signal that asked to stop
-        self.started = self.last_save = self.last_results = time.monotonic()
+        self.last_save = self.last_results = time.monotonic()
         self.elapsed_before = self.history[-1].get("elapsed_seconds", 0) if self.history else 0
         self.speeds: list[float] = []               # seconds of each step in this process
         self.peak_gb = 0.0
@@ -352,7 +352,7 @@ class Trainer:
         return dict(memory_allocated_gb=resident, memory_reserved_gb=None, memory_peak_gb=self.peak_gb)
 
     def _elapsed(self) -> float:
-        return self.elapsed_before + time.monotonic() - self.started
+        return self.elapsed_before + time.monotonic() - self.launched
 
     def _append(self, row: dict) -> None:
         self.history.append(row)

@@ -50,7 +50,7 @@ def default_run(folder: Path) -> None:
     write("default_run", r["final_metrics"]["val_loss"], "nats per token (final validation loss)", 1, r, dict(
         unigram_entropy=entropy, below_unigram_entropy=entropy - r["final_metrics"]["val_loss"],
         seconds_to_first_step=totals["seconds_to_first_step"], tokens_per_second=totals["tokens_per_second"],
-        seconds_in_all=totals["seconds_to_first_step"] + totals["elapsed_seconds"], steps=totals["steps"], tokens=totals["tokens"],
+        seconds_in_all=totals["elapsed_seconds"], steps=totals["steps"], tokens=totals["tokens"],
         train_loss=r["final_metrics"]["train_loss"], sample=r["sample"]))
 
 

@@ -1,0 +1,46 @@
+"""Writes the README's figures from benchmarks/results, between the marks <!-- NAME --> and <!-- end -->.
+
+    python -m benchmarks.tables
+"""
+import json
+import re
+import sys
+from pathlib import Path
+
+from config import PRESETS, Config
+from memory import count
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def default_run() -> str:
+    r = json.loads((ROOT / "benchmarks/results/default_run_cpu.json").read_text())
+    d = r["details"]
+    text = d["sample"]["text"].rstrip()
+    return (f"| on | first step after | in all | tokens/s | validation loss | below the unigram entropy |\n|---|---|---|---|---|---|\n"
+            f"| {r['gpu'].removeprefix('none, ')} | {d['seconds_to_first_step']:.0f} s | {d['seconds_in_all']:.0f} s | "
+            f"{d['tokens_per_second']:,.0f} | {r['value']:.2f} nats | by {d['below_unigram_entropy']:.2f} nats |\n\n"
+            f"Its text after {d['tokens'] / 1e6:.2f} million tokens:\n\n```\n{text}\n```")
+
+
+def presets() -> str:
+    lines = ["| preset | width x layers | `d_ff` | MoE every | parameters | active | tokens a step |", "|---|---|---|---|---|---|---|"]
+    for name, values in PRESETS.items():
+        c = Config(**values)
+        lines.append(f"| `{name}` | {c.d_model} x {c.n_layers} | {c.d_ff:,} | {c.moe_every} | {count(c.total_params)} | "
+                     f"{count(c.active_params)} | {c.tokens_per_step:,} |")
+    return "\n".join(lines)
+
+
+def filled(readme: str) -> str:
+    """The README with every marked block written anew."""
+    for name, block in dict(default_run=default_run, presets=presets).items():
+        readme = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _: f"<!-- {name} -->\n{block()}\n<!-- end -->", readme, flags=re.S)
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    before = path.read_text()
+    path.write_text(filled(before))
+    print("README.md is up to date" if filled(before) == before else "README.md written", file=sys.stderr)
