@@ -256,6 +256,7 @@ def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) ->
 # ---------------------------------------------------------------- generation
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")       # every length would be compiled anew
 def generate(model: MoETransformer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
              seed: int = 0, stop: int | None = None) -> list[int]:
     """Up to `max_new_tokens` token ids that continue `prompt`, which must not be empty; ends after the id `stop`.

@@ -205,8 +205,7 @@ class Trainer:
         if self.config.sample_tokens:
             self.model.eval()
             prompt = self.corpus.validation[:32].astype("int64").tolist()
-            new = generate(self.model, prompt, min(self.config.sample_tokens, 2000), temperature=0.8, top_k=50, seed=0,
-                           stop=self.corpus.end_of_text)
+            new = generate(self.model, prompt, min(self.config.sample_tokens, 2000), temperature=0.8, top_k=50, seed=0)
             decode = self.corpus.tokenizer.decode
             sample = dict(prompt=decode(prompt), text=decode(new))
             print(f"\nA sample (prompt | continuation):\n{sample['prompt']}|{sample['text']}\n")

@@ -1,0 +1,388 @@
+"""The whole model: an independent implementation, checkpointing, accumulation, the chunked loss, tables, compilation."""
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import model as model_module
+from conftest import tiny_config
+from model import MoETransformer, chunked_cross_entropy, generate
+
+MODES = ["none", "selective", "full"]
+
+
+def build(**changes) -> MoETransformer:
+    model = MoETransformer(tiny_config(**changes))
+    with torch.no_grad():       # initial norms are all ones and would hide a missing one
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.copy_(torch.rand_like(p) + 0.5)
+    return model
+
+
+def batch(model, sequences=2, seed=0):
+    c = model.config
+    tokens = torch.randint(c.vocab_size, (sequences, c.max_seq_len + 1), generator=torch.Generator().manual_seed(seed))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def gradients(model, inputs, targets, scale=1.0):
+    model.zero_grad()
+    loss, metrics = model(inputs, targets)
+    (loss * scale).backward()
+    return loss.detach(), metrics, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def error(found, expected):
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def assert_close(found: dict, expected: dict, bound: float):
+    assert found.keys() == expected.keys()
+    wrong = {name: e for name in expected if not (e := error(found[name].double(), expected[name].double())) <= bound}
+    assert not wrong
+
+
+# ---------------------------------------------------------------- an independent implementation
+
+def to_hugging_face(name: str, value: torch.Tensor, c) -> dict[str, torch.Tensor]:
+    """Our tensor under Hugging Face's names and layout. Rotary pairs are neighbours here, and half a head apart there."""
+    def halves(x, heads):
+        return x.unflatten(0, (heads, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+    parts = name.split(".")
+    if parts[0] != "blocks":
+        return {dict(embedding="model.embed_tokens", norm="model.norm", head="lm_head")[parts[0]] + ".weight": value}
+    layer, rest = f"model.layers.{parts[1]}.", ".".join(parts[2:])
+    if rest == "attention.q.weight":
+        return {layer + "self_attn.q_proj.weight": halves(value, c.n_heads)}
+    if rest == "attention.k.weight":
+        return {layer + "self_attn.k_proj.weight": halves(value, c.n_kv_heads)}
+    if rest in ("attention.q_norm.weight", "attention.k_norm.weight"):
+        return {layer + "self_attn." + parts[3] + ".weight": halves(value, 1)}
+    if rest == "ffn.gate_up":
+        return {layer + "mlp.gate_proj.weight": value[0], layer + "mlp.up_proj.weight": value[1]}
+    if rest == "ffn.experts.gate_up":
+        return {layer + "mlp.experts.gate_up_proj": value.flatten(1, 2)}
+    theirs = {"attention_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight",
+              "attention.v.weight": "self_attn.v_proj.weight", "attention.o.weight": "self_attn.o_proj.weight",
+              "ffn.down": "mlp.down_proj.weight", "ffn.experts.down": "mlp.experts.down_proj",
+              "ffn.router.weight": "mlp.gate.weight"}
+    return {layer + theirs[rest]: value}
+
+
+def hugging_face(model):
+    c = model.config
+    theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, moe_intermediate_size=c.d_ff,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
+        num_experts=c.num_experts, num_experts_per_tok=c.top_k, decoder_sparse_step=c.moe_every, mlp_only_layers=[],
+        norm_topk_prob=c.norm_topk_prob, max_position_embeddings=c.max_seq_len, tie_word_embeddings=c.tie_embeddings,
+        rms_norm_eps=c.rms_norm_eps, rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
+        attn_implementation="eager", use_cache=False))
+    state = {k: v for name, p in model.named_parameters() for k, v in to_hugging_face(name, p.detach(), c).items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= ({"lm_head.weight"} if c.tie_embeddings else set())
+    return theirs.train()
+
+
+@pytest.mark.parametrize("changes", [
+    dict(moe_every=1), dict(moe_every=2, n_kv_heads=2), dict(moe_every=3, n_layers=6), dict(moe_every=1, tie_embeddings=True),
+    dict(moe_every=2, n_kv_heads=1, tie_embeddings=True, top_k=1), dict(moe_every=1, top_k=3, norm_topk_prob=False),
+    dict(moe_every=3, n_kv_heads=2, rope_theta=1e6)], ids=str)
+def test_logits_and_gradients_equal_an_independent_implementation(changes):
+    ours = build(load_balancing_weight=0.0, init_std=0.2, **changes)
+    theirs = hugging_face(ours)
+    inputs, targets = batch(ours)
+    expected = theirs(inputs).logits
+    assert error(ours(inputs), expected) < 1e-4
+    loss, _, found = gradients(ours, inputs, targets)
+    reference = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
+    reference.backward()
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    found = {k: v for name, g in found.items() for k, v in to_hugging_face(name, g, ours.config).items()}
+    assert_close(found, expected, 1e-4)
+
+
+def test_a_later_token_changes_nothing_before_it():
+    model = build()
+    inputs, _ = batch(model)
+    changed = inputs.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % model.config.vocab_size
+    before, after = model(inputs), model(changed)
+    assert torch.allclose(before[:, :9], after[:, :9], atol=1e-5) and not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-3)
+
+
+# ---------------------------------------------------------------- checkpointing and accumulation
+
+class Count(TorchDispatchMode):
+    """Counts calls of operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls[str(op)] = self.calls.get(str(op), 0) + 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_neither_gradients_nor_routing(mode, precision):
+    models = [build(activation_checkpointing=m, precision=precision) for m in ("none", mode)]
+    models[1].load_state_dict(models[0].state_dict())
+    (_, kept, expected), (_, recomputed, found) = (gradients(m, *batch(m)) for m in models)
+    assert torch.equal(kept["expert_counts"], recomputed["expert_counts"])
+    assert_close(found, expected, 1e-6)
+
+
+def test_checkpointing_recomputes_what_it_should():
+    """In the backward pass: none and selective run no forward product again, full runs each once; no mode chooses experts
+    a second time."""
+    calls = {}
+    for mode in MODES:
+        model = build(activation_checkpointing=mode)
+        loss, _ = model(*batch(model))
+        with Count() as count:
+            loss.backward()
+        calls[mode] = count.calls
+    attention, experts = "aten._scaled_dot_product_flash_attention_for_cpu.default", "moe.expert_loop.default"
+    for op, forward in ((attention, 4), (experts, 4)):
+        assert [calls[mode].get(op, 0) for mode in MODES] == [0, 0, forward]
+    assert calls["selective"]["aten.mm.default"] == calls["none"]["aten.mm.default"]
+    # 4 blocks x (q, k, v, o) + 2 dense x gate_up + 2 routers; nothing needs the outcome of a dense block's last product
+    assert calls["full"]["aten.mm.default"] == calls["none"]["aten.mm.default"] + 16 + 2 + 2
+    assert not any("topk" in op for mode in MODES for op in calls[mode])
+    assert calls["selective"].get("aten.silu.default", 0) > 0 == calls["none"].get("aten.silu.default", 0)
+
+
+@pytest.mark.parametrize("changes, equal", [
+    (dict(load_balancing_weight=0.0), True), (dict(load_balancing_weight=1.0, load_balancing_scope="sequence"), True),
+    (dict(load_balancing_weight=1.0, load_balancing_scope="batch"), False)], ids=str)
+def test_eight_micro_batches_of_one_are_one_of_eight(changes, equal):
+    model = build(router_z_loss_weight=0.1, moe_every=1, **changes)
+    inputs, targets = batch(model, 8)
+    _, _, expected = gradients(model, inputs, targets)
+    model.zero_grad()
+    for i in range(8):
+        (model(inputs[i:i + 1], targets[i:i + 1])[0] / 8).backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    if equal:
+        assert_close(found, expected, 1e-5)
+    else:
+        assert error(found["blocks.1.ffn.router.weight"], expected["blocks.1.ffn.router.weight"]) > 0.01
+
+
+def test_metrics_are_those_of_the_logits():
+    for c in (dict(moe_every=2), dict(num_experts=0)):
+        model = build(load_balancing_weight=0.5, router_z_loss_weight=0.25, **c)
+        inputs, targets = batch(model)
+        loss, metrics = model(inputs, targets)
+        logits = model(inputs)
+        cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        assert metrics["cross_entropy"].item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+        assert metrics["correct"].item() == (logits.argmax(-1) == targets).sum().item()
+        if model.config.num_experts:
+            assert metrics["expert_counts"].shape == (2, 4) and (metrics["expert_counts"].sum(1) == 2 * 16 * 2).all()
+            auxiliary = 2 * (0.5 * metrics["load_balancing_loss"] + 0.25 * metrics["router_z_loss"])
+            assert loss.item() == pytest.approx((cross_entropy + auxiliary).item(), rel=1e-5)
+        else:
+            assert loss == metrics["cross_entropy"] and "expert_counts" not in metrics
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("masters", ["split", "fp32"])
+def test_every_precision_gives_fp32_logits_and_about_the_same_gradients(precision, masters):
+    exact = build()
+    model = MoETransformer(tiny_config(precision=precision, master_weights=masters))
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), exact.parameters()):
+            p.copy_(q)
+    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision if masters == "split" else "", torch.float32)
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.float32 if p.ndim == 1 or "router" in name else narrow), name
+    assert model(batch(model)[0]).dtype == torch.float32
+    scale = 1024.0 if precision == "fp16" else 1.0
+    loss, metrics, found = gradients(model, *batch(model), scale)
+    expected_loss, exact_metrics, expected = gradients(exact, *batch(model))
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected_loss.item(), rel=2e-3)
+    if torch.equal(metrics["expert_counts"], exact_metrics["expert_counts"]):
+        for name in ("embedding.weight", "head.weight", "blocks.0.attention.q.weight", "blocks.3.ffn.experts.down"):
+            assert error(found[name].float() / scale, expected[name]) < 0.1, name
+
+
+# ---------------------------------------------------------------- the loss
+
+class Largest(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("gradient", [1.0, 4096.0])
+def test_chunked_loss_equals_plain_cross_entropy(monkeypatch, dtype, bound, gradient):
+    monkeypatch.setattr(model_module, "LOSS_CHUNK", 16)
+    x = torch.randn(100, 24).to(dtype).requires_grad_()
+    weight = torch.randn(501, 24).div(5).to(dtype).requires_grad_()
+    targets = torch.randint(501, (100,))
+    with Largest() as largest:
+        loss, correct = chunked_cross_entropy(x, weight, targets)
+        (loss * gradient).backward()
+    assert largest.elements <= max(weight.numel(), 16 * 501), "the [tokens, vocabulary] matrix never exists"
+    wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    logits = wide_x @ wide_weight.T
+    expected = F.cross_entropy(logits, targets)
+    (expected * gradient).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=max(bound / 10, 1e-7))
+    assert correct == (logits.argmax(-1) == targets).sum() or dtype in (torch.bfloat16, torch.float16)
+    assert x.grad.dtype == weight.grad.dtype == dtype
+    assert error(x.grad.double(), wide_x.grad) < bound and error(weight.grad.double(), wide_weight.grad) < bound
+
+
+def test_chunked_loss_sums_the_heads_gradient_in_fp32(monkeypatch):
+    """128 chunks summed in bfloat16 would be 1.4% off."""
+    monkeypatch.setattr(model_module, "LOSS_CHUNK", 8)
+    x, weight = torch.randn(1024, 16).bfloat16(), torch.randn(64, 16).bfloat16().requires_grad_()
+    targets = torch.randint(4, (1024,))
+    chunked_cross_entropy(x, weight, targets)[0].backward()
+    wide = weight.detach().double().requires_grad_()
+    F.cross_entropy(x.double() @ wide.T, targets).backward()
+    assert error(weight.grad.double(), wide.grad) < 4e-3
+
+
+def test_small_probabilities_reach_the_head_in_fp16():
+    """Probabilities of 1e-8 are zero in fp16, unless they are scaled up first."""
+    weight = torch.zeros(300, 8, dtype=torch.float16)
+    weight[0, 0] = 16.0
+    weight.requires_grad_()
+    x = torch.ones(4, 8, dtype=torch.float16)
+    loss, _ = chunked_cross_entropy(x, weight, torch.zeros(4, dtype=torch.long))
+    (loss * 65536).backward()
+    assert weight.grad[1:].float().mean().item() == pytest.approx(65536 * 1.125e-7, rel=0.15)
+
+
+def test_no_gradient_forward_equals_the_training_forward():
+    model = build()
+    trained = model(*batch(model))[0]
+    with torch.no_grad():
+        assert model(*batch(model))[0] == trained
+
+
+# ---------------------------------------------------------------- materialising and tables
+
+@pytest.mark.parametrize("move", [lambda m: m.to_empty(device="cpu"), lambda m: m.to(torch.bfloat16), lambda m: m.half(),
+                                  lambda m: m.double()])
+def test_rotary_tables_are_fresh_fp32_after_any_move(move):
+    fresh = build().rope.cache.clone()
+    with torch.device("meta"):
+        bare = MoETransformer(tiny_config())
+    for model in (move(build()), bare.to_empty(device="cpu") and move(bare)):
+        assert model.rope.cache.dtype == torch.float32 and torch.equal(model.rope.cache, fresh)
+        assert all(block.attention.rope is model.rope for block in model.blocks)
+
+
+def test_a_materialised_model_is_the_directly_built_one():
+    config = tiny_config(precision="bf16")
+    with torch.device("meta"):
+        late = MoETransformer(config)
+    late.materialize("cpu")
+    for p, q in zip(late.parameters(), MoETransformer(config).parameters()):
+        assert torch.equal(p, q) and p.dtype == q.dtype
+    other = MoETransformer(dataclasses.replace(config, seed=5))
+    assert not torch.equal(other.head.weight, late.head.weight)
+
+
+def test_initial_weights_have_their_spread():
+    model = MoETransformer(tiny_config(d_model=128, d_ff=256))
+    parameters = dict(model.named_parameters())
+    residual = 0.02 / 8 ** 0.5
+    for name, std in (("embedding.weight", 0.02), ("blocks.1.ffn.experts.gate_up", 0.02), ("blocks.0.attention.q.weight", 0.02),
+                      ("blocks.0.attention.o.weight", residual), ("blocks.0.ffn.down", residual),
+                      ("blocks.1.ffn.experts.down", residual)):
+        assert parameters[name].std().item() == pytest.approx(std, rel=0.05), name
+    assert not torch.equal(parameters["blocks.1.ffn.experts.down"][0], parameters["blocks.1.ffn.experts.down"][1])
+    assert (parameters["norm.weight"] == 1).all()
+
+
+# ---------------------------------------------------------------- compilation
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts the graphs that compile_blocks makes, which run as they are."""
+    torch._dynamo.reset()
+    seen = []
+    from torch._dynamo.backends.debugging import aot_eager
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiler = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiler(self, backend=backend, **kwargs))
+    yield seen
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore")
+def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(graphs, mode):
+    plain, compiled = (build(n_layers=12, moe_every=3, activation_checkpointing=mode) for _ in range(2))
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_blocks()
+    loss, metrics, found = gradients(compiled, *batch(compiled))
+    assert len(graphs) == 2
+    gradients(compiled, *batch(compiled, seed=1))
+    assert len(graphs) == 2
+    expected_loss, expected_metrics, expected = gradients(plain, *batch(plain))
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
+    assert torch.equal(metrics["expert_counts"], expected_metrics["expert_counts"])
+    assert_close(found, expected, 1e-5)
+
+
+def test_a_graph_break_is_an_error(graphs):
+    """A block that cannot be compiled whole must fail, not fall back silently."""
+    model = build()
+    model.blocks[0].ffn.forward = lambda x: (torch._dynamo.graph_break(), x)[1]
+    model.compile_blocks()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        model(*batch(model))
+
+
+def test_evaluation_and_generation_compile_no_graph_for_each_length(graphs):
+    model = build()
+    model.compile_blocks()
+    gradients(model, *batch(model))
+    model.eval()
+    with torch.no_grad():
+        model(*batch(model))
+    before = len(graphs)
+    assert before <= 4
+    generate(model, [1, 2], 12)
+    assert len(graphs) == before
+
+
+# ---------------------------------------------------------------- generation
+
+def test_generation_stops_repeats_and_crops():
+    model = build().eval()
+    prompt = [1, 2, 3]
+    likeliest = generate(model, prompt, 5, temperature=0)
+    tokens = list(prompt)
+    for _ in range(5):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert likeliest == tokens[3:]
+    assert generate(model, prompt, 20, seed=3) == generate(model, prompt, 20, seed=3) != generate(model, prompt, 20, seed=4)
+    assert generate(model, prompt, 9, temperature=0, stop=likeliest[1]) == likeliest[:likeliest.index(likeliest[1]) + 1]
+    assert len(generate(model, prompt * 10, 30)) == 30, "longer than max_seq_len"
+    assert generate(model, prompt, 8, top_k=1, temperature=5.0) == generate(model, prompt, 8, temperature=0)
