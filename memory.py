@@ -35,8 +35,9 @@ GPUS = {
     "h100": GPU(84.9, 989, 128, ("H100", "HBM3")),      # the SXM card; PCIe and NVL cards have other peaks
     "a100-80": GPU(85.1, 312, 128, ("A100", "80GB")),
     "a100-40": GPU(42.3, 312, 128, ("A100", "40GB")),
-    "rtx4090": GPU(25.3, 165, 64, ("RTX 4090",)),
+    "rtx4090": GPU(25.3, 165, 64, ("RTX", "4090")),
 }
+OTHER_VARIANTS = {"NVL", "Laptop", "D", "MIG"}       # have other peaks or less memory than the cards of that name
 
 CONTEXT_GB = 0.7        # CUDA context and library workspaces, outside PyTorch's allocator (assumed)
 USABLE = 0.97           # share of the rest that is planned for: fragmentation and what the estimate misses (assumed)
@@ -197,7 +198,10 @@ def apply(c: Config, choice: Choice) -> Config:
 
 def known_gpu(driver_name: str) -> str | None:
     """The name in GPUS of a GPU by its driver's name for it; None for one whose figures are not known."""
-    return next((key for key, gpu in GPUS.items() if all(word in driver_name for word in gpu.words)), None)
+    words = set(driver_name.replace("-", " ").split())
+    if words & OTHER_VARIANTS:
+        return None
+    return next((key for key, gpu in GPUS.items() if words.issuperset(gpu.words)), None)
 
 
 def host_memory_gb() -> float:
@@ -236,8 +240,8 @@ def find_machine(host_gb: float = 0, gpu: str | None = None, cpu: bool = False) 
     if shutil.which("nvidia-smi") and visible and not cpu:
         answer = subprocess.run(["nvidia-smi", f"--id={visible}", "--query-gpu=name,memory.total",
                                  "--format=csv,noheader,nounits"], capture_output=True, text=True)
-        if answer.returncode == 0 and answer.stdout.strip():
-            name, mib = answer.stdout.splitlines()[0].rsplit(",", 1)
+        name, _, mib = answer.stdout.partition("\n")[0].rpartition(",")
+        if answer.returncode == 0 and mib.strip().isdigit():        # no number: memory shared with the host
             # the driver's total holds 0.5% that PyTorch does not see
             return Machine(name.strip(), float(mib) * 2 ** 20 / GB * 0.995, host_gb, known_gpu(name))
     return Machine(None, 0, host_gb)
@@ -274,8 +278,8 @@ def table(predicted: dict, measured: dict | None = None, capacity_gb: float | No
 
 
 def count(n: float) -> str:
-    """A large number in words: 17.97B, 4.46M."""
-    return f"{n / 1e9:,.2f}B" if n >= 1e9 else f"{n / 1e6:,.2f}M"
+    """A large number in words: 17.97B, 4.46M, 1,920."""
+    return f"{n / 1e9:,.2f}B" if n >= 1e9 else f"{n / 1e6:,.2f}M" if n >= 1e6 else f"{n:,.0f}"
 
 
 def measured_tokens_per_second(preset: str, precision: str, gpu: str | None) -> float | None:

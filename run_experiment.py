@@ -13,6 +13,7 @@ LAUNCHED = time.monotonic()     # before the slow imports
 import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import re  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         # --max-steps is as good as --max_steps
-        argv = ["--" + name.replace("-", "_") + eq + value if arg.startswith("--") else arg
+        argv = ["--" + name.replace("-", "_") + eq + value if re.fullmatch(r"--[\w-]+", "--" + name) and arg[:2] == "--" else arg
                 for arg in argv for name, eq, value in [arg[2:].partition("=")]]
         args, unknown = self.parse_known_args(argv)
         if unknown:
@@ -93,6 +94,8 @@ def train(argv: list[str]) -> None:
     state = None
     if path is not None:
         state = checkpoint.load(path)
+        if args.resume == "latest":
+            options["save_dir"] = config.save_dir       # the folder may have been moved since
         config, changes = trainer.resumed_config(state["config"], options)
         print(f"Resuming {path} at step {state['step']}" + (f", {args.preset} ignored: the checkpoint's configuration holds"
               if args.preset else "") + (". Changed: " + "; ".join(changes) if changes else ""))
@@ -126,6 +129,9 @@ def resume_path(resume: str | None, config: Config) -> Path | None:
     if resume is None:
         return None
     if resume != "latest":
+        if Path(resume).is_dir():
+            raise ConfigError(f"--resume {resume} is a folder. Its newest checkpoint: --save_dir {resume} --resume latest; or "
+                              "name one of its checkpoint files")
         return Path(resume)
     import checkpoint
     latest = checkpoint.latest_path(config.save_dir)
@@ -172,9 +178,9 @@ def sample(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws [0]")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[auto: the GPU when there is one]")
     args = parser.parse(argv)
-    for name, least in (("temperature", 0), ("top_k", 0), ("max_new_tokens", 1)):
-        if not getattr(args, name) >= least:
-            raise ConfigError(f"--{name} must be at least {least}")
+    for name, least, most in (("temperature", 0, 1e3), ("top_k", 0, 2 ** 63), ("max_new_tokens", 1, 2 ** 63), ("seed", 0, 2 ** 63)):
+        if not least <= getattr(args, name) < most:
+            raise ConfigError(f"--{name} must " + (f"be at least {least}" if most == 2 ** 63 else f"lie in [{least}, {most:g})"))
 
     import torch
 

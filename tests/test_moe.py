@@ -1,0 +1,286 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import moe as moe_module
+from conftest import tiny_config
+from moe import MoE, Router, _clear_idle_gradient, _Combine, _Dispatch, expert_loop, expert_loop_backward, grouped_linear, \
+    load_balancing_loss, router_z_loss
+
+B, S, D = 2, 6, 8
+
+
+def make_moe(num_experts=4, top_k=2, norm_topk_prob=None, dtype=torch.float64, **changes) -> MoE:
+    config = tiny_config(d_model=D, n_heads=2, d_ff=12, num_experts=num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob,
+                         **changes)
+    layer = MoE(config, torch.float32)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return layer.to(dtype)
+
+
+def make_input(dtype=torch.float64):
+    """Random tokens whose first feature is 1, so that the router's first column is a bias."""
+    x = torch.randn(B, S, D, dtype=dtype)
+    x[..., 0] = 1
+    return x.requires_grad_()
+
+
+def naive(layer: MoE, x):
+    """The layer's output and its pairs per expert, a token and an expert at a time."""
+    out, counts = [], [0] * layer.num_experts
+    for token in x.flatten(0, 1):
+        probs = (layer.router.weight @ token).softmax(0)
+        chosen = sorted(range(len(probs)), key=lambda e: -probs[e].item())[:layer.top_k]
+        total = sum(probs[e] for e in chosen) if layer.router.norm_topk_prob else 1
+        y = 0
+        for e in chosen:
+            gate, up = layer.experts.gate_up[e]
+            y = y + probs[e] / total * (layer.experts.down[e] @ (F.silu(gate @ token) * (up @ token)))
+            counts[e] += 1
+        out.append(y)
+    return torch.stack(out).view_as(x), counts
+
+
+def gradients(layer, x, y, upstream):
+    return torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+
+
+# ---------------------------------------------------------------- the layer
+
+@pytest.mark.parametrize("num_experts, top_k, norm", [(4, 2, True), (4, 2, False), (4, 1, False), (5, 3, True), (4, 4, True),
+                                                      (4, 4, False), (1, 1, False)])
+def test_layer_equals_a_loop_over_tokens(num_experts, top_k, norm):
+    layer, x, upstream = make_moe(num_experts, top_k, norm), make_input(), torch.randn(B, S, D, dtype=torch.float64)
+    y, (_, _, counts) = layer(x)
+    expected, expected_counts = naive(layer, x)
+    assert y.shape == x.shape and counts.tolist() == expected_counts and counts.sum() == B * S * top_k
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients(layer, x, y, upstream), gradients(layer, x, expected, upstream), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("idle", [0, 1, 3])
+def test_an_expert_without_tokens_has_gradients_of_exactly_zero(top_k, idle):
+    layer, x, upstream = make_moe(top_k=top_k), make_input(), torch.randn(B, S, D, dtype=torch.float64)
+    with torch.no_grad():
+        layer.router.weight[idle, 0] = -100
+    y, (_, _, counts) = layer(x)
+    expected, expected_counts = naive(layer, x)
+    assert counts.tolist() == expected_counts and expected_counts[idle] == 0
+    found = gradients(layer, x, y, upstream)
+    torch.testing.assert_close(found, gradients(layer, x, expected, upstream), rtol=1e-9, atol=1e-12)
+    for bank in found[2:]:
+        busy = [e for e in range(4) if counts[e] > 0]
+        assert (bank[idle] == 0).all() and all((bank[e] != 0).any() for e in busy)
+
+
+@pytest.mark.parametrize("busy", [0, 2, 3])
+def test_all_tokens_may_go_to_one_expert(busy):
+    layer, x, upstream = make_moe(top_k=1), make_input(), torch.randn(B, S, D, dtype=torch.float64)
+    with torch.no_grad():
+        layer.router.weight[busy, 0] = 12
+    y, (balance, _, counts) = layer(x)
+    expected, _ = naive(layer, x)
+    assert counts.tolist() == [B * S if e == busy else 0 for e in range(4)] and 3.9 < balance < 4
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradients(layer, x, y, upstream), gradients(layer, x, expected, upstream), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", ["16 bits", "fp32"])
+def test_layer_computes_in_the_dtype_of_its_input(dtype, stored):
+    layer = make_moe(dtype=torch.float32)
+    if stored == "16 bits":
+        layer.experts.to(dtype)
+    x = make_input(torch.float32).detach().to(dtype)
+    with torch.autocast("cpu", dtype):
+        y, _ = layer(x)
+    assert y.dtype == dtype
+    expected, _ = naive(layer.float(), x.float())
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+# ---------------------------------------------------------------- router
+
+def test_router_runs_in_fp32_under_autocast():
+    router, x = make_moe(dtype=torch.float32).router, make_input(torch.float32).detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, probs, weights, experts = router(x)
+    assert logits.dtype == probs.dtype == weights.dtype == torch.float32
+    assert logits.equal(F.linear(x.float(), router.weight))
+    assert probs.equal(logits.softmax(-1)) and probs.gather(-1, experts).equal(probs.sort(descending=True)[0][..., :2])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_router_learns_from_one_expert_a_token_only_if_its_weight_is_not_normalised(norm):
+    router = Router(tiny_config(d_model=D, n_heads=2, top_k=1)).double()
+    torch.nn.init.normal_(router.weight)
+    assert router.norm_topk_prob is False
+    router.norm_topk_prob = norm
+    x = make_input().detach()
+    weights = router(x)[2]
+    (weights * torch.randn_like(weights)).sum().backward()
+    assert router.weight.grad.abs().max() < 1e-14 if norm else router.weight.grad.abs().max() > 1e-2
+    assert (weights == 1).all() if norm else (weights < 1).all()
+
+
+# ---------------------------------------------------------------- grouped products
+
+ENDS = [[3, 7, 12], [0, 5, 12], [5, 5, 12], [4, 12, 12], [0, 0, 12], [12, 12, 12], [0, 0, 0]]
+
+
+def products(ends, dtype=torch.float64, width=(5, 4)):
+    i, o = width
+    return (torch.randn(ends[-1], i).to(dtype).requires_grad_(), torch.randn(len(ends), o, i).to(dtype).requires_grad_(),
+            torch.tensor(ends, dtype=torch.int32))
+
+
+def loop(x, weight, ends):
+    return torch.cat([x[start:end] @ w.T for start, end, w in zip([0, *ends.tolist()], ends.tolist(), weight)])
+
+
+@pytest.mark.parametrize("ends", ENDS, ids=str)
+def test_grouped_linear_is_a_product_for_each_expert(ends):
+    x, weight, ends = products(ends)
+    y, expected = grouped_linear(x, weight, ends), loop(x, weight, ends)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(y)
+    found, wanted = (torch.autograd.grad(out, [x, weight], upstream) for out in (y, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    idle = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+    assert (found[1][idle] == 0).all()
+
+
+@pytest.mark.parametrize("ends", ENDS[:2] + ENDS[-2:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_expert_loop_is_a_well_formed_operator(ends, dtype):
+    x, weight, ends = products(ends, dtype)
+    torch.library.opcheck(expert_loop, (x, weight, ends))
+    grad = torch.randn(len(x), weight.shape[1]).to(dtype)
+    torch.library.opcheck(expert_loop_backward, (grad, x.detach(), weight.detach(), ends))
+
+
+@pytest.mark.parametrize("ends", ENDS[:-1], ids=str)
+def test_expert_loop_has_the_right_gradient(ends):
+    assert gradcheck(expert_loop, products(ends))
+
+
+def test_an_idle_experts_gradient_is_cleared_whatever_it_holds():
+    weight, ends = torch.randn(4, 2, 3, requires_grad=True), torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    upstream = torch.randn(4, 2, 3)
+    upstream[0], upstream[2], upstream[3, 0, 0] = math.nan, math.inf, math.inf
+    out = _clear_idle_gradient(weight, ends)
+    assert out.equal(weight)
+    out.backward(upstream)
+    assert (weight.grad[[0, 2]] == 0).all() and weight.grad[[1, 3]].equal(upstream[[1, 3]])
+
+
+class OnGpu(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+    is_cuda = True
+
+
+@pytest.mark.parametrize("ends", [[8, 24, 32], [0, 8, 32], [5, 5, 32]], ids=str)
+def test_the_grouped_product_of_gpus_agrees_with_the_loop(ends, monkeypatch):
+    x, weight, ends = products(ends, torch.bfloat16, width=(16, 24))
+    expected = expert_loop(x, weight, ends)
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, [x, weight], upstream)
+    monkeypatch.setattr(moe_module, "expert_loop", None)
+    y = grouped_linear(x.as_subclass(OnGpu), weight, ends)
+    found = torch.autograd.grad(y, [x, weight], upstream)
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close([g.as_subclass(torch.Tensor) for g in found], list(wanted), rtol=0.01, atol=0.02)
+
+
+# ---------------------------------------------------------------- tokens to experts and back
+
+def permutation(k):
+    order = torch.randperm(4 * k)
+    return order, order.argsort(), k
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("function, rows", [(_Dispatch, 1), (_Combine, "k")])
+def test_dispatch_and_combine_have_the_right_gradients(function, rows, k):
+    inputs = torch.randn(4 * (k if rows == "k" else 1), 3, dtype=torch.float64, requires_grad=True), *permutation(k)
+    assert gradcheck(function.apply, inputs) and gradgradcheck(function.apply, inputs)
+
+
+class Accumulations(TorchDispatchMode):
+    """Records the shape of what operators add to at given indices, whose order on a GPU is not fixed."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("index_put", "index_add", "scatter_add", "scatter_reduce", "embedding")):
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_are_the_same_in_every_pass_and_rows_are_never_scattered():
+    layer, x, upstream = make_moe(dtype=torch.float32), make_input(torch.float32), torch.randn(B, S, D)
+    passes = []
+    for _ in range(2):
+        y, _ = layer(x)
+        with Accumulations() as seen:
+            passes.append(gradients(layer, x, y, upstream))
+    assert all(a.equal(b) for a, b in zip(*passes))
+    assert all(len(shape) == 1 for shape in seen.shapes)        # the router's weights alone, each to a place of its own
+
+
+# ---------------------------------------------------------------- balance
+
+def routing(sequences=3, num_experts=4, k=2):
+    probs = (torch.randn(sequences, S, num_experts) * 2).softmax(-1)
+    counts = F.one_hot(probs.topk(k).indices, num_experts).sum(dim=(1, 2))
+    return probs, counts
+
+
+def balance_formula(probs, counts):
+    """E sum_e f_e P_e of probabilities [tokens][E] and counts [E]."""
+    mean = [sum(p[e] for p in probs) / len(probs) for e in range(len(counts))]
+    return len(counts) * sum(c / sum(counts) * m for c, m in zip(counts, mean))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("num_experts, k", [(4, 1), (4, 2), (3, 3), (1, 1)])
+def test_load_balancing_loss_is_one_at_perfect_balance_and_largest_at_collapse(scope, num_experts, k):
+    probs = torch.full((3, S, num_experts), 1 / num_experts)
+    assert load_balancing_loss(probs, torch.full((3, num_experts), S * k // num_experts), scope).item() == pytest.approx(1)
+    one = F.one_hot(torch.zeros(3, S, dtype=torch.long), num_experts)
+    assert load_balancing_loss(one.float(), one.sum(dim=1), scope).item() == pytest.approx(num_experts)
+
+
+def test_load_balancing_loss_of_a_batch_takes_all_its_tokens_and_of_a_sequence_its_own():
+    probs, counts = routing()
+    batch = balance_formula(probs.flatten(0, 1).tolist(), counts.sum(0).tolist())
+    each = [balance_formula(p.tolist(), c.tolist()) for p, c in zip(probs, counts)]
+    assert load_balancing_loss(probs, counts, "batch").item() == pytest.approx(batch, rel=1e-5)
+    assert load_balancing_loss(probs, counts, "sequence").item() == pytest.approx(sum(each) / len(each), rel=1e-5)
+    assert abs(batch - sum(each) / len(each)) > 1e-3
+
+
+def test_router_z_loss_is_the_mean_squared_log_partition():
+    logits = torch.randn(2, 3, 4) * 3
+    values = [math.log(sum(math.exp(v) for v in token)) ** 2 for token in logits.flatten(0, 1).tolist()]
+    assert router_z_loss(logits).item() == pytest.approx(sum(values) / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_layer_returns_the_losses_of_its_routing(scope):
+    layer, x = make_moe(load_balancing_scope=scope), make_input()
+    _, (balance, z, counts) = layer(x)
+    logits, probs, _, experts = layer.router(x)
+    counts_BE = F.one_hot(experts, 4).sum(dim=(1, 2))
+    assert counts.equal(counts_BE.sum(0))
+    assert balance.equal(load_balancing_loss(probs, counts_BE, scope)) and z.equal(router_z_loss(logits))
+    for loss in (balance, z):
+        assert (torch.autograd.grad(loss, layer.router.weight, retain_graph=True)[0] != 0).any()
