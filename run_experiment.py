@@ -116,12 +116,13 @@ def train(argv: list[str]) -> None:
     print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
           f"{config.tokens_per_step:,} tokens a step", flush=True)
     corpus = data.prepare(config)
-    if args.overwrite:
-        for file in found:
-            file.unlink(missing_ok=True)
     if path is not None and path.resolve().parent != folder.resolve() and (path.parent / trainer.METRICS).exists():
         shutil.copy(path.parent / trainer.METRICS, folder / trainer.METRICS)       # the history goes along
-    trainer.Trainer(config, corpus, state, LAUNCHED).run()
+    run = trainer.Trainer(config, corpus, state, LAUNCHED)
+    if args.overwrite:      # only now that nothing can be wrong any more
+        for file in found:
+            file.unlink(missing_ok=True)
+    run.run()
 
 
 def resume_path(resume: str | None, config: Config) -> Path | None:

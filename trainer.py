@@ -84,24 +84,10 @@ class Trainer:
         self.asked = config                 # with its autos, which another machine may settle otherwise
         self.config = config = self._decide(config)
 
-        print("Building the model ...", flush=True)
-        with torch.device("meta"):
-            self.model = MoETransformer(config)
-        self.model.materialize(self.device)
-        self.parameters = dict(self.model.named_parameters())
-        hidden, others = split_parameters(self.model)
-        offload = config.offload_optimizer == "true"
-        if offload:
-            self._check_host_memory()
-            print(f"Reserving {self.predicted['host']:.1f} GB of host memory for optimizer state ...", flush=True)
-        self.muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload)
-        self.adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload)
-        self.scaler = LossScaler(config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16")
-        if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
-            self.model.compile_blocks()
-
-        self.run_id = uuid.uuid4().hex
         self.step = self.data_position = self.tokens_seen = self.skipped_steps = 0
+        with self._out_of_memory_advice():
+            self._build(config)
+        self.run_id = uuid.uuid4().hex
         self.train_seconds = 0.0            # inside train_step, over the whole run
         self.mean_norm = None               # running mean of the gradient norm
         self.saved_steps: list[int] = []
@@ -118,6 +104,24 @@ class Trainer:
         self.speeds: list[float] = []               # seconds of each step in this process
         self.peak_gb = 0.0
         self.measured: dict = dict(steps=0)         # of memory, see _measure_memory
+
+    def _build(self, config: Config) -> None:
+        """The model, compiled or not, and its two optimizers."""
+        print("Building the model ...", flush=True)
+        with torch.device("meta"):
+            self.model = MoETransformer(config)
+        self.model.materialize(self.device)
+        self.parameters = dict(self.model.named_parameters())
+        hidden, others = split_parameters(self.model)
+        offload = config.offload_optimizer == "true"
+        if offload:
+            self._check_host_memory()
+            print(f"Reserving {self.predicted['host']:.1f} GB of host memory for optimizer state ...", flush=True)
+        self.muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload)
+        self.adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload)
+        self.scaler = LossScaler(config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16")
+        if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
+            self.model.compile_blocks()
 
     # ------------------------------------------------------------ the step
 
@@ -169,7 +173,8 @@ class Trainer:
             if not any(row["step"] == self.step and "val_loss" in row for row in self.history) and self._evaluation_due():
                 self._evaluate()
             batches = data.batches(self.corpus.train, c, self.data_position, pin_memory=self.device.type == "cuda")
-            with tqdm(total=c.max_steps, initial=self.step, unit="step", dynamic_ncols=True, file=sys.stdout) as self.bar:
+            with tqdm(total=c.max_steps, initial=self.step, unit="step", dynamic_ncols=True, file=sys.stdout,
+                      mininterval=0.1 if sys.stdout.isatty() else 10) as self.bar:
                 while self.step < c.max_steps and self.stop_signal is None:
                     start = time.perf_counter()
                     stepped = self.train_step(batches)
@@ -205,7 +210,7 @@ class Trainer:
         if self.config.sample_tokens:
             self.model.eval()
             prompt = self.corpus.validation[:32].astype("int64").tolist()
-            new = generate(self.model, prompt, min(self.config.sample_tokens, 2000), temperature=0.8, top_k=50, seed=0)
+            new = generate(self.model, prompt, self.config.sample_tokens, temperature=0.8, top_k=50, seed=0)
             decode = self.corpus.tokenizer.decode
             sample = dict(prompt=decode(prompt), text=decode(new))
             print(f"\nA sample (prompt | continuation):\n{sample['prompt']}|{sample['text']}\n")
@@ -261,7 +266,6 @@ class Trainer:
     def _count_time(self, seconds: float) -> None:
         self.train_seconds += seconds
         self.interval["seconds"] = self.interval.get("seconds", 0.0) + seconds
-        self.interval["steps"] = self.interval.get("steps", 0) + 1
         self.speeds.append(seconds)
         if len(self.speeds) == 1:
             self.seconds_to_first_step = time.monotonic() - self.launched
@@ -366,7 +370,8 @@ class Trainer:
         tokens = 0
         batches = list(data.validation_batches(self.corpus.validation, self.config))
         full = [b for b in batches if len(b[0]) == self.config.batch_size] or batches     # one shape, compiled once
-        for inputs, targets in tqdm(full, desc=f"validation at step {self.step}", leave=False, file=sys.stdout, dynamic_ncols=True):
+        for inputs, targets in tqdm(full, desc=f"validation at step {self.step}", leave=False, file=sys.stdout, dynamic_ncols=True,
+                                    disable=not sys.stdout.isatty()):
             _, metrics = self.model(inputs.to(self.device), targets.to(self.device))
             if self.stop_signal is not None:
                 return          # made up for when the run is resumed: it was saved before this evaluation
@@ -480,7 +485,8 @@ class Trainer:
             return 0
         numbered = math.ceil((c.max_steps - self.step) / c.save_every) if c.save_every else 0
         files = min(numbered, c.keep_checkpoints) + 1       # one more while the oldest still stands, or latest alone
-        return int(files * memory.checkpoint_gb(c) * memory.GB)
+        files -= sum(checkpoint.step_path(self.folder, step).exists() for step in self.saved_steps)    # they make room
+        return int(max(1, files) * memory.checkpoint_gb(c) * memory.GB)
 
     # ------------------------------------------------------------ before the first step
 

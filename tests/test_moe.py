@@ -15,7 +15,7 @@ B, S, D = 2, 6, 8
 
 
 def make_moe(num_experts=4, top_k=2, norm_topk_prob=None, dtype=torch.float64, **changes) -> MoE:
-    config = tiny_config(d_model=D, n_heads=2, d_ff=12, num_experts=num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob,
+    config = tiny_config(d_model=D, n_heads=2, d_ff=16, num_experts=num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob,
                          **changes)
     layer = MoE(config, torch.float32)
     for p in layer.parameters():
