@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
 import torch
 
 from config import Config, ExperimentError
@@ -185,6 +187,24 @@ def check_free_space(folder, bytes_needed: int):
     if free < bytes_needed:
         raise CheckpointError(f"not enough disk space for checkpoints: {bytes_needed / 1e9:.2f} GB are needed, "
                               f"{_free(folder)}. {SPACE_REMEDY}")
+
+
+def random_states(device: torch.device) -> dict:
+    """Every generator's state as tensors and plain types, which torch.load opens with weights_only."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = numpy.random.get_state()
+    return dict(python=[version, list(words), gauss], numpy=[name, keys.tolist(), *map(float, rest)],
+                torch=torch.get_rng_state(), **(dict(cuda=torch.cuda.get_rng_state()) if device.type == "cuda" else {}))
+
+
+def restore_random_states(state: dict, device: torch.device) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), int(position), int(has_gauss), cached))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def model_from_state(state: dict, device="cpu"):

@@ -316,6 +316,31 @@ def resolve(options: dict, preset: str | None, gpu_memory_gb: float | None) -> t
     return Config(**{**values, **options}), name, why
 
 
+# What a resumed run may not change: the model's shape, the form of its state, and which sequences come when.
+FROZEN = set("""d_model n_layers n_heads n_kv_heads d_ff num_experts top_k norm_topk_prob moe_every max_seq_len vocab_size
+tie_embeddings rope_theta rms_norm_eps init_std precision master_weights validation_fraction seed""".split())
+
+
+def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
+    """The checkpoint's configuration with the command line's changes, and those changes in words.
+
+    Raises ConfigError for changes to what shapes the model, its state or the data order.
+    """
+    known = {f.name for f in dataclasses.fields(Config)}
+    config = Config(**{**{k: v for k, v in saved.items() if k in known}, **options})
+    before = Config(**{k: v for k, v in saved.items() if k in known})
+    changed = {name for name in options if getattr(config, name) != getattr(before, name)}
+    refused = [f"{name}: the checkpoint has {getattr(before, name)}, not {getattr(config, name)}"
+               for name in sorted(changed & FROZEN)]
+    if config.sequences_per_step != before.sequences_per_step:
+        refused.append(f"batch_size x gradient_accumulation_steps: the checkpoint has {before.sequences_per_step} sequences "
+                       f"a step, not {config.sequences_per_step}")
+    if refused:
+        raise ConfigError("a resumed run keeps its model and its data order:\n  " + "\n  ".join(refused)
+                          + "\nLeave these options out, or start a new run with another --save_dir.")
+    return config, [f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in sorted(changed)]
+
+
 def _problems(c: Config) -> list[str]:
     """Everything that makes the configuration impossible, each with its remedy."""
     found = []

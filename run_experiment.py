@@ -19,7 +19,8 @@ import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import memory  # noqa: E402
-from config import (Config, ConfigError, ExperimentError, defaults, field_docs, nearest, parse_value, resolve)  # noqa: E402
+from config import (Config, ConfigError, ExperimentError, defaults, field_docs, nearest, parse_value, resolve,
+                    resumed_config)  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,6 +90,7 @@ def train(argv: list[str]) -> None:
 
     import checkpoint
     import data
+    import report
     import trainer
     path = resume_path(args.resume, config)
     state = None
@@ -96,17 +98,17 @@ def train(argv: list[str]) -> None:
         state = checkpoint.load(path)
         if args.resume == "latest":
             options["save_dir"] = config.save_dir       # the folder may have been moved since
-        config, changes = trainer.resumed_config(state["config"], options)
+        config, changes = resumed_config(state["config"], options)
         print(f"Resuming {path} at step {state['step']}" + (f", {args.preset} ignored: the checkpoint's configuration holds"
               if args.preset else "") + (". Changed: " + "; ".join(changes) if changes else ""))
     else:
         print(f"Preset {name}: {why}." if name != "config.py" else f"Configuration of config.py: {why}.")
     folder = Path(config.save_dir)
-    found = trainer.run_files(folder) if folder.is_dir() else []
+    found = report.run_files(folder) if folder.is_dir() else []
     if found and not args.overwrite and (path is None or path.resolve().parent != folder.resolve()):
         if path is None and args.resume == "latest":        # a run that ended before its first checkpoint
             print(f"No checkpoint in {folder}: a fresh start; what the run left is set aside as "
-                  + ", ".join(trainer.set_aside(file).name for file in found))
+                  + ", ".join(report.set_aside(file).name for file in found))
         else:
             raise ConfigError(f"{folder} already holds a run ({', '.join(f.name for f in found[:4])}"
                               f"{' ...' if len(found) > 4 else ''}). Go on with it: --resume latest; keep it: another "
@@ -116,8 +118,8 @@ def train(argv: list[str]) -> None:
     print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
           f"{config.tokens_per_step:,} tokens a step", flush=True)
     corpus = data.prepare(config)
-    if path is not None and path.resolve().parent != folder.resolve() and (path.parent / trainer.METRICS).exists():
-        shutil.copy(path.parent / trainer.METRICS, folder / trainer.METRICS)       # the history goes along
+    if path is not None and path.resolve().parent != folder.resolve() and (path.parent / report.METRICS).exists():
+        shutil.copy(path.parent / report.METRICS, folder / report.METRICS)       # the history goes along
     run = trainer.Trainer(config, corpus, state, LAUNCHED)
     if args.overwrite:      # only now that nothing can be wrong any more
         for file in found:

@@ -4,11 +4,8 @@ The step itself is `Trainer.train_step`; everything else watches it, writes down
 """
 import contextlib
 import dataclasses
-import json
 import math
 import os
-import platform
-import random
 import signal
 import statistics
 import sys
@@ -16,7 +13,6 @@ import time
 import uuid
 from pathlib import Path
 
-import numpy
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -27,19 +23,13 @@ import memory
 from config import Config, ConfigError, ExperimentError
 from model import MoETransformer, generate
 from muon import AdamW, Muon, split_parameters
-from plot import plot_training_curves
 from precision import LossScaler, gradient_norms
+from report import CURVES, METRICS, RESULTS, MemoryMeter, Record, environment, set_aside
 
-METRICS, RESULTS, CURVES = "metrics.jsonl", "training_results.json", "training_curves.png"
 RESULTS_MINUTES = 5         # results and curves are rewritten at least this often
 MEASURED_STEPS = 3          # steps after the first whose speed gives the first forecast
 SPIKE = 4.0                 # a gradient norm this many times its running mean is a spike
 STUCK_STEPS = 10            # overflows in a row at the smallest loss scale that end the run
-
-# What a resumed run may not change: the model's shape, the form of its state, and which sequences come when.
-FROZEN = set("""d_model n_layers n_heads n_kv_heads d_ff num_experts top_k norm_topk_prob moe_every max_seq_len vocab_size
-tie_embeddings rope_theta rms_norm_eps init_std precision master_weights validation_fraction seed""".split())
-
 
 def learning_rate_factor(step: int, config: Config) -> float:
     """Share of the peak learning rate at update `step` (from 0): a linear rise, then a cosine to min_lr_fraction."""
@@ -48,26 +38,6 @@ def learning_rate_factor(step: int, config: Config) -> float:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, config.max_steps - 1 - warmup))
     return config.min_lr_fraction + (1 - config.min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
-    """The checkpoint's configuration with the command line's changes, and those changes in words.
-
-    Raises ConfigError for changes to what shapes the model, its state or the data order.
-    """
-    known = {f.name for f in dataclasses.fields(Config)}
-    config = Config(**{**{k: v for k, v in saved.items() if k in known}, **options})
-    before = Config(**{k: v for k, v in saved.items() if k in known})
-    changed = {name for name in options if getattr(config, name) != getattr(before, name)}
-    refused = [f"{name}: the checkpoint has {getattr(before, name)}, not {getattr(config, name)}"
-               for name in sorted(changed & FROZEN)]
-    if config.sequences_per_step != before.sequences_per_step:
-        refused.append(f"batch_size x gradient_accumulation_steps: the checkpoint has {before.sequences_per_step} sequences "
-                       f"a step, not {config.sequences_per_step}")
-    if refused:
-        raise ConfigError("a resumed run keeps its model and its data order:\n  " + "\n  ".join(refused)
-                          + "\nLeave these options out, or start a new run with another --save_dir.")
-    return config, [f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in sorted(changed)]
 
 
 class Trainer:
@@ -92,7 +62,7 @@ class Trainer:
         self.mean_norm = None               # running mean of the gradient norm
         self.saved_steps: list[int] = []
         self.interval: dict = {}            # sums since the last line of metrics
-        self.history: list[dict] = []
+        self.record = Record(self.folder)
         self.last_saved_step = -1
         if state is not None:
             self._load(state)
@@ -100,10 +70,9 @@ class Trainer:
         self.bar = tqdm(disable=True)
         self.stop_signal: int | None = None         # the signal that asked to stop
         self.last_save = self.last_results = time.monotonic()
-        self.elapsed_before = self.history[-1].get("elapsed_seconds", 0) if self.history else 0
+        self.elapsed_before = self.record.latest().get("elapsed_seconds", 0)
         self.speeds: list[float] = []               # seconds of each step in this process
-        self.peak_gb = 0.0
-        self.measured: dict = dict(steps=0)         # of memory, see _measure_memory
+        self.meter = MemoryMeter(self.device, self.predicted, self.machine.memory_gb)
 
     def _build(self, config: Config) -> None:
         """The model, compiled or not, and its two optimizers."""
@@ -147,10 +116,11 @@ class Trainer:
             self._watch_norm(norm, norms)
             factor = (min(1.0, c.grad_clip / (norm + 1e-6)) if c.grad_clip else 1.0) / self.scaler.scale
             rate = learning_rate_factor(self.step, c)
-            self._measure_memory("backward")
+            self.meter.note("backward")
             self.muon.step(rate * c.muon_lr, factor)
             self.adamw.step(rate * c.adamw_lr, factor)
-            self._measure_memory("optimizer")
+            if self.meter.note("optimizer"):
+                self.bar.write(self.meter.table(list(self.parameters.values()), self.muon.state, self.adamw.state))
             self.step += 1
             self.tokens_seen += c.tokens_per_step
         for p in self.parameters.values():
@@ -170,7 +140,7 @@ class Trainer:
         checkpoint.check_free_space(self.folder, self._checkpoint_bytes_to_come())
         checkpoint.remove_leftovers(self.folder)
         with self._signals(), attention_backends(self.device), self._out_of_memory_advice():
-            if not any(row["step"] == self.step and "val_loss" in row for row in self.history) and self._evaluation_due():
+            if self._evaluation_due() and not self.record.evaluated(self.step):
                 self._evaluate()
             batches = data.batches(self.corpus.train, c, self.data_position, pin_memory=self.device.type == "cuda")
             with tqdm(total=c.max_steps, initial=self.step, unit="step", dynamic_ncols=True, file=sys.stdout,
@@ -215,7 +185,7 @@ class Trainer:
             sample = dict(prompt=decode(prompt), text=decode(new))
             print(f"\nA sample (prompt | continuation):\n{sample['prompt']}|{sample['text']}\n")
         self._write_results(sample)
-        final = self._final_metrics()
+        final = self.record.latest()
         print(f"Done: {self.step} steps, {memory.count(self.tokens_seen)} tokens, validation loss "
               f"{final.get('val_loss', float('nan')):.4f} (unigram entropy {self.corpus.unigram_entropy:.4f}).\n"
               f"{self.folder / RESULTS}, {self.folder / CURVES}", flush=True)
@@ -275,39 +245,6 @@ class Trainer:
             self.bar.write(f"{self.config.tokens_per_step / per_step:,.0f} tokens/s in the first steps: "
                            f"{hours:,.2f} hours to go for {self.config.max_steps - self.step:,} steps")
 
-    def _measure_memory(self, phase: str) -> None:
-        """In the second and third step of this process notes what forward and backward ("backward") and the optimizer step
-        ("optimizer") took at their peak, then prints the table of predicted and measured memory. On a CPU only what stays
-        is known exactly, and what the whole process takes."""
-        gpu = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() / memory.GB if gpu else memory.resident_gb()[1]
-        self.peak_gb = max(self.peak_gb, peak)
-        if gpu and self.measured["steps"] in (1, 2):
-            torch.cuda.reset_peak_memory_stats()
-        if phase == "backward":
-            self.measured["backward"] = peak
-            return
-        self.measured["steps"] += 1
-        if self.measured["steps"] == 3:
-            self.bar.write(self._measured_table(backward=self.measured["backward"], optimizer=peak))
-
-    def _measured_table(self, backward: float, optimizer: float) -> str:
-        muon, adamw = self.muon.state, self.adamw.state
-        state = {"master": [s["residual"] for o in (muon, adamw) for s in o.tensors.values() if "residual" in s],
-                 "momentum": [s["momentum"] for s in muon.tensors.values()],
-                 "adamw": [t for s in adamw.tensors.values() for k, t in s.items() if k != "residual"]}
-        state = {k: sum(t.nbytes for t in v) / memory.GB for k, v in state.items()}
-        sizes = dict(weights=sum(p.nbytes for p in self.parameters.values()) / memory.GB,
-                     gradients=sum(p.grad.nbytes for p in self.parameters.values() if p.grad is not None) / memory.GB,
-                     **{k: 0.0 if muon.offload else v for k, v in state.items()})
-        if self.device.type == "cuda":
-            sizes |= dict(activations=backward - sum(sizes.values()), workspace=max(0.0, optimizer - backward))
-            sizes["total"] = sum(sizes.values())
-        sizes["host"] = sum(state.values()) if muon.offload else 0.0
-        self.measured["memory_gb"] = sizes
-        table = memory.table(self.predicted, sizes, self.machine.memory_gb)
-        return table if self.device.type == "cuda" else f"{table}\nThe whole process: {optimizer:.3f} GB of RAM at its peak"
-
     # ------------------------------------------------------------ what is written down
 
     def _log(self) -> None:
@@ -326,11 +263,11 @@ class Trainer:
         rate = learning_rate_factor(self.step - 1, c)
         row |= dict(grad_norm=sums["grad_norm"], muon_lr=rate * c.muon_lr, adamw_lr=rate * c.adamw_lr, loss_scale=self.scaler.scale,
                     skipped_steps=self.skipped_steps, tokens_seen=self.tokens_seen, tokens_per_second=speed,
-                    mfu=self._mfu(speed), **self._memory_now(), elapsed_seconds=self._elapsed())
+                    mfu=self._mfu(speed), **self.meter.now(), elapsed_seconds=self._elapsed())
         if "spike" in sums:
             row["grad_norm_spike"] = sums["spike"]
         self.interval = {}
-        self._append(row)
+        self.record.append(row)
         shown = dict(loss=f"{loss:.3f}", ppl=f"{row['train_perplexity']:.1f}", acc=f"{row['train_accuracy']:.3f}",
                      norm=f"{row['grad_norm']:.2f}", lr=f"{row['muon_lr']:.1e}", tok_s=f"{speed:,.0f}")
         if c.n_moe_layers:
@@ -347,20 +284,8 @@ class Trainer:
             return None
         return self.config.flops_per_token * tokens_per_second / (gpu.peak_tflops * 1e12)
 
-    def _memory_now(self) -> dict:
-        if self.device.type == "cuda":
-            now = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-            return dict(memory_allocated_gb=now[0] / memory.GB, memory_reserved_gb=now[1] / memory.GB, memory_peak_gb=self.peak_gb)
-        resident, self.peak_gb = memory.resident_gb()
-        return dict(memory_allocated_gb=resident, memory_reserved_gb=None, memory_peak_gb=self.peak_gb)
-
     def _elapsed(self) -> float:
         return self.elapsed_before + time.monotonic() - self.launched
-
-    def _append(self, row: dict) -> None:
-        self.history.append(row)
-        with open(self.folder / METRICS, "a") as file:
-            file.write(json.dumps(row) + "\n")
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -379,38 +304,28 @@ class Trainer:
             correct = correct + metrics["correct"]
             tokens += targets.numel()
         loss = (loss / tokens).item()
-        self._append(dict(step=self.step, val_loss=loss, val_perplexity=_exp(loss), val_accuracy=correct.item() / tokens,
+        self.record.append(dict(step=self.step, val_loss=loss, val_perplexity=_exp(loss), val_accuracy=correct.item() / tokens,
                           val_tokens=tokens, elapsed_seconds=self._elapsed()))
         tqdm.write(f"step {self.step}: validation loss {loss:.4f}, perplexity {_exp(loss):.2f}, "
                    f"accuracy {correct.item() / tokens:.4f}", file=sys.stdout)
         self._write_results()
 
-    def _final_metrics(self) -> dict:
-        final: dict = {}
-        for row in self.history:
-            final.update({k: v for k, v in row.items() if k not in ("expert_load", "grad_norm_spike")})
-        return final
-
     def _write_results(self, sample: dict | None = None) -> None:
         """Rewrites training_results.json and training_curves.png, each whole or not at all."""
         c = self.config
-        results = dict(
+        facts = dict(
             config=dataclasses.asdict(c), environment=environment(self.device),
             parameters=dict(total=c.total_params, active=c.active_params, **c.parameter_groups),
             data=dict(self._data_identity(), train_tokens=len(self.corpus.train), validation_tokens=len(self.corpus.validation),
                       unigram_entropy=self.corpus.unigram_entropy),
-            memory_gb=dict(predicted=self.predicted, measured=self.measured.get("memory_gb")),
-            final_metrics=self._final_metrics(),
+            memory_gb=dict(predicted=self.predicted, measured=self.meter.measured_gb),
             totals=dict(steps=self.step, tokens=self.tokens_seen, skipped_steps=self.skipped_steps,
                         train_seconds=self.train_seconds, elapsed_seconds=self._elapsed(),
                         tokens_per_second=self.tokens_seen / self.train_seconds if self.train_seconds else None,
                         seconds_to_first_step=self.seconds_to_first_step),
-            sample=sample, history=self.history)
-        temporary = self.folder / f".{RESULTS}.tmp"
-        temporary.write_text(json.dumps(results, indent=1))
-        os.replace(temporary, self.folder / RESULTS)
-        plot_training_curves(self.history, self.folder / CURVES, unigram_entropy=self.corpus.unigram_entropy,
-                             title=f"{memory.count(c.total_params)} parameters, {memory.count(c.active_params)} active")
+            sample=sample)
+        title = f"{memory.count(c.total_params)} parameters, {memory.count(c.active_params)} active"
+        self.record.write_results(facts, title, self.corpus.unigram_entropy)
         self.last_results = time.monotonic()
 
     # ------------------------------------------------------------ checkpoints
@@ -450,9 +365,9 @@ class Trainer:
             model={name: p.detach() for name, p in self.parameters.items()},
             optimizer=dict(muon=self.muon.state_dict(), adamw=self.adamw.state_dict()),
             schedule=dict(step=self.step, max_steps=c.max_steps, factor=learning_rate_factor(self.step, c)),
-            loss_scaler=self.scaler.state_dict(), random=random_states(self.device),
+            loss_scaler=self.scaler.state_dict(), random=checkpoint.random_states(self.device),
             data=self._data_identity(), tokenizer_json=self.corpus.tokenizer_json,
-            metrics=self._final_metrics(), interval=self.interval)
+            metrics=self.record.latest(), interval=self.interval)
 
     def _data_identity(self) -> dict:
         return dict(data_hash=self.corpus.data_hash, tokenizer_hash=self.corpus.tokenizer_hash)
@@ -472,11 +387,11 @@ class Trainer:
                          "mean_norm"):
                 setattr(self, name, state[name])
             self.interval = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in state["interval"].items()}
-            restore_random_states(state["random"], self.device)
+            checkpoint.restore_random_states(state["random"], self.device)
         except (KeyError, ValueError) as error:
             raise checkpoint.CheckpointError(f"the checkpoint does not match this program's model: {error}. Resume it with "
                                              "the version of the program that wrote it.") from error
-        self.history = rewind_metrics(self.folder, self.step)
+        self.record.rewind(self.step)
         self.last_saved_step = self.step
 
     def _checkpoint_bytes_to_come(self) -> int:
@@ -593,70 +508,6 @@ def attention_backends(device: torch.device):
     hopper = torch.cuda.get_device_capability() >= (9, 0)
     order.insert(0 if hopper else 1, SDPBackend.CUDNN_ATTENTION)
     return sdpa_kernel(order, set_priority=True)
-
-
-def environment(device: torch.device) -> dict:
-    """What the run ran on, as plain types."""
-    return dict(command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
-                gpu=torch.cuda.get_device_name() if device.type == "cuda" else None, platform=platform.platform(),
-                cpus=os.cpu_count(), cpu_threads=torch.get_num_threads())
-
-
-def random_states(device: torch.device) -> dict:
-    """Every generator's state as tensors and plain types, which torch.load opens with weights_only."""
-    version, words, gauss = random.getstate()
-    name, keys, *rest = numpy.random.get_state()
-    return dict(python=[version, list(words), gauss], numpy=[name, keys.tolist(), *map(float, rest)],
-                torch=torch.get_rng_state(), **(dict(cuda=torch.cuda.get_rng_state()) if device.type == "cuda" else {}))
-
-
-def restore_random_states(state: dict, device: torch.device) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    numpy.random.set_state((name, numpy.array(keys, dtype=numpy.uint32), int(position), int(has_gauss), cached))
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-# ---------------------------------------------------------------- the run's folder
-
-def run_files(folder: Path) -> list[Path]:
-    """What a run has left in a folder."""
-    return [p for name in (METRICS, RESULTS, CURVES) if (p := folder / name).exists()] + sorted(folder.glob("checkpoint_*.pt"))
-
-
-def set_aside(path: Path) -> Path | None:
-    """Renames a file that would be written over to the first free name.1, name.2, ...; None when there is none."""
-    if not path.exists():
-        return None
-    number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.{n}").exists())
-    return path.rename(path.with_name(f"{path.name}.{number}"))
-
-
-def rewind_metrics(folder: Path, step: int) -> list[dict]:
-    """The rows of metrics.jsonl up to `step`; later ones, and a line that a crash cut short, are dropped from the file
-    (the file as it was is set aside when that loses whole rows)."""
-    path = folder / METRICS
-    if not path.exists():
-        return []
-    rows, later = [], 0
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["step"] <= step:
-            rows.append(row)
-        else:
-            later += 1
-    temporary = path.with_name(f".{METRICS}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if later:
-        print(f"{later} rows of {METRICS} past step {step} are dropped; the file as it was is {set_aside(path).name}")
-    os.replace(temporary, path)
-    return rows
 
 
 def _same_data(saved: dict, corpus: data.Corpus) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import torch
 import checkpoint
 import data
 import memory
-import trainer as trainer_module
-from config import PRESETS, Config, ConfigError, ExperimentError
-from trainer import Trainer, learning_rate_factor, resumed_config
+import report
+from config import PRESETS, Config, ConfigError, ExperimentError, resumed_config
+from precision import read_master
+from trainer import Trainer, learning_rate_factor
 
 FORMS = {"fp32": dict(precision="fp32"), "bf16-split": dict(precision="bf16"), "fp16-split": dict(precision="fp16"),
          "bf16-fp32-masters": dict(precision="bf16", master_weights="fp32"),
@@ -49,18 +51,18 @@ def settings(text, tmp_path):
 def no_pictures(request, monkeypatch):
     """Drawing takes longer than the training here; one test looks at the curves."""
     if "curves" not in request.node.name:
-        monkeypatch.setattr(trainer_module, "plot_training_curves", lambda *args, **kwargs: None)
+        monkeypatch.setattr(report, "plot_training_curves", lambda *args, **kwargs: None)
 
 
 def build(config, state=None) -> Trainer:
-    (folder := trainer_module.Path(config.save_dir)).mkdir(parents=True, exist_ok=True)
+    (folder := Path(config.save_dir)).mkdir(parents=True, exist_ok=True)
     assert folder.is_dir()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return Trainer(config, data.prepare(config), state)
 
 
 def rows(config, kind):
-    lines = (trainer_module.Path(config.save_dir) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(config.save_dir) / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if kind in row]
 
 
@@ -140,7 +142,7 @@ def test_resume_refuses_other_data_and_other_tokenizer(settings, tmp_path):
     state = checkpoint.load(checkpoint.latest_path(config.save_dir))
     other = tmp_path / "other"
     other.mkdir()
-    for file in trainer_module.Path(config.data).glob("*.txt"):
+    for file in Path(config.data).glob("*.txt"):
         (other / file.name).write_text(file.read_text() + "!")
     with pytest.raises(ExperimentError, match="other text.*--data"):
         build(dataclasses.replace(config, data=str(other)), state)
@@ -340,16 +342,11 @@ def test_load_model_decodes_the_exact_masters(settings, form):
     all_states = {**trainer.muon.state.tensors, **trainer.adamw.state.tensors}
     for name, p in model.named_parameters():
         weight = trainer.parameters[name].detach()
-        master = trainer_module_master(weight, all_states[name])
+        master = read_master(weight, all_states[name])
         assert p.dtype == torch.float32 and torch.equal(p, master)
         if form != "fp32" and weight.ndim > 1 and "router" not in name:
             assert not torch.equal(p, weight.float()), "the residual counts"
     assert model(torch.zeros(1, 4, dtype=torch.long)).dtype == torch.float32
-
-
-def trainer_module_master(weight, state):
-    from precision import read_master
-    return read_master(weight, state)
 
 
 # ---------------------------------------------------------------- before the first step, and running out

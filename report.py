@@ -1,0 +1,137 @@
+"""What a run writes down about itself: lines of metrics, results, curves, measured memory, the machine it ran on."""
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import memory
+from plot import plot_training_curves
+from precision import OptimizerState
+
+METRICS, RESULTS, CURVES = "metrics.jsonl", "training_results.json", "training_curves.png"
+
+
+class Record:
+    """The rows of metrics.jsonl, in memory (`history`) and in the run's folder, and what is made of them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.history: list[dict] = []
+
+    def append(self, row: dict) -> None:
+        """Adds a row; it is on its way to the disk when this returns."""
+        self.history.append(row)
+        with open(self.folder / METRICS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Reads the rows up to `step`; later ones, and a line that a crash cut short, are dropped from the file (the file
+        as it was is set aside when that loses whole rows)."""
+        path = self.folder / METRICS
+        if not path.exists():
+            return
+        later = 0
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["step"] <= step:
+                self.history.append(row)
+            else:
+                later += 1
+        temporary = path.with_name(f".{METRICS}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        if later:
+            print(f"{later} rows of {METRICS} past step {step} are dropped; the file as it was is {set_aside(path).name}")
+        os.replace(temporary, path)
+
+    def evaluated(self, step: int) -> bool:
+        return any(row["step"] == step and "val_loss" in row for row in self.history)
+
+    def latest(self) -> dict:
+        """The last value of every metric that is a single number."""
+        values: dict = {}
+        for row in self.history:
+            values.update({k: v for k, v in row.items() if k not in ("expert_load", "grad_norm_spike")})
+        return values
+
+    def write_results(self, facts: dict, title: str, unigram_entropy: float) -> None:
+        """Rewrites training_results.json (the facts, final metrics, history) and the curves, each whole or not at all."""
+        temporary = self.folder / f".{RESULTS}.tmp"
+        temporary.write_text(json.dumps(facts | dict(final_metrics=self.latest(), history=self.history), indent=1))
+        os.replace(temporary, self.folder / RESULTS)
+        plot_training_curves(self.history, self.folder / CURVES, title=title, unigram_entropy=unigram_entropy)
+
+
+def run_files(folder: Path) -> list[Path]:
+    """What a run has left in a folder."""
+    return [p for name in (METRICS, RESULTS, CURVES) if (p := folder / name).exists()] + sorted(folder.glob("checkpoint_*.pt"))
+
+
+def set_aside(path: Path) -> Path | None:
+    """Renames a file that would be written over to the first free name.1, name.2, ...; None when there is none."""
+    if not path.exists():
+        return None
+    number = next(n for n in range(1, 10_000) if not path.with_name(f"{path.name}.{n}").exists())
+    return path.rename(path.with_name(f"{path.name}.{number}"))
+
+
+class MemoryMeter:
+    """Peaks of the forward and backward pass and of the optimizer step, as the memory plan names them."""
+
+    def __init__(self, device: torch.device, predicted: dict, capacity_gb: float):
+        self.gpu, self.predicted, self.capacity_gb = device.type == "cuda", predicted, capacity_gb
+        self.steps, self.backward_gb, self.peak_gb = 0, 0.0, 0.0
+        self.measured_gb: dict | None = None
+
+    def note(self, phase: str) -> bool:
+        """Call after each "backward" and each "optimizer" phase; True once, after the third step of this process, when
+        the peaks are those of steps in which everything was there already."""
+        peak = torch.cuda.max_memory_allocated() / memory.GB if self.gpu else memory.resident_gb()[1]
+        self.peak_gb = max(self.peak_gb, peak)
+        if self.gpu and self.steps in (1, 2):
+            torch.cuda.reset_peak_memory_stats()
+        if phase == "backward":
+            self.backward_gb = peak
+            return False
+        self.optimizer_gb = peak
+        self.steps += 1
+        return self.steps == 3
+
+    def table(self, parameters: list[Tensor], muon: OptimizerState, adamw: OptimizerState) -> str:
+        """Predicted and measured memory side by side. On a CPU only what stays is known exactly, and the whole process."""
+        state = {"master": [s["residual"] for o in (muon, adamw) for s in o.tensors.values() if "residual" in s],
+                 "momentum": [s["momentum"] for s in muon.tensors.values()],
+                 "adamw": [t for s in adamw.tensors.values() for k, t in s.items() if k != "residual"]}
+        state = {k: sum(t.nbytes for t in tensors) / memory.GB for k, tensors in state.items()}
+        sizes = dict(weights=sum(p.nbytes for p in parameters) / memory.GB,
+                     gradients=sum(p.grad.nbytes for p in parameters if p.grad is not None) / memory.GB,
+                     **{k: 0.0 if muon.offload else v for k, v in state.items()})
+        if self.gpu:
+            sizes |= dict(activations=self.backward_gb - sum(sizes.values()),
+                          workspace=max(0.0, self.optimizer_gb - self.backward_gb))
+            sizes["total"] = sum(sizes.values())
+        sizes["host"] = sum(state.values()) if muon.offload else 0.0
+        self.measured_gb = sizes
+        table = memory.table(self.predicted, sizes, self.capacity_gb)
+        return table if self.gpu else f"{table}\nThe whole process: {self.peak_gb:.3f} GB of RAM at its peak"
+
+    def now(self) -> dict:
+        """The memory columns of a row of metrics, in GB: PyTorch's allocator on a GPU, else the process's resident memory."""
+        if self.gpu:
+            now = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            return dict(memory_allocated_gb=now[0] / memory.GB, memory_reserved_gb=now[1] / memory.GB, memory_peak_gb=self.peak_gb)
+        resident, self.peak_gb = memory.resident_gb()
+        return dict(memory_allocated_gb=resident, memory_reserved_gb=None, memory_peak_gb=self.peak_gb)
+
+
+def environment(device: torch.device) -> dict:
+    """What the run ran on, as plain types."""
+    return dict(command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+                gpu=torch.cuda.get_device_name() if device.type == "cuda" else None, platform=platform.platform(),
+                cpus=os.cpu_count(), cpu_threads=torch.get_num_threads())
