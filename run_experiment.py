@@ -218,6 +218,9 @@ def main(argv: list[str]) -> int:
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"error: the package {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # the reader left: nothing more to say
         return 1
