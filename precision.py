@@ -21,7 +21,7 @@ def encode_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     bfloat16 is exact: its bits are the upper half of the master's, rounded half up, and the residual is the lower half
     as a signed number. (Ties to even would need a residual of +0x8000, which int16 does not have.)
     float16 counts the residual in 1/2^16 of the weight's unit in the last place: exact for |weight| >= 2^-14, and to
-    2^-41 below, where float16 is subnormal.
+    2^-40 below, where float16 is subnormal.
     """
     if dtype == torch.bfloat16:
         bits = master.view(torch.int32)
@@ -210,6 +210,8 @@ class OptimizerState:
         if state.keys() != self.tensors.keys():
             raise ValueError(f"optimizer state of other parameters: {sorted(state.keys() ^ self.tensors.keys())[:4]}")
         for name, own in self.tensors.items():
+            if unknown := state[name].keys() - own.keys():
+                raise ValueError(f"optimizer state {name}: unknown {sorted(unknown)}")
             for key, tensor in own.items():
                 saved = state[name].get(key)
                 if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:

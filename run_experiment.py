@@ -30,9 +30,9 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        # --max-steps is as good as --max_steps
-        argv = ["--" + name.replace("-", "_") + eq + value if re.fullmatch(r"--[\w-]+", "--" + name) and arg[:2] == "--" else arg
-                for arg in argv for name, eq, value in [arg[2:].partition("=")]]
+        # --max-steps is as good as --max_steps; a value that begins with -- is left alone when it holds a space
+        argv = [re.sub(r"(?<=\w)-", "_", arg[:m.end()]) + arg[m.end():] if (m := re.match(r"--[\w-]+(?==|$)", arg)) else arg
+                for arg in argv]
         args, unknown = self.parse_known_args(argv)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
@@ -181,9 +181,10 @@ def sample(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws [0]")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[auto: the GPU when there is one]")
     args = parser.parse(argv)
-    for name, least, most in (("temperature", 0, 1e3), ("top_k", 0, 2 ** 63), ("max_new_tokens", 1, 2 ** 63), ("seed", 0, 2 ** 63)):
-        if not least <= getattr(args, name) < most:
-            raise ConfigError(f"--{name} must " + (f"be at least {least}" if most == 2 ** 63 else f"lie in [{least}, {most:g})"))
+    for name, least, most in (("temperature", 0, 1000), ("top_k", 0, 2 ** 63 - 1), ("max_new_tokens", 1, 2 ** 63 - 1),
+                              ("seed", 0, 2 ** 63 - 1)):
+        if not least <= getattr(args, name) <= most:
+            raise ConfigError(f"--{name} must lie between {least} and {most}")
 
     import torch
 
@@ -197,7 +198,8 @@ def sample(argv: list[str]) -> None:
     model, config = checkpoint.model_from_state(state, device)
     tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
     prompt = tokenizer.encode(args.prompt).ids or [end_of_text]
-    new = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, args.seed, end_of_text)
+    temperature = args.temperature if args.temperature > 1e-4 else 0        # below, logits / temperature overflows
+    new = generate(model, prompt, args.max_new_tokens, temperature, args.top_k, args.seed, end_of_text)
     print(args.prompt + tokenizer.decode(new))
 
 
