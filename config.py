@@ -318,7 +318,8 @@ def resolve(options: dict, preset: str | None, gpu_memory_gb: float | None) -> t
 
 # What a resumed run may not change: the model's shape, the form of its state, and which sequences come when.
 FROZEN = set("""d_model n_layers n_heads n_kv_heads d_ff num_experts top_k norm_topk_prob moe_every max_seq_len vocab_size
-tie_embeddings rope_theta rms_norm_eps init_std precision master_weights validation_fraction seed""".split())
+tie_embeddings rope_theta rms_norm_eps init_std precision master_weights
+loss_scale validation_fraction seed""".split())
 
 
 def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:

@@ -81,6 +81,9 @@ def prepare(config: Config) -> Corpus:
             print(f"data: {error}. Building it anew.")
             shutil.rmtree(folder)
             corpus = None
+        for old in cache.glob("*.unfinished"):      # of a build that was killed; younger ones may be another process's
+            if time.time() - old.stat().st_mtime > 86_400:
+                shutil.rmtree(old, ignore_errors=True)
         if corpus is None:   # built beside its place and renamed when whole, so that there is never half a cache
             unfinished.mkdir(parents=True)
             _build(config, files, tokenizer_json, unfinished)
@@ -144,8 +147,11 @@ class _TrainingBatches:
         return _inputs_and_targets(sequences(self.tokens, c.max_seq_len, c.seed, position, c.batch_size))
 
 
-def _leave_interrupts_to_the_trainer(_worker: int):
+def _leave_signals_to_the_trainer(_worker: int):
+    """A signal to the whole process group must not kill the workers under the trainer, which saves first; they end with
+    the iterator."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def batches(tokens: np.ndarray, config: Config, position: int, pin_memory: bool = False):
@@ -155,7 +161,7 @@ def batches(tokens: np.ndarray, config: Config, position: int, pin_memory: bool 
     """
     yield from DataLoader(
         _TrainingBatches(tokens, config), sampler=range(position, 2**62, config.batch_size), batch_size=None,
-        num_workers=config.num_workers, pin_memory=pin_memory, worker_init_fn=_leave_interrupts_to_the_trainer,
+        num_workers=config.num_workers, pin_memory=pin_memory, worker_init_fn=_leave_signals_to_the_trainer,
         multiprocessing_context="fork" if config.num_workers else None,   # the others would copy the mapped tokens
         generator=torch.Generator())   # its own, or starting workers would advance the global one
 

@@ -212,9 +212,11 @@ def host_memory_gb() -> float:
     except (OSError, StopIteration):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        taken = int((group / "memory.current").read_text()) - int(used["inactive_file"]) - int(used["active_file"])
+        free = min(free, int((group / "memory.max").read_text()) - taken)      # files in memory make room when asked
+    except (OSError, ValueError, KeyError):
         pass        # no limit
     return free / GB
 
@@ -226,6 +228,12 @@ def resident_gb() -> tuple[float, float]:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / GB, peak
     except OSError:
         return peak, peak
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a GPU's or the host's memory ran out: PyTorch has several ways to say so."""
+    words = "out of memory", "not enough memory", "ALLOC_FAILED"
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def find_machine(host_gb: float = 0, gpu: str | None = None, cpu: bool = False) -> Machine:

@@ -163,7 +163,7 @@ class MoETransformer(nn.Module):
     def compile_blocks(self) -> None:
         """torch.compile around each block: one graph for dense and one for MoE blocks, shared by all layers."""
         for block in self.blocks:
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, dynamic=False)     # a short validation batch must not make training's graphs dynamic
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None):
         """Without targets: fp32 logits [B, S, V]. With targets: (loss, metrics), all on the device, no synchronisation.

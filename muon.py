@@ -52,7 +52,7 @@ class Muon:
         for _, weight, gradient, state in self.state.pieces():
             active = (gradient != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)    # [n, 1, 1]
             gradient = gradient.float() * factor
-            momentum = state["momentum"].float().mul_(self.momentum).add_(gradient)
+            momentum = torch.add(gradient, state["momentum"], alpha=self.momentum)     # fp32, and a new tensor
             nesterov = gradient.add_(momentum, alpha=self.momentum)
             state["momentum"].copy_(torch.where(active, momentum, state["momentum"]))
             update = newton_schulz(nesterov, product_dtype(weight.device)).float()

@@ -125,10 +125,12 @@ class OptimizerState:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         try:
             tensor = torch.zeros(shape, dtype=dtype)
+            if self.pinned and tensor.nbytes < 2 ** 20:
+                return tensor.pin_memory()      # small ones share pages, and a page is registered once
             if self.pinned:
                 # registered in place: PyTorch's own pinned allocator rounds every request up to a power of two
-                cudart, size = torch.cuda.cudart(), tensor.numel() * tensor.element_size()
-                torch.cuda.check_error(int(cudart.cudaHostRegister(tensor.data_ptr(), size, 0)))
+                cudart = torch.cuda.cudart()
+                torch.cuda.check_error(int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)))
                 weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr())
             return tensor
         except (RuntimeError, MemoryError) as error:
@@ -157,7 +159,7 @@ class OptimizerState:
 
         if on_gpu:
             inward.wait_stream(outward)     # the last walk's results have arrived in host memory
-        ahead = [fetch(*cut) for cut in cuts[:2]]
+        ahead, written = [fetch(*cut) for cut in cuts[:2]], []
         for i, (name, cut) in enumerate(cuts):
             state = ahead.pop(0)
             if on_gpu:
@@ -172,9 +174,15 @@ class OptimizerState:
                     self._view(self.tensors[name][key])[cut].copy_(tensor, non_blocking=True)
                     if on_gpu:
                         tensor.record_stream(outward)
+                if on_gpu:
+                    written.append(outward.record_event())
             if i + 2 < len(cuts):
                 if on_gpu:
-                    inward.wait_stream(compute)     # never more than two pieces ahead, so the workspace is bounded
+                    # never more than two pieces ahead: the copies wait for the computation, and the host, which takes
+                    # their memory, for the piece before this one to have left (the GPU has this one to go on with)
+                    inward.wait_stream(compute)
+                    if len(written) > 1:
+                        written.pop(0).synchronize()
                 ahead.append(fetch(*cuts[i + 2]))
         if on_gpu:
             compute.wait_stream(outward)

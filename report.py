@@ -1,4 +1,5 @@
 """What a run writes down about itself: lines of metrics, results, curves, measured memory, the machine it ran on."""
+import contextlib
 import json
 import os
 import platform
@@ -28,27 +29,22 @@ class Record:
         with open(self.folder / METRICS, "a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Reads the rows up to `step`; later ones, and a line that a crash cut short, are dropped from the file (the file
-        as it was is set aside when that loses whole rows)."""
+    def load(self, folder: Path, step: int) -> None:
+        """Reads the rows up to `step` that a run left in `folder`; a line that a crash cut short is passed over."""
+        if (folder / METRICS).exists():
+            self.history = [row for row in _rows(folder / METRICS) if row["step"] <= step]
+
+    def begin(self) -> None:
+        """Makes the file hold the history and nothing else; a file with more rows is set aside."""
         path = self.folder / METRICS
-        if not path.exists():
-            return
-        later = 0
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if row["step"] <= step:
-                self.history.append(row)
-            else:
-                later += 1
-        temporary = path.with_name(f".{METRICS}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history))
-        if later:
-            print(f"{later} rows of {METRICS} past step {step} are dropped; the file as it was is {set_aside(path).name}")
-        os.replace(temporary, path)
+        there = _rows(path) if path.exists() else []
+        if len(there) > len(self.history):
+            print(f"{len(there) - len(self.history)} rows of {METRICS} that are past the checkpoint are dropped; the file as "
+                  f"it was is {set_aside(path).name}")
+        if self.history:
+            temporary = path.with_name(f".{METRICS}.tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.history))
+            os.replace(temporary, path)
 
     def evaluated(self, step: int) -> bool:
         return any(row["step"] == step and "val_loss" in row for row in self.history)
@@ -68,9 +64,18 @@ class Record:
         plot_training_curves(self.history, self.folder / CURVES, title=title, unigram_entropy=unigram_entropy)
 
 
+def _rows(path: Path) -> list[dict]:
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def run_files(folder: Path) -> list[Path]:
     """What a run has left in a folder."""
-    return [p for name in (METRICS, RESULTS, CURVES) if (p := folder / name).exists()] + sorted(folder.glob("checkpoint_*.pt"))
+    names = (METRICS, RESULTS, CURVES, "checkpoint_latest.pt")
+    return [p for name in names if (p := folder / name).exists()] + sorted(folder.glob("checkpoint_step_*.pt"))
 
 
 def set_aside(path: Path) -> Path | None:

@@ -14,7 +14,6 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
-import shutil  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -37,6 +36,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             name = unknown[0].partition("=")[0]
+            if not name.startswith("-"):
+                raise ConfigError(f"unexpected argument {unknown[0]!r}: options are --NAME VALUE, and a value with spaces needs quotes")
             raise ConfigError(f"unknown option {unknown[0]!r}.{nearest(name, known)} --help lists them all.")
         return args
 
@@ -118,10 +119,11 @@ def train(argv: list[str]) -> None:
     print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
           f"{config.tokens_per_step:,} tokens a step", flush=True)
     corpus = data.prepare(config)
-    if path is not None and path.resolve().parent != folder.resolve() and (path.parent / report.METRICS).exists():
-        shutil.copy(path.parent / report.METRICS, folder / report.METRICS)       # the history goes along
-    run = trainer.Trainer(config, corpus, state, LAUNCHED)
+    run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
+    del state           # it is mapped from the checkpoint's file, whose disk space would stay taken
     if args.overwrite:      # only now that nothing can be wrong any more
+        freed = sum(file.stat().st_size / file.stat().st_nlink for file in found)
+        checkpoint.check_free_space(folder, max(0, int(run.checkpoint_bytes_to_come() - freed)))
         for file in found:
             file.unlink(missing_ok=True)
     run.run()
@@ -138,7 +140,8 @@ def resume_path(resume: str | None, config: Config) -> Path | None:
         return Path(resume)
     import checkpoint
     latest = checkpoint.latest_path(config.save_dir)
-    return latest if latest.exists() else None
+    numbered = Path(config.save_dir).glob("checkpoint_step_*.pt")       # alone when the first save was cut off before its link
+    return latest if latest.exists() else max(numbered, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def plan(argv: list[str]) -> None:
@@ -225,6 +228,11 @@ def main(argv: list[str]) -> int:
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # the reader left: nothing more to say
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({str(error).splitlines()[0]}). Use --device cpu or a smaller model.", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error}. Check the path, its permissions and the free disk space.", file=sys.stderr)

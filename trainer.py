@@ -41,10 +41,11 @@ def learning_rate_factor(step: int, config: Config) -> float:
 
 
 class Trainer:
-    """One run in one folder. `state` is what checkpoint.load returned, to go on from there; `launched` is the
-    time.monotonic() at which the program started."""
+    """One run in one folder. `state` is what checkpoint.load returned for the file `resumed_from`, to go on from there;
+    `launched` is the time.monotonic() at which the program started. Nothing is written before `run`."""
 
-    def __init__(self, config: Config, corpus: data.Corpus, state: dict | None = None, launched: float | None = None):
+    def __init__(self, config: Config, corpus: data.Corpus, state: dict | None = None, resumed_from: Path | None = None,
+                 launched: float | None = None):
         self.launched, self.seconds_to_first_step = launched or time.monotonic(), None
         self.corpus, self.folder = corpus, Path(config.save_dir)
         if state is not None:
@@ -63,9 +64,11 @@ class Trainer:
         self.saved_steps: list[int] = []
         self.interval: dict = {}            # sums since the last line of metrics
         self.record = Record(self.folder)
-        self.last_saved_step = -1
+        self.last_saved_step, self.resumed_from = -1, resumed_from
         if state is not None:
-            self._load(state)
+            with self._out_of_memory_advice():
+                self._load(state)
+            self.record.load(resumed_from.parent, self.step)
 
         self.bar = tqdm(disable=True)
         self.stop_signal: int | None = None         # the signal that asked to stop
@@ -137,8 +140,9 @@ class Trainer:
         """Trains to max_steps, or until a signal asks to stop; raises ExperimentError with advice when it cannot go on."""
         c = self.config
         self._print_forecast()
-        checkpoint.check_free_space(self.folder, self._checkpoint_bytes_to_come())
+        checkpoint.check_free_space(self.folder, self.checkpoint_bytes_to_come())
         checkpoint.remove_leftovers(self.folder)
+        self._take_over_folder()
         with self._signals(), attention_backends(self.device), self._out_of_memory_advice():
             if self._evaluation_due() and not self.record.evaluated(self.step):
                 self._evaluate()
@@ -159,9 +163,9 @@ class Trainer:
                         self._evaluate()
                     elif time.monotonic() - self.last_results > 60 * RESULTS_MINUTES:
                         self._write_results()
-        if self.stop_signal is not None:
-            self._stop()
-        self._finish()
+            if self.stop_signal is not None:
+                self._stop()
+            self._finish()
 
     def _evaluation_due(self) -> bool:
         return self.step % self.config.eval_every == 0 or self.step == self.config.max_steps
@@ -193,9 +197,13 @@ class Trainer:
     # ------------------------------------------------------------ watching a step
 
     def _accumulate(self, metrics: dict) -> None:
-        """Adds a micro-batch's metrics to the interval's sums, on the device: nobody waits for them here."""
-        for key, value in (metrics | dict(micro_batches=torch.ones((), device=self.device))).items():
+        """Adds a micro-batch's metrics to the interval's sums, on the device: nobody waits for them here. Means are
+        weighted by their sequences, as a resumed run may cut its steps otherwise."""
+        for key, value in metrics.items():
+            if key not in ("correct", "expert_counts"):
+                value = value * self.config.batch_size
             self.interval[key] = self.interval[key] + value if key in self.interval else value
+        self.interval["sequences"] = self.interval.get("sequences", 0) + self.config.batch_size
 
     def _watch_norm(self, norm: float, norms: torch.Tensor) -> None:
         """Keeps the running mean of the gradient norm and remembers where a spike came from."""
@@ -250,15 +258,15 @@ class Trainer:
     def _log(self) -> None:
         """Reads the interval's sums, the only time metrics are waited for, and appends a line."""
         c, sums = self.config, self.interval
-        micro_batches = float(sums["micro_batches"])
-        tokens = micro_batches * c.batch_size * c.max_seq_len
-        loss = float(sums["cross_entropy"]) / micro_batches
+        sequences = sums["sequences"]
+        tokens = sequences * c.max_seq_len
+        loss = float(sums["cross_entropy"]) / sequences
         speed = tokens / sums["seconds"]
         row = dict(step=self.step, train_loss=loss, train_perplexity=_exp(loss), train_accuracy=float(sums["correct"]) / tokens)
         if c.n_moe_layers:
             counts = sums["expert_counts"].double()
-            row |= dict(load_balancing_loss=float(sums["load_balancing_loss"]) / micro_batches,
-                        router_z_loss=float(sums["router_z_loss"]) / micro_batches,
+            row |= dict(load_balancing_loss=float(sums["load_balancing_loss"]) / sequences,
+                        router_z_loss=float(sums["router_z_loss"]) / sequences,
                         expert_load=[[round(x, 5) for x in layer] for layer in (counts / counts.sum(1, keepdim=True)).tolist()])
         rate = learning_rate_factor(self.step - 1, c)
         row |= dict(grad_norm=sums["grad_norm"], muon_lr=rate * c.muon_lr, adamw_lr=rate * c.adamw_lr, loss_scale=self.scaler.scale,
@@ -386,22 +394,36 @@ class Trainer:
             for name in ("run_id", "step", "data_position", "tokens_seen", "skipped_steps", "saved_steps", "train_seconds",
                          "mean_norm"):
                 setattr(self, name, state[name])
-            self.interval = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in state["interval"].items()}
+            # copies: what was loaded is mapped from the checkpoint's file, which could not be deleted while it is in use
+            self.interval = {k: v.to(self.device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in state["interval"].items()}
             checkpoint.restore_random_states(state["random"], self.device)
         except (KeyError, ValueError) as error:
             raise checkpoint.CheckpointError(f"the checkpoint does not match this program's model: {error}. Resume it with "
                                              "the version of the program that wrote it.") from error
-        self.record.rewind(self.step)
-        self.last_saved_step = self.step
 
-    def _checkpoint_bytes_to_come(self) -> int:
+    def checkpoint_bytes_to_come(self) -> int:
         c = self.config
         if not self._saving():
             return 0
         numbered = math.ceil((c.max_steps - self.step) / c.save_every) if c.save_every else 0
-        files = min(numbered, c.keep_checkpoints) + 1       # one more while the oldest still stands, or latest alone
-        files -= sum(checkpoint.step_path(self.folder, step).exists() for step in self.saved_steps)    # they make room
+        files = min(numbered, c.keep_checkpoints) + 1 + bool(c.save_minutes)      # one is written before the oldest goes
+        there = [path for step in self.saved_steps if (path := checkpoint.step_path(self.folder, step)).exists()]
+        latest = checkpoint.latest_path(self.folder)
+        files -= len(there) + (latest.exists() and not any(latest.samefile(path) for path in there))    # they make room
         return int(max(1, files) * memory.checkpoint_gb(c) * memory.GB)
+
+    def _take_over_folder(self) -> None:
+        """Drops the rows past the checkpoint that the run goes on from, and makes that checkpoint the latest: otherwise a
+        run that branches off from an older one would be resumed from the other branch."""
+        self.record.begin()
+        if self.resumed_from is None or self.resumed_from.resolve().parent != self.folder.resolve():
+            return
+        latest = checkpoint.latest_path(self.folder)
+        if not (latest.exists() and latest.samefile(self.resumed_from)):
+            if latest.exists() and not any(latest.samefile(path) for path in self.folder.glob("checkpoint_step_*.pt")):
+                set_aside(latest)       # the other branch's only copy
+            checkpoint.link_latest(self.resumed_from, latest)
+        self.last_saved_step = self.step
 
     # ------------------------------------------------------------ before the first step
 
@@ -468,8 +490,8 @@ class Trainer:
     def _out_of_memory_advice(self):
         try:
             yield
-        except RuntimeError as error:       # torch.OutOfMemoryError is one
-            if not (isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)):
+        except (RuntimeError, MemoryError) as error:        # torch.OutOfMemoryError is a RuntimeError
+            if not memory.is_out_of_memory(error):
                 raise
             used = next(x for x in memory.candidates(self.config, [self.config.activation_checkpointing],
                                                      [self.config.offload_optimizer == "true"], [self.config.batch_size]))

@@ -1,0 +1,499 @@
+"""The command line: what it answers, what it refuses and how, and whole runs that end, are killed, stopped and resumed."""
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import memory
+import report
+import run_experiment
+from config import PRESETS, Config, defaults, field_docs
+
+ROOT = Path(run_experiment.__file__).parent
+SMALL = dict(preset="tiny", d_model=32, n_layers=2, n_heads=2, d_ff=32, num_experts=4, max_seq_len=16, vocab_size=300, batch_size=2,
+             gradient_accumulation_steps=2, max_steps=8, eval_every=1000, eval_steps=2, log_every=2, save_every=4, sample_tokens=0,
+             device="cpu", validation_fraction=0.1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with some text; the cache goes there too."""
+    folder, draw = tmp_path_factory.mktemp("with a space"), random.Random(0)
+    (folder / "text").mkdir()
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(40)]
+    for i in range(10):
+        lines = (" ".join(draw.choices(words[:8 + i], k=10)) for _ in range(60))
+        (folder / "text" / f"{i}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def arguments(base, **options) -> list[str]:
+    options = {**SMALL, "data": base / "text", "cache_dir": base / "cache", **options}
+    return [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than the training; the runs in processes of their own draw."""
+    monkeypatch.setattr(report, "plot_training_curves", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def cli(capsys):
+    """cli(*arguments) is (exit code, stdout, stderr) of the program called in this process."""
+    def call(*argv):
+        capsys.readouterr()
+        try:
+            code = run_experiment.main([str(a) for a in argv])
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+    return call
+
+
+def contents(folder: Path) -> dict:
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows(folder: Path, kind: str) -> list[dict]:
+    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if kind in row]
+
+
+# ---------------------------------------------------------------- answers without torch
+
+def answer(*argv):
+    """(stdout, seconds) of the program in a process of its own, which must not import torch."""
+    code = ("import sys, runpy\nsys.argv[:] = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "finally:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "run_experiment.py", *argv], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return done.stdout, time.monotonic() - start
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["plan", "--help"], ["sample", "--help"],
+                                  ["plan", "--preset", "18b", "--gpu", "h200"], ["plan", "--json"]], ids=" ".join)
+def test_help_and_plan_answer_within_three_seconds_without_torch(argv):
+    out, seconds = answer(*argv)
+    assert seconds < 3 and len(out) > 300
+
+
+def test_help_documents_every_field(cli):
+    code, out, _ = cli("--help")
+    text = " ".join(out.split())
+    assert code == 0 and "run_experiment.py plan" in text
+    for name, doc in field_docs().items():
+        default = defaults()[name]
+        assert f"--{name} VALUE {doc} [{'derived' if default is None else default}]".replace("- ", "-") in text.replace("- ", "-"), name
+    assert set(field_docs()) == {f.name for f in dataclasses.fields(Config)}
+    assert "--resume" in text and "--overwrite" in text
+
+
+def test_a_reader_that_leaves_is_no_error():
+    for argv in (["--help"], ["plan", "--gpu", "h200"]):
+        process = subprocess.Popen([sys.executable, "run_experiment.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() in (0, 1)
+
+
+# ---------------------------------------------------------------- plan
+
+COMPONENTS = ("weights", "gradients", "master", "momentum", "adamw", "activations", "workspace")
+
+
+def planned(cli, *argv) -> dict:
+    code, out, err = cli("plan", "--json", *argv)
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_plan_of_every_preset_on_every_gpu(cli, preset):
+    c = Config(**PRESETS[preset])
+    for gpu in memory.GPUS:
+        facts = planned(cli, "--preset", preset, "--gpu", gpu)
+        assert facts.keys() >= {"preset", "total_params", "active_params", "gpu", "fits", "tokens_per_step", "checkpoint_gb", "hours"}
+        assert facts["memory_gb"].keys() == {*COMPONENTS, "total", "host"}
+        assert facts["choice"].keys() == {"batch_size", "gradient_accumulation_steps", "activation_checkpointing", "offload_optimizer"}
+        assert (facts["preset"], facts["gpu"]) == (preset, gpu)
+        assert (facts["total_params"], facts["active_params"], facts["tokens_per_step"]) == (c.total_params, c.active_params, c.tokens_per_step)
+        assert facts["memory_gb"]["total"] == pytest.approx(sum(facts["memory_gb"][k] for k in COMPONENTS), abs=0.005)
+        assert (facts["memory_gb"]["host"] > 0) == facts["choice"]["offload_optimizer"]
+        choice = facts["choice"]
+        assert choice["batch_size"] * choice["gradient_accumulation_steps"] * c.max_seq_len == c.tokens_per_step
+        assert facts["fits"] == (facts["memory_gb"]["total"] < 0.97 * facts["gpu_memory_gb"] - 0.6)
+        assert facts["checkpoint_gb"] == pytest.approx(c.total_params * (6 if c.precision == "fp16" else 8) / 1e9, rel=0.15)
+        assert facts["options"].split()[1] == str(choice["batch_size"])
+
+
+@pytest.mark.parametrize("gpu, fits, offload, at_most", [("b200", True, False, 4), ("h200", True, True, 4), ("h100", True, True, 2),
+                                                         ("rtx4090", False, True, 1)])
+def test_plan_of_18b(cli, gpu, fits, offload, at_most):
+    facts = planned(cli, "--preset", "18b", "--gpu", gpu)
+    assert facts["fits"] is fits and facts["choice"]["offload_optimizer"] is offload and facts["choice"]["batch_size"] <= at_most
+    code, out, _ = cli("plan", "--preset", "18b", "--gpu", gpu)
+    assert code == 0 and ("does not fit" in out) is not fits and facts["options"] in out and "17.97B" in out and "Headroom" in out
+
+
+def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
+    assert not planned(cli, "--preset", "18b", "--gpu", "h200", "--host_memory_gb", "60")["fits"]
+    auto = planned(cli, "--preset", "18b", "--gpu", "b200", "--activation_checkpointing", "auto")
+    assert auto["choice"]["activation_checkpointing"] != "full" and auto["fits"]
+    code, out, _ = cli("plan", "--preset", "18b", "--gpu", "h200", "--offload_optimizer", "false")
+    assert code == 0 and "fits, but not as configured" in out and "--offload_optimizer true" in out
+
+
+def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "__file__", str(tmp_path / "memory.py"))
+    argv = ("--preset", "18b", "--gpu", "h200")
+    assert planned(cli, *argv)["hours"] is None and "hours             not measured" in cli("plan", *argv)[1]
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "train_18b_fp16_h200.json").write_text('{"value": 5000.0}')
+    assert planned(cli, *argv)["hours"] == pytest.approx(50_000 * 131_072 / 5000 / 3600)
+    assert "364 at the measured 5,000 tokens/s" in cli("plan", *argv)[1]
+    for other in (("--preset", "5b", "--gpu", "h200"), ("--preset", "18b", "--gpu", "h100"), (*argv, "--precision", "bf16")):
+        assert planned(cli, *other)["hours"] is None
+
+
+def test_precedence_on_the_command_line(cli, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert planned(cli)["preset"] == "tiny" and planned(cli, "--gpu", "h200")["preset"] == "18b"
+    assert planned(cli, "--gpu", "h200", "--preset", "2b")["preset"] == "2b"
+    facts = planned(cli, "--gpu", "h200", "--preset", "2b", "--batch_size", "3", "--max-seq-len=100")
+    assert facts["tokens_per_step"] == 3 * 8 * 100
+    for argv, reason in ((["--gpu", "h200"], "18b: the GPU has 150 GB"), ([], "tiny: no GPU was found"),
+                         (["--preset", "5b"], "5b: chosen with --preset")):
+        assert reason in cli("plan", *argv)[1]
+    monkeypatch.setattr("config.SHIPPED_DEFAULTS", "edited")
+    assert planned(cli, "--gpu", "h200")["preset"] == "config.py" and planned(cli, "--preset", "5b")["preset"] == "5b"
+    assert "its defaults were edited" in cli("plan")[1]
+
+
+# ---------------------------------------------------------------- refusals
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """The folder of a run of 8 steps; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_training_curves", lambda *args, **kwargs: None)
+        assert run_experiment.main(arguments(base, save_dir=folder)) == 0
+    return folder
+
+
+def assert_refused(result, code, *words):
+    assert result[0] == code, result
+    assert result[2].split("\r")[-1].lstrip().startswith("error: ") or "\nerror: " in result[2]
+    assert "Traceback" not in result[2] and result[2].count("error:") == 1
+    for word in words:
+        assert word in result[2], (word, result[2])
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--max_stps 3", ["--max_stps", "--max_steps?"]),
+    ("--preset 18bb", ["unknown preset '18bb'", "mean 18b?", "tiny"]),
+    ("trian --preset tiny", ["unknown command 'trian'", "mean train?"]),
+    ("plan --gpu h10", ["unknown GPU 'h10'", "mean h100?", "b200"]),
+    ("plan --max_stps 3", ["--max_steps?"]),
+    ("plan extra", ["unexpected argument 'extra'"]),
+    ("--d_model abc --n_layers x --precision fp61", ["--d_model: 'abc' is not a whole number", "--n_layers: 'x'", "mean fp16?"]),
+    ("--tie_embeddings maybe", ["--tie_embeddings: 'maybe' is not true or false"]),
+    ("--preset tiny --d_model 30 --n_layers 0 --top_k 9", ["n_layers=0: must be at least 1", "change n_heads", "top_k=9: must not exceed"]),
+    ("--muon_lr nan", ["muon_lr=nan"]),
+    ("--d_model", ["--d_model", "expected one argument"]),
+    ("--resume latest --overwrite", ["--resume", "--overwrite", "choose one"]),
+    ("sample --prompt a", ["--checkpoint"]),
+    ("sample --checkpoint x --prompt a --temperature warm", ["--temperature", "'warm'"]),
+    ("sample --checkpoint x --prompt a --temperature -1", ["--temperature must lie between 0"]),
+    ("sample --checkpoint x --prompt a --seed 99999999999999999999", ["--seed must lie between 0"]),
+    ("sample --checkpoint x --prompt a --max_new_tokens 0", ["--max_new_tokens must lie between 1"])])
+def test_wrong_usage(cli, argv, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = cli(*argv.split())
+    assert_refused(result, 2, *words)
+    assert result[1] == "" and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_not_written_to(cli, base, finished):
+    before = contents(finished)
+    assert_refused(cli(*arguments(base, save_dir=finished)), 2, "already holds a run", "--resume latest", "--save_dir", "--overwrite")
+    assert_refused(cli(*arguments(base, save_dir=finished, data="/nowhere"), "--overwrite"), 1, "/nowhere")
+    assert_refused(cli("--resume", finished), 2, "is a folder", f"--save_dir {finished} --resume latest")
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("name, written, words", [
+    ("missing.txt", None, ["missing.txt", "--data"]), ("empty.txt", b"", ["empty.txt is empty"]),
+    ("bad.txt", b"ab\xff\xfe", ["bad.txt", "offset 2", "UTF-8"]), ("short.txt", b"hello", ["too small", "max_seq_len"]),
+    ("broken.jsonl", b'{"text": "a"}\n{', ["broken.jsonl:2"]), ("broken.parquet", b"PAR1", ["broken.parquet"])])
+def test_unusable_data(cli, base, tmp_path, name, written, words):
+    if written is not None:
+        (tmp_path / name).write_bytes(written)
+    assert_refused(cli(*arguments(base, data=tmp_path / name, save_dir=tmp_path / "run")), 1, *words)
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def damaged(finished, tmp_path, how) -> Path:
+    path = tmp_path / "damaged.pt"
+    raw = bytearray((finished / "checkpoint_latest.pt").read_bytes())
+    if how == "flipped":
+        raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw[:len(raw) // 2] if how == "truncated" else b"" if how == "empty" else raw)
+    if how == "mismatched":
+        state = checkpoint.load(path)
+        state["model"]["norm.weight"] = state["model"]["norm.weight"][:-1].clone()
+        checkpoint.save(path, state)
+    if how == "missing":
+        path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "missing", "mismatched"])
+def test_unusable_checkpoint(cli, base, finished, tmp_path, how):
+    path = damaged(finished, tmp_path, how)
+    before = contents(tmp_path)
+    assert_refused(cli("--resume", path, "--save_dir", tmp_path / "run"), 1, "norm.weight" if how == "mismatched" else "damaged.pt")
+    if how != "mismatched":
+        assert_refused(cli("sample", "--checkpoint", path, "--prompt", "a"), 1, "damaged.pt")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("changes, code, words", [
+    (dict(d_model=64, seed=7), 2, ["d_model: the checkpoint has 32, not 64", "seed: the checkpoint has"]),
+    (dict(batch_size=64), 2, ["4 sequences"]), (dict(data="other"), 1, ["other text", "--data"]),
+    (dict(tokenizer="tokenizer.json"), 1, ["other tokenizer", "--tokenizer"])], ids=str)
+def test_a_resumed_run_keeps_its_model_and_its_data(cli, base, finished, tmp_path, changes, code, words):
+    if "data" in changes:
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "a.txt").write_text((base / "text" / "1.txt").read_text() * 3)
+        changes = dict(data=tmp_path / "other")
+    if "tokenizer" in changes:
+        text = checkpoint.load(finished / "checkpoint_latest.pt")["tokenizer_json"]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(text)))
+        changes = dict(tokenizer=tmp_path / "tokenizer.json")
+    before, argv = contents(finished), [text for name, value in changes.items() for text in (f"--{name}", value)]
+    assert_refused(cli("--resume", "latest", "--save_dir", finished, *argv), code, *words)
+    result = cli("--resume", finished / "checkpoint_step_4.pt", "--save_dir", tmp_path / "run", *argv)
+    assert_refused(result, code, *words)
+    assert contents(finished) == before and not contents(tmp_path / "run"), "nothing that would look like a run"
+
+
+@pytest.mark.parametrize("place", ["file.txt/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_to(cli, base, tmp_path, place):
+    (tmp_path / "file.txt").write_text("text")
+    assert_refused(cli(*arguments(base, save_dir=tmp_path / place)), 1, "cannot be written to", "--save_dir")
+    assert contents(tmp_path) == {Path("file.txt"): b"text"}
+
+
+def test_a_disk_that_fills_up_costs_no_checkpoint(cli, base, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = contents(run)
+    size, limits = (run / "checkpoint_step_8.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))       # Python ignores the signal that comes with it
+    try:
+        result = cli("--resume", "latest", "--save_dir", run, "--max_steps", "16")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_refused(result, 1, "checkpoint_step_12.pt was not saved", "Free some space")
+    after = contents(run)
+    assert all(after[name] == before[name] for name in before if name.suffix == ".pt") and not list(run.glob(".*"))
+    assert cli("--resume", "latest", "--save_dir", run, "--max_steps", "16")[0] == 0
+    assert checkpoint.load(run / "checkpoint_latest.pt")["step"] == 16
+
+
+def test_free_space_is_checked_before_anything(cli, base, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=1000)))
+    assert_refused(cli(*arguments(base, save_dir=tmp_path / "run")), 1, "not enough disk space", "--save_every 0")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_an_os_error_is_one_line(cli, monkeypatch):
+    def broken(_):
+        raise PermissionError(13, "Permission denied", "/somewhere")
+    monkeypatch.setattr(run_experiment, "plan", broken)
+    assert_refused(cli("plan"), 1, "Permission denied", "/somewhere")
+    monkeypatch.setattr(run_experiment, "plan", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli("plan")[0] == 130
+
+
+# ---------------------------------------------------------------- resume and overwrite
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run's folder."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_resume_goes_further_and_says_what_changed(cli, run):
+    code, out, _ = cli("--resume", "latest", "--save_dir", run, "--max_steps", "12", "--muon-lr", "0.005", "--preset", "18b")
+    assert code == 0 and f"Resuming {run / 'checkpoint_latest.pt'} at step 8" in out
+    assert "max_steps: 8 -> 12" in out and "muon_lr: 0.02 -> 0.005" in out and "adamw_lr" not in out.split("\n")[0]
+    assert "18b ignored" in out, "a preset is for a fresh start"
+    assert [r["step"] for r in rows(run, "train_loss")] == [2, 4, 6, 8, 10, 12] and rows(run, "val_loss")[-1]["step"] == 12
+    assert checkpoint.load(run / "checkpoint_latest.pt")["step"] == 12
+
+
+def test_resume_of_a_finished_run_changes_no_weights(cli, run):
+    before = (run / "checkpoint_latest.pt").read_bytes()
+    code, out, _ = cli("--resume", "latest", "--save_dir", run)
+    assert code == 0 and "Done: 8 steps" in out and (run / "checkpoint_latest.pt").read_bytes() == before
+    assert [r["step"] for r in rows(run, "val_loss")] == [0, 8]
+
+
+def test_resume_latest_goes_on_in_a_folder_that_was_moved(cli, finished, run):
+    before = contents(finished)
+    assert cli("--resume", "latest", "--save_dir", run, "--max_steps", "10")[0] == 0
+    moved = run.rename(run.with_name("moved"))
+    assert cli("--resume", "latest", "--save_dir", moved, "--max_steps", "12")[0] == 0
+    assert checkpoint.load(moved / "checkpoint_latest.pt")["step"] == 12 and not run.exists() and contents(finished) == before
+
+
+def test_resume_latest_takes_a_checkpoint_whose_link_was_never_made(cli, run):
+    (run / "checkpoint_latest.pt").unlink()
+    os.utime(run / "checkpoint_step_4.pt", (1, 1))
+    code, out, _ = cli("--resume", "latest", "--save_dir", run)
+    assert code == 0 and f"Resuming {run / 'checkpoint_step_8.pt'} at step 8" in out
+
+
+def test_resume_from_elsewhere_takes_the_history_along(cli, finished, tmp_path):
+    before, folder = contents(finished), tmp_path / "branch"
+    code, out, _ = cli("--resume", finished / "checkpoint_step_4.pt", "--save_dir", folder)
+    assert code == 0 and "at step 4" in out and contents(finished) == before
+    assert [r["step"] for r in rows(folder, "train_loss")] == [2, 4, 6, 8]
+    assert [r["train_loss"] for r in rows(folder, "train_loss")] == [r["train_loss"] for r in rows(finished, "train_loss")]
+
+
+def test_resume_latest_without_a_checkpoint_is_a_fresh_start(cli, base, tmp_path, run):
+    code, out, _ = cli(*arguments(base, save_dir=tmp_path / "new", max_steps=2), "--resume", "latest")
+    assert code == 0 and "Preset tiny: chosen with --preset" in out and checkpoint.load(tmp_path / "new" / "checkpoint_latest.pt")["step"] == 2
+    metrics = (run / "metrics.jsonl").read_bytes()
+    for path in run.glob("*.pt"):
+        path.unlink()
+    code, out, _ = cli(*arguments(base, save_dir=run, max_steps=2), "--resume", "latest")
+    assert code == 0 and "No checkpoint" in out and (run / "metrics.jsonl.1").read_bytes() == metrics, "set aside, not lost"
+    assert [r["step"] for r in rows(run, "train_loss")] == [2]
+
+
+def test_overwrite_starts_anew_and_leaves_other_files(cli, base, run):
+    (run / "notes.txt").write_text("mine")
+    code, _, _ = cli(*arguments(base, save_dir=run, max_steps=2, save_every=2), "--overwrite")
+    assert code == 0 and [r["step"] for r in rows(run, "train_loss")] == [2]
+    assert {p.name for p in run.glob("*.pt")} == {"checkpoint_latest.pt", "checkpoint_step_2.pt"}
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- sample
+
+def test_sample(cli, finished):
+    def text(*argv, prompt="abc"):
+        code, out, err = cli("sample", "--checkpoint", finished / "checkpoint_latest.pt", "--prompt", prompt, "--max_new_tokens", "12", *argv)
+        assert code == 0 and err == "" and out.startswith(prompt) and len(out) > len(prompt) + 5
+        return out
+    assert text() == text("--seed", "0") != text("--seed", "1")
+    assert text("--temperature", "0", "--seed", "1") == text("--temperature", "0") == text("--top_k", "1") == text("--temperature", "1e-40")
+    assert text("--top_k", "0") and text(prompt="") and text(prompt="--not-an-option in the prompt")
+
+
+# ---------------------------------------------------------------- whole runs in processes of their own
+
+def start(*argv) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "run_experiment.py", *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+
+
+def trained(folder):
+    return lambda: (folder / "metrics.jsonl").exists() and "train_loss" in (folder / "metrics.jsonl").read_text()
+
+
+def assert_group_ends(process):
+    """No worker outlives the run."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("processes are left")
+
+
+def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = dict(max_steps=80, eval_every=40, save_every=20, sample_tokens=8)
+    first = start(*arguments(base, save_dir=whole, **settings))
+    second = start(*arguments(base, save_dir=killed, **settings, num_workers=1))
+    wait_for(second, (killed / "checkpoint_latest.pt").exists)
+    second.kill()
+    assert second.wait() == -signal.SIGKILL and not (killed / "checkpoint_step_80.pt").exists()
+    third = start("--resume", "latest", "--save_dir", killed)
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 0 and "Traceback" not in err
+    for words in ("step 0: validation loss", "step 40: validation loss", "step 80: validation loss", "A sample", "Done: 80 steps"):
+        assert words in out
+    assert {p.name for p in whole.iterdir()} == {"metrics.jsonl", "training_results.json", "training_curves.png", "checkpoint_latest.pt",
+                                                 *(f"checkpoint_step_{n}.pt" for n in (40, 60, 80))}
+    assert (whole / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((whole / "training_results.json").read_text())
+    assert results["totals"]["steps"] == 80 and results["sample"]["text"] and results["config"]["d_model"] == 32
+
+    out, err = third.communicate(timeout=60)
+    assert third.returncode == 0 and "Resuming" in out and "Traceback" not in err
+    for kind in ("train_loss", "val_loss"):
+        same = ("step", kind, "grad_norm", "expert_load", "tokens_seen", "muon_lr")
+        assert [[r.get(k) for k in same] for r in rows(whole, kind)] == [[r.get(k) for k in same] for r in rows(killed, kind)]
+    states = [checkpoint.load(folder / "checkpoint_step_80.pt") for folder in (whole, killed)]
+    flat = [{**s["model"], **{(o, n, k): t for o in ("muon", "adamw") for n, ts in s["optimizer"][o]["state"].items() for k, t in ts.items()}}
+            for s in states]
+    assert flat[0].keys() == flat[1].keys() and all(torch.equal(flat[0][k], flat[1][k]) for k in flat[0])
+    assert states[0]["data_position"] == states[1]["data_position"] == 320
+
+
+def test_sigterm_and_an_interrupt_save_and_stop(cli, base, tmp_path):
+    cases = [(signal.SIGTERM, 143, tmp_path / "a", 0), (signal.SIGINT, 130, tmp_path / "b", 2)]
+    processes = [start(*arguments(base, save_dir=run, max_steps=100_000, save_every=50_000, num_workers=workers))
+                 for _, _, run, workers in cases]
+    for (number, code, run, _), process in zip(cases, processes):
+        wait_for(process, trained(run))
+        os.killpg(process.pid, number)          # as a terminal does: the workers get it too
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == code and "Traceback" not in err and "stopping after this step" in err
+        assert_group_ends(process)
+        step = checkpoint.load(run / "checkpoint_latest.pt")["step"]
+        assert f"Stopped at step {step}" in out and "--resume latest" in out and step > 0
+    code, out, _ = cli("--resume", "latest", "--save_dir", run, "--max_steps", step + 3, "--num_workers", "0")
+    assert code == 0 and f"Done: {step + 3} steps" in out
+
+
+def test_the_second_interrupt_stops_at_once(base, tmp_path):
+    run = tmp_path / "run"
+    process = start(*arguments(base, save_dir=run, gradient_accumulation_steps=1_000_000, num_workers=1))
+    wait_for(process, (run / "metrics.jsonl").exists)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    os.set_blocking(process.stderr.fileno(), False)
+    seen = []
+    wait_for(process, lambda: "stopping after this step" in (seen.append(process.stderr.read() or "") or "".join(seen)))
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=5) == 130 and "Traceback" not in "".join(seen) + (process.stderr.read() or "")
+    assert not list(run.glob("*.pt"))
+    assert_group_ends(process)
