@@ -15,9 +15,8 @@ B, S, D = 2, 6, 8
 
 
 def make_moe(num_experts=4, top_k=2, norm_topk_prob=None, dtype=torch.float64, **changes) -> MoE:
-    config = tiny_config(d_model=D, n_heads=2, d_ff=16, num_experts=num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob,
-                         **changes)
-    layer = MoE(config, torch.float32)
+    chosen = dict(num_experts=num_experts, top_k=top_k, norm_topk_prob=norm_topk_prob)
+    layer = MoE(tiny_config(d_model=D, n_heads=2, d_ff=16, **chosen, **changes), torch.float32)
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.5)
     return layer.to(dtype)
@@ -64,8 +63,8 @@ def assert_equals_naive(layer):
 
 # ---------------------------------------------------------------- the layer
 
-@pytest.mark.parametrize("num_experts, top_k, norm", [(4, 2, True), (4, 2, False), (4, 1, False), (5, 3, True), (4, 4, True),
-                                                      (4, 4, False), (1, 1, False)])
+@pytest.mark.parametrize("num_experts, top_k, norm", [(4, 2, True), (4, 2, False), (4, 1, False), (5, 3, True),
+                                                      (4, 4, True), (4, 4, False), (1, 1, False)])
 def test_layer_equals_a_loop_over_tokens(num_experts, top_k, norm):
     assert_equals_naive(make_moe(num_experts, top_k, norm))
 
@@ -93,8 +92,7 @@ def test_all_tokens_may_go_to_one_expert(busy):
 @pytest.mark.parametrize("stored", ["16 bits", "fp32"])
 def test_layer_computes_in_the_dtype_of_its_input(dtype, stored):
     layer = make_moe(dtype=torch.float32)
-    if stored == "16 bits":
-        layer.experts.to(dtype)
+    layer.experts.to(dtype if stored == "16 bits" else torch.float32)
     x = make_input(torch.float32).detach().to(dtype)
     with torch.autocast("cpu", dtype):
         y, _ = layer(x)
@@ -137,41 +135,28 @@ def products(ends, dtype=torch.float64, width=(5, 4)):
     return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), torch.tensor(ends, dtype=torch.int32)
 
 
-def loop(x, weight, ends):
-    return torch.cat([x[start:end] @ w.T for start, end, w in zip([0, *ends.tolist()], ends.tolist(), weight)])
-
-
 @pytest.mark.parametrize("ends", ENDS, ids=str)
 def test_grouped_linear_is_a_product_for_each_expert(ends):
-    x, weight, ends = products(ends)
-    y, expected = grouped_linear(x, weight, ends), loop(x, weight, ends)
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    upstream = torch.randn_like(y)
-    found, wanted = (torch.autograd.grad(out, [x, weight], upstream) for out in (y, expected))
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    x, weight, ends_E = products(ends)
+    expected = torch.cat([x[start:end] @ w.T for start, end, w in zip([0, *ends], ends, weight)])
+    torch.testing.assert_close(grouped_linear(x, weight, ends_E), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("ends", ENDS[:2] + ENDS[-2:], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_expert_loop_is_a_well_formed_operator(ends, dtype):
+def test_expert_loop_is_a_well_formed_operator_with_the_right_gradient(ends, dtype):
     x, weight, ends = products(ends, dtype)
     torch.library.opcheck(expert_loop, (x, weight, ends))
+    assert dtype != torch.float64 or gradcheck(expert_loop, (x, weight, ends))
     grad = torch.randn(len(x), weight.shape[1]).to(dtype)
     torch.library.opcheck(expert_loop_backward, (grad, x.detach(), weight.detach(), ends))
-
-
-@pytest.mark.parametrize("ends", ENDS[:-1], ids=str)
-def test_expert_loop_has_the_right_gradient(ends):
-    assert gradcheck(expert_loop, products(ends))
 
 
 def test_an_idle_experts_gradient_is_cleared_whatever_it_holds():
     weight, ends = torch.randn(4, 2, 3, requires_grad=True), torch.tensor([0, 2, 2, 5], dtype=torch.int32)
     upstream = torch.randn(4, 2, 3)
     upstream[0], upstream[2], upstream[3, 0, 0] = math.nan, math.inf, math.inf
-    out = _clear_idle_gradient(weight, ends)
-    assert out.equal(weight)
-    out.backward(upstream)
+    _clear_idle_gradient(weight, ends).backward(upstream)
     assert (weight.grad[[0, 2]] == 0).all() and weight.grad[[1, 3]].equal(upstream[[1, 3]])
 
 
@@ -184,16 +169,12 @@ class OnGpu(torch.Tensor):
 def test_the_grouped_product_of_gpus_agrees_with_the_loop(ends, monkeypatch):
     x, weight, ends = products(ends, torch.bfloat16, width=(16, 24))
     expected = expert_loop(x, weight, ends)
-    upstream = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, [x, weight], upstream)
     monkeypatch.setattr(moe_module, "expert_loop", None)
     y = grouped_linear(x.as_subclass(OnGpu), weight, ends)
-    found = torch.autograd.grad(y, [x, weight], upstream)
-    torch.testing.assert_close(y.as_subclass(torch.Tensor), expected, rtol=0.01, atol=0.01)
-    torch.testing.assert_close([g.as_subclass(torch.Tensor) for g in found], list(wanted), rtol=0.01, atol=0.02)
+    upstream = torch.randn_like(expected)
+    found, wanted = ([out, *torch.autograd.grad(out, [x, weight], upstream)] for out in (y, expected))
+    torch.testing.assert_close([t.as_subclass(torch.Tensor) for t in found], wanted, rtol=0.01, atol=0.02)
 
-
-# ---------------------------------------------------------------- tokens to experts and back
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("function", [_Dispatch, _Combine])
@@ -226,12 +207,6 @@ def test_gradients_are_the_same_in_every_pass_and_rows_are_never_scattered():
 
 # ---------------------------------------------------------------- balance
 
-def routing(sequences=3, num_experts=4, k=2):
-    probs = (torch.randn(sequences, S, num_experts) * 2).softmax(-1)
-    counts = F.one_hot(probs.topk(k).indices, num_experts).sum(dim=(1, 2))
-    return probs, counts
-
-
 def balance_formula(probs, counts):
     """E sum_e f_e P_e of probabilities [tokens][E] and counts [E]."""
     mean = [sum(p[e] for p in probs) / len(probs) for e in range(len(counts))]
@@ -248,7 +223,8 @@ def test_load_balancing_loss_is_one_at_perfect_balance_and_largest_at_collapse(s
 
 
 def test_load_balancing_loss_of_a_batch_takes_all_its_tokens_and_of_a_sequence_its_own():
-    probs, counts = routing()
+    probs = (torch.randn(3, S, 4) * 2).softmax(-1)
+    counts = F.one_hot(probs.topk(2).indices, 4).sum(dim=(1, 2))
     batch = balance_formula(probs.flatten(0, 1).tolist(), counts.sum(0).tolist())
     each = [balance_formula(p.tolist(), c.tolist()) for p, c in zip(probs, counts)]
     assert load_balancing_loss(probs, counts, "batch").item() == pytest.approx(batch, rel=1e-5)
@@ -268,7 +244,6 @@ def test_layer_returns_the_losses_of_its_routing(scope):
     _, (balance, z, counts) = layer(x)
     logits, probs, _, experts = layer.router(x)
     counts_BE = F.one_hot(experts, 4).sum(dim=(1, 2))
-    assert counts.equal(counts_BE.sum(0))
-    assert balance.equal(load_balancing_loss(probs, counts_BE, scope)) and z.equal(router_z_loss(logits))
-    for loss in (balance, z):
-        assert (torch.autograd.grad(loss, layer.router.weight, retain_graph=True)[0] != 0).any()
+    assert counts.equal(counts_BE.sum(0)) and z.equal(router_z_loss(logits))
+    assert balance.equal(load_balancing_loss(probs, counts_BE, scope))
+    assert all((torch.autograd.grad(loss, layer.router.weight, retain_graph=True)[0] != 0).any() for loss in (balance, z))

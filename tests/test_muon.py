@@ -98,8 +98,7 @@ def test_products_are_bf16_on_a_gpu_and_momentum_is_never_fp16():
 @pytest.mark.parametrize("shape", [(32, 32), (16, 40), (40, 16)], ids=str)
 def test_muon_follows_torchs(shape):
     named = parameters(w=shape)
-    start = named["w"].detach().clone() * 0.02
-    named["w"].data.copy_(start)
+    start = named["w"].data.mul_(0.02).clone()
     other = {"w": start.clone().requires_grad_()}
     ours = Muon(named, momentum=0.95, weight_decay=0.5)
     theirs = torch.optim.Muon(other.values(), lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.5, adjust_lr_fn="original")
@@ -115,10 +114,9 @@ def test_muon_follows_torchs(shape):
 def test_muon_decays_weights_by_learning_rate_times_weight_decay(monkeypatch):
     monkeypatch.setattr(muon, "newton_schulz", lambda matrices, dtype: torch.zeros_like(matrices))
     named = parameters()
-    start = snapshot(make(Muon, named), named)
+    expected = {name: p.detach() * (1 - 0.01 * 0.1) for name, p in named.items()}
     train(make(Muon, named), named, steps=1)
-    for name, p in named.items():
-        torch.testing.assert_close(p.detach(), start[name] * (1 - 0.01 * 0.1), rtol=1e-6, atol=0)
+    torch.testing.assert_close({name: p.detach() for name, p in named.items()}, expected, rtol=1e-6, atol=0)
 
 
 def test_muon_updates_a_bank_as_its_matrices():
@@ -233,7 +231,6 @@ def test_streamed_state_gives_the_same_bits(kind, dtype, monkeypatch):
     monkeypatch.setattr(OptimizerState, "PIECE", SMALL_PIECE)
     streamed, resident = parameters(dtype), parameters(dtype)
     optimizers = make(kind, streamed, offload=True), make(kind, resident)
-    assert len(list(optimizers[0].state.pieces())) == 0
     for optimizer, named in zip(optimizers, (streamed, resident)):
         train(optimizer, named, steps=4)
     assert len(list(optimizers[1].state.pieces())) >= 5

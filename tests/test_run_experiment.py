@@ -415,7 +415,7 @@ def start(*argv) -> subprocess.Popen:
 
 
 def wait_for(process, condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.005)
@@ -446,7 +446,7 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp
     second.kill()
     assert second.wait() == -signal.SIGKILL and not (killed / "checkpoint_step_80.pt").exists()
     third = start("--resume", "latest", "--save_dir", killed)
-    out, err = first.communicate(timeout=60)
+    out, err = first.communicate(timeout=120)
     assert first.returncode == 0 and "Traceback" not in err
     for words in ("step 0: validation loss", "step 40: validation loss", "step 80: validation loss", "A sample", "Done: 80 steps"):
         assert words in out
@@ -456,7 +456,7 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp
     results = json.loads((whole / "training_results.json").read_text())
     assert results["totals"]["steps"] == 80 and results["sample"]["text"] and results["config"]["d_model"] == 32
 
-    out, err = third.communicate(timeout=60)
+    out, err = third.communicate(timeout=120)
     assert third.returncode == 0 and "Resuming" in out and "Traceback" not in err
     for kind in ("train_loss", "val_loss"):
         same = ("step", kind, "grad_norm", "expert_load", "tokens_seen", "muon_lr")
@@ -488,12 +488,10 @@ def test_the_second_interrupt_stops_at_once(base, tmp_path):
     run = tmp_path / "run"
     process = start(*arguments(base, save_dir=run, gradient_accumulation_steps=1_000_000, num_workers=1))
     wait_for(process, (run / "metrics.jsonl").exists)
-    time.sleep(0.5)
+    time.sleep(0.5)         # the first step is under way; it takes hours
     os.killpg(process.pid, signal.SIGINT)
-    os.set_blocking(process.stderr.fileno(), False)
-    seen = []
-    wait_for(process, lambda: "stopping after this step" in (seen.append(process.stderr.read() or "") or "".join(seen)))
+    assert any("stopping after this step" in line for line in process.stderr)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=5) == 130 and "Traceback" not in "".join(seen) + (process.stderr.read() or "")
+    assert process.wait(timeout=5) == 130 and "Traceback" not in process.stderr.read()
     assert not list(run.glob("*.pt"))
     assert_group_ends(process)

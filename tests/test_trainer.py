@@ -8,6 +8,7 @@ import random
 import signal
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ from config import PRESETS, Config, ConfigError, ExperimentError, resumed_config
 from precision import read_master
 from trainer import Trainer, learning_rate_factor
 
-FORMS = {"fp32": dict(precision="fp32"), "bf16-split": dict(precision="bf16"), "fp16-split": dict(precision="fp16"),
+FORMS = {"fp32": dict(precision="fp32"), "bf16-split": dict(precision="bf16"), "fp16-split": dict(precision="fp16", loss_scale_growth_interval=10),
          "bf16-fp32-masters": dict(precision="bf16", master_weights="fp32"),
          "fp16-offload": dict(precision="fp16", offload_optimizer="true")}
 
@@ -100,7 +101,11 @@ def test_stopped_and_resumed_run_equals_one_run_to_the_bit(settings, tmp_path, f
     assert stopped.value.code == 128 + signal.SIGTERM and first.step == 15
     torch.manual_seed(99)       # a new process has other random states
     random.seed(99)
+    numpy.random.seed(99)
     second = resume(config, checkpoint.latest_path(config.save_dir))
+    saved = checkpoint.load(checkpoint.latest_path(config.save_dir))["random"]
+    assert torch.equal(torch.get_rng_state(), saved["torch"]) and list(random.getstate()[1]) == saved["python"][1]
+    assert numpy.random.get_state()[1].tolist() == saved["numpy"][1]
     second.run()
 
     expected, found = states(whole), states(second)
@@ -108,9 +113,8 @@ def test_stopped_and_resumed_run_equals_one_run_to_the_bit(settings, tmp_path, f
     for name in expected:
         assert expected[name].dtype == found[name].dtype and torch.equal(expected[name], found[name]), name
     for kind in ("train_loss", "val_loss"):
-        exact = [{k: r.get(k) for k in ("step", kind, "grad_norm", "expert_load", "tokens_seen")} for r in rows(whole.config, kind)]
+        exact = [{k: r.get(k) for k in ("step", kind, "grad_norm", "loss_scale", "expert_load", "tokens_seen")} for r in rows(whole.config, kind)]
         assert exact == [{k: r.get(k) for k in exact[0]} for r in rows(config, kind)]
-    assert torch.equal(torch.get_rng_state(), checkpoint.load(checkpoint.latest_path(config.save_dir))["random"]["torch"])
 
 
 def test_rows_past_the_checkpoint_are_dropped_and_kept_aside(settings, tmp_path):
