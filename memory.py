@@ -146,6 +146,13 @@ class Choice:
             return self.memory_gb["total"] + self.memory_gb["host"] <= machine.usable_gb
         return self.memory_gb["total"] <= machine.usable_gb and self.memory_gb["host"] <= 0.9 * machine.host_memory_gb
 
+    def shortage(self, machine: Machine) -> str:
+        """What does not fit, in words; empty when all does."""
+        if machine.name is None:
+            return "" if self.fits(machine) else f"{self.memory_gb['total']:.1f} GB needed, {machine.usable_gb:.1f} usable"
+        sides = (("the GPU", self.memory_gb["total"], machine.usable_gb), ("the host", self.memory_gb["host"], 0.9 * machine.host_memory_gb))
+        return "; ".join(f"{where}: {needed:.1f} GB needed, {there:.1f} usable" for where, needed, there in sides if needed > there)
+
     def options(self) -> str:
         """The choice as command-line options."""
         return (f"--batch_size {self.batch_size} --gradient_accumulation_steps {self.gradient_accumulation_steps} "
@@ -177,7 +184,7 @@ def choose(c: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool
     for choice in kept:
         if choice.fits(machine):
             return choice, True
-    free = candidates(c)
+    free = candidates(c, offloads=[False] if machine.name is None else None)
     return next((choice for choice in free if choice.fits(machine)), min(free, key=lambda x: x.memory_gb["total"])), False
 
 

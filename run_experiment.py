@@ -100,6 +100,9 @@ def train(argv: list[str]) -> None:
         if args.resume == "latest":
             options["save_dir"] = config.save_dir       # the folder may have been moved since
         config, changes = resumed_config(state["config"], options)
+        if config.max_steps < state["step"]:
+            raise ConfigError(f"max_steps={config.max_steps}: the checkpoint is at step {state['step']} already; give more, or "
+                              "resume an earlier checkpoint")
         print(f"Resuming {path} at step {state['step']}" + (f", {args.preset} ignored: the checkpoint's configuration holds"
               if args.preset else "") + (". Changed: " + "; ".join(changes) if changes else ""))
     else:
@@ -159,6 +162,7 @@ def plan(argv: list[str]) -> None:
         print(json.dumps(facts, indent=1))
         return
     where = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)" if facts["gpu"] else "this machine's CPU"
+    choice, _ = memory.choose(config, machine, fixed_batch=False)
     print(f"{name}: {why}.\n"
           f"parameters        {config.total_params:,} ({memory.count(config.total_params)}), {config.active_params:,} "
           f"({memory.count(config.active_params)}) active for a token\n"
@@ -168,9 +172,8 @@ def plan(argv: list[str]) -> None:
                                    if facts["hours"] else "not measured for this GPU; training prints them after its first steps")
           + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB: "
           + ("fits" if facts["fits"] and facts["as_configured"] else "fits, but not as configured" if facts["fits"]
-             else "does not fit; the smallest choice is") + f"\n  {facts['options']}\n")
-    print(memory.table(memory.choose(config, machine, fixed_batch=False)[0].memory_gb,
-                       capacity_gb=machine.memory_gb or machine.host_memory_gb))
+             else f"does not fit ({choice.shortage(machine)}); the smallest choice is") + f"\n  {facts['options']}\n")
+    print(memory.table(choice.memory_gb, capacity_gb=machine.memory_gb or machine.host_memory_gb))
     print("\nAll sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside them.")
 
 
@@ -227,7 +230,10 @@ def main(argv: list[str]) -> int:
         print(f"error: the package {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # the reader left: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if command == "train":
+            print("error: whoever read the output stopped reading, so training stopped; write it to a file instead",
+                  file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
         if not memory.is_out_of_memory(error):

@@ -154,6 +154,13 @@ def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
     assert code == 0 and "fits, but not as configured" in out and "--offload_optimizer true" in out
 
 
+def test_plan_says_what_is_short(cli):
+    assert "does not fit (the host: 74.3 GB needed, 18.0 usable)" in cli("plan", "--preset", "18b", "--gpu", "h200", "--host_memory_gb", "20")[1]
+    assert "does not fit (the GPU: " in cli("plan", "--preset", "18b", "--gpu", "rtx4090", "--host_memory_gb", "500")[1]
+    on_cpu = cli("plan", "--preset", "18b", "--device", "cpu", "--host_memory_gb", "130")[1]
+    assert "does not fit" in on_cpu and "--offload_optimizer false" in on_cpu, "streaming frees no host memory"
+
+
 def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "__file__", str(tmp_path / "memory.py"))
     argv = ("--preset", "18b", "--gpu", "h200")
@@ -344,6 +351,12 @@ def test_resume_goes_further_and_says_what_changed(cli, run):
     assert "18b ignored" in out, "a preset is for a fresh start"
     assert [r["step"] for r in rows(run, "train_loss")] == [2, 4, 6, 8, 10, 12] and rows(run, "val_loss")[-1]["step"] == 12
     assert checkpoint.load(run / "checkpoint_latest.pt")["step"] == 12
+
+
+def test_resume_to_a_step_that_is_past_is_refused(cli, base, run):
+    before = contents(run)
+    assert_refused(cli("--save_dir", run, "--resume", "latest", "--max_steps", 3), 2, "max_steps=3", "step 8")
+    assert contents(run) == before
 
 
 def test_resume_of_a_finished_run_changes_no_weights(cli, run):
