@@ -192,6 +192,9 @@ def sample(argv: list[str]) -> None:
         if not least <= getattr(args, name) <= most:
             raise ConfigError(f"--{name} must lie between {least} and {most}")
 
+    if Path(args.checkpoint).is_dir():
+        raise ConfigError(f"--checkpoint {args.checkpoint} is a folder: name a file of it, such as checkpoint_latest.pt")
+
     import torch
 
     import checkpoint

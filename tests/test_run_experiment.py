@@ -220,7 +220,7 @@ def assert_refused(result, code, *words):
     ("--preset tiny --d_model 30 --n_layers 0 --top_k 9", ["n_layers=0: must be at least 1", "change n_heads", "top_k=9: must not exceed"]),
     ("--muon_lr nan", ["muon_lr=nan"]),
     ("--d_model", ["--d_model", "expected one argument"]),
-    ("--resume latest --overwrite", ["--resume", "--overwrite", "choose one"]),
+    ("--resume latest --overwrite --device cpu --data /nowhere", ["--resume", "--overwrite", "choose one"]),
     ("sample --prompt a", ["--checkpoint"]),
     ("sample --checkpoint x --prompt a --temperature warm", ["--temperature", "'warm'"]),
     ("sample --checkpoint x --prompt a --temperature -1", ["--temperature must lie between 0"]),
@@ -366,18 +366,23 @@ def test_resume_of_a_finished_run_changes_no_weights(cli, run):
     assert [r["step"] for r in rows(run, "val_loss")] == [0, 8]
 
 
-def test_resume_latest_goes_on_in_a_folder_that_was_moved(cli, finished, run):
+def test_resume_latest_goes_on_in_its_folder_and_a_path_in_the_folder_of_its_run(cli, finished, run, monkeypatch):
     before = contents(finished)
-    assert cli("--resume", "latest", "--save_dir", run, "--max_steps", "10")[0] == 0
-    moved = run.rename(run.with_name("moved"))
-    assert cli("--resume", "latest", "--save_dir", moved, "--max_steps", "12")[0] == 0
-    assert checkpoint.load(moved / "checkpoint_latest.pt")["step"] == 12 and not run.exists() and contents(finished) == before
+    monkeypatch.chdir(run.parent)
+    run.rename("checkpoints")       # the default save_dir; the checkpoint names another
+    code, out, _ = cli("--resume", "latest", "--max_steps", "12")
+    assert code == 0 and f"save_dir: {finished} -> checkpoints" in out and contents(finished) == before
+    moved = Path("checkpoints").rename("moved")
+    assert cli("--resume", "latest", "--save_dir", moved, "--max_steps", "14")[0] == 0
+    assert cli("--resume", moved / "checkpoint_latest.pt", "--max_steps", "16")[0] == 0
+    assert checkpoint.load(moved / "checkpoint_latest.pt")["step"] == 16 and not Path("checkpoints").exists()
+    assert contents(finished) == before
 
 
 def test_resume_latest_takes_a_checkpoint_whose_link_was_never_made(cli, run):
     (run / "checkpoint_latest.pt").unlink()
     os.utime(run / "checkpoint_step_4.pt", (1, 1))
-    code, out, _ = cli("--resume", "latest", "--save_dir", run)
+    code, out, _ = cli("--resume", "latest", "--save_dir", run, "--max_steps", "8")
     assert code == 0 and f"Resuming {run / 'checkpoint_step_8.pt'} at step 8" in out
 
 
@@ -397,6 +402,7 @@ def test_resume_latest_without_a_checkpoint_is_a_fresh_start(cli, base, tmp_path
         path.unlink()
     code, out, _ = cli(*arguments(base, save_dir=run, max_steps=2), "--resume", "latest")
     assert code == 0 and "No checkpoint" in out and (run / "metrics.jsonl.1").read_bytes() == metrics, "set aside, not lost"
+    assert json.loads((run / "training_results.json.1").read_text())["totals"]["steps"] == 8
     assert [r["step"] for r in rows(run, "train_loss")] == [2]
 
 
@@ -411,6 +417,8 @@ def test_overwrite_starts_anew_and_leaves_other_files(cli, base, run):
 # ---------------------------------------------------------------- sample
 
 def test_sample(cli, finished):
+    assert_refused(cli("sample", "--checkpoint", finished, "--prompt", "a"), 2, "is a folder", "checkpoint_latest.pt")
+
     def text(*argv, prompt="abc"):
         code, out, err = cli("sample", "--checkpoint", finished / "checkpoint_latest.pt", "--prompt", prompt, "--max_new_tokens", "12", *argv)
         assert code == 0 and err == "" and out.startswith(prompt) and len(out) > len(prompt) + 5
