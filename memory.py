@@ -178,8 +178,6 @@ def choose(c: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool
     fits with everything free, or the smallest of all, False). `fixed_batch` keeps the micro-batch too."""
     modes = None if c.activation_checkpointing == "auto" else [c.activation_checkpointing]
     offloads = {"auto": None, "true": [True], "false": [False]}[c.offload_optimizer]
-    if machine.name is None and offloads is None:
-        offloads = [False]
     kept = candidates(c, modes, offloads, [c.batch_size] if fixed_batch else None)
     for choice in kept:
         if choice.fits(machine):

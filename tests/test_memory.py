@@ -180,7 +180,8 @@ def test_streaming_needs_the_hosts_memory():
     assert choose(c, Machine("a GPU", 150, 84), fixed_batch=False)[0].fits(Machine("a GPU", 150, 84))
     assert not choose(c, Machine("a GPU", 150, 80), fixed_batch=False)[0].fits(Machine("a GPU", 150, 80))
     cpu = Machine(None, 0, 200)
-    assert choose(c, cpu, fixed_batch=False)[0].offload_optimizer is False, "nothing to stream to on a CPU"
+    for machine in (cpu, Machine(None, 0, 20)):
+        assert choose(c, machine, fixed_batch=False)[0].offload_optimizer is False, "nothing to stream from on a CPU"
     assert not Choice(1, 1, "full", False, dict(total=150, host=40)).fits(cpu)
     assert Choice(1, 1, "full", False, dict(total=140, host=30)).fits(cpu)
 
@@ -245,7 +246,8 @@ def test_no_visible_gpu_is_a_cpu(driver, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert find_machine().name is None and find_machine().memory_gb == 0
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    for line, code in (("NVIDIA-SMI has failed", 9), ("No devices were found", 6), ("", 0), ("NVIDIA GB10, [N/A]", 0)):
+    for line, code in (("NVIDIA-SMI has failed", 9), ("No devices were found", 6), ("", 0), ("NVIDIA H200, 143771", 9),
+                       ("NVIDIA GB10, [N/A]", 0)):
         driver(line, code)
         assert find_machine().name is None, line
     monkeypatch.setenv("PATH", "")

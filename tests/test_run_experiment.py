@@ -220,7 +220,7 @@ def assert_refused(result, code, *words):
     ("--preset tiny --d_model 30 --n_layers 0 --top_k 9", ["n_layers=0: must be at least 1", "change n_heads", "top_k=9: must not exceed"]),
     ("--muon_lr nan", ["muon_lr=nan"]),
     ("--d_model", ["--d_model", "expected one argument"]),
-    ("--resume latest --overwrite --device cpu --data /nowhere", ["--resume", "--overwrite", "choose one"]),
+    ("--resume latest --overwrite --device cpu", ["--resume", "--overwrite", "choose one"]),
     ("sample --prompt a", ["--checkpoint"]),
     ("sample --checkpoint x --prompt a --temperature warm", ["--temperature", "'warm'"]),
     ("sample --checkpoint x --prompt a --temperature -1", ["--temperature must lie between 0"]),
@@ -228,6 +228,7 @@ def assert_refused(result, code, *words):
     ("sample --checkpoint x --prompt a --max_new_tokens 0", ["--max_new_tokens must lie between 1"])])
 def test_wrong_usage(cli, argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("data.prepare", lambda _: pytest.fail("it trains"))
     result = cli(*argv.split())
     assert_refused(result, 2, *words)
     assert result[1] == "" and not list(tmp_path.iterdir())
@@ -300,7 +301,9 @@ def test_a_resumed_run_keeps_its_model_and_its_data(cli, base, finished, tmp_pat
 @pytest.mark.parametrize("place", ["file.txt/run", "/proc/run"])
 def test_a_folder_that_cannot_be_written_to(cli, base, tmp_path, place):
     (tmp_path / "file.txt").write_text("text")
-    assert_refused(cli(*arguments(base, save_dir=tmp_path / place)), 1, "cannot be written to", "--save_dir")
+    result = cli(*arguments(base, save_dir=tmp_path / place))
+    assert_refused(result, 1, "cannot be written to", "--save_dir")
+    assert "tokens a step" not in result[1], "before the work on the data"
     assert contents(tmp_path) == {Path("file.txt"): b"text"}
 
 
