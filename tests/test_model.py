@@ -367,6 +367,17 @@ def test_a_graph_break_is_an_error(graphs):
         model(*batch(model))
 
 
+def test_a_short_validation_batch_leaves_training_with_graphs_of_fixed_shape(graphs):
+    model = build(n_layers=2)
+    model.compile_blocks()
+    with torch.no_grad():
+        for sequences in (3, 2):
+            model(*batch(model, sequences))
+    gradients(model, *batch(model, 3))
+    inputs = [node.meta["example_value"] for graph in graphs for node in graph.graph.nodes if node.op == "placeholder"]
+    assert len(graphs) == 6 and not any(isinstance(value, torch.SymInt) for value in inputs)
+
+
 def test_evaluation_and_generation_compile_no_graph_for_each_length(graphs):
     model = build()
     model.compile_blocks()

@@ -493,7 +493,7 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp
 
 
 def test_sigterm_and_an_interrupt_save_and_stop(cli, base, tmp_path):
-    cases = [(signal.SIGTERM, 143, tmp_path / "a", 0), (signal.SIGINT, 130, tmp_path / "b", 2)]
+    cases = [(signal.SIGTERM, 143, tmp_path / "a", 2), (signal.SIGINT, 130, tmp_path / "b", 2)]
     processes = [start(*arguments(base, save_dir=run, max_steps=100_000, save_every=50_000, num_workers=workers))
                  for _, _, run, workers in cases]
     for (number, code, run, _), process in zip(cases, processes):
