@@ -381,6 +381,7 @@ def _problems(c: Config) -> list[str]:
     for name in ("warmup_fraction", "min_lr_fraction"):
         check(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: must lie in [0, 1]")
     check(0 < c.validation_fraction <= 0.5, f"validation_fraction={c.validation_fraction}: must lie in (0, 0.5]")
+    check(c.seed < 2 ** 43, f"seed={c.seed}: must be under 2^43")
     check(c.loss_scale >= 1, f"loss_scale={c.loss_scale}: must be at least 1")
     check(c.vocab_size >= 260, f"vocab_size={c.vocab_size}: must be at least 260 (256 bytes and the special tokens)")
     if c.n_heads >= 1:

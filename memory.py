@@ -237,7 +237,7 @@ def resident_gb() -> tuple[float, float]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a GPU's or the host's memory ran out: PyTorch has several ways to say so."""
-    words = "out of memory", "not enough memory", "ALLOC_FAILED"
+    words = "out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED"
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

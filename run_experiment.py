@@ -121,6 +121,7 @@ def train(argv: list[str]) -> None:
 
     print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
           f"{config.tokens_per_step:,} tokens a step", flush=True)
+    trainer.find_device(config)         # what cannot start is refused before minutes of tokenizing
     corpus = data.prepare(config)
     run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
     del state           # it is mapped from the checkpoint's file, whose disk space would stay taken

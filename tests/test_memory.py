@@ -260,6 +260,14 @@ def test_a_gpu_by_name():
         find_machine(gpu="h10")
 
 
+def test_an_allocation_that_fails_is_known_by_its_words():
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(2 ** 60, dtype=torch.uint8)
+    assert memory.is_out_of_memory(refused.value) and memory.is_out_of_memory(MemoryError())
+    assert memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert not memory.is_out_of_memory(RuntimeError("shapes cannot be multiplied")) and not memory.is_out_of_memory(OSError("out of memory"))
+
+
 def test_this_machines_memory():
     assert 0 < memory.host_memory_gb() < 100_000
     now, peak = memory.resident_gb()
