@@ -179,6 +179,8 @@ class MoETransformer(nn.Module):
                 x_BSD, block_routing = block(x_BSD)
                 if block_routing is not None:
                     routing.append(block_routing)
+            # an operator that autocast widens would make every later product an fp32 one, several times slower
+            assert x_BSD.dtype == self.compute_dtype
             x_BSD = self.norm(x_BSD)
             if targets_BS is None:
                 return F.linear(x_BSD, self.head_weight).float()

@@ -109,7 +109,8 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, y_RD, order_R, place_R, k: int):
         ctx.save_for_backward(order_R, place_R)
         ctx.k = k
-        return y_RD[place_R].view(-1, k, y_RD.shape[-1]).sum(dim=1)
+        # the dtype is stated because autocast on GPUs would give a sum in fp32, and with it an fp32 residual stream
+        return y_RD[place_R].view(-1, k, y_RD.shape[-1]).sum(dim=1, dtype=y_RD.dtype)
 
     @staticmethod
     def backward(ctx, grad_ND):
