@@ -239,7 +239,7 @@ PRESETS = {
 
 # Bounds of temporary memory, shared by what computes and what predicts.
 LOSS_CHUNK = 2048               # tokens whose logits exist at a time
-OPTIMIZER_PIECE = 2 ** 26       # elements that an optimizer updates at a time; a single matrix may be larger
+OPTIMIZER_PIECE = 2 ** 28       # elements that an optimizer updates at a time; a single matrix may be larger
 
 # Smallest GPU memory (GB, 1e9 bytes) for which a preset is chosen when nothing else decides; largest first.
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]

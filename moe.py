@@ -15,6 +15,10 @@ from config import Config
 
 # ---------------------------------------------------------------- grouped products
 
+# Blackwell's grouped product leaves the weight gradient of an expert without rows unwritten; Hopper's writes zeros.
+IDLE_GRADIENTS_UNWRITTEN = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0)
+
+
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """Rows ends[e-1] : ends[e] of x times weight[e] transposed, for every expert e, [R, O]; a range may be empty.
 
@@ -23,7 +27,8 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     and reads `ends` back to the host in fp16 anyway).
     """
     if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
-        return F.grouped_mm(x_RI, _clear_idle_gradient(weight_EOI, ends_E).transpose(-2, -1), offs=ends_E)
+        weight_EOI = _clear_idle_gradient(weight_EOI, ends_E) if IDLE_GRADIENTS_UNWRITTEN else weight_EOI
+        return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=ends_E)
     return expert_loop(x_RI, weight_EOI, ends_E)
 
 
@@ -67,7 +72,7 @@ def _ranges(ends_E: Tensor) -> list[slice]:
 
 
 class _ClearIdleGradient(torch.autograd.Function):
-    """Identity whose gradient is zero for experts without rows: on some GPUs F.grouped_mm leaves theirs unwritten."""
+    """Identity whose gradient is zero for experts without rows."""
 
     @staticmethod
     def forward(ctx, weight_EOI, ends_E):

@@ -3,35 +3,80 @@
 Both read gradients as `gradient * factor` in fp32, where the factor holds 1 / loss scale and clipping, so `.grad` is
 never rewritten and all state is unscaled; both update fp32 masters (see precision.py).
 """
+import functools
 import math
 
 import torch
 from torch import Tensor, nn
 
+from kernels import symmetric_product
 from precision import OptimizerState, read_master, write_master
 
 # Keller Jordan's quintic: steepest at zero, singular values end between about 0.7 and 1.2
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
+RESTART = 2         # step of the Gram form at which the Gram matrix is made anew
 
 
-def newton_schulz(matrices: Tensor, dtype: torch.dtype, coefficients=NEWTON_SCHULZ) -> Tensor:
-    """Approximately orthogonalises each matrix of `matrices` [..., rows, columns]: U S V^T becomes about U V^T.
+def newton_schulz(x: Tensor) -> Tensor:
+    """Approximately orthogonalises each matrix of x [n, rows, columns]: U S V^T becomes about U V^T.
 
     Keller Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Each step maps every singular
-    value s to a s + b s^3 + c s^5. Matrices are normalised in fp32 before they are cast to `dtype` for the products, so
-    small gradients are treated as large ones. Returns `dtype`.
+    value s to a s + b s^3 + c s^5. Singular values must not exceed 1, as those of a matrix of norm 1 do not.
     """
-    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x = (matrices / norm.clamp(min=1e-30)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:                      # the Gram matrix is of the shorter side
         x = x.mT
-    x = x.reshape(-1, *x.shape[-2:])
-    for a, b, c in coefficients:
+    for a, b, c in NEWTON_SCHULZ:
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).reshape(matrices.shape)
+    return x.mT if tall else x
+
+
+def gram_newton_schulz(x: Tensor) -> Tensor:
+    """`newton_schulz` with the work on the Gram matrix of the shorter side (Gram Newton-Schulz, Dao-AILab 2025).
+
+    Each step multiplies x by a polynomial of x x^T, so the polynomials are gathered in `product`, the Gram matrix follows
+    them, and x is touched only at RESTART and at the end. All products but those two are symmetric: half the work. In
+    fp16 this is as exact as the standard form in bf16; without the restart rounding makes the Gram matrix indefinite.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
+        if step == RESTART:
+            x = torch.bmm(product, x)
+        if step in (0, RESTART):
+            gram, product = symmetric_product(x, x), None
+        polynomial = symmetric_product(gram, gram, alpha=c, add=gram, beta=b, diagonal=a)
+        product = polynomial if product is None else symmetric_product(polynomial, product)
+        if step + 1 not in (RESTART, len(NEWTON_SCHULZ)):
+            gram = symmetric_product(polynomial, symmetric_product(gram, polynomial))
+    x = torch.bmm(product, x)
+    return x.mT if tall else x
+
+
+def nesterov_direction(gradient: Tensor, momentum: Tensor, factor: Tensor, decay: float, out: Tensor) -> Tensor:
+    """Folds gradient * factor into the momentum and writes the Nesterov direction, divided by its norm, to `out`.
+
+    All are [..., rows, columns]; the arithmetic is fp32, and the norm is divided by before the direction is rounded to
+    out's dtype, so that small gradients are treated as large ones. A matrix whose gradient is exactly zero keeps its
+    momentum. Returns whether each matrix has a gradient, [..., 1, 1].
+    """
+    active = (gradient != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
+    gradient = gradient.float() * factor
+    new_momentum = gradient + decay * momentum
+    direction = gradient + decay * new_momentum
+    norm = direction.square().sum(dim=-1, keepdim=True).sum(dim=-2, keepdim=True).sqrt()
+    out.copy_(direction / norm.clamp(min=1e-30))
+    momentum.copy_(torch.where(active, new_momentum, momentum))
+    return active
+
+
+def muon_update(weight: Tensor, state: dict[str, Tensor], update: Tensor, active: Tensor, rate: Tensor, decay: Tensor) -> None:
+    """master <- (1 - decay) master - rate update, for active matrices, on the fp32 masters behind weight and state."""
+    master = read_master(weight, state)
+    write_master(master * (1 - decay * active) - update.float() * (rate * active), weight, state)
 
 
 class Muon:
@@ -40,27 +85,35 @@ class Muon:
     A parameter [..., rows, columns] is a bank of matrices that are updated one by one, so an expert bank takes no more
     workspace than a few experts. A matrix whose gradient is exactly zero (an expert that received no token) keeps
     weight and momentum: its update would otherwise have full size for hundreds of steps, as Muon's is scale-invariant.
+
+    `fused` (for GPUs) compiles the elementwise work and orthogonalises in Gram form, in fp16; else all is plain PyTorch.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], momentum: float, weight_decay: float, offload: bool = False):
-        self.momentum, self.weight_decay = momentum, weight_decay
+    def __init__(self, parameters: dict[str, Tensor], momentum: float, weight_decay: float, offload: bool = False,
+                 fused: bool = False):
+        self.momentum, self.weight_decay, self.fused = momentum, weight_decay, fused
         self.state = OptimizerState(parameters, ("momentum",), muon_momentum_dtype, offload, matrices=True)
+        self.dtype = product_dtype(self.state.device, fused)
+        self.orthogonalize = gram_newton_schulz if fused else newton_schulz
+        self.nesterov_direction, self.muon_update = compiled(nesterov_direction, fused), compiled(muon_update, fused)
 
     @torch.no_grad()
     def step(self, lr: float, factor: float) -> None:
         """Updates the parameters with learning rate `lr`; gradients are read as gradient * factor."""
-        for _, weight, gradient, state in self.state.pieces():
-            active = (gradient != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)    # [n, 1, 1]
-            gradient = gradient.float() * factor
-            momentum = torch.add(gradient, state["momentum"], alpha=self.momentum)     # fp32, and a new tensor
-            nesterov = gradient.add_(momentum, alpha=self.momentum)
-            state["momentum"].copy_(torch.where(active, momentum, state["momentum"]))
-            update = newton_schulz(nesterov, product_dtype(weight.device)).float()
-            rows, columns = weight.shape[-2:]
-            step = lr * active
-            master = read_master(weight, state)
-            master.mul_(1 - step * self.weight_decay).sub_(update.mul_(step * math.sqrt(max(1, rows / columns))))
-            write_master(master, weight, state)
+        scalar = functools.partial(torch.full, (), device=self.state.device)
+        factor, decay = scalar(factor), scalar(lr * self.weight_decay)
+        for group in self.state.groups():
+            if self.fused:          # one matrix at a time: a compiled function for each shape, not for each number of them
+                group = [(weight[i], gradient[i], {key: t[i] for key, t in state.items()})
+                         for weight, gradient, state in group for i in range(len(weight))]
+            rows, columns = group[0][0].shape[-2:]
+            counts = [weight.numel() // (rows * columns) for weight, _, _ in group]
+            x = torch.empty(sum(counts), rows, columns, dtype=self.dtype, device=self.state.device)
+            active = [self.nesterov_direction(gradient, state["momentum"], factor, self.momentum, part.view(gradient.shape))
+                      for (_, gradient, state), part in zip(group, x.split(counts))]
+            rate = scalar(lr * math.sqrt(max(1, rows / columns)))
+            for (weight, _, state), update, alive in zip(group, self.orthogonalize(x).split(counts), active):
+                self.muon_update(weight, state, update.view(weight.shape), alive, rate, decay)
 
     def state_dict(self) -> dict:
         return dict(state=self.state.state_dict())
@@ -69,30 +122,38 @@ class Muon:
         self.state.load_state_dict(saved["state"])
 
 
+def adamw_update(weight: Tensor, gradient: Tensor, state: dict[str, Tensor], factor: Tensor, betas: tuple[float, float],
+                 eps: float, corrections: tuple[Tensor, Tensor], rate: Tensor, decay: Tensor) -> None:
+    """One AdamW step in fp32 on the masters behind weight and state; `corrections` are 1 - beta^steps."""
+    gradient = gradient.float() * factor
+    state["exp_avg"].lerp_(gradient, 1 - betas[0])
+    state["exp_avg_sq"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    denominator = (state["exp_avg_sq"] / corrections[1]).sqrt() + eps
+    master = read_master(weight, state) * (1 - decay) - rate / corrections[0] * (state["exp_avg"] / denominator)
+    write_master(master, weight, state)
+
+
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019) in fp32 on the fp32 masters; norms (vectors) are not decayed."""
 
     def __init__(self, parameters: dict[str, Tensor], beta1: float, beta2: float, eps: float, weight_decay: float,
-                 offload: bool = False):
-        self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
+                 offload: bool = False, fused: bool = False):
+        self.betas, self.eps, self.weight_decay = (beta1, beta2), eps, weight_decay
         self.steps = 0
         self.state = OptimizerState(parameters, ("exp_avg", "exp_avg_sq"), lambda p: torch.float32, offload, matrices=False)
+        self.adamw_update = compiled(adamw_update, fused, dynamic=True)
 
     @torch.no_grad()
     def step(self, lr: float, factor: float) -> None:
         """Updates the parameters with learning rate `lr`; gradients are read as gradient * factor."""
         self.steps += 1
-        correction1, correction2 = 1 - self.beta1 ** self.steps, 1 - self.beta2 ** self.steps
-        for _, weight, gradient, state in self.state.pieces():
-            gradient = gradient.float() * factor
-            state["exp_avg"].lerp_(gradient, 1 - self.beta1)
-            state["exp_avg_sq"].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
-            denominator = (state["exp_avg_sq"].sqrt() / math.sqrt(correction2)).add_(self.eps)
-            master = read_master(weight, state)
-            if weight.ndim >= 2:
-                master.mul_(1 - lr * self.weight_decay)
-            master.addcdiv_(state["exp_avg"], denominator, value=-lr / correction1)
-            write_master(master, weight, state)
+        scalar = functools.partial(torch.full, (), device=self.state.device)
+        corrections = tuple(scalar(1 - beta ** self.steps) for beta in self.betas)
+        factor, rate, decays = scalar(factor), scalar(lr), (scalar(0.0), scalar(lr * self.weight_decay))
+        for group in self.state.groups():
+            for weight, gradient, state in group:
+                self.adamw_update(weight.flatten(), gradient.flatten(), {k: t.flatten() for k, t in state.items()}, factor,
+                                  self.betas, self.eps, corrections, rate, decays[weight.ndim > 1])
 
     def state_dict(self) -> dict:
         return dict(state=self.state.state_dict(), steps=self.steps)
@@ -102,14 +163,21 @@ class AdamW:
         self.steps = saved["steps"]
 
 
+def compiled(function, fused: bool, dynamic: bool = False):
+    """The function, or its fused twin: torch.compile makes a kernel or two of its elementwise operations, for each shape or,
+    with `dynamic`, for all."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic) if fused else function
+
+
 def muon_momentum_dtype(parameter: Tensor) -> torch.dtype:
     """bfloat16 for 16-bit weights (fp16 would under- and overflow), fp32 for fp32 ones."""
     return torch.float32 if parameter.dtype == torch.float32 else torch.bfloat16
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """Newton-Schulz runs in bfloat16 on a GPU (the standard form is stable in it), in fp32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def product_dtype(device: torch.device, fused: bool) -> torch.dtype:
+    """Newton-Schulz runs in fp32 on a CPU and in 16 bits on a GPU: fp16 in Gram form (bf16 is too coarse for it), bf16 in
+    the standard form."""
+    return torch.float16 if fused else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def split_parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -4,6 +4,7 @@ A parameter that is stored in 16 bits has an fp32 master all the same: the 16-bi
 16-bit integer residual in the optimizer's state says how far. Nothing is held twice.
 """
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator
 
@@ -28,21 +29,27 @@ def encode_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         upper = (bits + 0x8000) >> 16
         return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
     weight = master.to(torch.float16)
+    exponent, mantissa = _fp16_parts(weight)
     # +-0x8000 (a tie) is cut to 0x7fff: decoding rounds it back in fp32, and encoding what was decoded changes nothing
-    residual = ((master - weight.float()) * _power_of_two(41 - _fp16_exponent(weight))).round_().clamp_(-0x7fff, 0x7fff)
-    return weight, residual.to(torch.int16)
+    residual = (master - mantissa.float() * _power_of_two(exponent - 25)) * _power_of_two(41 - exponent)
+    return weight, residual.round().clamp(-0x7fff, 0x7fff).to(torch.int16)
 
 
 def decode_master(weight: Tensor, residual: Tensor) -> Tensor:
     """The fp32 masters behind a 16-bit weight and its residual, as a new tensor: the inverse of `encode_master`."""
     if weight.dtype == torch.bfloat16:
         return ((weight.view(torch.int16).to(torch.int32) << 16) + residual.to(torch.int32)).view(torch.float32)
-    return weight.float() + residual.float() * _power_of_two(_fp16_exponent(weight) - 41)
+    exponent, mantissa = _fp16_parts(weight)
+    return ((mantissa << 16) + residual.to(torch.int32)).float() * _power_of_two(exponent - 41)
 
 
-def _fp16_exponent(weight: Tensor) -> Tensor:
-    """Biased exponent e of float16 numbers, int32, at least 1 (subnormals): the unit in the last place is 2^(e - 25)."""
-    return ((weight.view(torch.int16).to(torch.int32) >> 10) & 31).clamp_(min=1)
+def _fp16_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(e, m) of float16 numbers m 2^(e - 25), int32; e is at least 1 (subnormals). From the bits, because torch.compile
+    takes a cast to float16 and back for nothing to be done, and the residual would be lost."""
+    bits = weight.view(torch.int16).to(torch.int32)
+    field = (bits >> 10) & 31
+    mantissa = (bits & 0x3ff) + torch.where(field > 0, 0x400, 0)
+    return field.clamp(min=1), torch.where(bits < 0, -mantissa, mantissa)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
@@ -138,13 +145,14 @@ class OptimizerState:
                 f"no host memory for the streamed optimizer state ({error}).\n  Free host memory, use a smaller preset, or "
                 "set --offload_optimizer false if the state fits the GPU ('plan' shows both).") from error
 
-    def pieces(self) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Tensor]]]:
-        """Yields (name, weight, gradient, state) of each piece, all views to be updated in place; a parameter without a
-        gradient is passed over. With matrices=True each tensor is [n, rows, columns], else [rows, ...]."""
-        cuts = [(name, cut) for name, p in self.parameters.items() if p.grad is not None for cut in self._cuts(p)]
+    def groups(self) -> Iterator[list[tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+        """Yields lists of (weight, gradient, state), views to be updated in place, together at most PIECE elements unless a
+        single matrix is larger; a parameter without a gradient is passed over. With matrices=True each tensor is
+        [n, rows, columns], and rows and columns are the same throughout a list; else [rows, ...]."""
+        groups = self._groups()
         if not self.offload:
-            for name, cut in cuts:
-                yield self._piece(name, cut, {k: self._view(t)[cut] for k, t in self.tensors[name].items()})
+            for group in groups:
+                yield [self._views(name, cut, {k: self._view(t)[cut] for k, t in self.tensors[name].items()}) for name, cut in group]
             return
 
         on_gpu = self.device.type == "cuda"
@@ -152,38 +160,45 @@ class OptimizerState:
         inward, outward = self._streams() if on_gpu else (None, None)
         stream = torch.cuda.stream if on_gpu else lambda _: contextlib.nullcontext()
 
-        def fetch(name, cut) -> dict[str, Tensor]:
+        def fetch(group):
+            """The group's state on its way to the device, and the event that says it is there."""
+            # taken from the computation's own memory: what forward and backward have left is free now
+            states = [{k: torch.empty_like(self._view(t)[cut], device=self.device) for k, t in self.tensors[name].items()}
+                      for name, cut in group]
+            if on_gpu:
+                inward.wait_stream(compute)     # and may still be in use there
             with stream(inward):
-                return {k: self._view(t)[cut].to(self.device, non_blocking=True, copy=True)
-                        for k, t in self.tensors[name].items()}
+                for (name, cut), state in zip(group, states):
+                    for key, tensor in state.items():
+                        tensor.copy_(self._view(self.tensors[name][key])[cut], non_blocking=True)
+            return states, inward.record_event() if on_gpu else None
 
         if on_gpu:
             inward.wait_stream(outward)     # the last walk's results have arrived in host memory
-        ahead, written = [fetch(*cut) for cut in cuts[:2]], []
-        for i, (name, cut) in enumerate(cuts):
-            state = ahead.pop(0)
+        ahead, written = [fetch(group) for group in groups[:2]], []
+        for i, group in enumerate(groups):
+            states, arrived = ahead.pop(0)
+            tensors = [(self._view(self.tensors[name][key])[cut], tensor)
+                       for (name, cut), state in zip(group, states) for key, tensor in state.items()]
             if on_gpu:
-                compute.wait_stream(inward)
-                for tensor in state.values():
-                    tensor.record_stream(compute)
-            yield self._piece(name, cut, state)
+                compute.wait_event(arrived)     # this group's; the next one's copy goes on meanwhile
+            yield [self._views(name, cut, state) for (name, cut), state in zip(group, states)]
             with stream(outward):
                 if on_gpu:
                     outward.wait_stream(compute)
-                for key, tensor in state.items():
-                    self._view(self.tensors[name][key])[cut].copy_(tensor, non_blocking=True)
+                for on_host, tensor in tensors:
+                    on_host.copy_(tensor, non_blocking=True)
                     if on_gpu:
                         tensor.record_stream(outward)
                 if on_gpu:
                     written.append(outward.record_event())
-            if i + 2 < len(cuts):
+            if i + 2 < len(groups):
                 if on_gpu:
-                    # never more than two pieces ahead: the copies wait for the computation, and the host, which takes
-                    # their memory, for the piece before this one to have left (the GPU has this one to go on with)
-                    inward.wait_stream(compute)
+                    # never more than two groups ahead: the host, which takes their memory, waits for the group before
+                    # this one to have left (the GPU has this one to go on with)
                     if len(written) > 1:
                         written.pop(0).synchronize()
-                ahead.append(fetch(*cuts[i + 2]))
+                ahead.append(fetch(groups[i + 2]))
         if on_gpu:
             compute.wait_stream(outward)
 
@@ -195,14 +210,28 @@ class OptimizerState:
     def _view(self, tensor: Tensor) -> Tensor:
         return tensor.view(-1, *tensor.shape[-2:]) if self.matrices else tensor
 
-    def _cuts(self, p: Tensor) -> list[slice]:
-        n = self._view(p).shape[0]
-        size = max(1, self.PIECE * n // p.numel())
-        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    def _groups(self) -> list[list[tuple[str, slice]]]:
+        """(name, slice of its matrices or rows) of every piece, those that are worked on together in one list."""
+        shape = {name: self._view(p).shape for name, p in self.parameters.items() if p.grad is not None}
+        if self.matrices:       # equal shapes side by side, in the order in which they first come
+            first = {rows_columns: i for i, rows_columns in reversed(list(enumerate(s[1:] for s in shape.values())))}
+            shape = dict(sorted(shape.items(), key=lambda item: first[item[1][1:]]))
+        groups, room, last = [], 0, None
+        for name, (n, *rest) in shape.items():
+            size, start = math.prod(rest), 0
+            while start < n:
+                if room < size or (self.matrices and rest != last):
+                    groups.append([])
+                    room, last = max(self.PIECE, size), rest
+                stop = min(n, start + room // size)
+                groups[-1].append((name, slice(start, stop)))
+                room -= (stop - start) * size
+                start = stop
+        return groups
 
-    def _piece(self, name, cut, state):
+    def _views(self, name, cut, state):
         p = self.parameters[name]
-        return name, self._view(p.data)[cut], self._view(p.grad)[cut], state
+        return self._view(p.data)[cut], self._view(p.grad)[cut], state
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The state tensors themselves, not copies, once every copy on its way has arrived."""
@@ -234,8 +263,8 @@ def read_master(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
 
 
 def write_master(master: Tensor, weight: Tensor, state: dict[str, Tensor]) -> None:
-    """Stores an updated fp32 master back into the piece it was read from."""
+    """Stores an updated fp32 master in the piece that it was read from."""
     if "residual" in state:
-        new_weight, new_residual = encode_master(master, weight.dtype)
-        weight.copy_(new_weight)
-        state["residual"].copy_(new_residual)
+        master, residual = encode_master(master, weight.dtype)
+        state["residual"].copy_(residual)
+    weight.copy_(master)

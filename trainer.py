@@ -89,10 +89,12 @@ class Trainer:
         if offload:
             self._check_host_memory()
             print(f"Reserving {self.predicted['host']:.1f} GB of host memory for optimizer state ...", flush=True)
-        self.muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload)
-        self.adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload)
+        compiling = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
+        fused = compiling and self.device.type == "cuda"
+        self.muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload, fused)
+        self.adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload, fused)
         self.scaler = LossScaler(config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16")
-        if config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda"):
+        if compiling:
             self.model.compile_blocks()
 
     # ------------------------------------------------------------ the step

@@ -2,85 +2,119 @@
 
     python -m benchmarks.check_gpu              on a CPU it checks what a CPU has
 
-One model of 6 blocks takes a few whole steps under each choice (compiled or not, checkpointing, streaming, precision);
-losses and weights are compared with the plainest choice of the same precision, and that with fp32. Prints a line a check;
-exit code 1 when one fails. Take no figure on a machine where it does.
+One model of 6 blocks takes a few whole steps under each choice (compiled or not, checkpointing, streaming, precision), each
+in a process of its own, several at a time. What only moves or recomputes must give the same bits; what rounds otherwise may
+be no further from fp32 than the plain path of the same precision. Then the kernels alone, against float64. Prints a line a
+check; exit code 1 when one fails. Take no figure on a machine where it does.
 """
+import concurrent.futures
 import dataclasses
+import multiprocessing
+import os
 import sys
+import time
+import warnings
 
 import torch
 
 import moe
 from config import Config
+from kernels import symmetric_product
 from model import MoETransformer
-from muon import NEWTON_SCHULZ, AdamW, Muon, newton_schulz, product_dtype, split_parameters
-from precision import OptimizerState, gradient_norms
+from muon import NEWTON_SCHULZ, AdamW, Muon, gram_newton_schulz, newton_schulz, product_dtype, split_parameters
+from precision import OptimizerState, decode_master, gradient_norms
 from trainer import attention_backends, find_device
 
 BASE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=512, moe_every=2, max_seq_len=256, vocab_size=1024,
               batch_size=4, activation_checkpointing="none", offload_optimizer="false", compile="false")
 STEPS, SCALE = 4, {"fp16": 1024.0, "bf16": 1.0, "fp32": 1.0}
+PROCESSES = 8
+failed = 0
 
 
-def run(config: Config, device: torch.device) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of STEPS steps, and the weights after them."""
-    torch.compiler.reset()
-    model = MoETransformer(config).to(device)
-    if config.compile == "true":
-        model.compile_blocks()
-    hidden, others = split_parameters(model)
-    offload = config.offload_optimizer == "true"
-    muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload)
-    adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload)
-    draw, losses = torch.Generator().manual_seed(0), []
-    for _ in range(STEPS):
-        tokens = torch.randint(config.vocab_size, (config.batch_size, config.max_seq_len + 1), generator=draw).to(device)
-        loss, _ = model(tokens[:, :-1], tokens[:, 1:])
-        (loss * SCALE[config.precision]).backward()
-        norm = gradient_norms(list(model.parameters())).norm().item()
-        for optimizer, lr in ((muon, 0.01), (adamw, 0.001)):
-            optimizer.step(lr, 1 / norm)
-        model.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-    return losses, {name: p.detach().float().cpu() for name, p in model.named_parameters()}
+def check(name: str, value: float, bound: float) -> None:
+    global failed
+    failed += not value <= bound
+    print(f"{'ok  ' if value <= bound else 'FAIL'} {name:68s} {value:.2e} (at most {bound:.1e})", flush=True)
 
 
-def distance(found, expected) -> tuple[float, float]:
-    """Largest difference of a loss, and largest relative difference of a parameter."""
-    return (max(abs(a - b) for a, b in zip(found[0], expected[0])),
-            max(((found[1][n] - w).norm() / w.norm()).item() for n, w in expected[1].items()))
-
-
-def main() -> int:
-    device, failed = find_device(BASE), 0
-    OptimizerState.PIECE = 2 ** 18      # many pieces, so that streaming has something to overlap
-
-    def check(name: str, value: float, bound: float) -> None:
-        nonlocal failed
-        failed += not value <= bound
-        print(f"{'ok  ' if value <= bound else 'FAIL'} {name:58s} {value:.2e} (at most {bound:.0e})", flush=True)
-
+def run(changes: dict) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses of STEPS steps, the first step's gradients, and the fp32 masters after them all."""
+    warnings.simplefilter("ignore")
+    config = dataclasses.replace(BASE, **changes)
+    device = find_device(config)
+    OptimizerState.PIECE = 2 ** 19      # many groups, so that streaming has something to overlap
     with attention_backends(device):
-        exact = run(dataclasses.replace(BASE, precision="fp32"), device)
-        for precision in ("bf16", "fp16"):
-            plain = run(dataclasses.replace(BASE, precision=precision), device)
-            check(f"{precision} against fp32: loss", distance(plain, exact)[0], 2e-2)
-            again = run(dataclasses.replace(BASE, precision=precision), device)
-            check(f"{precision}, the same run twice: weights", distance(again, plain)[1], 1e-6)
-            for what, bound, changes in (
-                    ("streamed state", 1e-6, dict(offload_optimizer="true")),
-                    ("selective", 1e-6, dict(activation_checkpointing="selective")),
-                    ("full", 1e-6, dict(activation_checkpointing="full")),
-                    ("fp32 masters", 5e-2, dict(master_weights="fp32")),
-                    ("compiled", 5e-2, dict(compile="true")),
-                    ("compiled, selective", 5e-2, dict(compile="true", activation_checkpointing="selective")),
-                    ("compiled, full, streamed", 5e-2, dict(compile="true", activation_checkpointing="full", offload_optimizer="true"))):
-                found = distance(run(dataclasses.replace(BASE, precision=precision, **changes), device), plain)
-                check(f"{precision}, {what}: loss", found[0], 2e-2 if bound > 1e-6 else 1e-6)
-                check(f"{precision}, {what}: weights", found[1], bound)
+        model = MoETransformer(config).to(device)
+        compiling, offload = config.compile == "true", config.offload_optimizer == "true"
+        if compiling:
+            model.compile_blocks()
+        hidden, others = split_parameters(model)
+        muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload, compiling and device.type == "cuda")
+        adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload, compiling)
+        draw, losses, gradients = torch.Generator().manual_seed(0), [], {}
+        for step in range(STEPS):
+            tokens = torch.randint(config.vocab_size, (config.batch_size, config.max_seq_len + 1), generator=draw).to(device)
+            loss, _ = model(tokens[:, :-1], tokens[:, 1:])
+            (loss * SCALE[config.precision]).backward()
+            if step == 0:
+                gradients = {name: p.grad.float().cpu() / SCALE[config.precision] for name, p in model.named_parameters()}
+            norm = gradient_norms(list(model.parameters())).norm().item()
+            for optimizer, lr in ((muon, 0.01), (adamw, 0.001)):
+                optimizer.step(lr, 1 / norm)
+            model.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+    states = muon.state.state_dict() | adamw.state.state_dict()
+    masters = {name: decode_master(p.detach().cpu(), states[name]["residual"].cpu()) if "residual" in states[name]
+               else p.detach().cpu() for name, p in model.named_parameters()}
+    return losses, gradients, masters
 
-    # the grouped product with an idle expert, values and gradients, against float64
+
+def loss_distance(found, expected) -> float:
+    return max(abs(a - b) for a, b in zip(found[0], expected[0]))
+
+
+def distance(found: dict, expected: dict) -> float:
+    """Largest relative difference of a parameter's tensor."""
+    return max(((found[name] - w).norm() / w.norm()).item() for name, w in expected.items())
+
+
+def check_model() -> None:
+    same = [("streamed state", dict(offload_optimizer="true")), ("selective", dict(activation_checkpointing="selective")),
+            ("full", dict(activation_checkpointing="full"))]
+    compiled = {"compiled, full, streamed": dict(compile="true", activation_checkpointing="full", offload_optimizer="true"),
+                "compiled, selective": dict(compile="true", activation_checkpointing="selective"), "compiled": dict(compile="true")}
+    compiled = {"fp16": list(compiled.items())[:1], "bf16": list(compiled.items())}     # compiling takes most of the time
+    jobs = {}
+    for precision in ("bf16", "fp16"):
+        for what, changes in compiled[precision] + [("plain", {}), ("the same run twice", {}), ("fp32 masters", dict(master_weights="fp32"))] + same:
+            jobs[precision, what] = changes | dict(precision=precision)
+    jobs["fp32", "plain"] = dict(precision="fp32")
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(max(1, (os.cpu_count() or 1) // 4))
+    found, start = {}, time.monotonic()
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(run, changes): job for job, changes in sorted(jobs.items(), key=lambda item: "compile" not in item[1])}
+        for done in concurrent.futures.as_completed(running):
+            found[running[done]] = done.result()
+            print(f"{time.monotonic() - start:4.0f} s: ran {', '.join(running[done])}", file=sys.stderr, flush=True)
+    exact = found["fp32", "plain"]
+    for precision in ("bf16", "fp16"):
+        plain = found[precision, "plain"]
+        rounding = distance(plain[1], exact[1])
+        check(f"{precision} against fp32: loss", loss_distance(plain, exact), 2e-2)
+        check(f"{precision} against fp32: gradients", rounding, 0.1)
+        for what in ["the same run twice"] + [name for name, _ in same]:
+            check(f"{precision}, {what}: loss", loss_distance(found[precision, what], plain), 0)
+            check(f"{precision}, {what}: masters", distance(found[precision, what][2], plain[2]), 0)
+        check(f"{precision}, fp32 masters: gradients", distance(found[precision, "fp32 masters"][1], plain[1]), rounding)
+        check(f"{precision}, fp32 masters: loss", loss_distance(found[precision, "fp32 masters"], plain), 2e-2)
+        for what, _ in compiled[precision]:
+            check(f"{precision}, {what}: loss", loss_distance(found[precision, what], exact), 2e-2)
+            check(f"{precision}, {what}: gradients against fp32's", distance(found[precision, what][1], exact[1]), 1.5 * rounding)
+
+
+def check_grouped_products(device: torch.device) -> None:
+    """With an idle expert, values and gradients, against float64."""
     x, weight = torch.randn(512, 256, device=device), torch.randn(4, 128, 256, device=device) / 16
     ends, out = torch.tensor([100, 100, 400, 512], dtype=torch.int32, device=device), torch.randn(512, 128, device=device)
 
@@ -96,14 +130,69 @@ def main() -> int:
             if what == "weight gradient":
                 check(f"grouped product {dtype}, an idle expert's gradient", a[1].abs().max().item(), 0)
 
-    # Newton-Schulz in the dtype used here, against the same polynomial in float64
-    g = torch.randn(2, 512, 1024, device=device, dtype=torch.float64) * 1e-6
-    x = g / g.norm(dim=(-2, -1), keepdim=True)
-    for a, b, c in NEWTON_SCHULZ:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    found = newton_schulz(g.float(), product_dtype(device)).double()
-    check(f"Newton-Schulz in {product_dtype(device)}", ((found - x).norm() / x.norm()).item(), 5e-2)
+
+def check_symmetric_product(device: torch.device) -> None:
+    """Wide and tall operands, sizes that no tile divides, every term of the sum; against float64."""
+    for m, k, tall in ((512, 1024, False), (512, 1024, True), (200, 264, False), (72, 40, True), (1000, 1000, False)):
+        a = torch.randn(3, m, k, device=device).half() / k ** 0.5
+        a = a.mT.contiguous().mT if tall else a
+        add = torch.randn(3, m, m, device=device).half()
+        add = add + add.mT
+        found = symmetric_product(a, a, 0.7, add, -1.3, 0.4).double()
+        exact = 0.7 * a.double() @ a.double().mT - 1.3 * add.double() + 0.4 * torch.eye(m, device=device, dtype=torch.float64)
+        check(f"symmetric product {m} x {k}{', tall' if tall else ''}", ((found - exact).norm() / exact.norm()).item(), 1e-3)
+        check(f"symmetric product {m} x {k}{', tall' if tall else ''}: symmetric", (found - found.mT).abs().max().item(),
+              0 if a.is_cuda else 1e-2)
+
+
+def check_newton_schulz(device: torch.device) -> None:
+    for shape in ((2, 512, 1024), (2, 1024, 512), (1, 768, 768)):
+        g = torch.randn(shape, device=device, dtype=torch.float64)
+        g /= g.norm(dim=(-2, -1), keepdim=True)
+        x = g if shape[1] <= shape[2] else g.mT
+        for a, b, c in NEWTON_SCHULZ:
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        x = x if shape[1] <= shape[2] else x.mT
+        for form, fused in ((newton_schulz, False), (gram_newton_schulz, True)):
+            dtype = product_dtype(device, fused and device.type == "cuda")
+            check(f"{form.__name__} in {dtype}, {shape[1]} x {shape[2]}", ((form(g.to(dtype)).double() - x).norm() / x.norm()).item(), 5e-2)
+
+
+def check_fused_optimizers(device: torch.device) -> None:
+    """The compiled elementwise work: state and masters as the plain functions give them, for either 16-bit format."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for kind, arguments in ((Muon, (0.95, 0.1)), (AdamW, (0.9, 0.95, 1e-8, 0.1))):
+            results = []
+            for fused in (False, True):
+                torch.manual_seed(0)
+                named = {name: (torch.randn(shape, device=device) * 10 ** (torch.rand(shape, device=device) * -7)).to(dtype).requires_grad_()
+                         for name, shape in dict(wide=(256, 512), tall=(512, 256), bank=(2, 2, 256, 128)).items()}
+                optimizer = kind(named, *arguments, fused=fused)
+                optimizer.orthogonalize, optimizer.dtype = newton_schulz, torch.bfloat16       # the same products for both
+                for step in range(3):
+                    for p in named.values():
+                        p.grad = torch.randn(p.shape, device=device).to(dtype)
+                    optimizer.step(1e-3, 0.5)
+                states = optimizer.state.state_dict()
+                results.append(({n: decode_master(p.detach(), states[n]["residual"]) for n, p in named.items()},
+                                {f"{n} {k}": t.float() for n, s in states.items() for k, t in s.items() if k != "residual"}))
+            check(f"{kind.__name__}, {dtype}, fused: masters", distance(results[1][0], results[0][0]), 1e-5)
+            check(f"{kind.__name__}, {dtype}, fused: moments", distance(results[1][1], results[0][1]), 1e-3)
+            rounded = {n: m.to(dtype).float() for n, m in results[0][0].items()}
+            check(f"{kind.__name__}, {dtype}, fused: far closer than a 16-bit master",
+                  distance(results[1][0], results[0][0]), 0.05 * distance(rounded, results[0][0]))
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    device = find_device(BASE)
+    check_model()
+    check_grouped_products(device)
+    check_newton_schulz(device)
+    check_symmetric_product(device)
+    if device.type == "cuda":
+        check_fused_optimizers(device)
     print("all checks hold" if not failed else f"{failed} checks failed")
     return 1 if failed else 0
 

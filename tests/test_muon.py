@@ -5,7 +5,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import muon
 from conftest import tiny_config
 from model import MoETransformer
-from muon import AdamW, Muon, newton_schulz, product_dtype, split_parameters
+from muon import (AdamW, Muon, adamw_update, gram_newton_schulz, muon_update, nesterov_direction, newton_schulz, product_dtype,
+                  split_parameters)
 from precision import OptimizerState, decode_master
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -50,7 +51,17 @@ def assert_same_bits(found: dict, expected: dict):
 # ---------------------------------------------------------------- Newton-Schulz
 
 SPECTRA = {"flat": torch.ones(24), "over 1e3": torch.logspace(0, -3, 24), "rank 12": torch.ones(24) * (torch.arange(24) < 12)}
-BOUNDS = {torch.float32: (1e-5, 5e-5, 5e-5), torch.bfloat16: (0.08, 0.5, 0.6), torch.float16: (0.01, 0.06, 0.08)}
+# largest error of a singular direction, for each spectrum
+BOUNDS = {(newton_schulz, torch.float32): (1e-5, 5e-5, 5e-5), (newton_schulz, torch.bfloat16): (0.08, 0.5, 0.6),
+          (newton_schulz, torch.float16): (0.01, 0.06, 0.08), (gram_newton_schulz, torch.float32): (1e-5, 1e-4, 1e-4),
+          (gram_newton_schulz, torch.float16): (0.01, 0.2, 0.2)}
+
+
+def orthogonalized(g, dtype, form=newton_schulz):
+    """Without momentum: g [..., rows, columns] normalised, rounded to dtype, orthogonalised."""
+    x = torch.empty(g.shape, dtype=dtype)
+    nesterov_direction(g, torch.zeros_like(g), torch.tensor(1.0), 0.0, x)
+    return form(x.view(-1, *g.shape[-2:])).reshape(g.shape)
 
 
 def factors(shape):
@@ -60,15 +71,23 @@ def factors(shape):
 
 @pytest.mark.parametrize("shape", [(24, 24), (24, 40), (40, 24)], ids=str)
 @pytest.mark.parametrize("spectrum", range(3), ids=list(SPECTRA))
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-def test_newton_schulz_maps_singular_values_by_its_polynomial(dtype, spectrum, shape):
+@pytest.mark.parametrize("form, dtype", BOUNDS)
+def test_newton_schulz_maps_singular_values_by_its_polynomial(form, dtype, spectrum, shape):
     s, (u, v) = list(SPECTRA.values())[spectrum].double(), factors(shape)
     mapped = s / s.norm()
     for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
         mapped = a * mapped + b * mapped ** 3 + c * mapped ** 5
-    found = newton_schulz((u * s @ v.T).float(), dtype)
+    found = orthogonalized((u * s @ v.T).float(), dtype, form)
     assert found.dtype == dtype and found.shape == shape
-    assert torch.linalg.matrix_norm(found.double() - u * mapped @ v.T, 2) < BOUNDS[dtype][spectrum]
+    assert torch.linalg.matrix_norm(found.double() - u * mapped @ v.T, 2) < BOUNDS[form, dtype][spectrum]
+
+
+@pytest.mark.parametrize("largest", [1, 3])
+def test_the_gram_form_stays_stable_when_few_singular_values_are_large(largest):
+    u, v = factors((24, 40))
+    s = torch.where(torch.arange(24) < largest, 1.0, 1e-3).double()
+    found = orthogonalized((u * s @ v.T).float(), torch.float16, gram_newton_schulz)
+    assert torch.linalg.matrix_norm(found.double(), 2) < 1.25       # without the restart 2.4
 
 
 @pytest.mark.parametrize("condition", [1, 3, 10])
@@ -76,7 +95,7 @@ def test_newton_schulz_maps_singular_values_by_its_polynomial(dtype, spectrum, s
 def test_newton_schulz_leaves_singular_values_near_one(dtype, condition):
     u, v = factors((24, 40))
     s = torch.linspace(1, 1 / condition, 24, dtype=torch.float64)
-    values = torch.linalg.svdvals(newton_schulz((u * s @ v.T).float(), dtype).float())
+    values = torch.linalg.svdvals(orthogonalized((u * s @ v.T).float(), dtype).float())
     assert 0.65 < values.min() and values.max() < 1.2
 
 
@@ -84,7 +103,7 @@ def test_newton_schulz_leaves_singular_values_near_one(dtype, condition):
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_newton_schulz_takes_small_and_large_gradients_alike(dtype, norm):
     g = torch.randn(12, 20)
-    found, expected = (newton_schulz(g / g.norm() * n, dtype).float() for n in (norm, 1))
+    found, expected = (orthogonalized(g / g.norm() * n, dtype).float() for n in (norm, 1))
     torch.testing.assert_close(found, expected, rtol=0, atol={torch.float32: 1e-5, torch.bfloat16: 0.05}.get(dtype, 0.01))
 
 
@@ -92,14 +111,15 @@ def test_newton_schulz_multiplies_along_the_shorter_side():
     tall, wide = FlopCounterMode(display=False), FlopCounterMode(display=False)
     for counter, shape in ((tall, (3, 40, 8)), (wide, (3, 8, 40))):
         with counter:
-            newton_schulz(torch.randn(shape), torch.float32)
+            newton_schulz(torch.randn(shape))
     assert tall.get_total_flops() == wide.get_total_flops() > 0
 
 
 # ---------------------------------------------------------------- Muon
 
 def test_products_are_bf16_on_a_gpu_and_momentum_is_never_fp16():
-    assert [product_dtype(torch.device(d)) for d in ("cuda", "cpu")] == [torch.bfloat16, torch.float32]
+    assert [product_dtype(torch.device(d), False) for d in ("cuda", "cpu")] == [torch.bfloat16, torch.float32]
+    assert product_dtype(torch.device("cuda"), True) == torch.float16       # the Gram form goes wrong in bf16
     momenta = [make(Muon, parameters(dtype)).state.tensors["bank"]["momentum"].dtype for dtype in FORMATS]
     assert momenta == [torch.float32, torch.bfloat16, torch.bfloat16]
 
@@ -159,7 +179,7 @@ def test_muon_works_on_a_few_matrices_at_a_time(monkeypatch):
     whole, pieces, sizes = make(Muon, named), make(Muon, limited), []
     train(whole, named)
     monkeypatch.setattr(OptimizerState, "PIECE", SMALL_PIECE)
-    monkeypatch.setattr(muon, "newton_schulz", lambda m, dtype: sizes.append(m.shape) or newton_schulz(m, dtype))
+    pieces.orthogonalize = lambda x: sizes.append(x.shape) or newton_schulz(x)
     train(pieces, limited)
     assert max(s.numel() for s in sizes if s[0] > 1) <= SMALL_PIECE
     assert sizes.count((2, 6, 10)) == 9 and sizes.count((1, 12, 20)) == 3
@@ -233,7 +253,7 @@ def test_streamed_state_gives_the_same_bits(kind, dtype, monkeypatch):
     optimizers = make(kind, streamed, offload=True), make(kind, resident)
     for optimizer, named in zip(optimizers, (streamed, resident)):
         train(optimizer, named, steps=4)
-    assert len(list(optimizers[1].state.pieces())) >= 5
+    assert len(list(optimizers[1].state.groups())) >= 4
     assert_same_bits(snapshot(optimizers[0], streamed), snapshot(optimizers[1], resident))
 
 

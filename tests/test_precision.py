@@ -199,18 +199,20 @@ def test_only_16_bit_parameters_have_a_residual(dtype):
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("matrices", [False, True])
-def test_pieces_cover_each_element_once_and_stay_small(monkeypatch, offload, matrices):
+def test_groups_cover_each_element_once_and_stay_small(monkeypatch, offload, matrices):
     monkeypatch.setattr(OptimizerState, "PIECE", 45)
     named = parameters()
     if matrices:
         del named["vector"]
     owner = state_of(named, offload, matrices)
-    for name, weight, gradient, state in owner.pieces():
-        assert name != "idle" and weight.shape == gradient.shape == state["m"].shape == state["residual"].shape
-        assert weight.numel() <= (60 if matrices else 45)       # a single matrix may be larger than a piece
-        assert not matrices or weight.ndim == 3
-        for tensor in (weight, gradient, state["m"], state["residual"]):
-            tensor += 1
+    for group in owner.groups():
+        assert sum(weight.numel() for weight, *_ in group) <= (60 if matrices else 45)       # a single matrix may be larger
+        assert not matrices or len({weight.shape[1:] for weight, *_ in group}) == 1
+        for weight, gradient, state in group:
+            assert weight.shape == gradient.shape == state["m"].shape == state["residual"].shape
+            assert not matrices or weight.ndim == 3
+            for tensor in (weight, gradient, state["m"], state["residual"]):
+                tensor += 1
     for name, p in named.items():
         expected = 0 if name == "idle" else 1
         assert all((t == expected).all() for t in (p, owner.tensors[name]["m"], owner.tensors[name]["residual"]))
