@@ -69,14 +69,14 @@ def activation_bytes_per_token(c: Config, layer: int, checkpointing: str) -> int
     and attention's outputs, with "none" also the normalised inputs, rotated queries and keys, and the gated product."""
     w, moe = _compute_bytes(c), c.is_moe(layer)
     d, kv, paths = c.d_model, c.n_kv_heads * c.head_dim, c.top_k if moe else 1
-    routing = 12 * c.top_k if moe else 0                                                      # index and weight
+    routing = 8 * c.top_k if moe else 0                                                       # the chosen experts
     if checkpointing == "full":
         return w * d + routing
     log_sum_exp = 4 * c.n_heads
     if checkpointing == "selective":
         return w * (4 * d + 2 * kv + 2 * c.d_ff * paths) + log_sum_exp + routing + (4 * c.num_experts if moe else 0)
     statistics = 4 * (c.n_heads + c.n_kv_heads) + 8
-    routing += (4 * c.num_experts + 16 * c.top_k + 12) if moe else 0
+    routing += (4 * c.num_experts + 20 * c.top_k + 12) if moe else 0
     return w * (7 * d + 3 * kv + 3 * c.d_ff * paths + (d * (c.top_k - 1) if moe else 0)) + log_sum_exp + statistics + routing
 
 
@@ -110,9 +110,11 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool) -> dic
     loss = 2 * tokens * c.d_model * w + head * (4 + w) + 3 * 4 * min(tokens, LOSS_CHUNK) * c.vocab_size
     activations = kept + max(backward, loss)
 
-    matrix = c.d_model * max(c.d_ff, c.d_model)
+    # a group of matrices, as they come and orthogonalised, and four Gram matrices each; in fp32, not fused, more copies
+    # of each; streamed state of this group, of two on their way in and of one on its way out
+    matrix, gram = c.d_model * max(c.d_ff, c.d_model), min(c.d_model, c.d_ff) ** 2
     piece = min(max(OPTIMIZER_PIECE // matrix, 1) * matrix, hidden)
-    optimizer = piece * 24 + (3 * piece * 4 if offload else 0)
+    optimizer = piece * (4 + 8 * gram / matrix if c.split_masters else 24) + (4 * piece * 4 if offload else 0)
 
     sizes = dict(weights=weights, gradients=weights, **{k: 0 if offload else v for k, v in state.items()},
                  activations=activations, workspace=max(0, optimizer - activations))

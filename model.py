@@ -162,8 +162,12 @@ class MoETransformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile around each block: one graph for dense and one for MoE blocks, shared by all layers."""
-        for block in self.blocks:
-            block.compile(fullgraph=True, dynamic=False)     # a short validation batch must not make training's graphs dynamic
+        # the fusion of row with column reductions has given wrong gradients silently (pytorch/pytorch issue 193061; torch
+        # 2.10 to 2.13), read from memory that nothing wrote
+        import torch._inductor.config as inductor       # a second's import, for who compiles
+        inductor.triton.mix_order_reduction = False
+        for block in self.blocks:       # not dynamic: a short validation batch must not change training's graphs
+            block.compile(fullgraph=True, dynamic=False)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None):
         """Without targets: fp32 logits [B, S, V]. With targets: (loss, metrics), all on the device, no synchronisation.

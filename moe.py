@@ -92,8 +92,9 @@ _clear_idle_gradient = _ClearIdleGradient.apply
 # ---------------------------------------------------------------- tokens to experts and back
 
 class _Dispatch(torch.autograd.Function):
-    """Copies each token's row to its K places in expert order. The gradient is `_Combine`, a gather and a sum: the one
-    that autograd makes of indexing scatters with atomics, slower and in no fixed order."""
+    """Copies each token's row to its K places in expert order. The gradient is `_Combine`, a gather and a sum. The one that
+    autograd makes of indexing scatters with atomics: slower, in no fixed order, and compiled (torch 2.11, on a GPU) into a
+    buffer that was not always zero."""
 
     @staticmethod
     def forward(ctx, x_ND, order_R, place_R, k: int):
@@ -167,15 +168,19 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model, dtype=torch.float32))
         self.top_k, self.norm_topk_prob = config.top_k, config.norm_topk_prob
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns logits [B, S, E], probabilities [B, S, E], chosen weights [B, S, K] and chosen experts [B, S, K]."""
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Returns logits [B, S, E], probabilities [B, S, E], chosen weights [B, S, K], chosen experts [B, S, K] and the same
+        as one-hot booleans [B, S, K, E]."""
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_BSE = F.linear(x_BSD.to(self.weight.dtype), self.weight)
         probs_BSE = logits_BSE.softmax(dim=-1)
-        weights_BSK, experts_BSK = probs_BSE.topk(self.top_k, dim=-1)
+        experts_BSK = probs_BSE.detach().topk(self.top_k, dim=-1).indices
+        chosen_BSKE = experts_BSK.unsqueeze(-1) == torch.arange(probs_BSE.shape[-1], device=x_BSD.device)
+        # a masked sum instead of topk's values, whose gradient scatters
+        weights_BSK = (probs_BSE.unsqueeze(-2) * chosen_BSKE).sum(dim=-1)
         if self.norm_topk_prob:
             weights_BSK = weights_BSK / weights_BSK.sum(dim=-1, keepdim=True)
-        return logits_BSE, probs_BSE, weights_BSK, experts_BSK
+        return logits_BSE, probs_BSE, weights_BSK, experts_BSK, chosen_BSKE
 
 
 class Experts(nn.Module):
@@ -204,15 +209,15 @@ class MoE(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Returns the output [B, S, D] and (load-balancing loss, router z-loss, token-expert pairs per expert [E])."""
-        logits_BSE, probs_BSE, weights_BSK, experts_BSK = self.router(x_BSD)
-        experts = torch.arange(self.num_experts, device=x_BSD.device)
-        counts_BE = (experts_BSK.unsqueeze(-1) == experts).sum(dim=(1, 2))
+        logits_BSE, probs_BSE, weights_BSK, experts_BSK, chosen_BSKE = self.router(x_BSD)
+        counts_BE = chosen_BSKE.sum(dim=(1, 2))
         counts_E = counts_BE.sum(dim=0)
         ends_E = counts_E.cumsum(dim=0).to(torch.int32)
 
         order_R = experts_BSK.flatten().argsort(stable=True)        # pairs by expert; pair r is token r // K
         place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
         x_RD = _Dispatch.apply(x_BSD.flatten(0, 1), order_R, place_R, self.top_k)
-        y_RD = self.experts(x_RD, weights_BSK.flatten()[order_R], ends_E)
+        weights_R = _Dispatch.apply(weights_BSK.view(-1, 1), order_R, place_R, 1).squeeze(1)
+        y_RD = self.experts(x_RD, weights_R, ends_E)
         y_BSD = _Combine.apply(y_RD, order_R, place_R, self.top_k).view_as(x_BSD)
         return y_BSD, (load_balancing_loss(probs_BSE, counts_BE, self.scope), router_z_loss(logits_BSE), counts_E)

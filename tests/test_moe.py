@@ -106,7 +106,7 @@ def test_layer_computes_in_the_dtype_of_its_input(dtype, stored):
 def test_router_runs_in_fp32_under_autocast():
     router, x = make_moe(dtype=torch.float32).router, make_input(torch.float32).detach().bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        logits, probs, weights, experts = router(x)
+        logits, probs, weights, experts, _ = router(x)
     assert logits.dtype == probs.dtype == weights.dtype == torch.float32
     assert logits.equal(F.linear(x.float(), router.weight))
     assert probs.equal(logits.softmax(-1)) and probs.gather(-1, experts).equal(probs.sort(descending=True)[0][..., :2])
@@ -242,7 +242,7 @@ def test_router_z_loss_is_the_mean_squared_log_partition():
 def test_layer_returns_the_losses_of_its_routing(scope):
     layer, x = make_moe(load_balancing_scope=scope), make_input()
     _, (balance, z, counts) = layer(x)
-    logits, probs, _, experts = layer.router(x)
+    logits, probs, _, experts, _ = layer.router(x)
     counts_BE = F.one_hot(experts, 4).sum(dim=(1, 2))
     assert counts.equal(counts_BE.sum(0)) and z.equal(router_z_loss(logits))
     assert balance.equal(load_balancing_loss(probs, counts_BE, scope))
