@@ -1,13 +1,26 @@
 """Makes the figures that the README quotes, each from a whole run of the program with every feature on.
 
     python -m benchmarks.run                    list the names
-    python -m benchmarks.run default_run        the default run on a CPU, from an empty cache
-    python -m benchmarks.run small_precisions   on a GPU: `small` in fp16 and bf16, two seeds each, on one plot
-    python -m benchmarks.run memory_5b          on a GPU: predicted against measured memory of `5b`
+    python -m benchmarks.run NAME [NAME ...]
 
-Each writes benchmarks/results/NAME_GPU.json: name, gpu, value, unit, repetitions, command, commit, versions, details.
+    default_run             the default run on a CPU, from an empty cache
+    small_precisions        `small` in fp16 and bf16, two seeds each, on one plot
+    memory_5b               predicted against measured memory of `5b`
+    train_18b_bf16, train_18b_fp16, train_25b_bf16
+                            whole training steps, with the options that `plan` advises
+    start_18b               from launch, tokens cached, to the end of the first step
+    memory_prediction_error the largest error of the runs above (reads their files)
+    checkpointing           checkpointing_saved and checkpointing_slowdown: selective against none
+    muon_step_18b           Muon over all of `18b`, state streamed from the host
+    moe_vs_dense            an MoE layer against a dense one of equal FLOPs; and moe_vs_dense_skewed
+    vs_transformers         four layers against transformers' Qwen3-MoE, compiled
+    checkpoint_io           saving and loading `5b` against the disk's own speed
+
+All but the first need a GPU. Each writes benchmarks/results/NAME_GPU.json: name, gpu, value, unit, repetitions, command,
+commit, versions, details.
 """
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -15,11 +28,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import data
 import memory
+from config import resolve
 from plot import plot_comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+CACHE = Path(os.environ.get("BENCHMARK_CACHE", ROOT / "cache"))        # tokenizers and tokens, kept between benchmarks
 
 
 def train(folder: Path, *options: str) -> dict:
@@ -28,9 +46,8 @@ def train(folder: Path, *options: str) -> dict:
     return json.loads((folder / "training_results.json").read_text())
 
 
-def write(name: str, value: float, unit: str, repetitions: int, results: dict, details: dict) -> None:
-    """One result file; `results` is the training_results.json of (one of) the runs behind it."""
-    machine = results["environment"]
+def write(name: str, value: float, unit: str, repetitions: int, machine: dict, details: dict) -> None:
+    """One result file; `machine` is the `environment` of the training_results.json of (one of) the runs behind it."""
     gpu = memory.known_gpu(machine["gpu"]) or machine["gpu"].replace(" ", "_") if machine["gpu"] else "cpu"
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = dict(name=name, gpu=machine["gpu"] or f"none, {machine['cpus']} CPU cores", value=value, unit=unit,
@@ -39,7 +56,7 @@ def write(name: str, value: float, unit: str, repetitions: int, results: dict, d
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}_{gpu}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{name}: {value:.4g} {unit} -> {path}")
+    print(f"{name}: {value:.4g} {unit} -> {path}", flush=True)
 
 
 def default_run(folder: Path) -> None:
@@ -47,7 +64,7 @@ def default_run(folder: Path) -> None:
     r = train(folder / "run", "--device", "cpu", "--cache_dir", str(folder / "cache"))
     totals, entropy = r["totals"], r["data"]["unigram_entropy"]
     (folder / "run" / "training_curves.png").rename(ROOT / "benchmarks" / "default_run.png")
-    write("default_run", r["final_metrics"]["val_loss"], "nats per token (final validation loss)", 1, r, dict(
+    write("default_run", r["final_metrics"]["val_loss"], "nats per token (final validation loss)", 1, r["environment"], dict(
         unigram_entropy=entropy, below_unigram_entropy=entropy - r["final_metrics"]["val_loss"],
         seconds_to_first_step=totals["seconds_to_first_step"], tokens_per_second=totals["tokens_per_second"],
         seconds_in_all=totals["elapsed_seconds"], steps=totals["steps"], tokens=totals["tokens"],
@@ -56,7 +73,7 @@ def default_run(folder: Path) -> None:
 
 def small_precisions(folder: Path) -> None:
     """`small` for 500 steps on `installed`: do fp16 and bf16 end within the spread of two seeds?"""
-    runs, cache = {}, str(folder / "cache")
+    runs, cache = {}, str(CACHE)
     for precision in ("fp16", "bf16"):
         for seed in ("1", "2"):
             runs[f"{precision}, seed {seed}"] = train(
@@ -68,7 +85,7 @@ def small_precisions(folder: Path) -> None:
     plot_comparison({label: r["history"] for label, r in runs.items()}, ROOT / "benchmarks" / "small_precisions.png",
                     title="small on the installed packages' text")
     write("small_precisions", means["fp16"] - means["bf16"], "nats per token (fp16 minus bf16, final validation loss)", 2,
-          next(iter(runs.values())), dict(
+          next(iter(runs.values()))["environment"], dict(
               final_validation_loss=final, spread_of_seeds=spread,
               skipped_steps_after_warmup={label: _skipped_after_warmup(r) for label, r in runs.items()},
               tokens_per_second={label: r["totals"]["tokens_per_second"] for label, r in runs.items()}))
@@ -83,26 +100,98 @@ def _skipped_after_warmup(results: dict) -> int:
 def memory_5b(folder: Path) -> None:
     """20 steps of `5b`: the largest error of a predicted component of at least 1 GB, and of the total."""
     r = train(folder / "run", "--preset", "5b", "--data", "python", "--max_steps", "20", "--eval_steps", "2", "--log_every", "1",
-              "--save_every", "0", "--save_minutes", "0", "--sample_tokens", "0", "--cache_dir", str(folder / "cache"))
+              "--save_every", "0", "--save_minutes", "0", "--sample_tokens", "0", "--cache_dir", str(CACHE))
     predicted, measured = r["memory_gb"]["predicted"], r["memory_gb"]["measured"]
     errors = {k: abs(predicted[k] - v) / v for k, v in measured.items() if v >= 1}
-    write("memory_5b", 100 * max(errors.values()), "% (largest error of a component of at least 1 GB)", 1, r,
+    write("memory_5b", 100 * max(errors.values()), "% (largest error of a component of at least 1 GB)", 1, r["environment"],
           dict(predicted_gb=predicted, measured_gb=measured, errors=errors,
                tokens_per_second=[row["tokens_per_second"] for row in r["history"] if "train_loss" in row]))
 
 
-BENCHMARKS = dict(default_run=default_run, small_precisions=small_precisions, memory_5b=memory_5b)
+def _speeds(results: dict) -> list[float]:
+    """tokens/s of each step from the third on: the first two compile and fill the allocator."""
+    return [row["tokens_per_second"] for row in results["history"] if "train_loss" in row][2:]
+
+
+SHORT = ("--eval_steps", "1", "--log_every", "1", "--save_every", "0", "--save_minutes", "0", "--sample_tokens", "0",
+         "--cache_dir", str(CACHE))
+
+
+def advised(preset: str, precision: str) -> list[str]:
+    """The options that `plan` gives for a preset on this machine's GPU."""
+    machine = memory.find_machine()
+    config, _, _ = resolve(dict(precision=precision, activation_checkpointing="auto"), preset, machine.memory_gb)
+    return memory.choose(config, machine, fixed_batch=False)[0].options().split()
+
+
+def train_preset(folder: Path, preset: str, precision: str, steps: int = 8) -> dict:
+    """A few whole steps of a preset; its tokens are cached first. Writes the speed, and returns the run's results."""
+    options = ["--preset", preset, "--precision", precision, *advised(preset, precision), *SHORT]
+    data.prepare(resolve(dict(cache_dir=str(CACHE)), preset, None)[0])
+    r = train(folder / "run", *options, "--max_steps", str(steps))
+    speeds = _speeds(r)
+    write(f"train_{preset}_{precision}", statistics.median(speeds), "tokens/s", len(speeds), r["environment"], dict(
+        mfu=statistics.median(row["mfu"] for row in r["history"][-len(speeds):] if "mfu" in row), tokens_per_second=speeds,
+        options=" ".join(options), memory_gb=r["memory_gb"], seconds_to_first_step=r["totals"]["seconds_to_first_step"],
+        skipped_steps=[row["skipped_steps"] for row in r["history"] if "train_loss" in row],
+        train_loss=[row["train_loss"] for row in r["history"] if "train_loss" in row]))
+    return r
+
+
+def start_18b(folder: Path) -> None:
+    r = train_preset(folder, "18b", "fp16", steps=3)
+    write("start_18b", r["totals"]["seconds_to_first_step"], "s", 1, r["environment"], dict(r["totals"]))
+
+
+def memory_prediction_error(_: Path) -> None:
+    """Of the totals of every train_ result from this GPU."""
+    errors = {}
+    for path in sorted(RESULTS.glob(f"train_*_{memory.find_machine().key}.json")):
+        details = json.loads(path.read_text())["details"]
+        predicted, measured = details["memory_gb"]["predicted"]["total"], details["memory_gb"]["measured"]["total"]
+        errors[path.stem] = 100 * abs(predicted - measured) / measured
+    import torch
+    from report import environment
+    write("memory_prediction_error", max(errors.values()), "% of the measured peak", len(errors),
+          environment(torch.device("cuda")), dict(errors=errors))
+
+
+def checkpointing(folder: Path) -> None:
+    """12 layers of `18b`, micro-batch 4, state on the device: what each mode keeps and what it costs."""
+    runs = {mode: train(folder / mode, "--preset", "18b", "--n_layers", "12", "--precision", "bf16", "--batch_size", "4",
+                        "--gradient_accumulation_steps", "2", "--offload_optimizer", "false", "--activation_checkpointing", mode,
+                        "--max_steps", "8", *SHORT) for mode in ("none", "selective", "full")}
+    activations = {mode: r["memory_gb"]["measured"]["activations"] for mode, r in runs.items()}
+    speeds = {mode: statistics.median(_speeds(r)) for mode, r in runs.items()}
+    details, machine = dict(activations_gb=activations, tokens_per_second=speeds), runs["none"]["environment"]
+    write("checkpointing_saved", 100 * (1 - activations["selective"] / activations["none"]), "% of the activations' bytes", 6,
+          machine, details)
+    write("checkpointing_slowdown", 100 * (speeds["none"] / speeds["selective"] - 1), "% more time a step", 6, machine, details)
+
+
+def benchmarks() -> dict:
+    """{name: function of a temporary folder}."""
+    from benchmarks import parts
+    return dict(default_run=default_run, small_precisions=small_precisions, memory_5b=memory_5b,
+                train_18b_bf16=lambda folder: train_preset(folder, "18b", "bf16"),
+                train_18b_fp16=lambda folder: train_preset(folder, "18b", "fp16"),
+                train_25b_bf16=lambda folder: train_preset(folder, "25b", "bf16"),
+                start_18b=start_18b, memory_prediction_error=memory_prediction_error, checkpointing=checkpointing,
+                checkpointing_saved=checkpointing, checkpointing_slowdown=checkpointing, muon_step_18b=parts.muon_step_18b,
+                moe_vs_dense=parts.moe_vs_dense, moe_vs_dense_skewed=parts.moe_vs_dense, vs_transformers=parts.vs_transformers,
+                checkpoint_io=parts.checkpoint_io)
 
 
 def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in BENCHMARKS]
+    known = benchmarks()
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
-        print(__doc__ if not names else f"error: unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}",
+        print(__doc__ if not names else f"error: unknown benchmark {unknown[0]}; there are {', '.join(known)}",
               file=sys.stdout if not names else sys.stderr)
         return 2 if unknown else 0
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            BENCHMARKS[name](Path(folder))
+            known[name](Path(folder))
     return 0
 
 
