@@ -116,7 +116,7 @@ class MoETransformer(nn.Module):
         super().__init__()
         assert config.activation_checkpointing != "auto"
         self.config = config
-        self.compute_dtype = COMPUTE_DTYPE[config.precision]
+        self.compute_dtype, self.chunk_loss = COMPUTE_DTYPE[config.precision], chunk_loss
         dtype = self.compute_dtype if config.split_masters else torch.float32
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
         self.rope = RotaryPositionalEmbeddings(config.head_dim, config.max_seq_len, config.rope_theta)
@@ -161,13 +161,14 @@ class MoETransformer(nn.Module):
         return self
 
     def compile_blocks(self) -> None:
-        """torch.compile around each block: one graph for dense and one for MoE blocks, shared by all layers."""
+        """torch.compile around each block: one graph for dense and one for MoE blocks, shared by all layers. And the loss."""
         # the fusion of row with column reductions has given wrong gradients silently (pytorch/pytorch issue 193061; torch
         # 2.10 to 2.13), read from memory that nothing wrote
         import torch._inductor.config as inductor       # a second's import, for who compiles
         inductor.triton.mix_order_reduction = False
         for block in self.blocks:       # not dynamic: a short validation batch must not change training's graphs
             block.compile(fullgraph=True, dynamic=False)
+        self.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None):
         """Without targets: fp32 logits [B, S, V]. With targets: (loss, metrics), all on the device, no synchronisation.
@@ -189,7 +190,7 @@ class MoETransformer(nn.Module):
             if targets_BS is None:
                 return F.linear(x_BSD, self.head_weight).float()
 
-        cross_entropy, correct = chunked_cross_entropy(x_BSD.flatten(0, 1), self.head_weight, targets_BS.flatten())
+        cross_entropy, correct = chunked_cross_entropy(x_BSD.flatten(0, 1), self.head_weight, targets_BS.flatten(), self.chunk_loss)
         loss, metrics = cross_entropy, dict(cross_entropy=cross_entropy.detach(), correct=correct)
         if routing:
             balance, z, counts = (torch.stack(values) for values in zip(*routing))
@@ -205,13 +206,27 @@ class MoETransformer(nn.Module):
 
 # ---------------------------------------------------------------- loss
 
+def chunk_loss(logits: Tensor, targets_N1: Tensor, boost: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of a chunk of logits [N, V]: the sum of the cross-entropies and the count of right arg-maxima, in fp32, and the sum's
+    gradient by the logits times `boost`, in their dtype (None without a boost). Overwrites fp32 logits."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_z = wide.logsumexp(dim=-1, keepdim=True)
+    loss = (log_z - wide.gather(1, targets_N1)).sum()
+    correct = (wide.argmax(dim=-1, keepdim=True) == targets_N1).sum()
+    if boost is None:
+        return loss, correct, None
+    grad = wide.sub_(log_z).exp_()
+    grad.scatter_(1, targets_N1, grad.gather(1, targets_N1) - 1)
+    return loss, correct, grad.mul_(boost).to(logits.dtype)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Head product and cross-entropy a chunk of tokens at a time; the gradients are made in the forward pass, where the
     logits are, so that the [N, V] matrix never exists and the head product is not done twice (as in Liger Kernel, Hsu
     et al. 2024). The head's gradient is summed over chunks in fp32."""
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, need_gradients: bool):
+    def forward(ctx, x_ND, weight_VD, targets_N, need_gradients: bool, chunk_loss):
         weight = weight_VD.to(x_ND.dtype)
         # d loss / d logits lies in [-1, 1] and most of it is tiny: fp16 would lose what is under 6e-8
         boost = 256.0 if x_ND.dtype == torch.float16 else 1.0
@@ -223,14 +238,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_ND), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
             x, targets = x_ND[chunk], targets_N[chunk, None]
-            logits = (x @ weight.T).to(total.dtype)
-            correct += (logits.argmax(dim=-1, keepdim=True) == targets).sum()
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_z - logits.gather(1, targets)).sum()
+            chunk_total, chunk_correct, grad_logits = chunk_loss(x @ weight.T, targets, boost if need_gradients else None)
+            total += chunk_total
+            correct += chunk_correct
             if need_gradients:
-                grad_logits = logits.sub_(log_z).exp_()
-                grad_logits.scatter_add_(1, targets, torch.full_like(log_z, -1))
-                grad_logits = grad_logits.mul_(boost).to(x.dtype)
                 torch.mm(grad_logits, weight, out=grad_x[chunk])
                 grad_weight += _wide_product(grad_logits.T, x)
         if need_gradients:
@@ -243,7 +254,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         factor = grad_loss * ctx.mean
         return ((grad_x.to(grad_weight.dtype) * factor).to(grad_x.dtype),
-                (grad_weight * factor).to(ctx.weight_dtype), None, None)
+                (grad_weight * factor).to(ctx.weight_dtype), None, None, None)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -253,10 +264,11 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (nats, fp32) of softmax(x weight^T) against targets, and how many arg-maxima are right."""
+def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_loss=chunk_loss) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy (nats, fp32) of softmax(x weight^T) against targets, and how many arg-maxima are right.
+    `chunk_loss` may be the compiled one."""
     with torch.autocast(x_ND.device.type, enabled=False):
-        return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, torch.is_grad_enabled())
+        return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, torch.is_grad_enabled(), chunk_loss)
 
 
 # ---------------------------------------------------------------- generation

@@ -5,8 +5,10 @@ A parameter that is stored in 16 bits has an fp32 master all the same: the 16-bi
 """
 import contextlib
 import math
+import mmap
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -105,6 +107,9 @@ def gradient_norms(parameters: list[Tensor]) -> Tensor:
 
 # ---------------------------------------------------------------- optimizer state, on the device or streamed
 
+PINNING_THREADS = 8     # one thread pins about 2 GB/s
+
+
 class OptimizerState:
     """State tensors of a set of parameters, each shaped like its parameter, walked through in pieces of bounded size.
 
@@ -121,26 +126,21 @@ class OptimizerState:
         self.parameters, self.offload, self.matrices = parameters, offload, matrices
         self.device = next(iter(parameters.values())).device
         self.pinned = offload and self.device.type == "cuda"
-        self.tensors: dict[str, dict[str, Tensor]] = {}
+        wanted = []
         for name, p in parameters.items():
             kinds = {"residual": torch.int16} if p.dtype != torch.float32 else {}
-            kinds |= {moment: moment_dtype(p) for moment in moments}
-            self.tensors[name] = {key: self._zeros(p.shape, dtype) for key, dtype in kinds.items()}
+            wanted += [(name, key, p.shape, dtype) for key, dtype in (kinds | {moment: moment_dtype(p) for moment in moments}).items()]
+        self.tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+        with ThreadPoolExecutor(PINNING_THREADS if self.pinned else 1) as pool:
+            for (name, key, *_), tensor in zip(wanted, pool.map(lambda want: self._zeros(*want[2:]), wanted)):
+                self.tensors[name][key] = tensor
 
     def _zeros(self, shape, dtype) -> Tensor:
         if not self.offload:
             return torch.zeros(shape, dtype=dtype, device=self.device)
         try:
-            tensor = torch.zeros(shape, dtype=dtype)
-            if self.pinned and tensor.nbytes < 2 ** 20:
-                return tensor.pin_memory()      # small ones share pages, and a page is registered once
-            if self.pinned:
-                # registered in place: PyTorch's own pinned allocator rounds every request up to a power of two
-                cudart = torch.cuda.cudart()
-                torch.cuda.check_error(int(cudart.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)))
-                weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr())
-            return tensor
-        except (RuntimeError, MemoryError) as error:
+            return _pinned_zeros(shape, dtype) if self.pinned else torch.zeros(shape, dtype=dtype)
+        except (RuntimeError, MemoryError, OSError) as error:
             raise ExperimentError(
                 f"no host memory for the streamed optimizer state ({error}).\n  Free host memory, use a smaller preset, or "
                 "set --offload_optimizer false if the state fits the GPU ('plan' shows both).") from error
@@ -255,6 +255,26 @@ class OptimizerState:
                     raise ValueError(f"optimizer state {name}/{key}: expected {tensor.dtype} {tuple(tensor.shape)}, found "
                                      + ("nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}"))
                 tensor.copy_(saved)
+
+
+def _pinned_zeros(shape, dtype: torch.dtype) -> Tensor:
+    """Zeros in host memory that a GPU copies from and to by itself.
+
+    Registered in place, because PyTorch's own pinned allocator rounds every request up to a power of two; in huge pages
+    where the system has them, because pinning takes its time by the page.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < 2 ** 20:
+        return torch.zeros(shape, dtype=dtype).pin_memory()         # small ones share pages, and a page is registered once
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
+    cudart = torch.cuda.cudart()
+    torch.cuda.check_error(int(cudart.cudaHostRegister(tensor.data_ptr(), size, 0)))
+    weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr())
+    return tensor
 
 
 def read_master(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
