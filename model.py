@@ -19,6 +19,7 @@ from config import LOSS_CHUNK, Config
 from moe import MoE, SwiGLU
 
 logging.getLogger("torchao").setLevel(logging.ERROR)    # it warns of compiled extensions that nothing here uses
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)       # of in-place operations, which no block has
 from torchtune.modules import RotaryPositionalEmbeddings  # noqa: E402
 
 COMPUTE_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -442,6 +442,11 @@ class Trainer:
             offload = config.offload_optimizer == "true" or (config.offload_optimizer == "auto" and bool(self.machine.name))
             config = dataclasses.replace(config, activation_checkpointing=mode, offload_optimizer=str(offload).lower())
             self.predicted = memory.memory(config, mode, config.batch_size, offload)
+            certain = self.predicted["weights"] + self.predicted["gradients"]
+            if not self.machine.name and certain > self.machine.host_memory_gb:     # the system would kill the process
+                raise ExperimentError(f"no memory for this model: its weights and gradients alone take {certain:.1f} GB, and "
+                                      f"{self.machine.host_memory_gb:.1f} GB are free. Use a smaller --preset; if the machine has "
+                                      "more than the operating system reports, say so with --host_memory_gb.")
             print(f"warning: this configuration is not expected to fit ({where}). "
                   + (f"This would: {choice.options()}" if choice.fits(self.machine) else "No choice for this model would; use "
                      "a smaller preset."), file=sys.stderr)

@@ -423,9 +423,10 @@ def test_out_of_memory_carries_the_plans_advice(settings, monkeypatch):
 
 
 def test_no_host_memory_for_streaming(settings):
-    config = settings(offload_optimizer="true", host_memory_gb=1e-6)
+    trainer = build(settings(offload_optimizer="true"))
+    trainer.machine = memory.Machine("a GPU", 80, 1e-6)
     with pytest.raises(ExperimentError, match="no host memory.*--host_memory_gb"):
-        build(config)
+        trainer._build(trainer.config)
 
 
 def test_mfu_only_for_known_gpus(settings):
@@ -434,3 +435,8 @@ def test_mfu_only_for_known_gpus(settings):
     trainer.machine = memory.Machine("NVIDIA H100 80GB HBM3", 84.9, 128, memory.known_gpu("NVIDIA H100 80GB HBM3"))
     assert trainer._mfu(1e6) == pytest.approx(trainer.config.flops_per_token * 1e6 / 989e12)
     assert memory.known_gpu("NVIDIA H100 PCIe") is None and memory.known_gpu("Tesla T4") is None
+
+
+def test_a_model_larger_than_a_cpu_has_memory_is_refused(settings):
+    with pytest.raises(ExperimentError, match="weights and gradients alone take .* smaller --preset"):
+        build(settings(host_memory_gb=1e-6))
