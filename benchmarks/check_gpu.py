@@ -1,4 +1,4 @@
-"""Proves in about a minute, on this machine's GPU, that every fast path computes what the plain one does.
+"""Proves in about two minutes, on this machine's GPU, that every fast path computes what the plain one does.
 
     python -m benchmarks.check_gpu              on a CPU it checks what a CPU has
 

@@ -1,11 +1,14 @@
-"""Where the time of a training step goes: one step of a whole run under torch.profiler, by kind of work.
+"""Where the time of a training step goes: one step of a whole run under torch.profiler, by kind of work, beside its floor.
 
     python -m benchmarks.profile_step --preset 18b --precision bf16 [any option of run_experiment.py]
 
-Prints the share of each kind (products, attention, elementwise, routing, copies, optimizer, gaps) and the longest kernels.
+The floor of products and attention is their FLOPs over the rate of a large matrix product, and that of elementwise work the
+bytes that it must read and write over the bandwidth of a large copy, both measured here. Prints the kinds and the longest
+kernels, and writes benchmarks/results/profile_PRESET_PRECISION_GPU.json.
 """
 import argparse
 import re
+import statistics
 import sys
 import tempfile
 import time
@@ -15,7 +18,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import data
-from config import resolve
+from benchmarks.parts import seconds
+from benchmarks.run import write
+from config import Config, resolve
+from muon import NEWTON_SCHULZ
+from report import environment
 from run_experiment import add_config_options, config_options, new_parser
 from trainer import Trainer, attention_backends
 
@@ -79,6 +86,48 @@ def profile_step(trainer: Trainer, batches, warmup: int = 2) -> tuple[dict[str, 
     return dict(kinds), rows, wall
 
 
+def floors(c: Config, product_rate: float, bandwidth: float) -> dict[str, float]:
+    """Least seconds of each kind in a step: FLOPs over `product_rate` (FLOP/s), bytes over `bandwidth` (bytes/s).
+
+    Nothing recomputed, every elementwise chain one pass over its operands. Of Newton-Schulz, the Gram form's products,
+    symmetric ones by half.
+    """
+    tokens, w, d, kv, p = c.tokens_per_step, 2 if c.precision != "fp32" else 4, c.d_model, c.n_kv_heads * c.head_dim, c.parameter_groups
+    attention = 6 * c.n_layers * c.max_seq_len * d * tokens
+    passes = 0
+    for i in range(c.n_layers):
+        paths = c.top_k if c.is_moe(i) else 1
+        forward = 2 * (d + kv) + 7 * d + 3 * c.d_ff * paths             # rotation; two residual sums with their norms; SwiGLU
+        backward = 3 * (d + kv) + 8 * d + 6 * c.d_ff * paths
+        routing = 6 * d * c.top_k if c.is_moe(i) else 0                 # rows to experts and back, forward and backward
+        passes += forward + backward + routing
+    hidden = p["attention"] + p["dense_ffn"] + p["experts"]
+    accumulated = 3 * w * c.total_params * (c.gradient_accumulation_steps - 1)
+    d_kv, f = max(kv, 1), c.d_ff
+    ffn = 3 * (c.n_layers - c.n_moe_layers + c.n_moe_layers * c.num_experts)
+    gram_flops = sum(number * gram_newton_schulz_flops(min(shape), max(shape)) for number, shape in (
+        (2 * c.n_layers, (d, d)), (2 * c.n_layers, (d_kv, d)), (ffn, (f, d))))
+    return {"products": (c.flops_per_token * tokens - attention) / product_rate, "attention": attention / product_rate,
+            "elementwise": (tokens * w * (passes + 3 * c.vocab_size) + accumulated) / bandwidth,
+            "optimizer: products": gram_flops / product_rate,
+            "optimizer: elementwise": hidden * (w + 8 + 4 + 4) / bandwidth}     # gradient; state and weight, to and fro; direction
+
+
+def gram_newton_schulz_flops(m: int, k: int) -> int:
+    """Of one m x k matrix, m <= k, symmetric products by half."""
+    steps, groups = len(NEWTON_SCHULZ), 2           # cut by the restart
+    return groups * m * m * k + groups * 2 * m * m * k + (steps + (steps - groups) * 3) * m ** 3
+
+
+def ceilings(dtype: torch.dtype) -> tuple[float, float]:
+    """(FLOP/s of an 8192^3 product of random numbers, bytes/s of a large copy, read and written) on this GPU."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+    large = torch.empty(2 ** 32, dtype=torch.uint8, device="cuda")
+    other = torch.empty_like(large)
+    product, copy = statistics.median(seconds(lambda: a @ b)), statistics.median(seconds(lambda: other.copy_(large)))
+    return 2 * 8192 ** 3 / product, 2 * large.nbytes / copy
+
+
 def main(argv: list[str]) -> int:
     parser = new_parser("python -m benchmarks.profile_step [--preset NAME] [--FIELD VALUE ...]")
     parser.add_argument("--preset")
@@ -91,11 +140,20 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(config, data.prepare(config))
         with attention_backends(trainer.device):
             kinds, rows, wall = profile_step(trainer, data.batches(trainer.corpus.train, trainer.config, 0, pin_memory=True))
-    print(f"\n{wall:.3f} s a step, {config.tokens_per_step / wall:,.0f} tokens/s (under the profiler)")
-    for name, seconds in sorted(kinds.items(), key=lambda item: -item[1]):
-        print(f"{name:28s} {seconds:8.3f} s {100 * seconds / wall:6.1f}%")
-    for name, what, seconds, calls in rows[:args.rows]:
-        print(f"{seconds * 1e3:9.1f} ms {calls:6d} x {seconds / calls * 1e6:9.1f} us  {what:22s} {name[:110]}")
+    config = trainer.config
+    product_rate, bandwidth = ceilings(trainer.model.compute_dtype)
+    least = floors(config, product_rate, bandwidth)
+    print(f"\n{wall:.3f} s a step, {config.tokens_per_step / wall:,.0f} tokens/s (under the profiler); ceilings "
+          f"{product_rate / 1e12:.0f} TFLOP/s, {bandwidth / 1e12:.2f} TB/s")
+    for name, spent in sorted(kinds.items(), key=lambda item: -item[1]):
+        floor = f"{least[name]:8.3f} s floor, {spent / least[name]:5.2f} times" if name in least else ""
+        print(f"{name:28s} {spent:8.3f} s {100 * spent / wall:6.1f}%  {floor}")
+    for name, what, spent, calls in rows[:args.rows]:
+        print(f"{spent * 1e3:9.1f} ms {calls:6d} x {spent / calls * 1e6:9.1f} us  {what:22s} {name[:110]}")
+    write(f"profile_{args.preset or 'config'}_{config.precision}", wall, "s a step, under the profiler", 1, environment(trainer.device),
+          dict(seconds=kinds, share={name: spent / wall for name, spent in kinds.items()}, floor_seconds=least,
+               product_tflops=product_rate / 1e12, copy_tb_s=bandwidth / 1e12, options=" ".join(argv),
+               kernels=[dict(kernel=name, kind=what, seconds=spent, calls=calls) for name, what, spent, calls in rows[:args.rows]]))
     return 0
 
 
