@@ -222,6 +222,8 @@ def model_from_state(state: dict, device="cpu"):
         for name, p in model.named_parameters():
             weight, residual = state["model"][name], optimizer[name].get("residual")
             p.copy_(weight if residual is None else decode_master(weight, residual))
+        for name, bias in model.balancing_biases().items():
+            bias.copy_(state["model"][name])
     return model.eval(), config
 
 

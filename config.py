@@ -66,6 +66,8 @@ class Config:
     """Optimizer steps in the run; the schedule ends here."""
 
     # --- optimization
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for hidden matrices, AdamW for the rest; adamw: AdamW for everything."""
     muon_lr: float = 0.01
     """Muon's peak learning rate, for hidden matrices; updates are scaled by sqrt(max(1, rows/columns))."""
     adamw_lr: float = 0.001
@@ -86,10 +88,14 @@ class Config:
     """Learning rates fall along a cosine to this share of their peak."""
     grad_clip: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+    load_balancing: Literal["loss", "bias"] = "loss"
+    """What keeps experts equally busy: a loss, or a bias on each expert's score that only the choice of experts sees."""
     load_balancing_weight: float = 0.01
-    """Weight of each MoE block's load-balancing loss (Switch Transformer); 0 switches it off."""
+    """Weight of each MoE block's load-balancing loss (Switch Transformer); 0 switches it off. Not used with bias."""
     load_balancing_scope: Literal["batch", "sequence"] = "batch"
     """Balance over a micro-batch's tokens, or within each sequence (then the micro-batch size does not matter)."""
+    load_balancing_bias_rate: float = 0.001
+    """What a step adds to an idle expert's bias and takes from a busy one's (DeepSeek-V3)."""
     router_z_loss_weight: float = 0.0
     """Weight of each MoE block's router z-loss (ST-MoE); 0 switches it off."""
 
@@ -245,7 +251,7 @@ OPTIMIZER_PIECE = 2 ** 28       # elements that an optimizer updates at a time; 
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
 
 # Fingerprint of the defaults above as they were shipped, so that an edit is noticed; a test holds it to them.
-SHIPPED_DEFAULTS = "a50e5f772b13d5f1"
+SHIPPED_DEFAULTS = "716cb10fec258f30"
 
 
 def defaults() -> dict:
@@ -318,7 +324,7 @@ def resolve(options: dict, preset: str | None, gpu_memory_gb: float | None) -> t
 
 # What a resumed run may not change: the model's shape, the form of its state, and which sequences come when.
 FROZEN = set("""d_model n_layers n_heads n_kv_heads d_ff num_experts top_k norm_topk_prob moe_every max_seq_len vocab_size
-tie_embeddings rope_theta rms_norm_eps init_std precision master_weights
+tie_embeddings rope_theta rms_norm_eps init_std optimizer load_balancing precision master_weights
 loss_scale validation_fraction seed""".split())
 
 
@@ -374,7 +380,7 @@ def _problems(c: Config) -> list[str]:
     for name in ("num_experts load_balancing_weight router_z_loss_weight weight_decay grad_clip save_every save_minutes "
                  "num_workers host_memory_gb sample_tokens muon_lr adamw_lr seed").split():
         check(getattr(c, name) >= 0, f"{name}={getattr(c, name)}: must not be negative")
-    for name in ("rope_theta", "rms_norm_eps", "adamw_eps", "init_std"):
+    for name in ("rope_theta", "rms_norm_eps", "adamw_eps", "init_std", "load_balancing_bias_rate"):
         check(getattr(c, name) > 0, f"{name}={getattr(c, name)}: must be greater than 0")
     for name in ("muon_momentum", "adamw_beta1", "adamw_beta2"):
         check(0 <= getattr(c, name) < 1, f"{name}={getattr(c, name)}: must lie in [0, 1)")

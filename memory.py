@@ -89,7 +89,7 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool) -> dic
     """
     p = c.parameter_groups
     wide = p["norms"] + p["router"]                                       # always fp32
-    hidden = p["attention"] + p["dense_ffn"] + p["experts"]               # Muon
+    hidden = p["attention"] + p["dense_ffn"] + p["experts"] if c.optimizer == "muon" else 0       # Muon's
     narrow = c.total_params - wide
     weight_bytes = 2 if c.split_masters else 4
     weights = narrow * weight_bytes + wide * 4
@@ -115,6 +115,9 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool) -> dic
     matrix, gram = c.d_model * max(c.d_ff, c.d_model), min(c.d_model, c.d_ff) ** 2
     piece = min(max(OPTIMIZER_PIECE // matrix, 1) * matrix, hidden)
     optimizer = piece * (4 + 8 * gram / matrix if c.split_masters else 24) + (4 * piece * 4 if offload else 0)
+    others = c.total_params - hidden                                      # AdamW's groups: the same of its larger state
+    optimizer = max(optimizer, (0 if c.split_masters else 16 * min(OPTIMIZER_PIECE, others))
+                    + (10 * min(4 * OPTIMIZER_PIECE, others) if offload else 0))
 
     sizes = dict(weights=weights, gradients=weights, **{k: 0 if offload else v for k, v in state.items()},
                  activations=activations, workspace=max(0, optimizer - activations))

@@ -154,6 +154,19 @@ class MoETransformer(nn.Module):
             generator = torch.Generator(p.device).manual_seed(self.config.seed * 1_000_003 + i)
             for matrix in p.view(-1, *p.shape[-2:]):      # one at a time: the fp32 draw of an expert bank is large
                 matrix.copy_(torch.empty(matrix.shape, device=p.device).normal_(std=std, generator=generator))
+        for bias in self.balancing_biases().values():
+            bias.zero_()
+
+    def balancing_biases(self) -> dict[str, Tensor]:
+        """The routers' biases [E] by name, with load_balancing=bias."""
+        return {name: buffer for name, buffer in self.named_buffers() if name.endswith(".router.bias")}
+
+    @torch.no_grad()
+    def balance(self, counts_LE: Tensor) -> None:
+        """Moves each expert's bias a step of `load_balancing_bias_rate` towards an even load, given a step's token-expert
+        pairs (DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2; Wang et al. 2024)."""
+        for bias, counts in zip(self.balancing_biases().values(), counts_LE.float()):
+            bias += self.config.load_balancing_bias_rate * torch.sign(counts.mean() - counts)
 
     def materialize(self, device: torch.device | str) -> "MoETransformer":
         """Gives a model that was built on the meta device storage, initial weights and tables on `device`."""
@@ -195,7 +208,8 @@ class MoETransformer(nn.Module):
         loss, metrics = cross_entropy, dict(cross_entropy=cross_entropy.detach(), correct=correct)
         if routing:
             balance, z, counts = (torch.stack(values) for values in zip(*routing))
-            loss = loss + self.config.load_balancing_weight * balance.sum() + self.config.router_z_loss_weight * z.sum()
+            balance_weight = self.config.load_balancing_weight if self.config.load_balancing == "loss" else 0.0
+            loss = loss + balance_weight * balance.sum() + self.config.router_z_loss_weight * z.sum()
             metrics |= dict(load_balancing_loss=balance.detach().mean(), router_z_loss=z.detach().mean(), expert_counts=counts)
         return loss, metrics
 

@@ -167,6 +167,8 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model, dtype=torch.float32))
         self.top_k, self.norm_topk_prob = config.top_k, config.norm_topk_prob
+        # added to the probabilities where experts are chosen, and only there
+        self.register_buffer("bias", torch.zeros(config.num_experts) if config.load_balancing == "bias" else None)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Returns logits [B, S, E], probabilities [B, S, E], chosen weights [B, S, K], chosen experts [B, S, K] and the same
@@ -174,7 +176,8 @@ class Router(nn.Module):
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_BSE = F.linear(x_BSD.to(self.weight.dtype), self.weight)
         probs_BSE = logits_BSE.softmax(dim=-1)
-        experts_BSK = probs_BSE.detach().topk(self.top_k, dim=-1).indices
+        scores_BSE = probs_BSE.detach() if self.bias is None else probs_BSE.detach() + self.bias
+        experts_BSK = scores_BSE.topk(self.top_k, dim=-1).indices
         chosen_BSKE = experts_BSK.unsqueeze(-1) == torch.arange(probs_BSE.shape[-1], device=x_BSD.device)
         # a masked sum instead of topk's values, whose gradient scatters
         weights_BSK = (probs_BSE.unsqueeze(-2) * chosen_BSKE).sum(dim=-1)

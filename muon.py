@@ -180,11 +180,12 @@ def product_dtype(device: torch.device, fused: bool) -> torch.dtype:
     return torch.float16 if fused else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def split_parameters(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(hidden matrices for Muon, everything else for AdamW) by name; each parameter is in exactly one of them."""
+def split_parameters(model: nn.Module, optimizer: str = "muon") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(hidden matrices for Muon, everything else for AdamW) by name; each parameter is in exactly one of them. With the
+    optimizer "adamw" everything is AdamW's."""
     named = dict(model.named_parameters())
     hidden = {name: p for name, p in named.items()
-              if name.startswith("blocks.") and p.ndim >= 2 and ".router." not in name}
+              if optimizer == "muon" and name.startswith("blocks.") and p.ndim >= 2 and ".router." not in name}
     others = {name: p for name, p in named.items() if name not in hidden}
     assert len(hidden) + len(others) == len(named) and not hidden.keys() & others.keys()
     return hidden, others

@@ -124,7 +124,7 @@ class OptimizerState:
 
     def __init__(self, parameters: dict[str, Tensor], moments: tuple[str, ...], moment_dtype, offload: bool, matrices: bool):
         self.parameters, self.offload, self.matrices = parameters, offload, matrices
-        self.device = next(iter(parameters.values())).device
+        self.device = next((p.device for p in parameters.values()), torch.device("cpu"))
         self.pinned = offload and self.device.type == "cuda"
         wanted = []
         for name, p in parameters.items():

@@ -84,7 +84,7 @@ class Trainer:
             self.model = MoETransformer(config)
         self.model.materialize(self.device)
         self.parameters = dict(self.model.named_parameters())
-        hidden, others = split_parameters(self.model)
+        hidden, others = split_parameters(self.model, config.optimizer)
         offload = config.offload_optimizer == "true"
         if offload:
             self._check_host_memory()
@@ -103,12 +103,13 @@ class Trainer:
         """One optimizer step; False when the gradients overflowed and nothing but the loss scale was changed."""
         c = self.config
         self.model.train()
-        loss_sum = torch.zeros((), device=self.device)
+        loss_sum, counts = torch.zeros((), device=self.device), 0
         for _ in range(c.gradient_accumulation_steps):
             tokens, targets = (t.to(self.device, non_blocking=True) for t in next(batches))
             loss, metrics = self.model(tokens, targets)
             (loss * (self.scaler.scale / c.gradient_accumulation_steps)).backward()
             loss_sum += loss.detach()
+            counts += metrics.get("expert_counts", 0)
             self._accumulate(metrics)
         self.data_position += c.sequences_per_step
 
@@ -124,6 +125,8 @@ class Trainer:
             self.meter.note("backward")
             self.muon.step(rate * c.muon_lr, factor)
             self.adamw.step(rate * c.adamw_lr, factor)
+            if c.load_balancing == "bias":
+                self.model.balance(counts)
             if self.meter.note("optimizer"):
                 self.bar.write(self.meter.table(list(self.parameters.values()), self.muon.state, self.adamw.state))
             self.step += 1
@@ -372,7 +375,7 @@ class Trainer:
             config=dataclasses.asdict(self.asked), run_id=self.run_id, step=self.step, data_position=self.data_position,
             tokens_seen=self.tokens_seen, skipped_steps=self.skipped_steps, saved_steps=self.saved_steps,
             train_seconds=self.train_seconds, mean_norm=self.mean_norm,
-            model={name: p.detach() for name, p in self.parameters.items()},
+            model={name: p.detach() for name, p in (self.parameters | self.model.balancing_biases()).items()},
             optimizer=dict(muon=self.muon.state_dict(), adamw=self.adamw.state_dict()),
             schedule=dict(step=self.step, max_steps=c.max_steps, factor=learning_rate_factor(self.step, c)),
             loss_scaler=self.scaler.state_dict(), random=checkpoint.random_states(self.device),
@@ -385,7 +388,7 @@ class Trainer:
     @torch.no_grad()
     def _load(self, state: dict) -> None:
         try:
-            for name, p in self.parameters.items():
+            for name, p in (self.parameters | self.model.balancing_biases()).items():
                 saved = state["model"][name]
                 if saved.shape != p.shape or saved.dtype != p.dtype:
                     raise ValueError(f"{name} is {saved.dtype} {tuple(saved.shape)}, not {p.dtype} {tuple(p.shape)}")

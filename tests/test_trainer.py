@@ -22,7 +22,8 @@ from trainer import Trainer, learning_rate_factor
 
 FORMS = {"fp32": dict(precision="fp32"), "bf16-split": dict(precision="bf16"), "fp16-split": dict(precision="fp16", loss_scale_growth_interval=10),
          "bf16-fp32-masters": dict(precision="bf16", master_weights="fp32"),
-         "fp16-offload": dict(precision="fp16", offload_optimizer="true")}
+         "fp16-offload": dict(precision="fp16", offload_optimizer="true"),
+         "adamw-bias": dict(optimizer="adamw", load_balancing="bias", load_balancing_bias_rate=0.01)}
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +83,7 @@ def stop_after(trainer, step, number=signal.SIGTERM):
 
 
 def states(trainer):
-    return {**{f"model/{k}": p.detach() for k, p in trainer.parameters.items()},
+    return {**{f"model/{k}": p.detach() for k, p in (trainer.parameters | trainer.model.balancing_biases()).items()},
             **{f"{o}/{k}/{key}": t for o, opt in (("muon", trainer.muon), ("adamw", trainer.adamw))
                for k, s in opt.state.tensors.items() for key, t in s.items()}}
 
@@ -440,3 +441,44 @@ def test_mfu_only_for_known_gpus(settings):
 def test_a_model_larger_than_a_cpu_has_memory_is_refused(settings):
     with pytest.raises(ExperimentError, match="weights and gradients alone take .* smaller --preset"):
         build(settings(host_memory_gb=1e-6))
+
+
+def test_adamw_alone_trains_every_parameter(settings):
+    trainer = build(settings(optimizer="adamw", max_steps=20, eval_every=20))
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    trainer.run()
+    assert not trainer.muon.state.tensors and trainer.adamw.state.tensors.keys() == trainer.parameters.keys()
+    assert all((p != before[name]).any() for name, p in trainer.parameters.items())
+    first, last = rows(trainer.config, "val_loss")
+    assert last["val_loss"] < first["val_loss"] - 0.1
+    sizes, c = memory.memory(trainer.config, "none", 2, offload=False), trainer.config
+    assert sizes["momentum"] == 0 and sizes["adamw"] == pytest.approx(8 * c.total_params / 1e9)
+
+
+def test_a_bias_evens_the_load_that_the_router_would_not(settings):
+    model = build(settings(load_balancing="bias", load_balancing_bias_rate=0.004, n_layers=1, top_k=2)).model
+    router, x = model.blocks[0].ffn.router, torch.randn(4, 64, 32)
+    x[..., 0] = 3
+    router.weight.data *= 20
+    router.weight.data[:2, 0] = 1           # experts 0 and 1 for nearly every token
+    loads = []
+    for _ in range(400):
+        with torch.no_grad():
+            counts = model.blocks[0].ffn(x)[1][2]
+        loads.append(counts.max().item() / counts.sum().item())
+        model.balance(counts[None])
+    assert loads[0] > 0.4 and max(loads[-10:]) < 0.3
+    loss, metrics = model(*(torch.randint(300, (2, 16)) for _ in range(2)))
+    assert loss == metrics["cross_entropy"], "no balancing loss beside it"
+
+
+def test_a_bias_does_not_touch_the_weights_of_the_chosen(settings):
+    trainer = build(settings(load_balancing="bias", top_k=2))
+    router, x = trainer.model.blocks[0].ffn.router, torch.randn(2, 8, 32)
+    router.bias.copy_(torch.tensor([0, 0, 9.0, 9.0]))
+    _, probs, weights, experts, _ = router(x)
+    assert (experts >= 2).all()
+    chosen = probs.gather(-1, experts)
+    torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True))
+    model, _ = checkpoint.model_from_state(trainer._state())
+    assert torch.equal(model.blocks[0].ffn.router.bias, router.bias)
