@@ -121,11 +121,15 @@ class Config:
 
     # --- data
     data: str = "python"
-    """Corpus: python (the standard library), installed (adds the installed packages), or a file, folder or glob."""
+    """Corpus: python (its library), installed (adds the packages), a file, folder or glob, or hf:DATASET[:CONFIG[:SPLIT]]."""
     text_field: str = "text"
-    """Field of a .jsonl or .parquet row that holds the text."""
+    """Field of a .jsonl, .parquet or hf: row that holds the text."""
+    max_characters: int = 0
+    """Characters of the corpus after which no further document is read; 0 reads them all."""
+    max_bad_share: float = 0.001
+    """Share of lines and rows that may be unreadable (not UTF-8, not JSON, damaged); up to it they are left out."""
     tokenizer: str = "train"
-    """train: a byte-level BPE of vocab_size trained on the corpus, once; or the path of a tokenizer.json."""
+    """train or train:VOCAB (a byte-level BPE, trained on the corpus once), a tokenizer.json or its folder, or hf:NAME."""
     validation_fraction: float = 0.01
     """Share of the corpus's characters, in whole documents, that is held out."""
     cache_dir: str = "cache"
@@ -251,7 +255,7 @@ OPTIMIZER_PIECE = 2 ** 28       # elements that an optimizer updates at a time; 
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
 
 # Fingerprint of the defaults above as they were shipped, so that an edit is noticed; a test holds it to them.
-SHIPPED_DEFAULTS = "716cb10fec258f30"
+SHIPPED_DEFAULTS = "c6d1a0e81bac802f"
 
 
 def defaults() -> dict:
@@ -378,7 +382,7 @@ def _problems(c: Config) -> list[str]:
                  "loss_scale_growth_interval").split():
         check(getattr(c, name) >= 1, f"{name}={getattr(c, name)}: must be at least 1")
     for name in ("num_experts load_balancing_weight router_z_loss_weight weight_decay grad_clip save_every save_minutes "
-                 "num_workers host_memory_gb sample_tokens muon_lr adamw_lr seed").split():
+                 "num_workers host_memory_gb sample_tokens muon_lr adamw_lr seed max_characters").split():
         check(getattr(c, name) >= 0, f"{name}={getattr(c, name)}: must not be negative")
     for name in ("rope_theta", "rms_norm_eps", "adamw_eps", "init_std", "load_balancing_bias_rate"):
         check(getattr(c, name) > 0, f"{name}={getattr(c, name)}: must be greater than 0")
@@ -387,6 +391,7 @@ def _problems(c: Config) -> list[str]:
     for name in ("warmup_fraction", "min_lr_fraction"):
         check(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: must lie in [0, 1]")
     check(0 < c.validation_fraction <= 0.5, f"validation_fraction={c.validation_fraction}: must lie in (0, 0.5]")
+    check(0 <= c.max_bad_share <= 1, f"max_bad_share={c.max_bad_share}: must lie in [0, 1]")
     check(c.seed < 2 ** 43, f"seed={c.seed}: must be under 2^43")
     check(c.loss_scale >= 1, f"loss_scale={c.loss_scale}: must be at least 1")
     check(c.vocab_size >= 260, f"vocab_size={c.vocab_size}: must be at least 260 (256 bytes and the special tokens)")

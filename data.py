@@ -1,60 +1,72 @@
-"""Text to token shards to batches: sources, split by document, tokenizer, cache, and an order that can be resumed.
+"""A tokenized corpus, opened or made: its cache, its shards, and batches in an order that can be resumed.
 
-`prepare(config)` turns the corpus into two memory-mapped token arrays, once; later runs open them from the cache.
-`batches` and `validation_batches` cut windows of max_seq_len + 1 tokens from them. The order of the training windows
-is a pure function of (seed, position), so a resumed run continues with exactly the sequences it has not seen.
+`prepare(config)` turns the corpus into memory-mapped token arrays, once; later runs open them from the cache. `batches`
+and `validation_batches` cut windows of max_seq_len + 1 tokens from them. The order of the training windows is a pure
+function of (seed, position), so a resumed run continues with exactly the sequences it has not seen.
 """
+import contextlib
+import fcntl
 import functools
-import glob
 import hashlib
-import io
-import itertools
 import json
+import math
 import os
+import re
 import shutil
 import signal
-import struct
-import sysconfig
 import time
 import uuid
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tokenizing uses all cores; saying so keeps tokenizers from warning when DataLoader forks its workers.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from config import Config, ExperimentError, nearest
+from config import Config, ConfigError, ExperimentError
+from sources import SHARD_SUFFIX, Text
+from tokens import (FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC, Bar, build, check_vocabulary, count_tokens, data_hash, entropy,
+                    load_tokenizer, read_tokenizer, recipe, replace_file, sha256, survey, trained_size, vocabulary)
 
-BUILT_IN = ("python", "installed")
-INSTALLED_SUFFIXES = (".py", ".pyi", ".pyx", ".pxd", ".h", ".hpp", ".hh", ".cuh", ".txt", ".md", ".rst")
-USER_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
-END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>", "[SEP]")   # first one wins
-PIECE_CHARACTERS = 2048, 64 * 1024       # after which a long document is cut at the next line end: least, most
-TOKENIZER_SAMPLE = 20_000_000            # characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores
-TOKENIZE_CHARACTERS = 4_000_000          # characters tokenized at a time
-FORMAT_VERSION = 1                       # of the cache: raise it when the same files would give other shards
-MAGIC, HEADER_BYTES = b"MOETOKEN", 1024
-HEADER = struct.Struct("<8sIIQ32s")      # magic, version, bytes in a token, tokens, the tokenizer's sha256
+UNFINISHED_DAYS = 7                      # after which what a killed build left is deleted
+# Shards of llm.c (dev/data/data_common.py; modded-nanogpt's are the first kind) begin with 256 int32, of which magic,
+# version and the number of tokens are the first three.
+LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}    # magic: version, type of a token
+LLM_C_EVALUATION = 20240522
+
+
+class Joined:
+    """Token arrays one after the other as one, without a copy: its length, and slices [first:last] of it."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        first, last, _ = place.indices(len(self))
+        taken = []
+        for number in range(int(np.searchsorted(self.ends, first, side="right")), len(self.parts)):
+            begin = int(self.ends[number]) - len(self.parts[number])
+            if begin >= last:
+                break
+            taken.append(self.parts[number][max(0, first - begin):last - begin])
+        return taken[0] if len(taken) == 1 else np.concatenate(taken or [self.parts[0][:0]])
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus. `train` and `validation` are memory-mapped uint16 or uint32 arrays [tokens]."""
-    train: np.memmap
-    validation: np.memmap
+    """A tokenized corpus. `train` and `validation` are memory-mapped arrays of uint16 or uint32 [tokens]."""
+    train: np.memmap | Joined
+    validation: np.memmap | Joined
     tokenizer: Tokenizer
     tokenizer_json: str
     end_of_text: int
     data_hash: str           # of the documents' contents in order; the same on every machine
     tokenizer_hash: str      # sha256 of tokenizer_json
-    characters: int          # of both splits
+    characters: int          # of both splits; of foreign shards, what their tokens decode to one by one
     documents: int           # of both splits, a piece of a long one counted as one
     unigram_entropy: float   # nats per token: the loss of the best model that ignores the context
 
@@ -69,35 +81,39 @@ def prepare(config: Config) -> Corpus:
     Raises ExperimentError when the text, the tokenizer or the cache folder cannot be used, or when the corpus is too
     small to give each split one window of max_seq_len + 1 tokens.
     """
-    files = _sources(config)
-    tokenizer_json = None if config.tokenizer == "train" else _read_tokenizer(config)
+    if config.num_workers > os.cpu_count():
+        raise ConfigError(f"num_workers={config.num_workers}: more than this machine's {os.cpu_count()} cores, so that they would only "
+                          "wait for each other. 0 or 1 is enough as a rule")
+    text = Text(config)
+    foreign = bool(text.files) and text.files[0].lower().endswith(SHARD_SUFFIX)
+    if foreign and trained_size(config):
+        raise ExperimentError(f"{config.data}: token shards do not say which tokenizer made them. Name it with --tokenizer, such "
+                              "as hf:gpt2 for those of nanoGPT and modded-nanogpt, or the path of a tokenizer.json")
+    # A tokenizer of the hub is known by its name, so that a corpus that is there needs no network.
+    tokenizer_json = None if trained_size(config) or config.tokenizer.startswith("hf:") else read_tokenizer(config)
     cache = Path(config.cache_dir).expanduser()
-    folder = cache / _cache_key(config, files, tokenizer_json)
-    unfinished = cache / f"{folder.name}.{uuid.uuid4().hex[:8]}.unfinished"
+    folder = cache / _cache_key(config, text, tokenizer_json)
     try:
-        try:
-            corpus = _open(folder) if folder.exists() else None
-        except ExperimentError as error:
-            print(f"data: {error}. Building it anew.")
-            shutil.rmtree(folder)
-            corpus = None
-        for old in cache.glob("*.unfinished"):      # of a build that was killed; younger ones may be another process's
-            if time.time() - old.stat().st_mtime > 86_400:
-                shutil.rmtree(old, ignore_errors=True)
+        corpus = _open_or_discard(folder)
         if corpus is None:   # built beside its place and renamed when whole, so that there is never half a cache
-            unfinished.mkdir(parents=True)
-            _build(config, files, tokenizer_json, unfinished)
-            try:
-                unfinished.rename(folder)
-            except OSError:   # another process was faster; its folder has the same content
-                if not folder.is_dir():
-                    raise
+            if config.tokenizer.startswith("hf:"):
+                tokenizer_json = read_tokenizer(config)
+            _delete_old_leftovers(cache)
+            with _unfinished(cache, folder.name) as unfinished:
+                if foreign:
+                    adopt(config, text.files, tokenizer_json, unfinished)
+                else:
+                    _build_or_link(config, text, tokenizer_json, unfinished)
+                try:
+                    unfinished.rename(folder)
+                except OSError:   # another process was faster; its folder has the same content
+                    if not folder.is_dir():
+                        raise
             corpus = _open(folder)
     except OSError as error:
         raise ExperimentError(f"cannot keep the tokenized corpus in the folder {cache}: {error}. Free some space there "
-                              "or choose another folder with --cache_dir") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+                              "or choose another folder with --cache_dir; what is finished is kept") from error
+    check_vocabulary(corpus.tokenizer, config)
     least = config.max_seq_len + 1
     if min(len(corpus.train), len(corpus.validation)) < least:
         raise ExperimentError(
@@ -179,322 +195,133 @@ def validation_batches(tokens: np.ndarray, config: Config):
         yield _inputs_and_targets(np.stack(rows).astype(np.int64))
 
 
-# --- tokenizer
+# --- the cache
 
-def load_tokenizer(json_text: str) -> tuple[Tokenizer, int]:
-    """The tokenizer whose tokenizer.json has this text, and the id of its end-of-text token. Raises ExperimentError."""
+def _cache_key(config: Config, text: Text, tokenizer_json: str | None) -> str:
+    """Changes with whatever changes the shards."""
+    return sha256(json.dumps([recipe(config, tokenizer_json), text.identity()]))[:16]
+
+
+def _open_or_discard(folder: Path) -> Corpus | None:
     try:
-        tokenizer = Tokenizer.from_str(json_text)
-    except Exception as error:   # tokenizers raises plain Exception
-        raise ExperimentError(f"not a tokenizer.json: {error}; give one saved by the tokenizers library") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True   # "<|endoftext|>" written in a document is ordinary text, not the token
-    for token in END_OF_TEXT:
-        if (token_id := tokenizer.token_to_id(token)) is not None:
-            return tokenizer, token_id
-    raise ExperimentError(f"the tokenizer has no end-of-text token; add one of {' '.join(END_OF_TEXT)} to it")
+        return _open(folder) if folder.exists() else None
+    except ExperimentError as error:
+        print(f"data: {error}. Building it anew.")
+        shutil.rmtree(folder)
 
 
-def train_tokenizer(texts, vocab_size: int) -> str:
-    """Trains a byte-level BPE (GPT-2's pre-tokenization) of at most vocab_size tokens, <|endoftext|> among them, on an
-    iterable of texts; returns its tokenizer.json. Every text survives encoding and decoding unchanged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = iter(texts)
-    tokenizer.train_from_iterator(iter(lambda: list(itertools.islice(texts, 64)), []), trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=[END_OF_TEXT[0]], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    return tokenizer.to_str()
+def _delete_old_leftovers(cache: Path) -> None:
+    """Builds that were killed long ago and that nobody goes on with."""
+    for old in cache.glob("*.unfinished"):
+        if time.time() - old.stat().st_mtime > 86_400 * UNFINISHED_DAYS and (lock := _lock(old)) is not None:
+            shutil.rmtree(old, ignore_errors=True)
+            os.close(lock)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _vocabulary(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1   # ids may have gaps
-
-
-def _read_tokenizer(config: Config) -> str:
-    path = Path(config.tokenizer).expanduser()
+@contextlib.contextmanager
+def _unfinished(cache: Path, key: str):
+    """A folder to build in, locked: one that a killed build of the same corpus left, or a new one. A build that fails
+    leaves it only if it holds finished work."""
+    cache.mkdir(parents=True, exist_ok=True)
+    left = ((folder, lock) for folder in sorted(cache.glob(f"{key}.*.unfinished")) if (lock := _lock(folder)) is not None)
+    folder, lock = next(left, (None, None))
+    if folder is None:
+        folder = cache / f"{key}.{uuid.uuid4().hex[:8]}.unfinished"
+        folder.mkdir()
+        lock = _lock(folder)        # None where folders cannot be locked: then no other process can take it either
     try:
-        text = path.read_bytes().decode()
-        tokenizer, _ = load_tokenizer(text)
-    except (OSError, UnicodeDecodeError, ExperimentError) as error:
-        raise ExperimentError(f"cannot use the tokenizer {path}: {error}. Give --tokenizer the path of a "
-                              "tokenizer.json, or train to train one on the corpus") from error
-    if (size := _vocabulary(tokenizer)) > config.vocab_size:
-        raise ExperimentError(f"the tokenizer {path} has {size} tokens and the model's vocab_size is only "
-                              f"{config.vocab_size}; set --vocab_size to at least {size}")
-    return text
+        yield folder
+    finally:
+        if not (folder / "progress.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
-# --- sources
-
-def _walk(root: str, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> list[str]:
-    """Files under `root` with one of the suffixes, in an order that depends only on their paths within `root`."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(s for s in subfolders if s not in skip)
-        found += [os.path.join(folder, n) for n in sorted(names) if n.lower().endswith(suffixes)]
-    return [f for f in found if os.path.isfile(f)]   # not broken links
-
-
-def _sources(config: Config) -> list[str]:
-    """The corpus's files in reading order. Raises ExperimentError when there are none."""
-    if config.data in BUILT_IN:
-        files = _walk(sysconfig.get_path("stdlib"), (".py",), ("site-packages", "dist-packages", "__pycache__"))
-        if config.data == "installed":
-            for root in dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]):
-                files += _walk(root, INSTALLED_SUFFIXES)
-        if not files:
-            raise ExperimentError("this Python comes without its library's source files; give --data a file or folder")
-        return files
-    path = os.path.expanduser(config.data)
-    if os.path.isfile(path):
-        files = [path]
-    elif os.path.isdir(path):
-        files = _walk(path, USER_SUFFIXES)
-    elif glob.has_magic(path):
-        files = [f for f in sorted(glob.glob(path, recursive=True)) if os.path.isfile(f)]
-    else:
-        raise ExperimentError(f"there is no file or folder {path}.{nearest(config.data, BUILT_IN)} Give --data python, "
-                              "installed, or the path of a file, a folder or a glob")
-    files = [f for f in files if f.lower().endswith(USER_SUFFIXES)]
-    if not files:
-        raise ExperimentError(f"no text to read in {path}: it must be or hold {' '.join(USER_SUFFIXES)} files. "
-                              "Convert it, or correct --data")
-    return files
-
-
-def _json_rows(path: str, field: str):
-    """Yields (place, value of the field) for every line that is not blank."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line) if line.strip() else {field: ""}
-            except (ValueError, RecursionError) as error:
-                raise ExperimentError(f"{path}:{number}: not valid JSON ({error}). Every line must be an object; "
-                                      "correct or remove this one") from error
-            if not isinstance(row, dict) or field not in row:
-                there = f"the fields are {', '.join(row)}" if isinstance(row, dict) else "the line is not an object"
-                raise ExperimentError(f"{path}:{number}: no field {field!r}; {there}. Choose one with --text_field")
-            yield f"{path}:{number}", row[field]
-
-
-def _parquet_rows(path: str, field: str):
-    """Yields (place, value of the field) for every row."""
-    import pyarrow.parquet   # slow to import and rarely needed
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if field not in (names := file.schema_arrow.names):
-            raise ExperimentError(f"{path}: no field {field!r}; the fields are {', '.join(names)}. Choose one with "
-                                  "--text_field")
-        groups = file.iter_batches(batch_size=1024, columns=[field])
-        for number, value in enumerate((v for group in groups for v in group.column(0).to_pylist()), 1):
-            yield f"{path}, row {number}", value
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ExperimentError(f"{path} is not a sound parquet file ({error}). Make or download it again") from error
-
-
-def _streams(path: str, config: Config):
-    """Yields a text stream for each document of the file at `path`."""
-    if config.data in BUILT_IN:
+def _lock(folder: Path) -> int | None:
+    """Locks a folder for this process, until the descriptor it returns is closed; None when another one has it. The kernel
+    takes the lock from a process that is killed."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            yield io.StringIO(Path(path).read_bytes().decode(), newline="")
-        except (OSError, UnicodeDecodeError):
-            pass   # libraries hold files in odd encodings on purpose, to test with
-    elif path.lower().endswith((".jsonl", ".parquet")):
-        rows = _json_rows if path.lower().endswith(".jsonl") else _parquet_rows
-        for place, value in rows(path, config.text_field):
-            try:
-                value = "" if value is None else value
-                value.encode()
-            except (AttributeError, UnicodeEncodeError) as error:   # not a string, or half a surrogate pair
-                raise ExperimentError(f"{place}: field {config.text_field!r} holds no valid text: {value!r:.60}. "
-                                      "Correct it, or choose another field with --text_field") from error
-            yield io.StringIO(value, newline="")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):     # else it was finished and renamed meanwhile
+                return descriptor
+        except OSError:
+            pass
+        os.close(descriptor)
+
+
+def _build_or_link(config: Config, text: Text, tokenizer_json: str | None, folder: Path) -> None:
+    """Makes the shards, unless the cache has those of the same text, from wherever it was read, and the same recipe."""
+    found = survey(text, folder)
+    same = dict(data_hash=data_hash(found["pieces"]) if found["whole"] else None, recipe=recipe(config, tokenizer_json))
+    for other in folder.parent.glob("*/corpus.json"):
+        with contextlib.suppress(OSError, ValueError, ExperimentError):     # no links on this file system, or damaged
+            facts = json.loads(other.read_bytes())
+            if same.items() <= facts.items() and _open(other.parent):
+                print(f"data: the same text was tokenized before; its shards in {other.parent} are used")
+                for name in ("train.bin", "validation.bin"):
+                    (folder / name).unlink(missing_ok=True)
+                    os.link(other.parent / name, folder / name)
+                replace_file(folder / "tokenizer.json", (other.parent / "tokenizer.json").read_bytes().decode())
+                replace_file(folder / "corpus.json", json.dumps(facts | dict(data=config.data), indent=1) + "\n")
+                break
     else:
-        with open(path, encoding="utf-8-sig", newline="") as file:   # line ends are kept as they are
-            yield file
+        build(config, text, found, tokenizer_json, folder)
+    for name in ("survey.npz", "pieces.bin", "progress.json"):      # what only an unfinished build needs
+        (folder / name).unlink(missing_ok=True)
 
 
-def _bad_byte(path: str) -> str:
-    """Where the first byte of a file is that is not UTF-8."""
-    offset = 0
+# --- shards
+
+def _open(folder: Path) -> Corpus:
+    """Opens a cache folder. Raises ExperimentError when it is damaged."""
+    try:
+        facts = json.loads((folder / "corpus.json").read_bytes())
+        tokenizer_json = (folder / "tokenizer.json").read_bytes().decode()
+        tokenizer_hash = sha256(tokenizer_json)
+        if facts["tokenizer_hash"] != tokenizer_hash:
+            raise ValueError("tokenizer.json was changed")
+        tokenizer, end_of_text = load_tokenizer(tokenizer_json)
+        if "files" in facts:
+            train, validation = _cut([open_foreign_shard(path) for path in facts["files"]], facts["train_tokens"])
+        else:
+            train, validation = (open_shard(folder / name, tokenizer_hash) for name in ("train.bin", "validation.bin"))
+        return Corpus(train=train, validation=validation, tokenizer=tokenizer,
+                      tokenizer_json=tokenizer_json, end_of_text=end_of_text, tokenizer_hash=tokenizer_hash,
+                      **{name: facts[name] for name in ("data_hash", "characters", "documents", "unigram_entropy")})
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        raise ExperimentError(f"the cache folder {folder} is damaged ({error}): delete it and run again") from error
+
+
+def _cut(shards: list[np.ndarray], first: int) -> tuple[np.ndarray | Joined, np.ndarray | Joined]:
+    """The first tokens of several shards, and the others."""
+    sides = ([], [])
+    for shard in shards:
+        taken = min(first, len(shard))
+        first -= taken
+        for side, part in zip(sides, (shard[:taken], shard[taken:])):
+            if len(part):
+                side.append(part)
+    return tuple(parts[0] if len(parts) == 1 else Joined(parts or [np.empty(0, np.uint16)]) for parts in sides)
+
+
+def _header(path) -> tuple[bytes, int]:
+    """The first HEADER_BYTES bytes of a file, or fewer, and its size."""
     with open(path, "rb") as file:
-        for line in file:   # a line end is never inside a character
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return f"invalid byte at offset {offset + error.start}"
-            offset += len(line)
-    return "invalid byte"
+        return file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
 
 
-def _documents(files: list[str], config: Config):
-    """Yields (text, whether its document ends with it): a short document at once, a long one in pieces, each
-    prolonged to the end of its line unless that is as far again."""
-    least, most = PIECE_CHARACTERS
-    length = min(most, max(least, sum(map(os.path.getsize, files)) // 200))    # a small corpus is cut more finely
+def _map(path: Path, dtype, offset: int, count: int) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,)) if count else np.empty(0, dtype)
 
-    def read(stream) -> str:
-        piece = stream.read(length)
-        return piece + stream.readline(length) if len(piece) == length else piece
-
-    for path in files:
-        try:
-            for stream in _streams(path, config):
-                piece = read(stream)
-                while piece:
-                    following = read(stream)
-                    yield piece, not following
-                    piece = following
-        except UnicodeDecodeError as error:
-            raise ExperimentError(f"{path} is not UTF-8 text: {_bad_byte(path)}. Convert it, for example with iconv, "
-                                  "or take it out of the corpus") from error
-        except OSError as error:
-            raise ExperimentError(f"cannot read {path}: {error.strerror}. Mend it or take it out of --data") from error
-
-
-# --- building the cache
-
-def split(hashes: np.ndarray, lengths: np.ndarray, validation_fraction: float) -> np.ndarray:
-    """Which documents are held out, bool [documents]: those of the lowest hashes, until they hold validation_fraction
-    of all characters. Equal documents have equal hashes, so they stay together; two different ones give two sides."""
-    order = np.argsort(hashes, kind="stable")
-    characters = np.cumsum(lengths[order])
-    last = order[np.searchsorted(characters, validation_fraction * characters[-1])]
-    validation = hashes <= hashes[last]
-    return hashes < hashes.max() if validation.all() else validation
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _dtype(config: Config) -> np.dtype:
-    return np.dtype("<u2" if config.vocab_size <= 65536 else "<u4")
-
-
-def _cache_key(config: Config, files: list[str], tokenizer_json: str | None) -> str:
-    """Changes with whatever changes the shards; files are told apart by name, size and time of change."""
-    tokenizer = [TOKENIZER_SAMPLE, config.vocab_size] if tokenizer_json is None else _sha256(tokenizer_json)
-    stats = [(os.path.abspath(path), os.stat(path)) for path in files]
-    identity = [FORMAT_VERSION, PIECE_CHARACTERS, tokenizer, _dtype(config).str, config.validation_fraction, config.text_field,
-                config.data in BUILT_IN, [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]]
-    return _sha256(json.dumps(identity))[:16]
-
-
-def _bar(what: str, total: int | None = None):
-    return tqdm(desc=what, total=total, unit="char", unit_scale=True, leave=False, mininterval=0.5)
-
-
-def _build(config: Config, files: list[str], tokenizer_json: str | None, folder: Path):
-    """Reads the documents, trains the tokenizer when tokenizer_json is None, and writes the cache into `folder`.
-
-    The text is streamed: once for a hash and a length per document, which are all that is kept, once to tokenize it,
-    and once between the two when a tokenizer is trained.
-    """
-    start = time.perf_counter()
-    hashes, lengths, ends = array("Q"), array("Q"), bytearray()
-    with _bar("reading the corpus") as bar:
-        for text, last in _documents(files, config):
-            hashes.append(_digest(text))
-            lengths.append(len(text))
-            ends.append(last)
-            bar.update(len(text))
-    if not hashes:
-        what = files[0] if len(files) == 1 else f"every file of {config.data}"
-        raise ExperimentError(f"{what} is empty. Give --data a corpus with text")
-    data_hash = hashlib.blake2b(hashes.tobytes() + ends, digest_size=16).hexdigest()
-    hashes, lengths, ends = np.array(hashes), np.array(lengths, np.int64), np.array(ends, bool)
-    held_out, characters = split(hashes, lengths, config.validation_fraction), int(lengths.sum())
-    print(f"data: {len(files):,} files, {len(hashes):,} documents, {characters:,} characters, "
-          f"{lengths[held_out].sum() / characters:.2%} held out")
-
-    def texts(chosen: np.ndarray, what: str):
-        """The chosen documents again, with a progress bar."""
-        with _bar(what, int(lengths[chosen].sum())) as bar:
-            again = (text for text, _ in _documents(files, config))
-            for text, expected, take in itertools.zip_longest(again, hashes, chosen):
-                if text is None or _digest(text) != expected:
-                    raise ExperimentError(f"the corpus {config.data} changed while it was being read; run again")
-                if take:
-                    yield text
-                    bar.update(len(text))
-
-    if tokenizer_json is None:
-        began, sample = time.perf_counter(), ~held_out
-        share = min(1, TOKENIZER_SAMPLE / lengths[sample].sum())
-        sample[sample] = np.diff(np.floor(np.arange(sample.sum() + 1) * share)) > 0   # spread evenly over the corpus
-        tokenizer_json = train_tokenizer(texts(sample, "training the tokenizer"), config.vocab_size)
-        print(f"data: tokenizer trained on {lengths[sample].sum():,} characters in {time.perf_counter() - began:.1f} s")
-    tokenizer, end_of_text = load_tokenizer(tokenizer_json)
-    # End-of-text follows the last piece of a document, and a piece whose successor is on the other side.
-    separated = ends | np.append(held_out[1:] != held_out[:-1], True)
-    counts = _write_shards(folder, texts(ends | True, "tokenizing"), held_out, separated, tokenizer, end_of_text,
-                           _dtype(config), _sha256(tokenizer_json))
-    tokens = counts.sum(1).tolist()
-    p = counts[0][counts[0] > 0] / tokens[0]
-    facts = dict(data=config.data, documents=len(hashes), characters=characters, train_tokens=tokens[0],
-                 validation_tokens=tokens[1], vocabulary=_vocabulary(tokenizer), data_hash=data_hash,
-                 tokenizer_hash=_sha256(tokenizer_json), unigram_entropy=float(-(p * np.log(p)).sum()))
-    (folder / "tokenizer.json").write_bytes(tokenizer_json.encode())
-    (folder / "corpus.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"data: {tokens[0]:,} training and {tokens[1]:,} validation tokens, {time.perf_counter() - start:.1f} s")
-
-
-def _write_shards(folder: Path, texts, held_out: np.ndarray, separated: np.ndarray, tokenizer: Tokenizer,
-                  end_of_text: int, dtype: np.dtype, tokenizer_hash: str) -> np.ndarray:
-    """Writes train.bin and validation.bin; returns how often each token occurs in them, int64 [2, vocabulary]."""
-    counts = np.zeros((2, _vocabulary(tokenizer)), np.int64)
-    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as validation:
-        for file in (train, validation):
-            file.write(bytes(HEADER_BYTES))
-        place = zip(map(int, held_out), separated)
-        for batch in _batches_of_text(texts):
-            ids = ([], [])
-            # encode_batch_fast leaves out the offsets: the same ids, measured 1.8 times as fast as encode_batch.
-            for encoding, (side, separate) in zip(tokenizer.encode_batch_fast(batch, add_special_tokens=False), place):
-                ids[side].extend(encoding.ids)
-                if separate:
-                    ids[side].append(end_of_text)
-            for side, file in enumerate((train, validation)):
-                tokens = np.array(ids[side], dtype)
-                counts[side] += np.bincount(tokens, minlength=counts.shape[1])
-                file.write(tokens.tobytes())
-        for side, file in enumerate((train, validation)):
-            file.seek(0)
-            file.write(HEADER.pack(MAGIC, FORMAT_VERSION, dtype.itemsize, int(counts[side].sum()),
-                                   bytes.fromhex(tokenizer_hash)))
-    return counts
-
-
-def _batches_of_text(texts):
-    """Lists of texts of about TOKENIZE_CHARACTERS characters."""
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= TOKENIZE_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-# --- opening the cache
 
 def open_shard(path, tokenizer_hash: str) -> np.ndarray:
-    """Maps a token shard into memory, uint16 or uint32 [tokens]. Raises ExperimentError when its header or size is not
-    what a whole shard of this tokenizer has."""
+    """Maps a token shard of our own into memory, uint16 or uint32 [tokens]. Raises ExperimentError when its header or size
+    is not what a whole shard of this tokenizer has."""
     path = Path(path)
-    with open(path, "rb") as file:
-        header = file.read(HEADER_BYTES)
-        size = os.fstat(file.fileno()).st_size
+    header, size = _header(path)
     problem = "is cut short"
     if len(header) == HEADER_BYTES:
         magic, version, width, count, tokenizer = HEADER.unpack_from(header)
@@ -506,22 +333,65 @@ def open_shard(path, tokenizer_hash: str) -> np.ndarray:
                    if size != HEADER_BYTES + count * width else None)
     if problem:
         raise ExperimentError(f"{path} {problem}: delete the folder {path.parent} and run again")
-    dtype = np.dtype(f"<u{width}")
-    return np.memmap(path, dtype, mode="r", offset=HEADER_BYTES, shape=(count,)) if count else np.empty(0, dtype)
+    return _map(path, np.dtype(f"<u{width}"), HEADER_BYTES, count)
 
 
-def _open(folder: Path) -> Corpus:
-    """Opens a cache folder. Raises ExperimentError when it is damaged."""
+def open_foreign_shard(path) -> np.ndarray:
+    """Maps a .bin file of nanoGPT (uint16 without a header), modded-nanogpt or llm.c into memory, uint16 or uint32 [tokens].
+    Raises ExperimentError when it is not whole."""
     try:
-        facts = json.loads((folder / "corpus.json").read_bytes())
-        tokenizer_json = (folder / "tokenizer.json").read_bytes().decode()
-        tokenizer_hash = _sha256(tokenizer_json)
-        if facts["tokenizer_hash"] != tokenizer_hash:
-            raise ValueError("tokenizer.json was changed")
-        tokenizer, end_of_text = load_tokenizer(tokenizer_json)
-        return Corpus(train=open_shard(folder / "train.bin", tokenizer_hash),
-                      validation=open_shard(folder / "validation.bin", tokenizer_hash), tokenizer=tokenizer,
-                      tokenizer_json=tokenizer_json, end_of_text=end_of_text, tokenizer_hash=tokenizer_hash,
-                      **{name: facts[name] for name in ("data_hash", "characters", "documents", "unigram_entropy")})
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"the cache folder {folder} is damaged ({error}): delete it and run again") from error
+        header, size = _header(path)
+    except OSError as error:
+        raise ExperimentError(f"cannot read {path}: {error.strerror}. Mend it or take it out of --data") from error
+    magic, version, count = np.frombuffer(header[:12].ljust(12, b"\0"), "<i4").tolist()
+    if magic not in LLM_C and magic != LLM_C_EVALUATION and not header.startswith(MAGIC):
+        if size % 2 or not size:
+            raise ExperimentError(f"{path} is cut short: {size:,} bytes are no whole number of uint16 tokens. Make or download it again")
+        return _map(path, "<u2", 0, size // 2)
+    if header.startswith(MAGIC):
+        raise ExperimentError(f"{path} belongs to this program's cache. Give --data and --tokenizer as they were when it was "
+                              "made, and it is used again")
+    if magic == LLM_C_EVALUATION:
+        raise ExperimentError(f"{path} holds llm.c's multiple-choice questions, not text. Take it out of --data")
+    known, dtype = LLM_C[magic]
+    if version != known:
+        raise ExperimentError(f"{path} has llm.c's format version {version}, not {known}. Make it again with a current llm.c")
+    if len(header) < HEADER_BYTES or size != HEADER_BYTES + count * np.dtype(dtype).itemsize:
+        raise ExperimentError(f"{path} is cut short: it holds {max(0, size - HEADER_BYTES):,} bytes of tokens, not "
+                              f"{count * np.dtype(dtype).itemsize:,}. Make or download it again")
+    return _map(path, dtype, HEADER_BYTES, count)
+
+
+def adopt(config: Config, files: list[str], tokenizer_json: str, folder: Path) -> None:
+    """Checks and counts foreign shards, which are used where they lie, and writes tokenizer.json and corpus.json into
+    `folder`. Held out are the files named val or validation, else the last tokens. Raises ExperimentError."""
+    held_out = [path for path in files if re.search(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", Path(path).stem.lower())]
+    files = [path for path in files if path not in held_out] + held_out
+    shards = [open_foreign_shard(path) for path in files]
+    tokens = [sum(len(s) for path, s in zip(files, shards) if (path in held_out) is side) for side in (False, True)]
+    if not all(tokens):     # none is held out by its name, or all are
+        tokens = [sum(tokens) - (last := math.ceil(sum(tokens) * config.validation_fraction)), last]
+    tokenizer, end_of_text = load_tokenizer(tokenizer_json)
+    counts, digest, first = np.zeros((2, vocabulary(tokenizer)), np.int64), hashlib.blake2b(digest_size=16), 0
+    with Bar("checking the tokens", sum(tokens), unit="token") as bar:
+        for path, shard in zip(files, shards):
+            cut = min(max(0, tokens[0] - first), len(shard))
+            for side, part in enumerate((shard[:cut], shard[cut:])):
+                try:
+                    counts[side] += count_tokens(part, counts.shape[1], bar, digest)
+                except ValueError as error:
+                    raise ExperimentError(
+                        f"{path}: {error} of its {'validation' if side else 'training'} part is out of range: the tokenizer "
+                        f"{config.tokenizer} has {counts.shape[1]:,} tokens. Give the --tokenizer that made the shards; if it is "
+                        "the one, the file is damaged or no token shard") from error
+            first += len(shard)
+    lengths = np.array([len(tokenizer.decode([token], skip_special_tokens=False)) for token in range(counts.shape[1])])
+    total = counts.sum(0)
+    facts = dict(data=config.data, files=[os.path.abspath(path) for path in files], documents=int(total[end_of_text]),
+                 characters=int(total @ lengths), train_tokens=tokens[0], validation_tokens=tokens[1],
+                 vocabulary=counts.shape[1], data_hash=digest.hexdigest(), tokenizer_hash=sha256(tokenizer_json),
+                 unigram_entropy=entropy(counts[0]), left_out=0)
+    replace_file(folder / "tokenizer.json", tokenizer_json)
+    replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
+    print(f"data: {len(files):,} token shards, {tokens[0]:,} training and {tokens[1]:,} validation tokens"
+          + ("" if held_out and len(held_out) < len(files) else ": the last ones, as no file is named val"))

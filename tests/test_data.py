@@ -20,6 +20,8 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data
+import sources
+import tokens
 from config import PRESETS, Config, ExperimentError
 
 ROOT = Path(data.__file__).parent
@@ -70,10 +72,10 @@ def test_python_is_the_standard_library_without_odd_files(tmp_path, monkeypatch)
     (library / "empty.py").write_text("")
     (library / "latin.py").write_bytes(b"# caf\xe9\n")
     paths = {"stdlib": library, "purelib": library / "site-packages", "platlib": library / "site-packages"}
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(paths[name]))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(paths[name]))
     config = config_for(tmp_path, data="python")
-    assert [os.path.relpath(f, library) for f in data._sources(config)] == ["a.py", "empty.py", "latin.py", "b/c.py"]
-    assert [t.split("\r\n")[0] for t, _ in data._documents(data._sources(config), config)] == ["# a.py", "# b/c.py"]
+    assert [os.path.relpath(f, library) for f in sources.find_files(config)] == ["a.py", "empty.py", "latin.py", "b/c.py"]
+    assert [t.split("\r\n")[0] for t, _ in sources.Text(config).documents()] == ["# a.py", "# b/c.py"]
     assert data.prepare(config).documents == 2
 
 
@@ -85,14 +87,14 @@ def test_installed_adds_source_headers_and_text_of_packages_once(tmp_path, monke
         (library / name).parent.mkdir(parents=True, exist_ok=True)
         (library / name).write_text(name)
     paths = {"stdlib": library, "purelib": library / "site-packages", "platlib": library / "site-packages"}
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(paths[name]))
-    found = [os.path.relpath(f, library) for f in data._sources(config_for(tmp_path, data="installed"))]
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(paths[name]))
+    found = [os.path.relpath(f, library) for f in sources.find_files(config_for(tmp_path, data="installed"))]
     assert found[0] == "a.py" and sorted(found) == sorted(n for n in names if not n.endswith(".so"))
 
 
 def test_real_standard_library_is_found():
-    files = data._sources(Config(**PRESETS["tiny"]))
-    assert len(files) > 300 and files == data._sources(Config(**PRESETS["tiny"]))
+    files = sources.find_files(Config(**PRESETS["tiny"]))
+    assert len(files) > 300 and files == sources.find_files(Config(**PRESETS["tiny"]))
     assert not any("site-packages" in f or "dist-packages" in f for f in files)
 
 
@@ -106,14 +108,14 @@ def test_user_files_folders_and_globs(tmp_path):
 
     def documents(where):
         config = config_for(tmp_path, data=str(where))
-        return [t for t, _ in data._documents(data._sources(config), config)]
+        return [t for t, _ in sources.Text(config).documents()]
 
     assert documents(text) == ["a.txt", "b.MD", "c.py", "one", "two", "three", "sub/e.txt"]
     assert documents(text / "*.txt") == ["a.txt"]
     assert documents(text / "**" / "*.txt") == ["a.txt", "sub/e.txt"]
     assert documents(text / "f.jsonl") == ["one", "two"]
     config = config_for(tmp_path, data=str(text / "g.parquet"), text_field="body")
-    assert [t for t, _ in data._documents(data._sources(config), config)] == ["x"]
+    assert [t for t, _ in sources.Text(config).documents()] == ["x"]
 
 
 def test_line_ends_and_characters_arrive_unchanged(tmp_path):
@@ -122,15 +124,15 @@ def test_line_ends_and_characters_arrive_unchanged(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}))
     for name in ("a.txt", "b.jsonl"):
         config = config_for(tmp_path, data=str(tmp_path / name))
-        assert [t for t, _ in data._documents([config.data], config)] == [text]
+        assert [t for t, _ in sources.Text(config).documents()] == [text]
 
 
 def test_long_documents_are_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE_CHARACTERS", (50, 50))
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", (50, 50))
     text = "".join(story(i) for i in range(3)) + "é" * 333 + "\nend"
     (tmp_path / "a.txt").write_text(text)
     config = config_for(tmp_path, data=str(tmp_path / "a.txt"))
-    pieces = list(data._documents([config.data], config))
+    pieces = list(sources.Text(config).documents())
     assert "".join(t for t, _ in pieces) == text
     assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
     assert max(len(t) for t, _ in pieces) <= 100   # also where the line is longer than that
@@ -159,7 +161,7 @@ def test_empty_files(tmp_path, folder):
 
 @pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl"])
 def test_undecodable_file_is_named_with_the_byte(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(data, "PIECE_CHARACTERS", (50, 50))
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", (50, 50))
     good = "".join(json.dumps({"text": "x é" * 20}, ensure_ascii=False) + "\n" for _ in range(500)).encode()
     (tmp_path / name).write_bytes(good + b'{"text": "caf\xe9"}\n')
     fails(config_for(tmp_path, data=str(tmp_path / name)), name, f"offset {len(good) + 13}", "UTF-8")
@@ -219,8 +221,8 @@ def test_full_disk(tmp_path, folder):
 
 
 def test_files_that_change_while_they_are_read(tmp_path, folder, monkeypatch):
-    train = data.train_tokenizer
-    monkeypatch.setattr(data, "train_tokenizer", lambda *a: train(*a) + (folder / "05.txt").write_text("other") * "")
+    train = tokens.train_tokenizer
+    monkeypatch.setattr(tokens, "train_tokenizer", lambda *a: train(*a) + (folder / "05.txt").write_text("other") * "")
     fails(config_for(tmp_path), "changed while it was being read", "again")
 
 
@@ -228,9 +230,9 @@ def test_files_that_change_while_they_are_read(tmp_path, folder, monkeypatch):
 
 def test_split_takes_lowest_hashes_up_to_the_fraction():
     hashes, lengths = np.array([5, 1, 4, 2, 3], np.uint64), np.array([10, 10, 10, 10, 10])
-    assert data.split(hashes, lengths, 0.2).tolist() == [False, True, False, False, False]
-    assert data.split(hashes, lengths, 0.21).tolist() == [False, True, False, True, False]
-    assert data.split(hashes, np.array([10, 1000, 10, 10, 10]), 0.2).tolist() == [False, True, False, False, False]
+    assert tokens.split(hashes, lengths, 0.2).tolist() == [False, True, False, False, False]
+    assert tokens.split(hashes, lengths, 0.21).tolist() == [False, True, False, True, False]
+    assert tokens.split(hashes, np.array([10, 1000, 10, 10, 10]), 0.2).tolist() == [False, True, False, False, False]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 100)), min_size=1, max_size=30),
@@ -238,7 +240,7 @@ def test_split_takes_lowest_hashes_up_to_the_fraction():
 @settings(max_examples=200, deadline=None)
 def test_split_keeps_equal_documents_together_and_fills_both_sides(documents, fraction):
     hashes, lengths = np.array([h for h, _ in documents], np.uint64), np.array([n for _, n in documents])
-    validation = data.split(hashes, lengths, fraction)
+    validation = tokens.split(hashes, lengths, fraction)
     sides = [set(hashes[validation].tolist()), set(hashes[~validation].tolist())]
     assert not sides[0] & sides[1]
     assert sides[1] and (sides[0] or len(set(hashes.tolist())) == 1)
@@ -279,12 +281,12 @@ def test_end_of_text_follows_every_document_and_only_those(tmp_path, folder):
 
 
 def test_pieces_of_a_long_file_are_joined_on_their_side(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE_CHARACTERS", (300, 300))
+    monkeypatch.setattr(sources, "PIECE_CHARACTERS", (300, 300))
     text = "".join(story(i) for i in range(40))
     (tmp_path / "one.txt").write_text(text)
     config = config_for(tmp_path, data=str(tmp_path / "one.txt"))
     corpus = data.prepare(config)
-    pieces = [t for t, _ in data._documents([config.data], config)]
+    pieces = [t for t, _ in sources.Text(config).documents()]
     assert len(pieces) == corpus.documents > 10
     runs = [text_of(corpus, t).split("<|endoftext|>") for t in (corpus.train, corpus.validation)]
     assert runs[0].pop() == runs[1].pop() == ""
@@ -297,7 +299,7 @@ def test_pieces_of_a_long_file_are_joined_on_their_side(tmp_path, monkeypatch):
 
 def test_tokenizing_in_small_batches_changes_nothing(tmp_path, folder, monkeypatch):
     whole = data.prepare(config_for(tmp_path))
-    monkeypatch.setattr(data, "TOKENIZE_CHARACTERS", 700)
+    monkeypatch.setattr(tokens, "TOKENIZE_CHARACTERS", 700)
     parts = data.prepare(config_for(tmp_path, cache_dir=str(tmp_path / "cache2")))
     assert np.array_equal(whole.train, parts.train) and np.array_equal(whole.validation, parts.validation)
     assert whole.unigram_entropy == parts.unigram_entropy
@@ -318,7 +320,7 @@ def test_unigram_entropy_and_facts(tmp_path, folder):
 
 @pytest.fixture(scope="module")
 def trained() -> str:
-    return data.train_tokenizer([story(i) for i in range(20)], 300)
+    return tokens.train_tokenizer([story(i) for i in range(20)], 300)
 
 
 @given(st.text())
@@ -334,7 +336,7 @@ def test_round_trip(trained, text):
 def test_trained_vocabulary(trained):
     tokenizer, end_of_text = data.load_tokenizer(trained)
     assert tokenizer.get_vocab_size() == 300 and tokenizer.id_to_token(end_of_text) == "<|endoftext|>"
-    small, _ = data.load_tokenizer(data.train_tokenizer(["aa"], 5000))   # too little text: a smaller vocabulary
+    small, _ = data.load_tokenizer(tokens.train_tokenizer(["aa"], 5000))   # too little text: a smaller vocabulary
     assert small.get_vocab_size() == 257 and small.decode(small.encode("any é").ids) == "any é"
 
 
@@ -342,9 +344,9 @@ def test_tokenizer_is_trained_on_an_even_sample_of_training_documents(tmp_path, 
     corpus = data.prepare(config_for(tmp_path))
     in_order = [int(n) for n in dict.fromkeys(re.findall(r"doc(\d+)x", text_of(corpus, corpus.train)))]
     seen = []
-    train = data.train_tokenizer
-    monkeypatch.setattr(data, "train_tokenizer", lambda texts, size: train(seen.append(list(texts)) or seen[0], size))
-    monkeypatch.setattr(data, "TOKENIZER_SAMPLE", corpus.characters // 4)
+    train = tokens.train_tokenizer
+    monkeypatch.setattr(tokens, "train_tokenizer", lambda texts, size: train(seen.append(list(texts)) or seen[0], size))
+    monkeypatch.setattr(tokens, "TOKENIZER_SAMPLE", corpus.characters // 4)
     data.prepare(config_for(tmp_path))   # the sample's size is part of the cache key
     chosen = [in_order.index(int(re.search(r"doc(\d+)x", t).group(1))) for t in seen[0]]
     gaps = np.diff([-1] + chosen + [len(in_order)])
@@ -396,7 +398,7 @@ def test_bad_tokenizers(tmp_path, folder):
 
 def test_second_time_opens_the_cache(tmp_path, folder, monkeypatch):
     first = data.prepare(config_for(tmp_path))
-    monkeypatch.setattr(data, "_documents", lambda *a: pytest.fail("the text was read again"))
+    monkeypatch.setattr(sources.Text, "documents", lambda *a: pytest.fail("the text was read again"))
     second = data.prepare(config_for(tmp_path, seed=8, batch_size=2, max_seq_len=8))
     assert np.array_equal(first.train, second.train) and np.array_equal(first.validation, second.validation)
     assert first.tokenizer.to_str() == second.tokenizer.to_str()
@@ -430,10 +432,10 @@ def test_hashes_do_not_depend_on_place_or_time(tmp_path, folder):
 
 
 def test_tokenizer_training_is_deterministic_across_processes(trained):
-    code = ("import sys; sys.path[:0] = ['.', 'tests']; import data, hashlib; from test_data import story; "
-            "print(hashlib.sha256(data.train_tokenizer([story(i) for i in range(20)], 300).encode()).hexdigest())")
+    code = ("import sys; sys.path[:0] = ['.', 'tests']; import tokens, hashlib; from test_data import story; "
+            "print(hashlib.sha256(tokens.train_tokenizer([story(i) for i in range(20)], 300).encode()).hexdigest())")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == data._sha256(trained)
+    assert out.strip() == tokens.sha256(trained)
 
 
 @pytest.mark.parametrize("moment", ["train_tokenizer", "_write_shards"])
@@ -445,7 +447,7 @@ def test_an_end_in_the_middle_leaves_no_half_cache(tmp_path, folder, monkeypatch
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, moment, stop)
+        patch.setattr(tokens, moment, stop)
         with pytest.raises(error):
             data.prepare(config_for(tmp_path))
     assert not list((tmp_path / "cache").iterdir())
@@ -456,9 +458,9 @@ def test_a_killed_build_is_not_taken_for_a_cache(tmp_path, folder):
     code = f"""if True:
         import os, signal, sys
         sys.path[:0] = ['.', 'tests']
-        import data
+        import data, tokens
         from test_data import config_for, Path
-        data._write_shards = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+        tokens._write_shards = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
         data.prepare(config_for(Path({str(tmp_path)!r})))"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".unfinished"]
@@ -466,7 +468,7 @@ def test_a_killed_build_is_not_taken_for_a_cache(tmp_path, folder):
 
 
 def test_the_loser_of_a_race_uses_the_winners_cache(tmp_path, folder, monkeypatch):
-    write, winner = data._write_shards, []
+    write, winner = tokens._write_shards, []
 
     def slow(*args):
         if not winner:   # another run starts and finishes while this one is writing
@@ -474,7 +476,7 @@ def test_the_loser_of_a_race_uses_the_winners_cache(tmp_path, folder, monkeypatc
             winner[0] = data.prepare(config_for(tmp_path))
         return write(*args)
 
-    monkeypatch.setattr(data, "_write_shards", slow)
+    monkeypatch.setattr(tokens, "_write_shards", slow)
     loser = data.prepare(config_for(tmp_path))
     assert np.array_equal(loser.train, winner[0].train)
     assert os.path.samefile(loser.train.filename, winner[0].train.filename)
