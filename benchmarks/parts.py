@@ -12,7 +12,7 @@ import torch
 
 import checkpoint
 import memory
-from benchmarks.run import SHORT, train, write
+from benchmarks.record import SHORT, train, write
 from config import PRESETS, Config
 from model import MoETransformer
 from moe import MoE, SwiGLU

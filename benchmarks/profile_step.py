@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import data
 from benchmarks.parts import seconds
-from benchmarks.run import write
+from benchmarks.record import write
 from config import Config, resolve
 from muon import NEWTON_SCHULZ
 from report import environment

@@ -20,43 +20,20 @@ All but the first need a GPU. Each writes benchmarks/results/NAME_GPU.json: name
 commit, versions, details.
 """
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 import data
 import memory
+from benchmarks import parts
+from benchmarks.record import CACHE, RESULTS, ROOT, SHORT, train, write
 from config import resolve
 from plot import plot_comparison
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-CACHE = Path(os.environ.get("BENCHMARK_CACHE", ROOT / "cache"))        # tokenizers and tokens, kept between benchmarks
-
-
-def train(folder: Path, *options: str) -> dict:
-    """Runs run_experiment.py with the options in `folder` and returns its training_results.json."""
-    subprocess.run([sys.executable, str(ROOT / "run_experiment.py"), "--save_dir", str(folder), *options], check=True)
-    return json.loads((folder / "training_results.json").read_text())
-
-
-def write(name: str, value: float, unit: str, repetitions: int, machine: dict, details: dict) -> None:
-    """One result file; `machine` is the `environment` of the training_results.json of (one of) the runs behind it."""
-    gpu = memory.known_gpu(machine["gpu"]) or machine["gpu"].replace(" ", "_") if machine["gpu"] else "cpu"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    record = dict(name=name, gpu=machine["gpu"] or f"none, {machine['cpus']} CPU cores", value=value, unit=unit,
-                  repetitions=repetitions, command=f"python -m benchmarks.run {name}", commit=commit or "unknown",
-                  versions=dict(torch=machine["torch"], python=platform.python_version()), details=details)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}_{gpu}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{name}: {value:.4g} {unit} -> {path}", flush=True)
+from report import environment
 
 
 def default_run(folder: Path) -> None:
@@ -113,10 +90,6 @@ def _speeds(results: dict) -> list[float]:
     return [row["tokens_per_second"] for row in results["history"] if "train_loss" in row][2:]
 
 
-SHORT = ("--eval_steps", "1", "--log_every", "1", "--save_every", "0", "--save_minutes", "0", "--sample_tokens", "0",
-         "--cache_dir", str(CACHE))
-
-
 def advised(preset: str, precision: str) -> list[str]:
     """The options that `plan` gives for a preset on this machine's GPU."""
     machine = memory.find_machine()
@@ -150,8 +123,6 @@ def memory_prediction_error(_: Path) -> None:
         details = json.loads(path.read_text())["details"]
         predicted, measured = details["memory_gb"]["predicted"]["total"], details["memory_gb"]["measured"]["total"]
         errors[path.stem] = 100 * abs(predicted - measured) / measured
-    import torch
-    from report import environment
     write("memory_prediction_error", max(errors.values()), "% of the measured peak", len(errors),
           environment(torch.device("cuda")), dict(errors=errors))
 
@@ -169,29 +140,25 @@ def checkpointing(folder: Path) -> None:
     write("checkpointing_slowdown", 100 * (speeds["none"] / speeds["selective"] - 1), "% more time a step", 6, machine, details)
 
 
-def benchmarks() -> dict:
-    """{name: function of a temporary folder}."""
-    from benchmarks import parts
-    return dict(default_run=default_run, small_precisions=small_precisions, memory_5b=memory_5b,
-                train_18b_bf16=lambda folder: train_preset(folder, "18b", "bf16"),
-                train_18b_fp16=lambda folder: train_preset(folder, "18b", "fp16"),
-                train_25b_bf16=lambda folder: train_preset(folder, "25b", "bf16"),
-                start_18b=start_18b, memory_prediction_error=memory_prediction_error, checkpointing=checkpointing,
-                checkpointing_saved=checkpointing, checkpointing_slowdown=checkpointing, muon_step_18b=parts.muon_step_18b,
-                moe_vs_dense=parts.moe_vs_dense, moe_vs_dense_skewed=parts.moe_vs_dense, vs_transformers=parts.vs_transformers,
-                checkpoint_io=parts.checkpoint_io)
+BENCHMARKS = dict(default_run=default_run, small_precisions=small_precisions, memory_5b=memory_5b,
+                  train_18b_bf16=lambda folder: train_preset(folder, "18b", "bf16"),
+                  train_18b_fp16=lambda folder: train_preset(folder, "18b", "fp16"),
+                  train_25b_bf16=lambda folder: train_preset(folder, "25b", "bf16"),
+                  start_18b=start_18b, memory_prediction_error=memory_prediction_error, checkpointing=checkpointing,
+                  checkpointing_saved=checkpointing, checkpointing_slowdown=checkpointing, muon_step_18b=parts.muon_step_18b,
+                  moe_vs_dense=parts.moe_vs_dense, moe_vs_dense_skewed=parts.moe_vs_dense, vs_transformers=parts.vs_transformers,
+                  checkpoint_io=parts.checkpoint_io)
 
 
 def main(names: list[str]) -> int:
-    known = benchmarks()
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in BENCHMARKS]
     if unknown or not names:
-        print(__doc__ if not names else f"error: unknown benchmark {unknown[0]}; there are {', '.join(known)}",
+        print(__doc__ if not names else f"error: unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}",
               file=sys.stdout if not names else sys.stderr)
         return 2 if unknown else 0
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            known[name](Path(folder))
+            BENCHMARKS[name](Path(folder))
     return 0
 
 
