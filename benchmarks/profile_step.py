@@ -152,8 +152,9 @@ def main(argv: list[str]) -> int:
         print(f"{spent * 1e3:9.1f} ms {calls:6d} x {spent / calls * 1e6:9.1f} us  {what:22s} {name[:110]}")
     write(f"profile_{args.preset or 'config'}_{config.precision}", wall, "s a step, under the profiler", 1, environment(trainer.device),
           dict(seconds=kinds, share={name: spent / wall for name, spent in kinds.items()}, floor_seconds=least,
-               product_tflops=product_rate / 1e12, copy_tb_s=bandwidth / 1e12, options=" ".join(argv),
-               kernels=[dict(kernel=name, kind=what, seconds=spent, calls=calls) for name, what, spent, calls in rows[:args.rows]]))
+               product_tflops=product_rate / 1e12, copy_tb_s=bandwidth / 1e12,
+               kernels=[dict(kernel=name, kind=what, seconds=spent, calls=calls) for name, what, spent, calls in rows[:args.rows]]),
+          command=" ".join(["python -m benchmarks.profile_step", *argv]))
     return 0
 
 

@@ -10,8 +10,6 @@ import memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-
 CACHE = Path(os.environ.get("BENCHMARK_CACHE", ROOT / "cache"))        # tokenizers and tokens, kept between benchmarks
 SHORT = ("--eval_steps", "1", "--log_every", "1", "--save_every", "0", "--save_minutes", "0", "--sample_tokens", "0",
          "--cache_dir", str(CACHE))
@@ -23,12 +21,13 @@ def train(folder: Path, *options: str) -> dict:
     return json.loads((folder / "training_results.json").read_text())
 
 
-def write(name: str, value: float, unit: str, repetitions: int, machine: dict, details: dict) -> None:
-    """One result file; `machine` is the `environment` of the training_results.json of (one of) the runs behind it."""
+def write(name: str, value: float, unit: str, repetitions: int, machine: dict, details: dict, command: str = "") -> None:
+    """One result file; `machine` is the `environment` of the training_results.json of (one of) the runs behind it, and
+    `command` made it if benchmarks.run did not."""
     gpu = memory.known_gpu(machine["gpu"]) or machine["gpu"].replace(" ", "_") if machine["gpu"] else "cpu"
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     record = dict(name=name, gpu=machine["gpu"] or f"none, {machine['cpus']} CPU cores", value=value, unit=unit,
-                  repetitions=repetitions, command=f"python -m benchmarks.run {name}", commit=commit or "unknown",
+                  repetitions=repetitions, command=command or f"python -m benchmarks.run {name}", commit=commit or "unknown",
                   versions=dict(torch=machine["torch"], python=platform.python_version()), details=details)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}_{gpu}.json"
