@@ -29,13 +29,16 @@ BASE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=512, moe_ev
               batch_size=4, activation_checkpointing="none", offload_optimizer="false", compile="false")
 STEPS, SCALE = 4, {"fp16": 1024.0, "bf16": 1.0, "fp32": 1.0}
 PROCESSES = 8
-failed = 0
+failed, worst = 0, []
 
 
 def check(name: str, value: float, bound: float) -> None:
-    global failed
+    global failed, worst
     failed += not value <= bound
     print(f"{'ok  ' if value <= bound else 'FAIL'} {name:68s} {value:.2e} (at most {bound:.1e})", flush=True)
+    if not value <= bound and worst:
+        print("     " + ", ".join(f"{where} {error:.1e}" for error, where in worst), flush=True)
+    worst = []
 
 
 def poison(device: torch.device) -> None:
@@ -82,9 +85,11 @@ def loss_distance(found, expected) -> float:
 
 
 def distance(found: dict, expected: dict) -> float:
-    """Largest relative difference of a parameter's tensor; inf when there is a NaN."""
-    differences = torch.stack([(found[name] - w).norm() / w.norm() for name, w in expected.items()])
-    return differences.nan_to_num(nan=torch.inf).max().item()
+    """Largest relative difference of a tensor; inf when there is a NaN. `worst` then holds the three largest with names."""
+    global worst
+    differences = {name: ((found[name] - w).norm() / w.norm()).nan_to_num(nan=torch.inf).item() for name, w in expected.items()}
+    worst = sorted(((value, name) for name, value in differences.items()), reverse=True)[:3]
+    return worst[0][0]
 
 
 def check_model() -> None:
