@@ -83,7 +83,7 @@ def plot_training_curves(history: list[dict], path, title: str = "", unigram_ent
             _say(axes, "no data yet" if axes is not experts or not train else "dense model: no experts")
     for axes in panels[-1]:
         axes.set_xlabel("step")
-    _write(figure, Path(path))
+    write_figure(figure, Path(path))
 
 
 def plot_comparison(runs: dict[str, list[dict]], path, title: str = ""):
@@ -99,7 +99,7 @@ def plot_comparison(runs: dict[str, list[dict]], path, title: str = ""):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.8)
     axes.legend(frameon=False)
-    _write(figure, Path(path))
+    write_figure(figure, Path(path))
 
 
 def _expert_panel(axes, train: list[dict]):
@@ -164,7 +164,7 @@ def _log_axis(axes):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
-def _write(figure: Figure, path: Path):
+def write_figure(figure: Figure, path: Path):
     """Renders to a temporary file that then takes the name `path`. Raises ExperimentError."""
     temporary = path.with_name(f".{path.name}.tmp")
     FigureCanvasAgg(figure)
