@@ -31,7 +31,7 @@ from report import Record
 from run_experiment import exit_code, new_parser
 from tools.qwen3_moe import ARCHITECTURE, DTYPES, Place, places, their_rows, to_hugging_face
 
-BLOCK = 2 ** 22             # numbers converted at a time
+BLOCK = 2 ** 20             # numbers converted at a time
 NOT_IN_THE_CARD = {"data", "tokenizer", "cache_dir", "save_dir", "device", "host_memory_gb", "num_workers"}     # of one machine
 
 
