@@ -207,7 +207,7 @@ def restore_random_states(state: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def model_from_state(state: dict, device="cpu"):
+def model_from_state(state: dict, device="cpu", precision: str = "fp32"):
     """(model, config) of a state that `load` returned; see `load_model`."""
     from model import MoETransformer        # only here: training writes checkpoints without building a second model
     from precision import decode_master
@@ -215,24 +215,25 @@ def model_from_state(state: dict, device="cpu"):
     known = {field.name for field in dataclasses.fields(Config)}
     config = Config(**{k: v for k, v in state["config"].items() if k in known})
     with torch.device("meta"):
-        model = MoETransformer(dataclasses.replace(config, precision="fp32", activation_checkpointing="none"))
+        model = MoETransformer(dataclasses.replace(config, precision=precision, activation_checkpointing="none"))
     model.to_empty(device=device)
     optimizer = {**state["optimizer"]["muon"]["state"], **state["optimizer"]["adamw"]["state"]}
     with torch.no_grad():
         for name, p in model.named_parameters():
             weight, residual = state["model"][name], optimizer[name].get("residual")
-            p.copy_(weight if residual is None else decode_master(weight, residual))
+            p.copy_(weight if residual is None or weight.dtype == p.dtype else decode_master(weight, residual))
         for name, bias in model.balancing_biases().items():
             bias.copy_(state["model"][name])
     return model.eval(), config
 
 
-def load_model(path, device="cpu"):
-    """(model, config) of the checkpoint at `path`: the model in evaluation mode, in fp32 from the exact masters.
+def load_model(path, device="cpu", precision: str = "fp32"):
+    """(model, config) of the checkpoint at `path`: the model in evaluation mode, in fp32 from the exact masters, or in
+    another precision (as Config names them), in the run's own from the 16-bit weights that it computed with.
 
     Raises CheckpointError when the file is missing, damaged or no checkpoint.
     """
-    return model_from_state(load(path), device)
+    return model_from_state(load(path), device, precision)
 
 
 def remove_leftovers(folder):

@@ -153,7 +153,7 @@ class Config:
     keep_checkpoints: int = 3
     """Newest numbered checkpoints of this run that are kept."""
     sample_tokens: int = 200
-    """Tokens of text to generate at the end of the run; 0 for none."""
+    """Tokens of text to generate at the end of the run, and at most 32 of them at each validation; 0 for none."""
     save_dir: str = "checkpoints"
     """Folder of everything the run writes."""
 

@@ -52,10 +52,17 @@ class Attention(nn.Module):
         self.rope = rope
 
     def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.attend(*self.project(x_BSD))
+
+    def project(self, x_BSD: Tensor, positions_S: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, H, S, hd] of tokens at these positions, by default 0, 1, 2 ..."""
         q, k, v = (project(x_BSD).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))  # [B, S, H, hd]
-        q, k = self.rope(self.q_norm(q)), self.rope(self.k_norm(k))
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                             is_causal=True, enable_gqa=self.grouped)
+        q, k = (self.rope(norm(x), input_pos=positions_S) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output [B, S, D] of queries at the positions of the keys, or of a single query after all of them."""
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=self.grouped)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
@@ -191,17 +198,9 @@ class MoETransformer(nn.Module):
         cross_entropy (0-d), correct (0-d count), load_balancing_loss and router_z_loss (means over MoE blocks) and
         expert_counts [L, E], token-expert pairs.
         """
-        with self._autocast():
-            x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
-            routing = []
-            for block in self.blocks:
-                x_BSD, block_routing = block(x_BSD)
-                if block_routing is not None:
-                    routing.append(block_routing)
-            # an operator that autocast widens would make every later product an fp32 one, several times slower
-            assert x_BSD.dtype == self.compute_dtype
-            x_BSD = self.norm(x_BSD)
-            if targets_BS is None:
+        x_BSD, routing = self.hidden(tokens_BS)
+        if targets_BS is None:
+            with self.autocast():
                 return F.linear(x_BSD, self.head_weight).float()
 
         cross_entropy, correct = chunked_cross_entropy(x_BSD.flatten(0, 1), self.head_weight, targets_BS.flatten(), self.chunk_loss)
@@ -213,7 +212,20 @@ class MoETransformer(nn.Module):
             metrics |= dict(load_balancing_loss=balance.detach().mean(), router_z_loss=z.detach().mean(), expert_counts=counts)
         return loss, metrics
 
-    def _autocast(self):
+    def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list]:
+        """What the head reads, [B, S, D], and the routing statistics of each MoE block."""
+        with self.autocast():
+            x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
+            routing = []
+            for block in self.blocks:
+                x_BSD, block_routing = block(x_BSD)
+                if block_routing is not None:
+                    routing.append(block_routing)
+            # an operator that autocast widens would make every later product an fp32 one, several times slower
+            assert x_BSD.dtype == self.compute_dtype
+            return self.norm(x_BSD), routing
+
+    def autocast(self):
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.norm.weight.device.type, dtype=self.compute_dtype)
@@ -284,28 +296,3 @@ def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, ch
     `chunk_loss` may be the compiled one."""
     with torch.autocast(x_ND.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, torch.is_grad_enabled(), chunk_loss)
-
-
-# ---------------------------------------------------------------- generation
-
-@torch.no_grad()
-@torch.compiler.set_stance("force_eager")       # every length would be compiled anew
-def generate(model: MoETransformer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
-             seed: int = 0, stop: int | None = None) -> list[int]:
-    """Up to `max_new_tokens` token ids that continue `prompt`, which must not be empty; ends after the id `stop`.
-
-    temperature 0 takes the likeliest token; top_k > 0 draws from the k likeliest only. Sees the last max_seq_len tokens.
-    """
-    device = model.norm.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + max_new_tokens and (len(tokens) == len(prompt) or tokens[-1] != stop):
-        window = torch.tensor([tokens[-model.config.max_seq_len:]], device=device)
-        logits = model(window)[0, -1].float().cpu()
-        if top_k:
-            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
-        if temperature == 0:
-            tokens.append(int(logits.argmax()))
-        else:
-            tokens.append(int(torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)))
-    return tokens[len(prompt):]

@@ -53,7 +53,7 @@ class Record:
         """The last value of every metric that is a single number."""
         values: dict = {}
         for row in self.history:
-            values.update({k: v for k, v in row.items() if k not in ("expert_load", "grad_norm_spike")})
+            values.update({k: v for k, v in row.items() if k not in ("expert_load", "grad_norm_spike", "sample")})
         return values
 
     def write_results(self, facts: dict, title: str, unigram_entropy: float) -> None:

@@ -4,7 +4,7 @@
     python run_experiment.py --preset 5b --max_steps 2000 every field of config.py is an option
     python run_experiment.py --resume latest              go on where the last run stopped
     python run_experiment.py plan --preset 18b --gpu h200 what it takes, without a GPU
-    python run_experiment.py sample --checkpoint checkpoints/checkpoint_latest.pt --prompt "def main("
+    python run_experiment.py sample --checkpoint checkpoints/checkpoint_latest.pt --prompt "def main(" --n 4
 """
 import time
 
@@ -42,8 +42,8 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def new_parser(usage: str) -> Parser:
-    return Parser(usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def new_parser(usage: str, description: str = __doc__) -> Parser:
+    return Parser(usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def add_config_options(parser: Parser) -> None:
@@ -179,50 +179,74 @@ def plan(argv: list[str]) -> None:
 
 
 def sample(argv: list[str]) -> None:
-    parser = new_parser("run_experiment.py sample --checkpoint PATH --prompt TEXT [--temperature T] [--top_k K] ...")
+    parser = new_parser("run_experiment.py sample --checkpoint PATH --prompt TEXT [--n N] [--temperature T] [--top_k K] ...")
     parser.add_argument("--checkpoint", required=True, help="a checkpoint file of a run")
     parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--n", type=int, default=1, help="continuations to write, all at once [1]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token [0.8]")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all [50]")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add at most [200]")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws [0]")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest likeliest tokens that hold this "
+                        "probability together [1.0]")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add at most, before end-of-text; past the "
+                        "model's max_seq_len it sees the last max_seq_len tokens, and is slower [200]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws; continuation i has seed + i [0]")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[auto: the GPU when there is one]")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="[the run's own on a GPU, fp32 on a CPU]")
     args = parser.parse(argv)
     for name, least, most in (("temperature", 0, 1000), ("top_k", 0, 2 ** 63 - 1), ("max_new_tokens", 1, 2 ** 63 - 1),
-                              ("seed", 0, 2 ** 63 - 1)):
+                              ("seed", 0, 2 ** 62), ("n", 1, 4096), ("top_p", 1e-6, 1)):
         if not least <= getattr(args, name) <= most:
             raise ConfigError(f"--{name} must lie between {least} and {most}")
 
-    if Path(args.checkpoint).is_dir():
-        raise ConfigError(f"--checkpoint {args.checkpoint} is a folder: name a file of it, such as checkpoint_latest.pt")
+    import data
+    from sampling import finished_texts, stream, text_pieces
+    model, _, state = load_model(args.checkpoint, args.device, args.precision)
+    tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
+    prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [end_of_text]
+    temperature = args.temperature if args.temperature > 1e-4 else 0        # below, logits / temperature overflows
+    steps = stream(model, prompt, args.max_new_tokens, temperature, args.top_k, args.top_p, args.seed, end_of_text, args.n)
+    if args.n == 1:
+        print(args.prompt, end="", flush=True)
+        for piece in text_pieces((token for [token] in steps), tokenizer):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        for i, tokens in finished_texts(steps, end_of_text):
+            print(f"--- {i + 1} of {args.n}\n{args.prompt}{tokenizer.decode(tokens)}", flush=True)
 
+
+def load_model(path: str, device: str, precision: str | None):
+    """(model, config, state) of a checkpoint file, on the device that an option names, in `precision`, by default in the
+    run's own on a GPU and in fp32 on a CPU. Raises ConfigError or CheckpointError."""
+    if Path(path).is_dir():
+        raise ConfigError(f"--checkpoint {path} is a folder: name a file of it, such as checkpoint_latest.pt")
     import torch
 
     import checkpoint
-    import data
-    from model import generate
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch finds no GPU; use --device cpu")
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    state = checkpoint.load(args.checkpoint)
-    model, config = checkpoint.model_from_state(state, device)
-    tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
-    prompt = tokenizer.encode(args.prompt).ids or [end_of_text]
-    temperature = args.temperature if args.temperature > 1e-4 else 0        # below, logits / temperature overflows
-    new = generate(model, prompt, args.max_new_tokens, temperature, args.top_k, args.seed, end_of_text)
-    print(args.prompt + tokenizer.decode(new))
+    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    state = checkpoint.load(path)
+    precision = precision or (state["config"]["precision"] if device == "cuda" else "fp32")
+    return *checkpoint.model_from_state(state, device, precision), state
 
 
 def main(argv: list[str]) -> int:
     commands = dict(train=train, plan=plan, sample=sample)
-    if argv and not argv[0].startswith("-"):
-        command, argv = argv[0], argv[1:]
-    else:
-        command = "train"
+    name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
+
+    def command(argv):
+        if name not in commands:
+            raise ConfigError(f"unknown command {name!r}.{nearest(name, commands)} Commands: {', '.join(commands)}")
+        commands[name](argv)
+
+    return exit_code(command, argv, training=name == "train")
+
+
+def exit_code(command, argv: list[str], training: bool = False) -> int:
+    """Calls a command; what the user can mend becomes a line on stderr, without a traceback, and the exit code."""
     try:
-        if command not in commands:
-            raise ConfigError(f"unknown command {command!r}.{nearest(command, commands)} Commands: {', '.join(commands)}")
-        commands[command](argv)
+        command(argv)
         return 0
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -235,7 +259,7 @@ def main(argv: list[str]) -> int:
         return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if command == "train":
+        if training:
             print("error: whoever read the output stopped reading, so training stopped; write it to a file instead",
                   file=sys.stderr)
         return 1
@@ -248,7 +272,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}. Check the path, its permissions and the free disk space.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted; nothing was being trained yet, or Ctrl-C came twice", file=sys.stderr)
+        print("\ninterrupted" + ("; nothing was being trained yet, or Ctrl-C came twice" if training else ""), file=sys.stderr)
         return 130
 
 

@@ -21,15 +21,17 @@ import checkpoint
 import data
 import memory
 from config import Config, ConfigError, ExperimentError
-from model import MoETransformer, generate
+from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
 from precision import LossScaler, gradient_norms
 from report import CURVES, METRICS, RESULTS, MemoryMeter, Record, environment, set_aside
+from sampling import generate
 
 RESULTS_MINUTES = 5         # results and curves are rewritten at least this often
 MEASURED_STEPS = 3          # steps after the first whose speed gives the first forecast
 SPIKE = 4.0                 # a gradient norm this many times its running mean is a spike
 STUCK_STEPS = 10            # overflows in a row at the smallest loss scale that end the run
+EVALUATION_SAMPLE = 32      # tokens of text that each evaluation keeps
 
 def learning_rate_factor(step: int, config: Config) -> float:
     """Share of the peak learning rate at update `step` (from 0): a linear rise, then a cosine to min_lr_fraction."""
@@ -187,17 +189,21 @@ class Trainer:
     def _finish(self) -> None:
         sample = None
         if self.config.sample_tokens:
-            self.model.eval()
-            prompt = self.corpus.validation[:32].astype("int64").tolist()
-            new = generate(self.model, prompt, self.config.sample_tokens, temperature=0.8, top_k=50, seed=0)
-            decode = self.corpus.tokenizer.decode
-            sample = dict(prompt=decode(prompt), text=decode(new))
+            sample = self._sample(self.config.sample_tokens)
             print(f"\nA sample (prompt | continuation):\n{sample['prompt']}|{sample['text']}\n")
         self._write_results(sample)
         final = self.record.latest()
         print(f"Done: {self.step} steps, {memory.count(self.tokens_seen)} tokens, validation loss "
               f"{final.get('val_loss', float('nan')):.4f} (unigram entropy {self.corpus.unigram_entropy:.4f}).\n"
               f"{self.folder / RESULTS}, {self.folder / CURVES}", flush=True)
+
+    def _sample(self, n_tokens: int) -> dict:
+        """A continuation of the first validation tokens, with the same draws every time."""
+        self.model.eval()
+        prompt = self.corpus.validation[:32].astype("int64").tolist()
+        [new] = generate(self.model, prompt, n_tokens, temperature=0.8, top_k=50, seed=0)
+        decode = self.corpus.tokenizer.decode
+        return dict(prompt=decode(prompt), text=decode(new))
 
     # ------------------------------------------------------------ watching a step
 
@@ -317,8 +323,11 @@ class Trainer:
             correct = correct + metrics["correct"]
             tokens += targets.numel()
         loss = (loss / tokens).item()
-        self.record.append(dict(step=self.step, val_loss=loss, val_perplexity=_exp(loss), val_accuracy=correct.item() / tokens,
-                          val_tokens=tokens, elapsed_seconds=self._elapsed()))
+        row = dict(step=self.step, val_loss=loss, val_perplexity=_exp(loss), val_accuracy=correct.item() / tokens,
+                   val_tokens=tokens, elapsed_seconds=self._elapsed())
+        if self.config.sample_tokens:
+            row["sample"] = self._sample(min(EVALUATION_SAMPLE, self.config.sample_tokens))["text"]
+        self.record.append(row)
         tqdm.write(f"step {self.step}: validation loss {loss:.4f}, perplexity {_exp(loss):.2f}, "
                    f"accuracy {correct.item() / tokens:.4f}", file=sys.stdout)
         self._write_results()
@@ -544,7 +553,7 @@ def attention_backends(device: torch.device):
 
 def _same_data(saved: dict, corpus: data.Corpus) -> None:
     for key, what, option in (("data_hash", "text", "data"), ("tokenizer_hash", "tokenizer", "tokenizer")):
-        if saved[key] != getattr(corpus, key):
+        if saved[key] not in (None, getattr(corpus, key)):      # None: the model comes from elsewhere
             raise ExperimentError(f"the checkpoint was trained on other {what} ({key} {saved[key][:12]}, here "
                                   f"{getattr(corpus, key)[:12]}). Give the --{option} of the first run, unchanged, or start a "
                                   "new run with another --save_dir.")

@@ -92,7 +92,7 @@ def test_activations_are_what_a_compiled_block_saves(shape, mode):
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
     x = torch.randn(2, c.max_seq_len, c.d_model, dtype=COMPUTE_DTYPE[c.precision], requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), model._autocast():
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), model.autocast():
         out = block(x)      # what it saved lives as long as this does
     assert sum(saved.values()) / x[..., 0].numel() == pytest.approx(memory.activation_bytes_per_token(c, 0, mode), rel=0.01)
     del out

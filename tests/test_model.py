@@ -9,7 +9,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import model as model_module
 from conftest import tiny_config
-from model import MoETransformer, chunked_cross_entropy, generate
+from model import MoETransformer, chunked_cross_entropy
+from sampling import generate
 
 MODES = ["none", "selective", "full"]
 
@@ -392,19 +393,3 @@ def test_evaluation_and_generation_compile_no_graph_for_each_length(graphs):
     assert before <= 4
     generate(model, [1, 2], 12)
     assert len(graphs) == before
-
-
-# ---------------------------------------------------------------- generation
-
-def test_generation_stops_repeats_and_crops():
-    model = build().eval()
-    prompt = [1, 2, 3]
-    likeliest = generate(model, prompt, 5, temperature=0)
-    tokens = list(prompt)
-    for _ in range(5):
-        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    assert likeliest == tokens[3:]
-    assert generate(model, prompt, 20, seed=3) == generate(model, prompt, 20, seed=3) != generate(model, prompt, 20, seed=4)
-    assert generate(model, prompt, 9, temperature=0, stop=likeliest[1]) == likeliest[:likeliest.index(likeliest[1]) + 1]
-    assert len(generate(model, prompt * 10, 30)) == 30, "longer than max_seq_len"
-    assert generate(model, prompt, 8, top_k=1, temperature=5.0) == generate(model, prompt, 8, temperature=0)

@@ -49,7 +49,7 @@ def draw(tmp_path, monkeypatch):
             names = ("loss", "perplexity", "rate", "speed", "experts", "memory")
             panels.update(zip(names, figure.axes, strict=True))
             figure.savefig(path)
-        monkeypatch.setattr(plot, "_write", write)
+        monkeypatch.setattr(plot, "write_figure", write)
         plot.plot_training_curves(rows, tmp_path / "c.png", **options)
         assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
         return panels

@@ -319,6 +319,7 @@ def test_metrics_results_and_curves(settings, tmp_path):
     train, val = rows(config, "train_loss"), rows(config, "val_loss")
     assert [r["step"] for r in train] == list(range(1, 31)), "a step is an optimizer step"
     assert [r["step"] for r in val] == [0, 10, 20, 30]
+    assert len({r["sample"] for r in val}) > 1 and all(r["sample"] for r in val)
     assert train[-1]["train_loss"] < train[0]["train_loss"] - 0.5 and val[-1]["val_loss"] < val[0]["val_loss"] - 0.5
     for row in train:
         assert row["train_perplexity"] == pytest.approx(math.exp(row["train_loss"]))
@@ -329,6 +330,7 @@ def test_metrics_results_and_curves(settings, tmp_path):
     results = json.loads((tmp_path / "run" / "training_results.json").read_text())
     assert results.keys() >= {"config", "environment", "parameters", "history", "final_metrics", "totals"}
     assert results["final_metrics"]["val_loss"] == val[-1]["val_loss"] and results["totals"]["steps"] == 30
+    assert "sample" not in results["final_metrics"] and results["history"][-1]["sample"] == val[-1]["sample"]
     assert len(results["history"]) == 34 and results["parameters"]["total"] == config.total_params
     assert results["sample"]["text"] and Config(**results["config"]) == trainer.config
     assert (tmp_path / "run" / "training_curves.png").stat().st_size > 10_000
@@ -344,6 +346,7 @@ def test_validation_loss_is_the_mean_over_its_windows(settings):
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(trainer.model(inputs).flatten(0, 1).double(), targets.flatten())
     assert rows(config, "val_loss")[-1]["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert "sample" not in rows(config, "val_loss")[-1], "sample_tokens is 0"
 
 
 def test_a_spike_of_the_gradient_norm_names_its_parameter(settings):
