@@ -148,6 +148,8 @@ class Config:
     """Newest numbered checkpoints of this run that are kept."""
     sample_tokens: int = 200
     """Tokens of text to generate at the end of the run; 0 for none."""
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl; each but none is a package to install."""
     save_dir: str = "checkpoints"
     """Folder of everything the run writes."""
 
@@ -249,7 +251,7 @@ OPTIMIZER_PIECE = 2 ** 26       # elements that an optimizer updates at a time; 
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
 
 # Fingerprint of the defaults above as they were shipped, so that an edit is noticed; a test holds it to them.
-SHIPPED_DEFAULTS = "4a82fba84912a66a"
+SHIPPED_DEFAULTS = "4595d67e6f091c65"
 
 
 def defaults() -> dict:
