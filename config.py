@@ -154,6 +154,8 @@ class Config:
     """Newest numbered checkpoints of this run that are kept."""
     sample_tokens: int = 200
     """Tokens of text to generate at the end of the run, and at most 32 of them at each validation; 0 for none."""
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Where metrics go besides metrics.jsonl; each but none is a package to install."""
     save_dir: str = "checkpoints"
     """Folder of everything the run writes."""
 
@@ -255,7 +257,7 @@ OPTIMIZER_PIECE = 2 ** 28       # elements that an optimizer updates at a time; 
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
 
 # Fingerprint of the defaults above as they were shipped, so that an edit is noticed; a test holds it to them.
-SHIPPED_DEFAULTS = "c6d1a0e81bac802f"
+SHIPPED_DEFAULTS = "ea039518f8b4873d"
 
 
 def defaults() -> dict:

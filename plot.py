@@ -1,7 +1,8 @@
 """Training curves as a PNG, without a display.
 
-    python plot.py RUN_DIR                  redraws RUN_DIR/training_curves.png from RUN_DIR/metrics.jsonl
-    python plot.py RUN_DIR --out FILE.png
+    python plot.py RUN                      redraws RUN/training_curves.png from RUN/metrics.jsonl
+    python plot.py RUN RUN ...              draws the losses of several runs into comparison.png, beside the first run
+    python plot.py RUN ... --out FILE.png
 """
 import argparse
 import contextlib
@@ -9,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from config import ExperimentError
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+PLACES = ("save_dir", "cache_dir")      # fields that say where a run is kept, not what it does
 
 
 def plot_training_curves(history: list[dict], path, title: str = "", unigram_entropy: float | None = None):
@@ -91,14 +94,19 @@ def plot_comparison(runs: dict[str, list[dict]], path, title: str = ""):
     validation loss as points. Raises ExperimentError when the file cannot be written."""
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for (label, history), color in zip(runs.items(), itertools.cycle([BLUE, ORANGE, GREEN, RED])):
+    styles = itertools.cycle(itertools.product(("-", "--", ":"), (BLUE, ORANGE, GREEN, RED, PINK, SKY)))
+    for (label, history), (dashes, color) in zip(runs.items(), styles):
         x, y = _series([row for row in history if "train_loss" in row], "train_loss")
-        _line(axes, x, _smoothed(y), label, color, linewidth=1.5)
+        label = "\n".join(textwrap.wrap(label, 60))
+        _line(axes, x, _smoothed(y), label, color, linewidth=1.5, linestyle=dashes)
         _line(axes, *_series([row for row in history if "val_loss" in row], "val_loss"), None, color, marker="o", linestyle="")
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token); points: validation")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.8)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize="small")
+    else:
+        _say(axes, "no data yet")
     write_figure(figure, Path(path))
 
 
@@ -199,14 +207,37 @@ def read_metrics(path) -> list[dict]:
     return rows
 
 
+def read_config(run: Path) -> dict:
+    """The configuration in a run's run.json or, as older runs have it, in training_results.json; empty without either."""
+    for name in ("run.json", "training_results.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads((run / name).read_bytes())["config"])
+    return {}
+
+
+def labels(runs: list[Path], configs: list[dict]) -> list[str]:
+    """A name for each run: the fields in which the runs differ, with the folder where that leaves two the same."""
+    fields = [name for name in dict.fromkeys(itertools.chain.from_iterable(configs)) if name not in PLACES
+              and any(config.get(name) != configs[0].get(name) for config in configs)]
+    found = [", ".join(f"{name}={config[name]}" for name in fields if name in config) for config in configs]
+    return [label if label and found.count(label) == 1 else f"{run} ({label})" if label else str(run)
+            for run, label in zip(runs, found)]
+
+
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Redraws a run's training curves from its metrics.jsonl.")
-    parser.add_argument("run_dir", type=Path, help="folder of the run, with metrics.jsonl")
-    parser.add_argument("--out", type=Path, help="PNG to write; default: training_curves.png in that folder")
+    parser = argparse.ArgumentParser(description="Draws a run's training curves, or several runs' losses, from metrics.jsonl.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, with metrics.jsonl")
+    parser.add_argument("--out", type=Path, help="PNG to write; default: training_curves.png in the folder of one run, "
+                        "comparison.png beside the folder of the first of several")
     options = parser.parse_args(argv)
-    out = options.out or options.run_dir / "training_curves.png"
+    runs = list(dict.fromkeys(options.runs))
+    out = options.out or (runs[0] / "training_curves.png" if len(runs) == 1 else runs[0].resolve().parent / "comparison.png")
     try:
-        plot_training_curves(read_metrics(options.run_dir / "metrics.jsonl"), out)
+        histories = [read_metrics(run / "metrics.jsonl") for run in runs]
+        if len(runs) == 1:
+            plot_training_curves(histories[0], out)
+        else:
+            plot_comparison(dict(zip(labels(runs, [read_config(run) for run in runs]), histories)), out)
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

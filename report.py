@@ -1,8 +1,13 @@
 """What a run writes down about itself: lines of metrics, results, curves, measured memory, the machine it ran on."""
 import contextlib
+import datetime
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +18,8 @@ import memory
 from plot import plot_training_curves
 from precision import OptimizerState
 
-METRICS, RESULTS, CURVES = "metrics.jsonl", "training_results.json", "training_curves.png"
+METRICS, RESULTS, CURVES, RUN = "metrics.jsonl", "training_results.json", "training_curves.png", "run.json"
+LONGEST_DIFF = 1_000_000        # characters of a diff that are kept
 
 
 class Record:
@@ -22,12 +28,14 @@ class Record:
     def __init__(self, folder: Path):
         self.folder = folder
         self.history: list[dict] = []
+        self.track = lambda row: None
 
     def append(self, row: dict) -> None:
-        """Adds a row; it is on its way to the disk when this returns."""
+        """Adds a row; it is on its way to the disk when this returns, and to the tracker."""
         self.history.append(row)
         with open(self.folder / METRICS, "a") as file:
             file.write(json.dumps(row) + "\n")
+        self.track(row)
 
     def load(self, folder: Path, step: int) -> None:
         """Reads the rows up to `step` that a run left in `folder`; a line that a crash cut short is passed over."""
@@ -74,7 +82,7 @@ def _rows(path: Path) -> list[dict]:
 
 def run_files(folder: Path) -> list[Path]:
     """What a run has left in a folder."""
-    names = (METRICS, RESULTS, CURVES, "checkpoint_latest.pt")
+    names = (METRICS, RESULTS, CURVES, "checkpoint_latest.pt", RUN)
     return [p for name in names if (p := folder / name).exists()] + sorted(folder.glob("checkpoint_step_*.pt"))
 
 
@@ -140,3 +148,40 @@ def environment(device: torch.device) -> dict:
     return dict(command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
                 gpu=torch.cuda.get_device_name() if device.type == "cuda" else None, platform=platform.platform(),
                 cpus=os.cpu_count(), cpu_threads=torch.get_num_threads())
+
+
+def write_run_file(folder: Path, device: torch.device, **facts) -> None:
+    """Writes run.json: what this start of the run is made of, and under `earlier` what the starts before it were."""
+    path = folder / RUN
+    earlier = []
+    if path.exists():
+        try:
+            before = json.loads(path.read_bytes())
+            earlier = [*before.pop("earlier"), before]
+        except (ValueError, AttributeError, KeyError):      # not what was written here: it is not lost
+            set_aside(path)
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    facts = dict(started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **facts,
+                 environment=environment(device) | dict(command=shlex.join(sys.argv)), git=git_state(),
+                 gpu=gpu and dict(name=gpu.name, memory_gb=gpu.total_memory / memory.GB, count=torch.cuda.device_count(),
+                                  capability=f"{gpu.major}.{gpu.minor}"),
+                 packages=dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())), earlier=earlier)
+    temporary = folder / f".{RUN}.tmp"
+    temporary.write_text(json.dumps(facts, indent=1))
+    os.replace(temporary, path)
+
+
+def git_state() -> dict:
+    """Commit of this program, whether its files are as committed, and how they differ; nulls outside a git repository."""
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace")
+        except OSError:     # git is not installed
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit, diff, untracked = git("rev-parse", "HEAD"), git("diff", "HEAD"), git("ls-files", "--others", "--exclude-standard")
+    if commit is None or diff is None:
+        return dict(commit=None, clean=None, diff=None, diff_sha256=None, untracked=None)
+    return dict(commit=commit.strip(), clean=not diff, diff=diff if len(diff) <= LONGEST_DIFF else None,
+                diff_sha256=hashlib.sha256(diff.encode()).hexdigest(), untracked=(untracked or "").splitlines())

@@ -92,6 +92,7 @@ def train(argv: list[str]) -> None:
     import checkpoint
     import data
     import report
+    import tracker
     import trainer
     path = resume_path(args.resume, config)
     state = None
@@ -121,6 +122,7 @@ def train(argv: list[str]) -> None:
 
     print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
           f"{config.tokens_per_step:,} tokens a step", flush=True)
+    tracker.require(config.tracker)
     trainer.find_device(config)         # what cannot start is refused before minutes of tokenizing
     corpus = data.prepare(config)
     run = trainer.Trainer(config, corpus, state, path, LAUNCHED)

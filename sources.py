@@ -111,7 +111,8 @@ class Text:
         self.hub = config.data.startswith("hf:")
         self.files = [] if self.hub else find_files(config)
         least, most = PIECE_CHARACTERS
-        self.length = most if self.hub else min(most, max(least, sum(map(os.path.getsize, self.files)) // 200))  # small ones finely
+        size = sum(map(os.path.getsize, self.files))
+        self.length = most if self.hub else min(most, max(least, size // 200))      # a small corpus is cut more finely
         self.stream = None
         self.rows = self.bad = self.pieces = self.characters = 0
         self.bad_rows: list[str] = []
@@ -216,7 +217,7 @@ class Text:
                     yield from self._cut(file, path)
         except OSError as error:
             compressed = name.endswith((".gz", ".zst")) and error.errno is None
-            raise ExperimentError(f"{path} is not a sound {Path(path).suffix} file ({error}). Make or download it again" if compressed
+            raise ExperimentError(f"{path} is no sound {Path(path).suffix} file ({error}). Make or download it again" if compressed
                                   else f"cannot read {path}: {error.strerror}. Mend it or take it out of --data") from error
 
     def _row_pieces(self, rows, path: str | None):

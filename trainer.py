@@ -20,11 +20,12 @@ from tqdm import tqdm
 import checkpoint
 import data
 import memory
+import tracker
 from config import Config, ConfigError, ExperimentError
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
 from precision import LossScaler, gradient_norms
-from report import CURVES, METRICS, RESULTS, MemoryMeter, Record, environment, set_aside
+from report import CURVES, METRICS, RESULTS, MemoryMeter, Record, environment, set_aside, write_run_file
 from sampling import generate
 
 RESULTS_MINUTES = 5         # results and curves are rewritten at least this often
@@ -150,7 +151,10 @@ class Trainer:
         checkpoint.check_free_space(self.folder, self.checkpoint_bytes_to_come())
         checkpoint.remove_leftovers(self.folder)
         self._take_over_folder()
-        with self._signals(), attention_backends(self.device), self._out_of_memory_advice():
+        with self._signals(), attention_backends(self.device), self._out_of_memory_advice(), \
+                tracker.tracking(c, self.run_id, self.step) as self.record.track:
+            write_run_file(self.folder, self.device, run_id=self.run_id, step=self.step, config=dataclasses.asdict(c),
+                           resumed_from=self.resumed_from and str(self.resumed_from), data=self._data_facts())
             if self._evaluation_due() and not self.record.evaluated(self.step):
                 self._evaluate()
             batches = data.batches(self.corpus.train, c, self.data_position, pin_memory=self.device.type == "cuda")
@@ -338,8 +342,7 @@ class Trainer:
         facts = dict(
             config=dataclasses.asdict(c), environment=environment(self.device),
             parameters=dict(total=c.total_params, active=c.active_params, **c.parameter_groups),
-            data=dict(self._data_identity(), train_tokens=len(self.corpus.train), validation_tokens=len(self.corpus.validation),
-                      unigram_entropy=self.corpus.unigram_entropy),
+            data=self._data_facts(),
             memory_gb=dict(predicted=self.predicted, measured=self.meter.measured_gb),
             totals=dict(steps=self.step, tokens=self.tokens_seen, skipped_steps=self.skipped_steps,
                         train_seconds=self.train_seconds, elapsed_seconds=self._elapsed(),
@@ -390,6 +393,10 @@ class Trainer:
             loss_scaler=self.scaler.state_dict(), random=checkpoint.random_states(self.device),
             data=self._data_identity(), tokenizer_json=self.corpus.tokenizer_json,
             metrics=self.record.latest(), interval=self.interval)
+
+    def _data_facts(self) -> dict:
+        return dict(self._data_identity(), train_tokens=len(self.corpus.train), validation_tokens=len(self.corpus.validation),
+                    unigram_entropy=self.corpus.unigram_entropy)
 
     def _data_identity(self) -> dict:
         return dict(data_hash=self.corpus.data_hash, tokenizer_hash=self.corpus.tokenizer_hash)

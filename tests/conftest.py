@@ -7,6 +7,7 @@ import torch
 import checkpoint
 import data
 from config import PRESETS, Config
+from tokenizer import train_tokenizer
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
 from precision import write_master
@@ -26,7 +27,7 @@ TEXT = "The naïve café's menu lists 7 kinds of tea; all of them are good. In w
 @functools.cache
 def tokenizer_json() -> str:
     """A byte-level BPE of at most 264 tokens."""
-    return data.train_tokenizer([TEXT], 264)
+    return train_tokenizer([TEXT], 264)
 
 
 def write_checkpoint(path, config: Config, **changes) -> dict:

@@ -20,9 +20,10 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data
+import shards
 import sources
-import tokens
 from config import PRESETS, Config, ExperimentError
+from tokenizer import train_tokenizer
 
 ROOT = Path(data.__file__).parent
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
@@ -221,8 +222,8 @@ def test_full_disk(tmp_path, folder):
 
 
 def test_files_that_change_while_they_are_read(tmp_path, folder, monkeypatch):
-    train = tokens.train_tokenizer
-    monkeypatch.setattr(tokens, "train_tokenizer", lambda *a: train(*a) + (folder / "05.txt").write_text("other") * "")
+    train = train_tokenizer
+    monkeypatch.setattr(shards, "train_tokenizer", lambda *a: train(*a) + (folder / "05.txt").write_text("other") * "")
     fails(config_for(tmp_path), "changed while it was being read", "again")
 
 
@@ -230,9 +231,9 @@ def test_files_that_change_while_they_are_read(tmp_path, folder, monkeypatch):
 
 def test_split_takes_lowest_hashes_up_to_the_fraction():
     hashes, lengths = np.array([5, 1, 4, 2, 3], np.uint64), np.array([10, 10, 10, 10, 10])
-    assert tokens.split(hashes, lengths, 0.2).tolist() == [False, True, False, False, False]
-    assert tokens.split(hashes, lengths, 0.21).tolist() == [False, True, False, True, False]
-    assert tokens.split(hashes, np.array([10, 1000, 10, 10, 10]), 0.2).tolist() == [False, True, False, False, False]
+    assert shards.split(hashes, lengths, 0.2).tolist() == [False, True, False, False, False]
+    assert shards.split(hashes, lengths, 0.21).tolist() == [False, True, False, True, False]
+    assert shards.split(hashes, np.array([10, 1000, 10, 10, 10]), 0.2).tolist() == [False, True, False, False, False]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(1, 100)), min_size=1, max_size=30),
@@ -240,7 +241,7 @@ def test_split_takes_lowest_hashes_up_to_the_fraction():
 @settings(max_examples=200, deadline=None)
 def test_split_keeps_equal_documents_together_and_fills_both_sides(documents, fraction):
     hashes, lengths = np.array([h for h, _ in documents], np.uint64), np.array([n for _, n in documents])
-    validation = tokens.split(hashes, lengths, fraction)
+    validation = shards.split(hashes, lengths, fraction)
     sides = [set(hashes[validation].tolist()), set(hashes[~validation].tolist())]
     assert not sides[0] & sides[1]
     assert sides[1] and (sides[0] or len(set(hashes.tolist())) == 1)
@@ -299,7 +300,7 @@ def test_pieces_of_a_long_file_are_joined_on_their_side(tmp_path, monkeypatch):
 
 def test_tokenizing_in_small_batches_changes_nothing(tmp_path, folder, monkeypatch):
     whole = data.prepare(config_for(tmp_path))
-    monkeypatch.setattr(tokens, "TOKENIZE_CHARACTERS", 700)
+    monkeypatch.setattr(shards, "TOKENIZE_CHARACTERS", 700)
     parts = data.prepare(config_for(tmp_path, cache_dir=str(tmp_path / "cache2")))
     assert np.array_equal(whole.train, parts.train) and np.array_equal(whole.validation, parts.validation)
     assert whole.unigram_entropy == parts.unigram_entropy
@@ -320,7 +321,7 @@ def test_unigram_entropy_and_facts(tmp_path, folder):
 
 @pytest.fixture(scope="module")
 def trained() -> str:
-    return tokens.train_tokenizer([story(i) for i in range(20)], 300)
+    return train_tokenizer([story(i) for i in range(20)], 300)
 
 
 @given(st.text())
@@ -336,7 +337,7 @@ def test_round_trip(trained, text):
 def test_trained_vocabulary(trained):
     tokenizer, end_of_text = data.load_tokenizer(trained)
     assert tokenizer.get_vocab_size() == 300 and tokenizer.id_to_token(end_of_text) == "<|endoftext|>"
-    small, _ = data.load_tokenizer(tokens.train_tokenizer(["aa"], 5000))   # too little text: a smaller vocabulary
+    small, _ = data.load_tokenizer(train_tokenizer(["aa"], 5000))   # too little text: a smaller vocabulary
     assert small.get_vocab_size() == 257 and small.decode(small.encode("any é").ids) == "any é"
 
 
@@ -344,9 +345,9 @@ def test_tokenizer_is_trained_on_an_even_sample_of_training_documents(tmp_path, 
     corpus = data.prepare(config_for(tmp_path))
     in_order = [int(n) for n in dict.fromkeys(re.findall(r"doc(\d+)x", text_of(corpus, corpus.train)))]
     seen = []
-    train = tokens.train_tokenizer
-    monkeypatch.setattr(tokens, "train_tokenizer", lambda texts, size: train(seen.append(list(texts)) or seen[0], size))
-    monkeypatch.setattr(tokens, "TOKENIZER_SAMPLE", corpus.characters // 4)
+    train = train_tokenizer
+    monkeypatch.setattr(shards, "train_tokenizer", lambda texts, size: train(seen.append(list(texts)) or seen[0], size))
+    monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", corpus.characters // 4)
     data.prepare(config_for(tmp_path))   # the sample's size is part of the cache key
     chosen = [in_order.index(int(re.search(r"doc(\d+)x", t).group(1))) for t in seen[0]]
     gaps = np.diff([-1] + chosen + [len(in_order)])
@@ -432,10 +433,10 @@ def test_hashes_do_not_depend_on_place_or_time(tmp_path, folder):
 
 
 def test_tokenizer_training_is_deterministic_across_processes(trained):
-    code = ("import sys; sys.path[:0] = ['.', 'tests']; import tokens, hashlib; from test_data import story; "
-            "print(hashlib.sha256(tokens.train_tokenizer([story(i) for i in range(20)], 300).encode()).hexdigest())")
+    code = ("import sys; sys.path[:0] = ['.', 'tests']; import tokenizer, hashlib; from test_data import story; "
+            "print(hashlib.sha256(tokenizer.train_tokenizer([story(i) for i in range(20)], 300).encode()).hexdigest())")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert out.strip() == tokens.sha256(trained)
+    assert out.strip() == data.sha256(trained)
 
 
 @pytest.mark.parametrize("moment", ["train_tokenizer", "_write_shards"])
@@ -447,7 +448,7 @@ def test_an_end_in_the_middle_leaves_no_half_cache(tmp_path, folder, monkeypatch
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, moment, stop)
+        patch.setattr(shards, moment, stop)
         with pytest.raises(error):
             data.prepare(config_for(tmp_path))
     assert not list((tmp_path / "cache").iterdir())
@@ -458,9 +459,9 @@ def test_a_killed_build_is_not_taken_for_a_cache(tmp_path, folder):
     code = f"""if True:
         import os, signal, sys
         sys.path[:0] = ['.', 'tests']
-        import data, tokens
+        import data, shards
         from test_data import config_for, Path
-        tokens._write_shards = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+        shards._write_shards = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
         data.prepare(config_for(Path({str(tmp_path)!r})))"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".unfinished"]
@@ -468,7 +469,7 @@ def test_a_killed_build_is_not_taken_for_a_cache(tmp_path, folder):
 
 
 def test_the_loser_of_a_race_uses_the_winners_cache(tmp_path, folder, monkeypatch):
-    write, winner = tokens._write_shards, []
+    write, winner = shards._write_shards, []
 
     def slow(*args):
         if not winner:   # another run starts and finishes while this one is writing
@@ -476,7 +477,7 @@ def test_the_loser_of_a_race_uses_the_winners_cache(tmp_path, folder, monkeypatc
             winner[0] = data.prepare(config_for(tmp_path))
         return write(*args)
 
-    monkeypatch.setattr(tokens, "_write_shards", slow)
+    monkeypatch.setattr(shards, "_write_shards", slow)
     loser = data.prepare(config_for(tmp_path))
     assert np.array_equal(loser.train, winner[0].train)
     assert os.path.samefile(loser.train.filename, winner[0].train.filename)

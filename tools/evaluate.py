@@ -8,12 +8,10 @@ A domain is a top-level folder of the text or, for files beside such folders, th
 end-of-text between documents, in windows of max_seq_len tokens; every token is predicted once. Bits per byte leave out
 end-of-text, which has no bytes, and so compare models whatever their tokenizers.
 """
-import hashlib
 import json
 import math
 import os
 import sys
-from array import array
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,9 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import shards
 from config import Config, ConfigError, ExperimentError, resumed_config
 from model import MoETransformer
 from run_experiment import exit_code, load_model, new_parser
+from sources import SHARD_SUFFIX, Text
 from trainer import attention_backends
 
 SHOWN = 20          # domains in the table
@@ -55,41 +55,39 @@ class Sums:
 
 # ---------------------------------------------------------------- the text
 
-class Files(list):
-    """Paths, and which of them is being read: `data` yields the text of files in order and does not say whose it is."""
+class DomainText(Text):
+    """The text that config.data names, and which of its files is being read."""
+    now: str | None = None
 
-    def __init__(self, paths: list[str]):
-        super().__init__(paths)
-        self.root = os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in paths})
-
-    def __iter__(self):
-        for self.now in super().__iter__():
-            yield self.now
+    def _file_pieces(self, path: str):
+        self.now = path
+        yield from super()._file_pieces(path)
 
     def domain(self) -> str:
-        """The top-level folder of the file being read or, beside such folders, its suffix."""
-        first, *rest = Path(os.path.relpath(self.now, self.root)).parts
+        """The top-level folder of the file being read or, beside such folders, its suffix; a hub's data set by its name."""
+        if self.now is None:
+            return self.config.data
+        root = os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in self.files})
+        first, *rest = Path(os.path.relpath(self.now, root)).parts
         return first if rest else Path(first).suffix or first
 
 
 def texts(config: Config) -> Iterator[tuple[str, str, bool]]:
     """(domain, text, whether its document ends with it) of all that config.data names."""
-    files = Files(data._sources(config))
-    for text, last in data._documents(files, config):
-        yield files.domain(), text, last
+    text = DomainText(config)
+    if text.files and text.files[0].lower().endswith(SHARD_SUFFIX):
+        raise ExperimentError(f"{config.data} holds token shards, which have no bytes to count. Give the text itself with --data")
+    for piece, last in text.documents():
+        yield text.domain(), piece, last
 
 
 def held_out_texts(config: Config, data_hash: str) -> Iterator[tuple[str, str, bool]]:
     """As `texts`, of what a run of this Config holds out. Raises ExperimentError when the text is no longer that run's."""
-    hashes, lengths, ends = array("Q"), array("Q"), bytearray()
-    for _, text, last in texts(config):
-        hashes.append(data._digest(text))
-        lengths.append(len(text))
-        ends.append(last)
-    if hashlib.blake2b(hashes.tobytes() + ends, digest_size=16).hexdigest() != data_hash:
+    pieces = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE)
+    if shards.data_hash(pieces) != data_hash:
         raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. "
                               "Give the text to measure with --data, all of which is read")
-    held_out = data.split(numpy.array(hashes), numpy.array(lengths, numpy.int64), config.validation_fraction)
+    held_out = shards.split(pieces["hash"], pieces["length"].astype(numpy.int64), config.validation_fraction)
     for chosen, (domain, text, last), following in zip(held_out, texts(config), [*held_out[1:], False]):
         if chosen:
             yield domain, text, last or not following

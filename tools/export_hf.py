@@ -171,7 +171,7 @@ def model_card(state: dict, config: Config, metrics: dict, name: str, dtype: str
     figures = {
         "parameters": f"{c.total_params:,}, {c.active_params:,} active for a token",
         "trained for": f"{state['step']:,} of {c.max_steps:,} steps, {state['tokens_seen']:,} tokens",
-        "training text": f"`{c.data}`, hash {state['data']['data_hash']}" if c.data in data.BUILT_IN else
+        "training text": f"`{c.data}`, hash {state['data']['data_hash']}" if c.data in BUILT_IN else
                          f"hash {state['data']['data_hash']}",
         "validation loss": f"{metrics['val_loss']:.4f} nats per token" if "val_loss" in metrics else None,
         "validation perplexity": f"{metrics['val_perplexity']:.2f}" if "val_perplexity" in metrics else None,

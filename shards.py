@@ -1,33 +1,27 @@
-"""Text to tokens: tokenizers, the split by document, and token shards made on all cores.
+"""Text to token shards: the split by document, and tokenizing on all cores.
 
 `build` appends to two shards and writes down, every SHARD_CHARACTERS characters, how far it is, so that a build that was
 killed goes on from there.
 """
 import collections
 import hashlib
-import itertools
 import json
 import os
-import re
 import signal
 import struct
 import time
 from array import array
 from pathlib import Path
 
-# Tokenizing uses all cores; saying so keeps tokenizers from warning when DataLoader forks its workers.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Config, ConfigError, ExperimentError
-from sources import Text, first_line
+from config import Config, ExperimentError
+from sources import Text
+from tokenizer import encoder, load_tokenizer, sha256, train_tokenizer, trained_size, vocabulary
 
-END_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "<|im_end|>", "[SEP]")   # first one wins
 TOKENIZER_SAMPLE = 20_000_000            # characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores
 TOKENIZE_CHARACTERS = 1_000_000          # characters tokenized at a time, by one core
 SHARD_CHARACTERS = 64_000_000            # characters after which what is tokenized outlives a kill
@@ -37,93 +31,6 @@ MAGIC, HEADER_BYTES = b"MOETOKEN", 1024
 HEADER = struct.Struct("<8sIIQ32s")      # magic, version, bytes in a token, tokens, the tokenizer's sha256
 # A piece of text: its hash, its length in characters, whether its document ends with it.
 PIECE = np.dtype([("hash", "<u8"), ("length", "<u4"), ("last", "?")])
-
-
-# --- tokenizers
-
-def load_tokenizer(json_text: str) -> tuple[Tokenizer, int]:
-    """The tokenizer whose tokenizer.json has this text, and the id of its end-of-text token. Raises ExperimentError."""
-    try:
-        tokenizer = Tokenizer.from_str(json_text)
-    except Exception as error:   # tokenizers raises plain Exception
-        raise ExperimentError(f"not a tokenizer.json: {error}; give one saved by the tokenizers library") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True   # "<|endoftext|>" written in a document is ordinary text, not the token
-    for token in END_OF_TEXT:
-        if (token_id := tokenizer.token_to_id(token)) is not None:
-            return tokenizer, token_id
-    raise ExperimentError(f"the tokenizer has no end-of-text token; add one of {' '.join(END_OF_TEXT)} to it")
-
-
-def train_tokenizer(texts, vocab_size: int) -> str:
-    """Trains a byte-level BPE (GPT-2's pre-tokenization) of at most vocab_size tokens, <|endoftext|> among them, on an
-    iterable of texts; returns its tokenizer.json. Every text survives encoding and decoding unchanged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = iter(texts)
-    tokenizer.train_from_iterator(iter(lambda: list(itertools.islice(texts, 64)), []), trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2, special_tokens=[END_OF_TEXT[0]], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    return tokenizer.to_str()
-
-
-def vocabulary(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1   # ids may have gaps
-
-
-def trained_size(config: Config) -> int | None:
-    """The size of the tokenizer to train on the corpus, of train or train:VOCAB; None when one is given."""
-    if not re.match(r"train(:|$)", config.tokenizer):
-        return None
-    size = config.tokenizer.removeprefix("train").removeprefix(":").replace("_", "") or str(config.vocab_size)
-    if not (size.isascii() and size.isdecimal() and 257 <= int(size) <= config.vocab_size):
-        raise ConfigError(f"tokenizer={config.tokenizer}: VOCAB of train:VOCAB must be a whole number from 257 (256 bytes and "
-                          f"end-of-text) to vocab_size={config.vocab_size}")
-    return int(size)
-
-
-def read_tokenizer(config: Config) -> str:
-    """The text of the tokenizer.json that config.tokenizer names: a file, a folder with one, or hf:NAME."""
-    name = config.tokenizer
-    try:
-        path = Path(_download_tokenizer(name.removeprefix("hf:")) if name.startswith("hf:") else name).expanduser()
-        if path.is_dir():
-            path /= "tokenizer.json"
-        text = path.read_bytes().decode()
-        tokenizer, _ = load_tokenizer(text)
-    except (OSError, UnicodeDecodeError, ExperimentError) as error:
-        raise ExperimentError(f"cannot use the tokenizer {name}: {error}. Give --tokenizer the path of a tokenizer.json or of a "
-                              "folder that holds one, hf:NAME for one of the Hugging Face hub, or train to train one on the "
-                              "corpus") from error
-    check_vocabulary(tokenizer, config)
-    return text
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
-    if (size := vocabulary(tokenizer)) > config.vocab_size:
-        raise ExperimentError(f"the tokenizer {config.tokenizer} has {size} tokens and the model's vocab_size is only "
-                              f"{config.vocab_size}; set --vocab_size to at least {size}")
-
-
-def _download_tokenizer(name: str) -> str:
-    """Path of the tokenizer.json of a model on the hub, from the hub's local cache when there is no network."""
-    from huggingface_hub import errors, hf_hub_download   # slow to import, and only hf: needs it
-    try:
-        return hf_hub_download(name, "tokenizer.json")
-    except errors.LocalEntryNotFoundError as error:
-        raise ExperimentError("the Hugging Face hub cannot be reached and has not been asked for it before. Go online (and unset "
-                              "HF_HUB_OFFLINE), or copy the model's tokenizer.json here and name its path") from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise ExperimentError("it has no tokenizer.json on the Hugging Face hub. Make one with transformers: "
-                              f"AutoTokenizer.from_pretrained({name!r}).save_pretrained('FOLDER')") from error
-    except Exception as error:      # no such model, no consent, a name that cannot be one
-        raise ExperimentError(first_line(error)) from error
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- what the text is like
@@ -148,7 +55,7 @@ class Bar:
         self.bar.close()
 
 
-def _digest(text: str) -> int:
+def text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
@@ -171,7 +78,7 @@ def survey(text: Text, folder: Path) -> dict:
     hashes, lengths, ends, whole = array("Q"), array("L"), bytearray(), True
     with Bar("reading the corpus") as bar:
         for piece, last in text.documents():
-            hashes.append(_digest(piece))
+            hashes.append(text_hash(piece))
             lengths.append(len(piece))
             ends.append(last)
             bar.add(len(piece), last)
@@ -249,7 +156,7 @@ def build(config: Config, text: Text, found: dict, tokenizer_json: str | None, f
     tokenizer, end_of_text = load_tokenizer(tokenizer_json)
     dtype, tokenizer_hash = token_dtype(config), sha256(tokenizer_json)
     limit = int(pieces["hash"][held_out].max()) if held_out.any() else -1
-    done = _write_shards(folder, text, found, limit, _Encoder(tokenizer, end_of_text, dtype))
+    done = _write_shards(folder, text, found, limit, _Encoder(encoder(tokenizer), end_of_text, dtype))
     for name, tokens in zip(("train.bin", "validation.bin"), done["tokens"]):
         with open(folder / name, "r+b") as file:
             file.write(HEADER.pack(MAGIC, FORMAT_VERSION, dtype.itemsize, tokens, bytes.fromhex(tokenizer_hash)))
@@ -267,7 +174,7 @@ def _chosen(text: Text, pieces: np.ndarray, chosen: np.ndarray):
     """The chosen pieces of a text that was surveyed."""
     with Bar("training the tokenizer", int(pieces["length"][chosen].sum())) as bar:
         for (piece, last), expected, take in zip(text.documents(), pieces["hash"], chosen):
-            if _digest(piece) != expected:
+            if text_hash(piece) != expected:
                 raise _changed(text)
             if take:
                 yield piece
@@ -277,21 +184,19 @@ def _chosen(text: Text, pieces: np.ndarray, chosen: np.ndarray):
 class _Encoder:
     """What DataLoader indexes, by (texts, the side of each, whether end-of-text follows it): the tokens of both sides."""
 
-    def __init__(self, tokenizer: Tokenizer, end_of_text: int, dtype: np.dtype):
-        self.tokenizer, self.end_of_text, self.dtype = tokenizer, end_of_text, dtype
+    def __init__(self, encode, end_of_text: int, dtype: np.dtype):
+        self.encode, self.end_of_text, self.dtype = encode, np.array([end_of_text], np.uint32), dtype
 
     def __getitem__(self, batch: tuple):
         texts, sides, separated = batch
-        ids = ([], [])
-        try:    # encode_batch_fast leaves out the offsets: the same ids, measured 1.8 times as fast as encode_batch
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encoded = self.encode(texts)
         except Exception as error:      # tokenizers raises plain Exception; DataLoader would add a traceback to it
             return str(error)
-        for encoding, side, separate in zip(encodings, sides, separated):
-            ids[side].extend(encoding.ids)
-            if separate:
-                ids[side].append(self.end_of_text)
-        return [np.array(tokens, self.dtype) for tokens in ids]
+        parts = ([self.end_of_text[:0]], [self.end_of_text[:0]])
+        for ids, side, separate in zip(encoded, sides, separated):
+            parts[side].extend([ids, self.end_of_text] if separate else [ids])
+        return [np.concatenate(part).astype(self.dtype) for part in parts]
 
 
 def _start_worker(_number: int):
@@ -310,7 +215,7 @@ def _batches(text: Text, found: dict, limit: int, start: dict | None):
         is on the other side."""
         previous = None
         for piece, last in text.documents(start):
-            digest = _digest(piece)
+            digest = text_hash(piece)
             side = digest <= limit
             if previous:
                 yield *previous, previous[-1] != side
@@ -365,11 +270,11 @@ def _progress(folder: Path, names: tuple, width: int) -> dict:
     return done
 
 
-def _write_shards(folder: Path, text: Text, found: dict, limit: int, encoder: _Encoder) -> dict:
+def _write_shards(folder: Path, text: Text, found: dict, limit: int, tokens_of: _Encoder) -> dict:
     """Appends the tokens of the text to train.bin and validation.bin, after room for their headers, and what it read to
     pieces.bin. Returns tokens (of both) and characters, all that there are."""
     names = ("train.bin", "validation.bin", "pieces.bin")
-    done = _progress(folder, names, encoder.dtype.itemsize)
+    done = _progress(folder, names, tokens_of.dtype.itemsize)
     total = int(found["pieces"]["length"].sum())
     workers = 0 if found["whole"] and total <= 2 * TOKENIZE_CHARACTERS else len(os.sched_getaffinity(0))
     if not found["whole"]:
@@ -384,7 +289,7 @@ def _write_shards(folder: Path, text: Text, found: dict, limit: int, encoder: _E
     files = [open(folder / name, "ab") for name in names]
     try:
         with Bar("tokenizing", total, done["characters"]) as bar:
-            for tokens in DataLoader(encoder, sampler=batches(), batch_size=None, num_workers=workers, collate_fn=lambda x: x,
+            for tokens in DataLoader(tokens_of, sampler=batches(), batch_size=None, num_workers=workers, collate_fn=lambda x: x,
                                      worker_init_fn=_start_worker, multiprocessing_context="fork" if workers else None,
                                      generator=torch.Generator()):      # its own, or it would advance the global one
                 if isinstance(tokens, str):
