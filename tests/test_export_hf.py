@@ -271,3 +271,8 @@ def test_the_host_never_holds_a_second_copy(tmp_path):
     written = (tmp_path / "model" / "model.safetensors").stat().st_size
     assert code == 0 and written > 4 * 45e6
     assert peak - before < 0.4 * written, ((peak - before) / 1e6, written / 1e6)
+
+
+def test_balancing_biases_are_refused(export):
+    code, folder, _, error = export(tiny_config(load_balancing="bias"))
+    assert code == 1 and "load_balancing=bias" in error and not folder.exists()

@@ -29,6 +29,7 @@ from model import COMPUTE_DTYPE, MoETransformer
 from precision import decode_master
 from report import Record
 from run_experiment import exit_code, new_parser
+from sources import BUILT_IN
 from tools.qwen3_moe import ARCHITECTURE, DTYPES, Place, places, their_rows, to_hugging_face
 
 BLOCK = 2 ** 20             # numbers converted at a time
@@ -60,9 +61,12 @@ def export(state: dict, metrics: dict, out: Path, dtype: str, shard_bytes: int) 
     """Makes the folder `out`, which must be empty or new, of a checkpoint's state; `metrics` are for the model card, `dtype`
     is named as in Config.
 
-    Raises ExperimentError when the folder cannot be written or a weight does not fit the dtype.
+    Raises ExperimentError when the format cannot hold the model, the folder cannot be written or a weight does not fit the dtype.
     """
     config, _ = resumed_config(state["config"], {})
+    if config.n_moe_layers and config.load_balancing == "bias":
+        raise ExperimentError("the model was trained with load_balancing=bias, and Qwen3-MoE's format has no place for the biases by "
+                              "which its experts are chosen. Train with load_balancing=loss to export")
     tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
     with torch.device("meta"):
         model = MoETransformer(dataclasses.replace(config, activation_checkpointing="none"))
