@@ -99,7 +99,7 @@ def plot_comparison(runs: dict[str, list[dict]], path, title: str = ""):
         x, y = _series([row for row in history if "train_loss" in row], "train_loss")
         label = "\n".join(textwrap.wrap(label, 60))
         _line(axes, x, _smoothed(y), label, color, linewidth=1.5, linestyle=dashes)
-        _line(axes, *_series([row for row in history if "val_loss" in row], "val_loss"), None, color, marker="o", linestyle="")
+        _line(axes, *_series([row for row in history if "val_loss" in row], "val_loss"), None, color, marker="o", markersize=4, linestyle="")
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token); points: validation")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.8)

@@ -25,7 +25,7 @@ from tokenizer import encoder, load_tokenizer, sha256, train_tokenizer, trained_
 TOKENIZER_SAMPLE = 20_000_000            # characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores
 TOKENIZE_CHARACTERS = 1_000_000          # characters tokenized at a time, by one core
 SHARD_CHARACTERS = 64_000_000            # characters after which what is tokenized outlives a kill
-COUNT_TOKENS = 2 ** 22                   # tokens counted at a time
+COUNT_TOKENS = 2 ** 20                   # tokens counted at a time
 FORMAT_VERSION = 1                       # of the cache: raise it when the same files would give other shards
 MAGIC, HEADER_BYTES = b"MOETOKEN", 1024
 HEADER = struct.Struct("<8sIIQ32s")      # magic, version, bytes in a token, tokens, the tokenizer's sha256

@@ -4,6 +4,7 @@
 """
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -23,6 +24,22 @@ def default_run() -> str:
             f"Its text after {d['tokens'] / 1e6:.2f} million tokens:\n\n```\n{text}\n```")
 
 
+def data_speed() -> str:
+    r = json.loads((ROOT / "benchmarks/results/data_speed_cpu.json").read_text())
+    t, loader = r["details"]["tokenizing"], r["details"]["loader"]
+    ways = {"this program, from .jsonl to shards": "ours_mb_per_s",
+            "`datasets.map`, a process for each core": "datasets_map_processes_mb_per_s",
+            "`datasets.map`, the tokenizer's own threads": "datasets_map_threads_mb_per_s"}
+    lines = [f"| tokenizing {t['text_mb']:.0f} MB on {r['gpu'].removeprefix('none, ')} | MB/s (median of {r['repetitions']}) |", "|---|---|"]
+    lines += [f"| {way} | {statistics.median(t[key]):.1f} |" for way, key in ways.items()]
+    lines += ["", "| loader | batches/s, warm | tokens/s | batches/s, cold disk | tokens/s |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(key.rpartition(", ")[0] for key in loader):
+        cells = (f"{loader[f'{name}, {state}']['batches_per_s']:,.0f} | {loader[f'{name}, {state}']['tokens_per_s'] / 1e6:.1f}M"
+                 for state in ("warm", "cold"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def presets() -> str:
     lines = ["| preset | width x layers | `d_ff` | MoE every | parameters | active | tokens a step |", "|---|---|---|---|---|---|---|"]
     for name, values in PRESETS.items():
@@ -34,7 +51,7 @@ def presets() -> str:
 
 def filled(readme: str) -> str:
     """The README with every marked block written anew."""
-    for name, block in dict(default_run=default_run, presets=presets).items():
+    for name, block in dict(default_run=default_run, presets=presets, data_speed=data_speed).items():
         readme = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _: f"<!-- {name} -->\n{block()}\n<!-- end -->", readme, flags=re.S)
     return readme
 

@@ -1,5 +1,11 @@
 import dataclasses
 import functools
+import os
+import tempfile
+
+os.environ["HF_HUB_OFFLINE"] = "1"      # no test uses the network, nor what an earlier one downloaded
+HUB = tempfile.TemporaryDirectory()
+os.environ["HF_HOME"] = HUB.name
 
 import pytest
 import torch

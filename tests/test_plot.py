@@ -199,3 +199,60 @@ def test_command_line_errors(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
     done = subprocess.run([sys.executable, ROOT / "plot.py", str(tmp_path / "missing")], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+# --- several runs
+
+@pytest.fixture
+def runs(tmp_path):
+    """runs(name=config, ...) writes a folder of metrics and configuration for each and returns their paths."""
+    def make(file="run.json", **configs):
+        for name, config in configs.items():
+            (tmp_path / name).mkdir()
+            write_metrics(tmp_path / name, run(20, train_loss=len(name)))
+            if config is not None:
+                (tmp_path / name / file).write_text(json.dumps(dict(config=dict(config, save_dir=name, cache_dir=name))))
+        return [tmp_path / name for name in configs]
+    return make
+
+
+def drawn(monkeypatch, folders, *options):
+    """{legend label: first training loss} of the figure that the command draws."""
+    figures = []
+    monkeypatch.setattr(plot, "_write", lambda figure, path: figures.append(figure))
+    assert plot.main([*map(str, folders), *options]) == 0
+    axes, = figures[0].axes
+    handles, shown = axes.get_legend_handles_labels()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == shown
+    return {label: handle.get_ydata()[0] for label, handle in zip(shown, handles)}
+
+
+def test_several_runs_are_named_by_the_fields_in_which_they_differ(runs, monkeypatch):
+    folders = runs(a=dict(muon_lr=0.02, seed=1, d_model=8), bb=dict(muon_lr=0.02, seed=2, d_model=8), ccc=dict(muon_lr=0.1, seed=1, d_model=8))
+    assert drawn(monkeypatch, folders) == {"muon_lr=0.02, seed=1": 1, "muon_lr=0.02, seed=2": 2, "muon_lr=0.1, seed=1": 3}
+    assert drawn(monkeypatch, folders[:2] + folders[:1]) == {"seed=1": 1, "seed=2": 2}, "a run named twice is drawn once"
+
+
+def test_runs_that_are_alike_or_have_no_configuration_are_named_by_their_folder(runs):
+    a, bb, ccc, none = runs(a=dict(seed=1), bb=dict(seed=1), ccc=dict(seed=2), dddd=None)
+    assert plot.labels([a, bb], [plot.read_config(p) for p in (a, bb)]) == [str(a), str(bb)]
+    assert plot.labels([a, bb, ccc], [plot.read_config(p) for p in (a, bb, ccc)]) == [f"{a} (seed=1)", f"{bb} (seed=1)", "seed=2"]
+    assert plot.labels([a, none], [plot.read_config(p) for p in (a, none)]) == ["seed=1", str(none)]
+    (none / "run.json").write_text("[broken")
+    assert plot.read_config(none) == {}
+
+
+def test_an_older_run_has_its_configuration_in_its_results(runs, monkeypatch):
+    assert list(drawn(monkeypatch, runs("training_results.json", a=dict(seed=1), b=dict(seed=2)))) == ["seed=1", "seed=2"]
+
+
+def test_the_comparison_is_written_beside_the_first_run(runs, tmp_path, capsys):
+    folders = runs(**{"r" * n: dict(seed=n, data="a long path " * 20) for n in range(1, 10)})
+    assert plot.main(list(map(str, folders))) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'comparison.png'}\n"
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*/*.png"))
+    assert plot.main([*map(str, folders), "--out", str(tmp_path / "mine.png")]) == 0 and (tmp_path / "mine.png").exists()
+    assert plot.main([str(folders[0]), str(tmp_path / "missing")]) == 1 and "missing" in capsys.readouterr().err
+    write_metrics(folders[0], [])
+    write_metrics(folders[1], [])
+    assert plot.main(list(map(str, folders[:2]))) == 0      # nothing to draw yet

@@ -1,4 +1,5 @@
 """The command line: what it answers, what it refuses and how, and whole runs that end, are killed, stopped and resumed."""
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,16 +10,18 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 import checkpoint
 import memory
 import report
 import run_experiment
-from config import PRESETS, Config, defaults, field_docs
+from config import PRESETS, Config, ConfigError, defaults, field_docs
 
 ROOT = Path(run_experiment.__file__).parent
 SMALL = dict(preset="tiny", d_model=32, n_layers=2, n_heads=2, d_ff=32, num_experts=4, max_seq_len=16, vocab_size=300, batch_size=2,
@@ -221,6 +224,7 @@ def assert_refused(result, code, *words):
     ("--muon_lr nan", ["muon_lr=nan"]),
     ("--d_model", ["--d_model", "expected one argument"]),
     ("--resume latest --overwrite --device cpu", ["--resume", "--overwrite", "choose one"]),
+    ("--tracker tensorbord --device cpu", ["--tracker: 'tensorbord'", "mean tensorboard?"]),
     ("sample --prompt a", ["--checkpoint"]),
     ("sample --checkpoint x --prompt a --temperature warm", ["--temperature", "'warm'"]),
     ("sample --checkpoint x --prompt a --temperature -1", ["--temperature must lie between 0"]),
@@ -250,6 +254,16 @@ def test_unusable_data(cli, base, tmp_path, name, written, words):
     if written is not None:
         (tmp_path / name).write_bytes(written)
     assert_refused(cli(*arguments(base, data=tmp_path / name, save_dir=tmp_path / "run")), 1, *words)
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_more_readers_than_cores_and_a_missing_tracker_are_refused(cli, base, tmp_path, monkeypatch):
+    argv = arguments(base, save_dir=tmp_path / "run", num_workers=os.cpu_count() + 1)
+    assert_refused(cli(*argv), 2, f"num_workers={os.cpu_count() + 1}", f"{os.cpu_count()} cores")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("data.prepare", lambda _: pytest.fail("minutes of tokenizing before it is refused"))
+    assert_refused(cli(*arguments(base, save_dir=tmp_path / "run", tracker="wandb")), 1, "wandb is not installed", "pip install wandb",
+                   "--tracker none")
     assert not list((tmp_path / "run").glob("*"))
 
 
@@ -417,6 +431,83 @@ def test_overwrite_starts_anew_and_leaves_other_files(cli, base, run):
     assert (run / "notes.txt").read_text() == "mine"
 
 
+# ---------------------------------------------------------------- run.json
+
+def test_run_json_says_what_the_run_is_made_of(cli, finished, run, monkeypatch):
+    facts = json.loads((finished / "run.json").read_text())
+    results = json.loads((finished / "training_results.json").read_text())
+    state = checkpoint.load(finished / "checkpoint_latest.pt")
+    assert facts["config"] == results["config"] and facts["config"]["d_model"] == 32 and facts["data"] == results["data"]
+    assert facts["data"]["data_hash"] == state["data"]["data_hash"] and facts["data"]["tokenizer_hash"] == state["data"]["tokenizer_hash"]
+    assert facts["run_id"] == state["run_id"] and (facts["step"], facts["resumed_from"], facts["earlier"]) == (0, None, [])
+    assert facts["packages"]["torch"] == torch.__version__ and facts["packages"]["numpy"] and facts["gpu"] is None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert git.returncode != 0 or facts["git"]["commit"] == git.stdout.strip()
+
+    monkeypatch.setattr(sys, "argv", ["run_experiment.py", "--save_dir", "a folder"])
+    assert cli("--resume", "latest", "--save_dir", run, "--max_steps", "10", "--muon_lr", "0.5")[0] == 0
+    again = json.loads((run / "run.json").read_text())
+    assert again["environment"]["command"] == "run_experiment.py --save_dir 'a folder'"
+    assert again["earlier"] == [{k: v for k, v in facts.items() if k != "earlier"}]
+    assert again["step"] == 8 and again["resumed_from"] == str(run / "checkpoint_latest.pt") and again["run_id"] == facts["run_id"]
+    assert (again["config"]["muon_lr"], facts["config"]["muon_lr"]) == (0.5, 0.02)
+    (run / "run.json").write_text("my notes")
+    assert cli("--resume", "latest", "--save_dir", run, "--max_steps", "12")[0] == 0
+    assert (run / "run.json.1").read_text() == "my notes" and json.loads((run / "run.json").read_text())["step"] == 10
+
+
+def test_git_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    assert set(report.git_state().values()) == {None}, "no repository"
+    for argv in (["init", "-q"], ["add", "report.py"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"]):
+        (tmp_path / "report.py").write_text("one\n")
+        subprocess.run(["git", *argv], cwd=tmp_path, check=True)
+    clean = report.git_state()
+    assert clean["clean"] is True and clean["diff"] == "" and clean["untracked"] == [] and len(clean["commit"]) == 40
+    (tmp_path / "report.py").write_text("two\n")
+    (tmp_path / "new.py").write_text("")
+    changed = report.git_state()
+    assert changed["clean"] is False and "-one\n+two" in changed["diff"] and changed["untracked"] == ["new.py"]
+    assert changed["commit"] == clean["commit"] and changed["diff_sha256"] != clean["diff_sha256"]
+    monkeypatch.setattr(report, "LONGEST_DIFF", 10)
+    assert report.git_state() == changed | dict(diff=None)
+    monkeypatch.setenv("PATH", "")
+    assert set(report.git_state().values()) == {None}, "no git"
+
+
+# ---------------------------------------------------------------- the option parser
+
+def values(name: str):
+    """Any value that a field's type allows, whether or not Config would take it."""
+    kind = typing.get_type_hints(Config)[name]
+    text = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1).filter(lambda t: not t.startswith("-"))
+    return st.sampled_from(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else {
+        int: st.integers(), float: st.floats(allow_nan=False), str: text}.get(kind, st.booleans())
+
+
+@given(st.data(), st.lists(st.sampled_from(list(defaults())), unique=True, max_size=6), st.booleans(), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_options_are_read_as_they_were_written(draw, names, dashes, joined):
+    expected = {name: draw.draw(values(name), label=name) for name in names}
+    argv = []
+    for name, value in expected.items():
+        option = "--" + (name.replace("_", "-") if dashes else name)
+        argv += [f"{option}={value}"] if joined or str(value).startswith("-") else [option, str(value)]
+    parser = run_experiment.new_parser("")
+    run_experiment.add_config_options(parser)
+    read = run_experiment.config_options(parser.parse(argv))
+    assert read == expected and all(type(read[name]) is type(value) for name, value in expected.items())
+
+
+@given(st.lists(st.one_of(st.text(), st.sampled_from([f"--{name}" for name in defaults()]), st.text().map("--{}".format))))
+@settings(max_examples=200, deadline=None)
+def test_any_arguments_are_read_or_refused(argv):
+    parser = run_experiment.new_parser("")
+    run_experiment.add_config_options(parser)
+    with contextlib.suppress(ConfigError, SystemExit):      # --help leaves
+        assert set(run_experiment.config_options(parser.parse(argv))) <= set(defaults())
+
+
 # ---------------------------------------------------------------- sample
 
 def test_sample(cli, finished):
@@ -474,7 +565,7 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp
     assert first.returncode == 0 and "Traceback" not in err
     for words in ("step 0: validation loss", "step 40: validation loss", "step 80: validation loss", "A sample", "Done: 80 steps"):
         assert words in out
-    assert {p.name for p in whole.iterdir()} == {"metrics.jsonl", "training_results.json", "training_curves.png", "checkpoint_latest.pt",
+    assert {p.name for p in whole.iterdir()} == {"metrics.jsonl", "training_results.json", "training_curves.png", "run.json", "checkpoint_latest.pt",
                                                  *(f"checkpoint_step_{n}.pt" for n in (40, 60, 80))}
     assert (whole / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((whole / "training_results.json").read_text())
