@@ -30,7 +30,7 @@ import torch
 import data
 import report
 import tokenizer as tokenizers
-from benchmarks.run import RESULTS, ROOT, write
+from benchmarks.record import ROOT, write
 from config import PRESETS, Config
 from sources import Text
 
@@ -131,9 +131,7 @@ def main() -> None:
         median = {name: statistics.median(values) for name, values in tokenizer.items() if name.endswith("per_s")}
         ratio = median["ours_mb_per_s"] / max(median["datasets_map_processes_mb_per_s"], median["datasets_map_threads_mb_per_s"])
         write("data_speed", ratio, "times the MB/s of datasets.map, the faster of its two ways", REPETITIONS,
-              dict(environment=report.environment(torch.device("cpu"))), dict(tokenizing=tokenizer, loader=loader))
-        path = RESULTS / "data_speed_cpu.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict(command="python -m benchmarks.data_speed"), indent=1) + "\n")
+              report.environment(torch.device("cpu")), dict(tokenizing=tokenizer, loader=loader), "python -m benchmarks.data_speed")
     finally:
         shutil.rmtree(folder)
         shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

@@ -219,7 +219,7 @@ def runs(tmp_path):
 def drawn(monkeypatch, folders, *options):
     """{legend label: first training loss} of the figure that the command draws."""
     figures = []
-    monkeypatch.setattr(plot, "_write", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plot, "write_figure", lambda figure, path: figures.append(figure))
     assert plot.main([*map(str, folders), *options]) == 0
     axes, = figures[0].axes
     handles, shown = axes.get_legend_handles_labels()

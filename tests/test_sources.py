@@ -199,9 +199,9 @@ def test_of_a_long_data_set_the_beginning_decides_split_and_tokenizer(tmp_path, 
     decode = corpus.tokenizer.decode
     sides = [decode(t.tolist(), skip_special_tokens=False).split("<|endoftext|>")[:-1] for t in (corpus.train, corpus.validation)]
     assert sorted(sides[0] + sides[1]) == sorted(STORIES)
-    limit = max(shards._digest(text) for text in sides[1])
-    assert all(shards._digest(text) > limit for text in sides[0])
-    held = [text for text in STORIES[:20] if shards._digest(text) <= limit]     # a fifth of the beginning, not of all
+    limit = max(shards.text_hash(text) for text in sides[1])
+    assert all(shards.text_hash(text) > limit for text in sides[0])
+    held = [text for text in STORIES[:20] if shards.text_hash(text) <= limit]     # a fifth of the beginning, not of all
     assert 0.2 <= sum(map(len, held)) / sum(map(len, STORIES[:20])) < 0.3
     assert corpus.tokenizer_json == train_tokenizer([text for text in STORIES[:20] if text not in held], 300)
 
