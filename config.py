@@ -241,7 +241,7 @@ PRESETS = {
     "25b": dict(_BRIEF, d_model=5120, n_layers=48, n_heads=40, d_ff=13824, moe_every=8, batch_size=2),
     "18b_every_block": dict(_BRIEF, d_model=4096, n_layers=40, n_heads=32, d_ff=3840, moe_every=1),
     "small": dict(_BRIEF, d_model=768, n_layers=12, n_heads=12, d_ff=1280, moe_every=1, max_seq_len=1024,
-                  vocab_size=32768, batch_size=16, max_steps=500, eval_every=100, save_every=250,
+                  vocab_size=32768, batch_size=16, gradient_accumulation_steps=4, max_steps=500, eval_every=100, save_every=250,
                   activation_checkpointing="auto", data="installed"),
     "tiny": dict(_BRIEF, d_model=128, n_layers=4, n_heads=4, d_ff=256, moe_every=1, max_seq_len=256, vocab_size=4096,
                  batch_size=8, gradient_accumulation_steps=2, max_steps=250, muon_lr=0.02, adamw_lr=0.003,

@@ -1,7 +1,7 @@
 """Makes the figures that the README quotes, each from a whole run of the program with every feature on.
 
     python -m benchmarks.run                    list the names
-    python -m benchmarks.run NAME [NAME ...]
+    python -m benchmarks.run NAME [NAME ...] [--FIELD VALUE ...]        any option of run_experiment.py, for all its runs
 
     default_run             the default run on a CPU, from an empty cache
     small_precisions        `small` in fp16 and bf16, two seeds each, on one plot
@@ -30,10 +30,11 @@ import torch
 import data
 import memory
 from benchmarks import parts
-from benchmarks.record import CACHE, RESULTS, ROOT, SHORT, train, write
+from benchmarks.record import CACHE, FOR_ALL, RESULTS, ROOT, SHORT, train, train_side_by_side, write
 from config import resolve
 from plot import plot_comparison
 from report import environment
+from run_experiment import add_config_options, config_options, new_parser
 
 
 def default_run(folder: Path) -> None:
@@ -50,12 +51,11 @@ def default_run(folder: Path) -> None:
 
 def small_precisions(folder: Path) -> None:
     """`small` for 500 steps on `installed`: do fp16 and bf16 end within the spread of two seeds?"""
-    runs, cache = {}, str(CACHE)
-    for precision in ("fp16", "bf16"):
-        for seed in ("1", "2"):
-            runs[f"{precision}, seed {seed}"] = train(
-                folder / f"{precision}_{seed}", "--preset", "small", "--data", "installed", "--precision", precision, "--seed", seed,
-                "--max_steps", "500", "--save_every", "0", "--save_minutes", "0", "--cache_dir", cache)
+    common = ["--preset", "small", "--data", "installed", "--max_characters", "300_000_000", "--max_steps", "500",
+              "--save_every", "0", "--save_minutes", "0", "--cache_dir", str(CACHE)]
+    data.prepare(resolve(dict(data="installed", max_characters=300_000_000, cache_dir=str(CACHE)), "small", None)[0])
+    runs = train_side_by_side({f"{precision}, seed {seed}": [*common, "--precision", precision, "--seed", seed]
+                               for seed in ("1", "2") for precision in ("fp16", "bf16")}, folder)
     final = {label: r["final_metrics"]["val_loss"] for label, r in runs.items()}
     means = {p: statistics.mean(v for label, v in final.items() if label.startswith(p)) for p in ("fp16", "bf16")}
     spread = max(abs(final[f"{p}, seed 1"] - final[f"{p}, seed 2"]) for p in means)
@@ -65,7 +65,7 @@ def small_precisions(folder: Path) -> None:
           next(iter(runs.values()))["environment"], dict(
               final_validation_loss=final, spread_of_seeds=spread,
               skipped_steps_after_warmup={label: _skipped_after_warmup(r) for label, r in runs.items()},
-              tokens_per_second={label: r["totals"]["tokens_per_second"] for label, r in runs.items()}))
+              unigram_entropy=next(iter(runs.values()))["data"]["unigram_entropy"]))
 
 
 def _skipped_after_warmup(results: dict) -> int:
@@ -92,8 +92,11 @@ def _speeds(results: dict) -> list[float]:
 
 def advised(preset: str, precision: str) -> list[str]:
     """The options that `plan` gives for a preset on this machine's GPU."""
-    machine = memory.find_machine()
-    config, _, _ = resolve(dict(precision=precision, activation_checkpointing="auto"), preset, machine.memory_gb)
+    parser = new_parser("the options after the names are those of run_experiment.py")
+    add_config_options(parser)
+    given = config_options(parser.parse(FOR_ALL))
+    machine = memory.find_machine(given.get("host_memory_gb", 0))
+    config, _, _ = resolve(dict(precision=precision, activation_checkpointing="auto") | given, preset, machine.memory_gb)
     return memory.choose(config, machine, fixed_batch=False)[0].options().split()
 
 
@@ -150,7 +153,9 @@ BENCHMARKS = dict(default_run=default_run, small_precisions=small_precisions, me
                   checkpoint_io=parts.checkpoint_io)
 
 
-def main(names: list[str]) -> int:
+def main(argv: list[str]) -> int:
+    first_option = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
+    names, FOR_ALL[:] = argv[:first_option], argv[first_option:]
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown or not names:
         print(__doc__ if not names else f"error: unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}",
