@@ -1,4 +1,4 @@
-"""Triton kernels, each beside the plain PyTorch that it computes faster."""
+"""Triton kernels, each beside the plain PyTorch that it computes faster; and how torch.compile is to make its own."""
 import functools
 
 import torch
@@ -10,6 +10,12 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:         # PyTorch's builds for CPUs come without
     triton = None
+
+# What torch.compile must not do, as it gave wrong gradients without a word (torch 2.11 on an H100; benchmarks/check_gpu.py finds
+# either). Reordered loops fuse a norm's backward pass with its producer into a kernel that writes an fp32 intermediate and
+# reads it back in its next loop, without a barrier between its threads (the fault of pytorch/pytorch issue 191433).
+# Row with column reductions in one kernel read memory that nothing wrote (issue 193061).
+COMPILE_OPTIONS = {"loop_ordering_after_fusion": False, "triton.mix_order_reduction": False}
 
 TILE = 128, 256, 64         # rows, columns and depth; the fastest of six on an H200
 GROUP = 8                   # rows of tiles whose programs run side by side, so that operands are read from the cache

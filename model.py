@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config import LOSS_CHUNK, Config
+from kernels import COMPILE_OPTIONS
 from moe import MoE, SwiGLU
 
 logging.getLogger("torchao").setLevel(logging.ERROR)    # it warns of compiled extensions that nothing here uses
@@ -183,13 +184,9 @@ class MoETransformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile around each block: one graph for dense and one for MoE blocks, shared by all layers. And the loss."""
-        # the fusion of row with column reductions has given wrong gradients silently (pytorch/pytorch issue 193061; torch
-        # 2.10 to 2.13), read from memory that nothing wrote
-        import torch._inductor.config as inductor       # a second's import, for who compiles
-        inductor.triton.mix_order_reduction = False
         for block in self.blocks:       # not dynamic: a short validation batch must not change training's graphs
-            block.compile(fullgraph=True, dynamic=False)
-        self.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False)
+            block.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+        self.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None):
         """Without targets: fp32 logits [B, S, V]. With targets: (loss, metrics), all on the device, no synchronisation.

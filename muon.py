@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels import symmetric_product
+from kernels import COMPILE_OPTIONS, symmetric_product
 from precision import OptimizerState, read_master, write_master
 
 # Keller Jordan's quintic: steepest at zero, singular values end between about 0.7 and 1.2
@@ -166,7 +166,7 @@ class AdamW:
 def compiled(function, fused: bool, dynamic: bool = False):
     """The function, or its fused twin: torch.compile makes a kernel or two of its elementwise operations, for each shape or,
     with `dynamic`, for all."""
-    return torch.compile(function, fullgraph=True, dynamic=dynamic) if fused else function
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=COMPILE_OPTIONS) if fused else function
 
 
 def muon_momentum_dtype(parameter: Tensor) -> torch.dtype:

@@ -11,14 +11,16 @@ import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
+import re
 import sys
 import time
 import warnings
 
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import moe
-from config import Config
+from config import PRESETS, Config
 from kernels import symmetric_product
 from model import MoETransformer
 from muon import NEWTON_SCHULZ, AdamW, Muon, gram_newton_schulz, newton_schulz, product_dtype, split_parameters
@@ -126,6 +128,45 @@ def check_model() -> None:
             check(f"{precision}, {what}: gradients against fp32's", distance(found[precision, what][1], exact[1]), 1.5 * rounding)
 
 
+def check_full_width() -> None:
+    """A dense and an MoE block of `18b` and its loss, compiled, in 16 bits, beside the plain ones: kernels for large shapes are
+    not those for small ones. And no compiled kernel may read what it has written: its threads do not wait for each other."""
+    device, shape = find_device(BASE), dict(PRESETS["18b"], n_layers=2, moe_every=2, batch_size=1)
+    for precision in ("bf16", "fp16"):
+        for mode in ("none", "selective", "full") if precision == "bf16" else ("none",):
+            torch.manual_seed(0)
+            model = MoETransformer(Config(**shape | dict(precision=precision, activation_checkpointing=mode))).to(device)
+            tokens = torch.randint(model.config.vocab_size, (1, model.config.max_seq_len + 1), device=device)
+
+            def gradients():
+                model.zero_grad(set_to_none=True)
+                poison(device)
+                loss, _ = model(tokens[:, :-1], tokens[:, 1:])
+                (loss * SCALE[precision]).backward()
+                return {name: p.grad.float() for name, p in model.named_parameters()}
+            plain = gradients()
+            model.compile_blocks()
+            _, codes = run_and_get_code(gradients)      # forgets what was compiled, and compiles anew
+            for repetition in range(2):
+                check(f"18b's width, {precision}, {mode}, compiled: gradients", distance(gradients(), plain), 0.1)
+            check(f"18b's width, {precision}, {mode}: kernels that read what they wrote", len(rereading_kernels(codes)), 0)
+            del model, plain
+            torch.cuda.empty_cache()
+
+
+def rereading_kernels(codes: list[str]) -> list[str]:
+    """Names of the Triton kernels in inductor's output that load from a pointer after they have stored to it."""
+    found = []
+    for name, body in (match for code in codes for match in re.findall(r"def (triton_\w+)\(.*?\):\n(.*?)\n'''", code, re.S)):
+        written = set()
+        for access, pointer in re.findall(r"tl\.(store|load)\((\w+)", body):
+            if access == "store":
+                written.add(pointer)
+            elif pointer in written:
+                found.append(name)
+    return found
+
+
 def check_grouped_products(device: torch.device) -> None:
     """With an idle expert, values and gradients, against float64."""
     x, weight = torch.randn(512, 256, device=device), torch.randn(4, 128, 256, device=device) / 16
@@ -206,6 +247,8 @@ def main() -> int:
     check_symmetric_product(device)
     if device.type == "cuda":
         check_fused_optimizers(device)
+        with attention_backends(device):
+            check_full_width()
     print("all checks hold" if not failed else f"{failed} checks failed")
     return 1 if failed else 0
 

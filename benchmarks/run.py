@@ -100,7 +100,7 @@ def advised(preset: str, precision: str) -> list[str]:
     return memory.choose(config, machine, fixed_batch=False)[0].options().split()
 
 
-def train_preset(folder: Path, preset: str, precision: str, steps: int = 8) -> dict:
+def train_preset(folder: Path, preset: str, precision: str, steps: int = 7) -> dict:
     """A few whole steps of a preset; its tokens are cached first. Writes the speed, and returns the run's results."""
     options = ["--preset", preset, "--precision", precision, *advised(preset, precision), *SHORT]
     data.prepare(resolve(dict(cache_dir=str(CACHE)), preset, None)[0])

@@ -338,7 +338,7 @@ def graphs(monkeypatch):
         return aot_eager(graph, inputs)
 
     compiler = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiler(self, backend=backend, **kwargs))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiler(self, **kwargs | dict(backend=backend, options=None)))
     compile_function = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function if function is model_module.chunk_loss
                         else compile_function(function, **kwargs))
