@@ -11,11 +11,8 @@ try:
 except ImportError:         # PyTorch's builds for CPUs come without
     triton = None
 
-# What torch.compile must not do, as it gave wrong gradients without a word (torch 2.11 on an H100; benchmarks/check_gpu.py finds
-# either). Reordered loops fuse a norm's backward pass with its producer into a kernel that writes an fp32 intermediate and
-# reads it back in its next loop, without a barrier between its threads (the fault of pytorch/pytorch issue 191433).
-# Row with column reductions in one kernel read memory that nothing wrote (issue 193061).
-COMPILE_OPTIONS = {"loop_ordering_after_fusion": False, "triton.mix_order_reduction": False}
+# Row with column reductions in one kernel read memory that nothing wrote (torch 2.10 to 2.13, pytorch/pytorch issue 193061).
+COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
 
 TILE = 128, 256, 64         # rows, columns and depth; the fastest of six on an H200
 GROUP = 8                   # rows of tiles whose programs run side by side, so that operands are read from the cache
@@ -55,6 +52,25 @@ def plain_symmetric_product(a: Tensor, b: Tensor, alpha: float, add: Tensor | No
 @functools.cache
 def _has_tensor_memory_access(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def compile_with_barriers() -> None:
+    """Lets torch.compile's kernels wait before they read what they have written.
+
+    A reduction over rows that are longer than a block takes two loops, and the second may read back what the first wrote: other
+    threads than those that wrote it, without a barrier (torch 2.11 to 2.13, pytorch/pytorch issue 191433). On an H100 an MoE
+    block's gradients were garbage, other garbage each time. benchmarks/check_gpu.py looks for such kernels.
+    """
+    from torch._inductor.codegen.triton import TritonKernel     # a second's import, for who compiles
+    load = TritonKernel.load
+
+    def load_after_barrier(kernel, name, index):
+        if name in kernel.store_buffer_names:
+            kernel.body.writeline("tl.debug_barrier()")         # between the loops
+        return load(kernel, name, index)
+    TritonKernel.load = load_after_barrier
+    torch.compiler.config.cache_key_tag = "barriers"        # kernels that were made without are not to come from the cache
 
 
 if triton is not None:

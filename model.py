@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config import LOSS_CHUNK, Config
-from kernels import COMPILE_OPTIONS
+from kernels import COMPILE_OPTIONS, compile_with_barriers
 from moe import MoE, SwiGLU
 
 logging.getLogger("torchao").setLevel(logging.ERROR)    # it warns of compiled extensions that nothing here uses
@@ -184,6 +184,7 @@ class MoETransformer(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile around each block: one graph for dense and one for MoE blocks, shared by all layers. And the loss."""
+        compile_with_barriers()
         for block in self.blocks:       # not dynamic: a short validation batch must not change training's graphs
             block.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
         self.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
