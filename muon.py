@@ -95,7 +95,7 @@ class Muon:
         self.state = OptimizerState(parameters, ("momentum",), muon_momentum_dtype, offload, matrices=True)
         self.dtype = product_dtype(self.state.device, fused)
         self.orthogonalize = gram_newton_schulz if fused else newton_schulz
-        self.nesterov_direction, self.muon_update = compiled(nesterov_direction, fused), compiled(muon_update, fused)
+        self.nesterov_direction, self.muon_update = (compiled_for_any_number(f, fused) for f in (nesterov_direction, muon_update))
 
     @torch.no_grad()
     def step(self, lr: float, factor: float) -> None:
@@ -103,17 +103,13 @@ class Muon:
         scalar = functools.partial(torch.full, (), device=self.state.device)
         factor, decay = scalar(factor), scalar(lr * self.weight_decay)
         for group in self.state.groups():
-            if self.fused:          # one matrix at a time: a compiled function for each shape, not for each number of them
-                group = [(weight[i], gradient[i], {key: t[i] for key, t in state.items()})
-                         for weight, gradient, state in group for i in range(len(weight))]
-            rows, columns = group[0][0].shape[-2:]
-            counts = [weight.numel() // (rows * columns) for weight, _, _ in group]
+            counts, (rows, columns) = [len(weight) for weight, _, _ in group], group[0][0].shape[1:]
             x = torch.empty(sum(counts), rows, columns, dtype=self.dtype, device=self.state.device)
-            active = [self.nesterov_direction(gradient, state["momentum"], factor, self.momentum, part.view(gradient.shape))
+            active = [self.nesterov_direction(gradient, state["momentum"], factor, self.momentum, part)
                       for (_, gradient, state), part in zip(group, x.split(counts))]
             rate = scalar(lr * math.sqrt(max(1, rows / columns)))
             for (weight, _, state), update, alive in zip(group, self.orthogonalize(x).split(counts), active):
-                self.muon_update(weight, state, update.view(weight.shape), alive, rate, decay)
+                self.muon_update(weight, state, update, alive, rate, decay)
 
     def state_dict(self) -> dict:
         return dict(state=self.state.state_dict())
@@ -167,6 +163,19 @@ def compiled(function, fused: bool, dynamic: bool = False):
     """The function, or its fused twin: torch.compile makes a kernel or two of its elementwise operations, for each shape or,
     with `dynamic`, for all."""
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options=COMPILE_OPTIONS) if fused else function
+
+
+def compiled_for_any_number(function, fused: bool):
+    """`compiled` for tensors [n, rows, columns]: a kernel for each rows and columns, whatever n (one of its own for n = 1)."""
+    function = compiled(function, fused)
+
+    def call(*arguments):
+        for argument in arguments:
+            for tensor in argument.values() if isinstance(argument, dict) else (argument,):
+                if isinstance(tensor, Tensor) and tensor.ndim == 3 and len(tensor) > 1:
+                    torch._dynamo.mark_dynamic(tensor, 0)
+        return function(*arguments)
+    return call if fused else function
 
 
 def muon_momentum_dtype(parameter: Tensor) -> torch.dtype:

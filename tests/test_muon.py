@@ -246,6 +246,28 @@ def test_split_bf16_masters_are_fp32_masters_to_the_bit(kind, monkeypatch):
         assert master.equal(truth[name]) and not master.equal(p.float())
 
 
+def test_fused_muon_compiles_once_for_any_number_of_matrices_and_once_for_one(monkeypatch):
+    """The GPU's path, with its graphs run as they are, beside the plain one."""
+    graphs, compile_function = [], torch.compile
+    monkeypatch.setattr(OptimizerState, "PIECE", 5 * 60)       # five matrices: a bank of seven and the next one are cut
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda function, options, **kwargs: compile_function(function, backend=backend, **kwargs))
+    torch._dynamo.reset()
+    shapes = dict(bank=(7, 6, 10), pair=(2, 6, 10), large=(4, 2, 6, 10), one=(6, 10))
+    results = []
+    for fused in (False, True):
+        named = parameters(torch.bfloat16, **shapes)
+        optimizer = Muon(named, 0.9, 0.1, fused=fused)
+        optimizer.orthogonalize, optimizer.dtype = newton_schulz, torch.float32
+        train(optimizer, named, steps=2)
+        results.append(snapshot(optimizer, named))
+    assert_same_bits(*results)
+    assert len(graphs) == 4     # two functions, for several and for one
+
+
 @OPTIMIZERS
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_streamed_state_gives_the_same_bits(kind, dtype, monkeypatch):
