@@ -2,6 +2,7 @@
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
@@ -15,6 +16,9 @@ except ImportError:         # PyTorch's builds for CPUs come without
 COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
 
 TILE = 128, 256, 64         # rows, columns and depth; the fastest of six on an H200
+PARTS, WARPS, STAGES = 2, 8, 3
+HEADS = 32                  # heads of a program of the rotation
+SWIGLU_BLOCK = 2048         # columns at a time
 GROUP = 8                   # rows of tiles whose programs run side by side, so that operands are read from the cache
 
 
@@ -35,9 +39,12 @@ def symmetric_product(a: Tensor, b: Tensor, alpha: float = 1.0, add: Tensor | No
     def blocks(x, height):
         return TensorDescriptor.from_tensor(x.mT, [1, depth, height]) if tall else TensorDescriptor.from_tensor(x, [1, height, depth])
     out = torch.empty(n, m, m, dtype=a.dtype, device=a.device)
+    part = [1, rows, columns // PARTS]
     grid = (triton.cdiv(m, rows) * triton.cdiv(m, columns), n)
-    _symmetric_product[grid](blocks(a, rows), blocks(b, columns), out if add is None else add, out, m, k, alpha, beta, diagonal,
-                             add is not None, tall, rows, columns, depth, GROUP, num_warps=8, num_stages=3)
+    _symmetric_product[grid](blocks(a, rows), blocks(b, columns), TensorDescriptor.from_tensor(out if add is None else add, part),
+                             TensorDescriptor.from_tensor(out, part), TensorDescriptor.from_tensor(out, [1, part[2], part[1]]), m, k,
+                             alpha, beta, diagonal, add is not None, tall, rows, columns, depth, PARTS, GROUP,
+                             num_warps=WARPS, num_stages=STAGES)
     return out
 
 
@@ -53,6 +60,123 @@ def plain_symmetric_product(a: Tensor, b: Tensor, alpha: float, add: Tensor | No
 def _has_tensor_memory_access(device: int) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
+
+# ---------------------------------------------------------------- queries and keys: normalised, then rotated
+
+def plain_normalize_and_rotate(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
+    """`normalize_and_rotate` for any device and dtype."""
+    wide = x.to(weight.dtype)
+    normal = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight).to(x.dtype)
+    even, odd = normal.to(weight.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles[:x.shape[1], None].unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+def normalize_and_rotate(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
+    """RMSNorm over heads, then rotary embedding of neighbouring pairs (Su et al. 2021), of x [B, S, H, hd] at positions 0 ... S-1.
+
+    weight [hd] and angles [positions, hd / 2, 2] (cosine, sine) are fp32; both steps compute in fp32, the norm is rounded to x's
+    dtype in between, as by two modules. On a GPU one kernel reads x once, where torch.compile's takes three times the time.
+    """
+    if triton is None or not x.is_cuda or x.dtype == torch.float32 or x.shape[-1] & (x.shape[-1] - 1):
+        return plain_normalize_and_rotate(x, weight, angles, eps)
+    return torch.ops.moe.normalize_and_rotate(x, weight, angles, eps)[0]
+
+
+@torch.library.custom_op("moe::normalize_and_rotate", mutates_args=())
+def _normalize_and_rotate(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    _rotate_rows[(triton.cdiv(scale.numel(), HEADS),)](x, weight, angles, out, scale, scale.numel(), x.shape[2], x.shape[1], eps, x.shape[-1], HEADS)
+    return out, scale
+
+
+@torch.library.custom_op("moe::normalize_and_rotate_backward", mutates_args=())
+def _normalize_and_rotate_backward(grad: Tensor, x: Tensor, weight: Tensor, angles: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    programs = triton.cdiv(scale.numel(), HEADS)
+    grad_x, grad_weight = torch.empty_like(x), x.new_empty(programs, x.shape[-1], dtype=torch.float32)
+    _rotate_rows_back[(programs,)](grad, x, weight, angles, scale, grad_x, grad_weight, scale.numel(), x.shape[2], x.shape[1],
+                                   *grad.stride()[:3], x.shape[-1], HEADS)
+    return grad_x, grad_weight.sum(dim=0)
+
+
+@_normalize_and_rotate.register_fake
+def _(x, weight, angles, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@_normalize_and_rotate_backward.register_fake
+def _(grad, x, weight, angles, scale):
+    return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], output[1])
+
+
+_normalize_and_rotate.register_autograd(
+    lambda ctx, grad, _: (*_normalize_and_rotate_backward(grad, *ctx.saved_tensors), None, None), setup_context=_save)
+
+
+# ---------------------------------------------------------------- SwiGLU
+
+def plain_swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    """`swiglu` for any device and dtype."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    hidden = F.silu(gate) * up
+    return hidden if weights is None else (hidden * weights[:, None]).to(hidden.dtype)
+
+
+def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
+    """silu(gate) * up (Shazeer 2020) of rows gate_up [N, 2 F], as [N, F]; times a weight of each row, fp32 [N], if they are given.
+
+    On a GPU the backward pass is one kernel, which reads and writes everything once, the weights' gradients too.
+    """
+    if triton is None or not gate_up.is_cuda or gate_up.dtype == torch.float32:
+        return plain_swiglu(gate_up, weights)
+    return torch.ops.moe.swiglu(gate_up, weights)
+
+
+@torch.library.custom_op("moe::swiglu", mutates_args=())
+def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+    gate_up = gate_up.contiguous()
+    n, width = len(gate_up), gate_up.shape[1] // 2
+    out = gate_up.new_empty(n, width)
+    _swiglu_rows[(n, triton.cdiv(width, SWIGLU_BLOCK))](gate_up, gate_up if weights is None else weights, out, width, weights is not None,
+                                                        SWIGLU_BLOCK)
+    return out
+
+
+@torch.library.custom_op("moe::swiglu_backward", mutates_args=())
+def _swiglu_backward(grad: Tensor, gate_up: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    grad, gate_up = grad.contiguous(), gate_up.contiguous()
+    out, grad_weights = torch.empty_like(gate_up), gate_up.new_empty(len(gate_up), dtype=torch.float32)
+    _swiglu_rows_back[(len(gate_up),)](grad, gate_up, gate_up if weights is None else weights, out, grad_weights, grad.shape[1],
+                                       weights is not None, SWIGLU_BLOCK, num_warps=8)
+    return out, grad_weights
+
+
+@_swiglu.register_fake
+def _(gate_up, weights):
+    return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+
+
+@_swiglu_backward.register_fake
+def _(grad, gate_up, weights):
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(len(gate_up), dtype=torch.float32)
+
+
+def _swiglu_gradients(ctx, grad):
+    grad_gate_up, grad_weights = _swiglu_backward(grad, *ctx.saved_tensors)
+    return grad_gate_up, None if ctx.saved_tensors[1] is None else grad_weights
+
+
+_swiglu.register_autograd(_swiglu_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+# ---------------------------------------------------------------- torch.compile's kernels
 
 @functools.cache
 def compile_with_barriers() -> None:
@@ -75,8 +199,9 @@ def compile_with_barriers() -> None:
 
 if triton is not None:
     @triton.jit
-    def _symmetric_product(a_blocks, b_blocks, add_ptr, out_ptr, m, k, alpha, beta, diagonal, ADD: tl.constexpr,
-                           TALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
+    def _symmetric_product(a_blocks, b_blocks, add_blocks, out_blocks, mirror_blocks, m, k, alpha, beta, diagonal, ADD: tl.constexpr,
+                           TALL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
+                           GROUP: tl.constexpr):
         tiles_n = tl.cdiv(m, COLUMNS)
         tile = tl.program_id(0)
         first = tile // (GROUP * tiles_n) * GROUP
@@ -87,7 +212,7 @@ if triton is not None:
             return
         matrix = tl.program_id(1)
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for start in range(0, k, DEPTH):        # what lies outside is read as zero
+        for start in range(0, k, DEPTH):        # what lies outside is read as zero, and not written
             if TALL:
                 a = a_blocks.load([matrix, start, row]).reshape(DEPTH, ROWS).T
                 b = b_blocks.load([matrix, start, column]).reshape(DEPTH, COLUMNS)
@@ -95,14 +220,87 @@ if triton is not None:
                 a = a_blocks.load([matrix, row, start]).reshape(ROWS, DEPTH)
                 b = b_blocks.load([matrix, column, start]).reshape(COLUMNS, DEPTH).T
             total = tl.dot(a, b, total)
-        total *= alpha
-        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        corner = matrix.to(tl.int64) * m * m
-        here = corner + rows.to(tl.int64)[:, None] * m + columns[None, :]
-        lower = (rows[:, None] >= columns[None, :]) & (rows[:, None] < m)
-        if ADD:
-            total += beta * tl.load(add_ptr + here, mask=lower, other=0.0).to(tl.float32)
-        total += tl.where(rows[:, None] == columns[None, :], diagonal, 0.0)
-        result = total.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + here, result, mask=lower)
-        tl.store(out_ptr + corner + columns.to(tl.int64)[:, None] * m + rows[None, :], tl.trans(result), mask=tl.trans(lower))
+        # what follows the product in parts, which take less shared memory
+        WIDTH: tl.constexpr = COLUMNS // PARTS
+        if PARTS == 2:
+            left, right = tl.split(total.reshape(ROWS, 2, WIDTH).permute(0, 2, 1))
+        for part in tl.static_range(PARTS):
+            result = alpha * (total if PARTS == 1 else left if part == 0 else right)
+            begin = column + part * WIDTH
+            if ADD:
+                result += beta * add_blocks.load([matrix, row, begin]).reshape(ROWS, WIDTH).to(tl.float32)
+            result += tl.where(row + tl.arange(0, ROWS)[:, None] == begin + tl.arange(0, WIDTH)[None, :], diagonal, 0.0)
+            result = result.to(out_blocks.dtype)
+            out_blocks.store([matrix, row, begin], result.reshape(1, ROWS, WIDTH))
+            if column + COLUMNS <= row:         # the square tiles on the diagonal are whole as they are
+                mirror_blocks.store([matrix, begin, row], result.T.reshape(1, WIDTH, ROWS))
+
+    @triton.jit
+    def _rotate_rows(x_ptr, weight_ptr, angles_ptr, out_ptr, scale_ptr, rows, heads, positions, eps, DIM: tl.constexpr,
+                     ROWS: tl.constexpr):
+        row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+        there = row < rows
+        here, inside = row.to(tl.int64)[:, None] * DIM + column[None, :], there[:, None]
+        x = tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
+        normal = (x * scale[:, None] * tl.load(weight_ptr + column)[None, :]).to(out_ptr.dtype.element_ty).to(tl.float32)
+        even, odd = tl.split(normal.reshape(ROWS, DIM // 2, 2))
+        angles = tl.load(angles_ptr + (row // heads % positions)[:, None] * DIM + column[None, :])
+        cos, sin = tl.split(angles.reshape(ROWS, DIM // 2, 2))
+        out = tl.join(even * cos - odd * sin, odd * cos + even * sin).reshape(ROWS, DIM)
+        tl.store(out_ptr + here, out.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(scale_ptr + row, scale, mask=there)
+
+    @triton.jit
+    def _rotate_rows_back(grad_ptr, x_ptr, weight_ptr, angles_ptr, scale_ptr, grad_x_ptr, grad_weight_ptr, rows, heads, positions,
+                          batch_stride, position_stride, head_stride, DIM: tl.constexpr, ROWS: tl.constexpr):
+        row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+        there = row < rows
+        here, inside = row.to(tl.int64)[:, None] * DIM + column[None, :], there[:, None]
+        position, head = row // heads % positions, row % heads
+        place = (row // heads // positions).to(tl.int64) * batch_stride + position.to(tl.int64) * position_stride + head * head_stride
+        grad = tl.load(grad_ptr + place[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        even, odd = tl.split(grad.reshape(ROWS, DIM // 2, 2))
+        angles = tl.load(angles_ptr + position[:, None] * DIM + column[None, :])
+        cos, sin = tl.split(angles.reshape(ROWS, DIM // 2, 2))
+        grad = tl.join(even * cos + odd * sin, odd * cos - even * sin).reshape(ROWS, DIM)
+        grad = grad.to(grad_x_ptr.dtype.element_ty).to(tl.float32)
+        scale = tl.load(scale_ptr + row, mask=there, other=0.0)[:, None]
+        normal = tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32) * scale
+        tl.store(grad_weight_ptr + tl.program_id(0) * DIM + column, tl.sum(grad * normal, axis=0))
+        grad *= tl.load(weight_ptr + column)[None, :]
+        grad_x = scale * (grad - normal * (tl.sum(grad * normal, axis=1) / DIM)[:, None])
+        tl.store(grad_x_ptr + here, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _swiglu_rows(gate_up_ptr, weights_ptr, out_ptr, width, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = column < width
+        gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + (row * 2 + 1) * width + column, mask=inside, other=0.0).to(tl.float32)
+        hidden = gate * tl.sigmoid(gate) * up
+        if WEIGHTED:
+            hidden *= tl.load(weights_ptr + row)
+        tl.store(out_ptr + row * width + column, hidden.to(out_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _swiglu_rows_back(grad_ptr, gate_up_ptr, weights_ptr, out_ptr, grad_weights_ptr, width, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        weight = tl.load(weights_ptr + row) if WEIGHTED else 1.0
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < width
+            grad = tl.load(grad_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(gate_up_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(gate_up_ptr + (row * 2 + 1) * width + column, mask=inside, other=0.0).to(tl.float32)
+            gating = tl.sigmoid(gate)
+            silu = gate * gating
+            if WEIGHTED:
+                total += grad * silu * up
+            grad *= weight
+            grad_gate = grad * up * (gating + silu * (1 - gating))
+            tl.store(out_ptr + row * 2 * width + column, grad_gate.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptr + (row * 2 + 1) * width + column, (grad * silu).to(out_ptr.dtype.element_ty), mask=inside)
+        if WEIGHTED:
+            tl.store(grad_weights_ptr + row, tl.sum(total, axis=0))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config import LOSS_CHUNK, Config
-from kernels import COMPILE_OPTIONS, compile_with_barriers
+from kernels import COMPILE_OPTIONS, compile_with_barriers, normalize_and_rotate
 from moe import MoE, SwiGLU
 
 logging.getLogger("torchao").setLevel(logging.ERROR)    # it warns of compiled extensions that nothing here uses
@@ -58,7 +58,8 @@ class Attention(nn.Module):
     def project(self, x_BSD: Tensor, positions_S: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, S, hd] of tokens at these positions, by default 0, 1, 2 ..."""
         q, k, v = (project(x_BSD).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))  # [B, S, H, hd]
-        q, k = (self.rope(norm(x), input_pos=positions_S) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        angles = self.rope.cache if positions_S is None else self.rope.cache[positions_S]
+        q, k = (normalize_and_rotate(x, norm.weight, angles, norm.eps) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

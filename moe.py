@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from kernels import swiglu
 
 
 # ---------------------------------------------------------------- grouped products
@@ -156,8 +157,8 @@ class SwiGLU(nn.Module):
         self.down = nn.Parameter(torch.empty(config.d_model, config.d_ff, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up.flatten(0, 1)).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down)
+        gate_up = F.linear(x, self.gate_up.flatten(0, 1))
+        return F.linear(swiglu(gate_up.flatten(0, -2)).unflatten(0, x.shape[:-1]), self.down)
 
 
 class Router(nn.Module):
@@ -197,8 +198,7 @@ class Experts(nn.Module):
     def forward(self, x_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert on its rows, times the router's weight (before the down product: the same, and fused)."""
         dtype = x_RD.dtype      # grouped products are not autocast: fp32 masters are cast here
-        gate_RF, up_RF = grouped_linear(x_RD, self.gate_up.flatten(1, 2).to(dtype), ends_E).chunk(2, dim=-1)
-        hidden_RF = (F.silu(gate_RF) * up_RF * weights_R[:, None]).to(dtype)
+        hidden_RF = swiglu(grouped_linear(x_RD, self.gate_up.flatten(1, 2).to(dtype), ends_E), weights_R)
         return grouped_linear(hidden_RF, self.down.to(dtype), ends_E)
 
 

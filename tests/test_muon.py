@@ -4,7 +4,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import muon
 from conftest import tiny_config
-from kernels import symmetric_product
 from model import MoETransformer
 from muon import (AdamW, Muon, adamw_update, gram_newton_schulz, muon_update, nesterov_direction, newton_schulz, product_dtype,
                   split_parameters)
@@ -290,15 +289,3 @@ def test_muon_gets_the_hidden_matrices_and_adamw_the_rest(tied):
     norms = {name for name, p in model.named_parameters() if p.ndim == 1}
     routers = {f"blocks.{i}.ffn.router.weight" for i in (1, 3)}
     assert others.keys() == norms | routers | {"embedding.weight"} | (set() if tied else {"head.weight"})
-
-
-@pytest.mark.parametrize("tall", [False, True])
-def test_symmetric_product_is_its_sum(tall):
-    a = torch.randn(2, 6, 10, dtype=torch.float64)
-    a = a.mT.contiguous().mT if tall else a
-    add = torch.randn(2, 6, 6, dtype=torch.float64)
-    kept = add.clone()
-    found = symmetric_product(a, a, 0.7, add, -1.3, 0.4)
-    torch.testing.assert_close(found, 0.7 * a @ a.mT - 1.3 * add + 0.4 * torch.eye(6, dtype=torch.float64))
-    torch.testing.assert_close(symmetric_product(a, a), a @ a.mT)
-    assert torch.equal(add, kept)
