@@ -28,7 +28,6 @@ import shards
 from config import Config, ExperimentError
 from model import MoETransformer
 from run_experiment import exit_code, load_model, new_parser
-from sources import BUILT_IN
 from tokenizer import load_tokenizer
 from tools.evaluate import DomainText
 from trainer import attention_backends
@@ -89,15 +88,15 @@ def _start_worker(tokenizer_json: str) -> None:
 
 
 def _file_tokens(job: tuple[str, list[str], list[int], list[bool]]) -> tuple[list[int], np.ndarray]:
-    """Tokens and kinds of the chosen pieces of a file; NONE stands in both where an end-of-text follows a piece."""
+    """Tokens and kinds of the chosen pieces of a file; -1 and NONE stand for an end-of-text that follows a piece."""
     suffix, pieces, chosen, ends = job
     kinds, starts = character_kinds("".join(pieces), suffix), np.cumsum([0, *map(len, pieces)])
     tokens, labels = [], []
     for i in chosen:
         encoding = tokenizer.encode(pieces[i], add_special_tokens=False)
-        tokens += encoding.ids + [-1] * ends[i]
+        tokens += encoding.ids + [-1] * int(ends[i])
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        labels += [token_kinds(offsets, pieces[i], kinds[starts[i]:starts[i + 1]]), np.full(ends[i], NONE, np.uint8)]
+        labels += [token_kinds(offsets, pieces[i], kinds[starts[i]:starts[i + 1]]), np.full(int(ends[i]), NONE, np.uint8)]
     return tokens, np.concatenate(labels)
 
 
@@ -105,7 +104,7 @@ def domain(path: str | None, config: Config, root: str) -> str:
     """The package that a file belongs to; of other text the top-level folder or, beside such folders, the suffix."""
     if path is None:
         return config.data
-    if config.data in BUILT_IN:
+    if config.data == "installed":
         for packages in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
             if Path(path).is_relative_to(packages):
                 return Path(path).relative_to(packages).parts[0]

@@ -189,8 +189,10 @@ def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str |
 def _environment(gpu: str, processes: int) -> dict:
     """Of a run: the one GPU that it sees, and its share of the cores."""
     cores = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    own = dict(OMP_NUM_THREADS=cores) if gpu == CPU else dict(CUDA_VISIBLE_DEVICES=gpu, TORCHINDUCTOR_COMPILE_THREADS=cores)
-    return dict(os.environ, PYTHONWARNINGS="ignore", PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), **own)
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    threads = dict(OMP_NUM_THREADS=cores) if gpu == CPU else dict(TORCHINDUCTOR_COMPILE_THREADS=cores)
+    own = dict(PYTHONWARNINGS="ignore", PYTHONPATH=paths) | ({} if gpu == CPU else dict(CUDA_VISIBLE_DEVICES=gpu))
+    return threads | os.environ | own
 
 
 def visible_gpus(config: Config) -> tuple[str, ...]:
