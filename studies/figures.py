@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from plot import BLUE, GREEN, ORANGE, RED, write_figure
-from studies.grids import WEIGHTS
+from studies.grids import ADAMW_RATES, WEIGHTS
 
 SPEED = "speed of "
 LOSS = "validation loss (nats per token)"
@@ -46,11 +46,9 @@ def undecided(a: list[dict], b: list[dict]) -> bool:
     return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b)
 
 
-def best_rate(found: dict[str, list[dict]], optimizer: str, field: str) -> tuple[float, list[dict]]:
-    """The learning rate of an optimizer whose runs end lowest by their first seed, as the study chose it, and those runs."""
-    sweep = {runs[0]["changes"][field]: runs for group, runs in found.items() if group.startswith(f"{optimizer}, {field}")}
-    rate = min(sweep, key=lambda rate: sweep[rate][0]["val_loss"])
-    return rate, sweep[rate]
+def best_runs(found: dict[str, list[dict]], optimizer: str) -> list[dict]:
+    """The runs of the optimizer study at the rates that its sweep chose: those that end lowest by their first seed."""
+    return min((runs for group, runs in found.items() if group.startswith(f"{optimizer}, ") and "_lr" in group), key=lambda runs: runs[0]["val_loss"])
 
 
 def shorter(found: dict[str, list[dict]]) -> list[list[dict]]:
@@ -104,7 +102,7 @@ def draw(results: dict, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+            axes.legend(frameon=False, fontsize=8, ncols=2 if len(axes.get_legend_handles_labels()[0]) > 5 else 1)
     write_figure(figure, path)
 
 
@@ -126,13 +124,18 @@ def _grid(axes) -> None:
 def _optimizer(figure: Figure, results: dict) -> None:
     rates, curves = figure.subplots(1, 2, width_ratios=(2, 3))
     found = groups(results)
-    for name, field, label, colour, marker in (("muon", "muon_lr", "Muon with AdamW", BLUE, "o"), ("adamw", "adamw_lr", "AdamW alone", ORANGE, "s")):
-        sweep = {runs[0]["changes"][field]: runs for group, runs in found.items() if group.startswith(f"{name}, {field}")}
-        _points(rates, dict(sorted(sweep.items())), "val_loss", label, colour, marker)
-        rate, best = best_rate(found, name, field)
-        for i, run in enumerate(best):
+    sweeps = [runs for group, runs in found.items() if "_lr" in group]
+    muon = best_runs(found, "muon")[0]["changes"]
+    lines = (("adamw", "adamw_lr", {}, "AdamW alone", ORANGE, "s"),
+             ("muon", "muon_lr", dict(adamw_lr=ADAMW_RATES[1]), "Muon, over Muon's rate", BLUE, "o"),
+             ("muon", "adamw_lr", dict(muon_lr=muon["muon_lr"]), "Muon, over its AdamW's rate", GREEN, "^"))
+    for name, field, same, label, colour, marker in lines:
+        mine = {runs[0]["changes"][field]: runs for runs in sweeps if (dict(optimizer=name) | same).items() <= runs[0]["changes"].items()}
+        _points(rates, dict(sorted(mine.items())), "val_loss", label, colour, marker)
+    for name, label, colour in (("muon", "Muon with AdamW", BLUE), ("adamw", "AdamW alone", ORANGE)):
+        for i, run in enumerate(best_runs(found, name)):
             tokens, loss = np.array(run["validation"]).T
-            curves.plot(tokens, loss, color=colour, linewidth=1.1, label=f"{label}, rate {rate:g}" if i == 0 else None)
+            curves.plot(tokens, loss, color=colour, linewidth=1.1, label=f"{label}, best rates" if i == 0 else None)
     for runs in shorter(found):
         curves.plot([run["tokens"] for run in runs], [run["val_loss"] for run in runs], "o", color=BLUE, markersize=4.5, alpha=0.8)
     if shorter(found):
@@ -140,7 +143,9 @@ def _optimizer(figure: Figure, results: dict) -> None:
     ends = [run["val_loss"] for runs in found.values() for run in runs]
     curves.set(xlabel="tokens", ylabel=LOSS, ylim=(min(ends) - 0.1, min(ends) + 2.5 * max(0.4, max(ends) - min(ends))))
     curves.xaxis.set_major_formatter(EngFormatter(sep=""))
-    rates.set(xscale="log", xlabel="peak learning rate", ylabel=f"{LOSS}\nat the end")
+    rates.set(xscale="log", xlabel="peak learning rate", ylabel=f"{LOSS} at the end")
+    ends = [run["val_loss"] for runs in sweeps for run in runs]
+    rates.set_ylim(top=max(ends) + 0.4 * (max(ends) - min(ends)))      # room for the legend
     for axes in (rates, curves):
         _grid(axes)
 
@@ -231,14 +236,14 @@ def sharpest_layer(experts: dict, label: str) -> int:
     return int(np.argmax(experts["steps"][-1][label]["bits"]))
 
 
-def use(counts: list[list[int]]) -> np.ndarray:
+def use(counts) -> np.ndarray:
     """[labels, experts]: where the tokens of a label go, each row summing to 1 (nan for a label that does not occur)."""
     counts = np.array(counts, float).T
     with np.errstate(invalid="ignore"):
         return counts / counts.sum(1, keepdims=True)
 
 
-def bits_of_each(counts: list[list[int]]) -> np.ndarray:
+def bits_of_each(counts) -> np.ndarray:
     """What knowing a label says of the expert, in bits: the divergence of the label's experts from those of all tokens."""
     share, all_share = use(counts), np.array(counts, float).sum(1) / np.sum(counts)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -253,36 +258,43 @@ def _specialization(figure: Figure, results: dict) -> None:
     steps = first["steps"]
     for i, step in enumerate(steps):
         for n, run in enumerate(runs):
-            label = ("before training" if step["step"] == 0 else f"{EngFormatter(sep='')(step['tokens'])} tokens") if n == 0 else None
+            label = ("before training" if step["step"] == 0 else f"{EngFormatter(sep='', places=0)(step['tokens'])} tokens") if n == 0 else None
             by_layer.plot(layers, run["experts"]["steps"][i]["kind"]["bits"], color=colormaps["viridis"](0.9 * i / (len(steps) - 1)), linewidth=1.1, label=label)
     by_layer.plot(layers, steps[-1]["kind"]["shuffled_most"], "--", color="0.4", linewidth=1, label="shuffled kinds")
-    by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, None), title="By layer and training")
+    most = max(max(step["kind"]["bits"]) for run in runs for step in run["experts"]["steps"])
+    by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, 1.35 * most), title="By layer and training")
     by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     _grid(by_layer)
 
     occurring = [k for k, number in enumerate(first["kind_tokens"]) if number]
     bits = np.array([bits_of_each(counts)[occurring] for counts in first["kind_table"]]).T
-    _map(figure, by_kind, bits, [first["kinds"][k] for k in occurring], layers, "cividis", None, "bits that the kind says of the expert")
+    image = by_kind.imshow(bits, cmap="cividis", vmin=0, aspect="auto")
+    _label_map(figure, by_kind, image, [first["kinds"][k] for k in occurring], layers, "bits that the kind says of the expert")
     by_kind.set(xlabel="layer", title="By kind of token")
     for axes, label in ((kinds, "kind"), (domains, "domain")):
         layer, names = sharpest_layer(first, label), first[f"{label}s"]
         there = [k for k, number in enumerate(first[f"{label}_tokens"]) if number]
-        share = use(first[f"{label}_table"][layer])[there]
-        _map(figure, axes, 100 * share, [names[k] for k in there], range(1, share.shape[1] + 1), "cividis", "{:.0f}", "% of its token-expert pairs")
-        axes.set(xlabel="expert", title=f"{label.capitalize()}s in layer {layers[layer]}")
+        table = np.array(first[f"{label}_table"][layer], float)
+        share, average = use(table)[there], table.sum(1) / table.sum()
+        with np.errstate(divide="ignore"):
+            times = np.log2(share / average).clip(-2, 2)
+        image = axes.imshow(times, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+        for (row, column), part in np.ndenumerate(share):
+            axes.text(column, row, f"{100 * part:.0f}", ha="center", va="center", fontsize=7,
+                      color="white" if abs(times[row, column]) > 1.4 else "black")
+        bar = _label_map(figure, axes, image, [names[k] for k in there], range(1, share.shape[1] + 1), "times the expert's share of all tokens")
+        bar.set_ticks(range(-2, 3), labels=["≤ ¼", "½", "1", "2", "≥ 4"])
+        axes.set(xlabel="expert (in the cells: % of the row)", title=f"{label.capitalize()}s in layer {layers[layer]}")
 
 
-def _map(figure: Figure, axes, values: np.ndarray, rows: list[str], columns, colours: str, form: str | None, label: str) -> None:
-    """A heat map from 0 to its largest value, with the values in it where there is a `form`."""
-    image = axes.imshow(values, cmap=colours, vmin=0, vmax=max(1e-9, np.nanmax(values)), aspect="auto")
+def _label_map(figure: Figure, axes, image, rows: list[str], columns, label: str):
+    """Names of a heat map's rows, columns and colours; returns its colour bar."""
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
     axes.tick_params(length=0)
-    figure.colorbar(image, ax=axes, label=label, fraction=0.06, pad=0.02).outline.set_visible(False)
-    if form:
-        for (row, column), value in np.ndenumerate(values):
-            axes.text(column, row, form.format(value), ha="center", va="center", fontsize=7,
-                      color="black" if value > 0.55 * np.nanmax(values) else "white")
+    bar = figure.colorbar(image, ax=axes, label=label, fraction=0.06, pad=0.02)
+    bar.outline.set_visible(False)
+    return bar
 
 
 PANELS = dict(optimizer=_optimizer, routing=_routing, balance=_balance, specialization=_specialization, scaling=_scaling,

@@ -5,6 +5,7 @@ now: it may look at results to choose the next ones, and is done when it wants n
 measured in a short run that has the GPU for itself, so that the others may share it.
 """
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from config import Config
@@ -47,33 +48,44 @@ def sized(base: Config, factor: float) -> dict:
                 d_ff=max(unit, round(base.d_ff * factor / unit) * unit))
 
 
-RATES = dict(muon=("muon_lr", (0.01, 0.02, 0.04)), adamw=("adamw_lr", (0.001, 0.002, 0.004)))
+MUON_RATES, ADAMW_RATES = (0.01, 0.02, 0.04), (0.001, 0.002, 0.004)
 MOST_RATES = 6
 FRACTIONS = (0.25, 0.5)
 
 
 def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """Is Muon worth it? Muon with AdamW against AdamW alone: the learning rate of each is swept with one seed, on past the first
-    three when the best is at an end; the best gets the other seeds. Muon also for a quarter and half of the tokens, each with
-    a whole schedule: with how many does it reach AdamW's loss?"""
-    wanted = [speed(name, seeds[0], optimizer=name) for name in RATES]
-    for name, (field, rates) in RATES.items():
+    """Is Muon worth it? Muon with AdamW against AdamW alone: the learning rates of each are swept with one seed (Muon's first, then
+    that of the AdamW beside it), on past the first three when the best is at an end; the best get the other seeds. Muon also for a
+    quarter and half of the tokens, each with a whole schedule: with how many does it reach AdamW's loss?"""
+    wanted = [speed(name, seeds[0], optimizer=name) for name in ("muon", "adamw")]
+
+    def sweep(field: str, rates: tuple[float, ...], **changes) -> float | None:
+        """Wants the runs of a sweep, and returns the best rate when that is known."""
         rates = list(rates)
         while True:
-            sweep = {rate: runs(base, f"{name}, {field} {rate:g}", tokens, seeds[:1], optimizer=name, **{field: rate})[0] for rate in sorted(rates)}
-            if not all(run.label in found for run in sweep.values()):
-                best = None
-                break
-            best = min(sweep, key=lambda rate: found[sweep[rate].label]["val_loss"])
-            if best not in (min(rates), max(rates)) or len(rates) == MOST_RATES:
-                break
+            tried = {rate: runs(base, rates_of(changes | {field: rate}), tokens, seeds[:1], **changes | {field: rate})[0] for rate in sorted(rates)}
+            wanted.extend(run for run in tried.values() if run not in wanted)
+            if not all(run.label in found for run in tried.values()):
+                return None
+            best = min(tried, key=lambda rate: found[tried[rate].label]["val_loss"])
+            if min(rates) < best < max(rates) or len(rates) == MOST_RATES:
+                return best
             rates.append(best / 2 if best == min(rates) else best * 2)
-        wanted += sweep.values()
-        if best is not None:
-            changes = dict(optimizer=name) | {field: best}
-            wanted += runs(base, f"{name}, {field} {best:g}", tokens, seeds[1:], **changes)
+
+    def rates_of(changes: dict) -> str:
+        return ", ".join(f"{field} {changes[field]:g}" if field.endswith("lr") else changes[field]
+                         for field in ("optimizer", "muon_lr", "adamw_lr") if field in changes)
+
+    best = dict(adamw=dict(adamw_lr=sweep("adamw_lr", ADAMW_RATES, optimizer="adamw")),
+                muon=dict(muon_lr=sweep("muon_lr", MUON_RATES, optimizer="muon", adamw_lr=ADAMW_RATES[1])))
+    if muon_lr := best["muon"]["muon_lr"]:
+        best["muon"]["adamw_lr"] = sweep("adamw_lr", ADAMW_RATES, optimizer="muon", muon_lr=muon_lr)
+    for name, changes in best.items():
+        if None not in changes.values():
+            changes = dict(optimizer=name) | changes
+            wanted += runs(base, rates_of(changes), tokens, seeds[1:], **changes)
             if name == "muon":
-                wanted += [run for share in FRACTIONS for run in runs(base, f"{name}, {share:g} of the tokens", tokens * share, seeds, **changes)]
+                wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **changes)]
     return wanted
 
 
@@ -113,8 +125,9 @@ def specialization(base: Config, tokens: float, seeds: list[int], found: dict[st
     """Do experts learn different patterns? Which experts the held-out text's tokens go to, by kind and by package, in every
     layer, before training and at six checkpoints."""
     wanted = runs(base, "top-2 of 8", tokens, seeds, num_experts=8, top_k=2)
-    return [dataclasses.replace(run, analysed=True, changes=run.changes | dict(save_every=max(1, run.changes["max_steps"] // KEPT_CHECKPOINTS),
-                                                                               keep_checkpoints=KEPT_CHECKPOINTS + 1)) for run in wanted]
+    every = math.ceil(wanted[0].changes["max_steps"] / KEPT_CHECKPOINTS)
+    kept = dict(save_every=every, keep_checkpoints=KEPT_CHECKPOINTS + 1)
+    return [dataclasses.replace(run, analysed=True, changes=run.changes | kept) for run in wanted]
 
 
 SIZES = (1 / 3, 1 / 2, 3 / 4, 1)
@@ -167,4 +180,4 @@ STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specializa
 
 # Tokens of a run by which a study of `small` takes about 20 minutes of one H100, at an assumed 250,000 tokens/s (500,000 at two
 # thirds of its width and depth) and 25 s for each start. checkpointing's runs are 16 steps whatever the tokens.
-TOKENS = dict(optimizer=20e6, routing=20e6, balance=16e6, specialization=80e6, scaling=20e6, checkpointing=1e6)
+TOKENS = dict(optimizer=16e6, routing=20e6, balance=16e6, specialization=80e6, scaling=20e6, checkpointing=1e6)

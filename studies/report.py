@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from memory import count
-from studies.figures import (MODES, best_rate, groups, mean_and_spread, power_law, sharpest_layer, shorter, timed, undecided,
+from studies.figures import (MODES, best_runs, groups, mean_and_spread, power_law, sharpest_layer, shorter, timed, undecided,
                              with_seconds)
 from studies.grids import STUDIES, WEIGHTS
 
@@ -90,7 +90,7 @@ def tokens_to(points: list[tuple[float, float]], loss: float) -> tuple[float, st
 
 def optimizer(results: dict) -> str:
     found, speeds = groups(results), timed(results)
-    (muon_rate, muon), (adamw_rate, adamw) = best_rate(found, "muon", "muon_lr"), best_rate(found, "adamw", "adamw_lr")
+    muon, adamw = best_runs(found, "muon"), best_runs(found, "adamw")
     target, tokens = mean_and_spread(adamw)[0], adamw[0]["tokens"]
     lengths = [(runs[0]["tokens"], mean_and_spread(runs)[0]) for runs in [*shorter(found), muon]]
     reached = tokens_to(lengths, target)
@@ -99,14 +99,15 @@ def optimizer(results: dict) -> str:
     bytes_each = {name: speeds[name]["state_bytes_per_parameter"] for name in speed}
     none = "not reached"
     table = rows(["", "Muon with AdamW", "AdamW alone"], [
-        ["best peak rate of the sweep", f"{muon_rate:g}", f"{adamw_rate:g}"],
+        ["best peak rates of the sweeps", f"{muon[0]['changes']['muon_lr']:g}, its AdamW {muon[0]['changes']['adamw_lr']:g}",
+         f"{adamw[0]['changes']['adamw_lr']:g}"],
         [f"validation loss after {count(tokens)} tokens", value(muon), value(adamw)],
         ["tokens to AdamW's loss", f"{reached[1]}{count(round(reached[0]))}" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
         ["seconds of training", f"{reached[1]}{reached[0] / speed['muon']:.0f}" if reached else none, f"{tokens / speed['adamw']:.0f}"],
         ["tokens/s, alone on the machine", *(f"{speed[name]:,.0f}" for name in speed)],
         ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in speed)]])
-    words = (f"At its best rate Muon ends {against(muon, adamw)} nats from AdamW alone. " + (
+    words = (f"At its best rates Muon ends {against(muon, adamw)} nats from AdamW alone. " + (
         f"It reaches AdamW's loss with {reached[1]}{reached[0] / tokens:.0%} of the tokens and {reached[1]}"
         f"{reached[0] / speed['muon'] * speed['adamw'] / tokens:.0%} of the time" if reached else "It does not reach AdamW's loss")
         + f", by runs of {len(lengths)} lengths, each with a whole schedule. Weights, gradients and state take "

@@ -42,6 +42,7 @@ from studies.grids import STUDIES, TOKENS, Run
 ROOT = Path(__file__).resolve().parent.parent
 MOST_PASSES = 4         # over the corpus; more is worth much less than new text (Muennighoff et al. 2023)
 MOST_METRICS = 12e6     # bytes of metrics that are kept
+VALIDATIONS = 10        # of a run; each also draws its curves, while the GPU waits
 GRACE = 45              # seconds in which a run that is told to stop saves
 CUT_OFF_CODES = (130, 143, -2, -15)     # of SIGINT and SIGTERM, handled or not
 CPU = "cpu"
@@ -302,8 +303,8 @@ def run_study(argv: list[str]) -> None:
 
 
 def _options(preset: str, given: dict, base: Config, tokens: float) -> list[str]:
-    """What all runs of a study are given: 20 validations, no checkpoints but to go on with, and no samples."""
-    own = dict(sample_tokens=0, save_every=0, save_minutes=5.0, eval_every=max(1, round(tokens / base.tokens_per_step / 20)))
+    """What all runs of a study are given: a few validations, no checkpoints but to go on with, and no samples."""
+    own = dict(sample_tokens=0, save_every=0, save_minutes=5.0, eval_every=max(1, round(tokens / base.tokens_per_step / VALIDATIONS)))
     return ["--preset", preset, *(word for name, value in (own | given).items()
                                   for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)))]
 
