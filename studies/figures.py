@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from plot import BLUE, GREEN, ORANGE, RED, write_figure
 from studies.grids import ADAMW_RATES, WEIGHTS
 
 SPEED = "speed of "
 LOSS = "validation loss (nats per token)"
-MODES = dict(none=BLUE, selective=GREEN, full=ORANGE)
+MODES = dict(none=(BLUE, "o"), selective=(GREEN, "^"), full=(ORANGE, "s"))
 DENSE_AND_MOE = dict(dense=("dense", ORANGE, "s"), moe=("top-2 of 8", BLUE, "o"))
 
 
@@ -40,10 +40,17 @@ def mean_and_spread(runs: list[dict], key: str = "val_loss") -> tuple[float, flo
     return sum(values) / len(values), max(values) - min(values)
 
 
-def undecided(a: list[dict], b: list[dict]) -> bool:
-    """Whether the losses of two groups differ by no more than the larger spread of their seeds, or have one seed only."""
+def usual_spread(found: dict[str, list[dict]]) -> float:
+    """The median over a study's groups of the spread of their seeds: two seeds can be close by chance."""
+    spreads = [mean_and_spread(runs)[1] for runs in found.values() if len(runs) > 1]
+    return float(np.median(spreads)) if spreads else math.inf
+
+
+def undecided(a: list[dict], b: list[dict], usual: float) -> bool:
+    """Whether the losses of two groups differ by no more than the spread of the seeds, of either or the usual one, or have one
+    seed only."""
     (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a), mean_and_spread(b)
-    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b)
+    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b, usual)
 
 
 def best_runs(found: dict[str, list[dict]], optimizer: str) -> list[dict]:
@@ -143,7 +150,7 @@ def _optimizer(figure: Figure, results: dict) -> None:
     ends = [run["val_loss"] for runs in found.values() for run in runs]
     curves.set(xlabel="tokens", ylabel=LOSS, ylim=(min(ends) - 0.1, min(ends) + 2.5 * max(0.4, max(ends) - min(ends))))
     curves.xaxis.set_major_formatter(EngFormatter(sep=""))
-    rates.set(xscale="log", xlabel="peak learning rate", ylabel=f"{LOSS} at the end")
+    rates.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss at the end (nats)")
     ends = [run["val_loss"] for runs in sweeps for run in runs]
     rates.set_ylim(top=max(ends) + 0.4 * (max(ends) - min(ends)))      # room for the legend
     for axes in (rates, curves):
@@ -209,16 +216,16 @@ def _checkpointing(figure: Figure, results: dict) -> None:
     runs = [run for run in timed(results).values() if "failed" not in run]
     depths = sorted({run["changes"]["n_layers"] for run in runs})
     for row, depth in zip(figure.subplots(len(depths), 2, squeeze=False, sharex=True), depths):
-        for mode, colour in MODES.items():
+        for mode, (colour, marker) in MODES.items():
             mine = {run["changes"]["batch_size"]: [run] for run in runs
                     if (run["changes"]["activation_checkpointing"], run["changes"]["n_layers"]) == (mode, depth)}
             for axes, key in zip(row, ("peak_gb", "tokens_per_second")):
-                _points(axes, dict(sorted(mine.items())), key, mode, colour)
+                _points(axes, dict(sorted(mine.items())), key, mode, colour, marker)
         for axes, label in zip(row, ("peak memory (GB)", "tokens/s")):
             sizes = sorted({run["changes"]["batch_size"] for run in runs if math.log2(run["changes"]["batch_size"]).is_integer()})
             axes.set(xscale="log", ylabel=f"{depth} layers: {label}", ylim=(0, None))
             axes.set_xticks(sizes, map(str, sizes))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
             _grid(axes)
         row[1].yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in figure.axes[-2:]:

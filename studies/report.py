@@ -15,7 +15,7 @@ import numpy as np
 
 from memory import count
 from studies.figures import (MODES, best_runs, groups, mean_and_spread, power_law, sharpest_layer, shorter, timed, undecided,
-                             with_seconds)
+                             usual_spread, with_seconds)
 from studies.grids import STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,10 +32,10 @@ def value(runs: list[dict], key: str = "val_loss", digits: int = 3) -> str:
     return f"{mean:.{digits}f}" + (f" ± {spread / 2:.{digits}f}" if len(runs) > 1 else " (one seed)")
 
 
-def against(a: list[dict], b: list[dict]) -> str:
+def against(a: list[dict], b: list[dict], usual: float) -> str:
     """How much lower or higher a ends than b, or that it is not decided."""
     difference = mean_and_spread(a)[0] - mean_and_spread(b)[0]
-    return f"{difference:+.3f}" + (", undecided" if undecided(a, b) else "")
+    return f"{difference:+.3f}" + (", undecided" if undecided(a, b, usual) else "")
 
 
 def rows(head: list[str], body: list[list[str]]) -> str:
@@ -46,11 +46,14 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
 
 
-def level(runs: dict[str, list[dict]]) -> tuple[str, str]:
+def level(runs: dict[str, list[dict]], usual: float) -> tuple[str, str]:
     """The group that ends lowest, and a sentence on those that cannot be told from it."""
     best = min(runs, key=lambda name: mean_and_spread(runs[name])[0])
-    same = [name for name in runs if name != best and undecided(runs[name], runs[best])]
-    return best, f"undecided against {listed(same)}" if same else "decided against each of the others"
+    same = [name for name in runs if name != best and undecided(runs[name], runs[best], usual)]
+    others = [name for name in runs if name != best and name not in same]
+    if not same or not others:
+        return best, f"{'undecided' if same else 'decided'} against each of the others"
+    return best, f"undecided against {listed(same)}" if len(same) <= len(others) else f"decided only against {listed(others)}"
 
 
 def code(token: str) -> str:
@@ -107,7 +110,7 @@ def optimizer(results: dict) -> str:
         ["seconds of training", f"{reached[1]}{reached[0] / speed['muon']:.0f}" if reached else none, f"{tokens / speed['adamw']:.0f}"],
         ["tokens/s, alone on the machine", *(f"{speed[name]:,.0f}" for name in speed)],
         ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in speed)]])
-    words = (f"At its best rates Muon ends {against(muon, adamw)} nats from AdamW alone. " + (
+    words = (f"At its best rates Muon ends {against(muon, adamw, usual_spread(found))} nats from AdamW alone. " + (
         f"It reaches AdamW's loss with {reached[1]}{reached[0] / tokens:.0%} of the tokens and {reached[1]}"
         f"{reached[0] / speed['muon'] * speed['adamw'] / tokens:.0%} of the time" if reached else "It does not reach AdamW's loss")
         + f", by runs of {len(lengths)} lengths, each with a whole schedule. Weights, gradients and state take "
@@ -117,14 +120,15 @@ def optimizer(results: dict) -> str:
 
 def routing(results: dict) -> str:
     found, speeds = groups(results), timed(results)
+    usual = usual_spread(found)
     fair = {f"top-{k}": found["top-2, equal tokens" if k == 2 else f"top-{k}, equal FLOPs"] for k in (1, 2, 3, 4)}
     same = {f"top-{k}": found[f"top-{k}, equal tokens"] for k in (1, 2, 3, 4)}
     flops = {name: runs[0]["flops"] / runs[0]["tokens"] for name, runs in same.items()}
     table = rows(["experts a token", "loss, equal tokens", "against top-2", "loss, equal FLOPs", "against top-2", "FLOPs a token", "tokens/s"], [
-        [name, value(same[name]), against(same[name], same["top-2"]) if name != "top-2" else "", value(fair[name]),
-         against(fair[name], fair["top-2"]) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
+        [name, value(same[name]), against(same[name], same["top-2"], usual) if name != "top-2" else "", value(fair[name]),
+         against(fair[name], fair["top-2"], usual) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
          f"{speeds[name]['tokens_per_second']:,.0f}"] for name in same])
-    (best, sure), (best_fair, sure_fair) = level(same), level(fair)
+    (best, sure), (best_fair, sure_fair) = level(same, usual), level(fair, usual)
     return (f"{table}\n\nAt equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, "
             f"{sure_fair}.")
 
@@ -133,9 +137,10 @@ def balance(results: dict) -> str:
     found = groups(results)
     names = {"none": "none", **{f"{scope}, weight {weight:g}": f"loss {weight:g}, {scope}" for scope in ("batch", "sequence") for weight in WEIGHTS},
              "bias": "bias alone"}
-    best, sure = level({names[name]: runs for name, runs in found.items()})
+    usual = usual_spread(found)
+    best, sure = level({names[name]: runs for name, runs in found.items()}, usual)
     table = rows(["balancing", "validation loss", f"against {best}", "load entropy (1: even)", "largest share of an expert"], [
-        [label, value(found[name]), "" if label == best else against(found[name], next(found[n] for n in names if names[n] == best)),
+        [label, value(found[name]), "" if label == best else against(found[name], next(found[n] for n in names if names[n] == best), usual),
          value(found[name], "load_entropy"), value(found[name], "worst_share", 2)] for name, label in names.items()])
     even, worst = (pick(found, key=lambda name: mean_and_spread(found[name], "load_entropy")[0]) for pick in (max, min))
     return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Loads are most even with {names[even]} (entropy "
@@ -177,14 +182,14 @@ def scaling(results: dict) -> str:
     dense, moe = (with_seconds(results, kind) for kind in ("dense", "moe"))
     by = {key: (power_law([run[key] for run in dense], [run["val_loss"] for run in dense]),
                 power_law([run[key] for run in moe], [run["val_loss"] for run in moe])) for key in ("active_params", "seconds")}
-    body, ratios = [], []
+    body, ratios, usual = [], [], usual_spread(found)
     for name, runs in ((group.removeprefix("moe, "), runs) for group, runs in found.items() if group.startswith("moe")):
         others = found[f"dense, {name}"]
         seconds = runs[0]["tokens"] / speeds[f"moe, {name}"]["tokens_per_second"]
         there, error = by["seconds"][0].at(seconds)
         mean = mean_and_spread(runs)[0]
         ratios.append(by["active_params"][0].inverse(mean) / runs[0]["active_params"])
-        body.append([name, count(runs[0]["active_params"]), count(runs[0]["total_params"]), value(others), value(runs), against(runs, others),
+        body.append([name, count(runs[0]["active_params"]), count(runs[0]["total_params"]), value(others), value(runs), against(runs, others, usual),
                      f"{mean - there:+.3f} ± {error:.3f}", *(f"{speeds[f'{kind}, {name}']['tokens_per_second']:,.0f}" for kind in ("dense", "moe"))])
     table = rows(["layers x width", "active", "all of the MoE", "dense loss", "MoE loss", "MoE - dense, equal tokens, FLOPs and active",
                   "MoE - dense, equal time", "dense tokens/s", "MoE tokens/s"], body)
@@ -228,7 +233,8 @@ def checkpointing(results: dict) -> str:
 
     def span(found: list, mode: str) -> str:
         values = [v for m, v in found if m == mode]
-        return f"{min(values):.0%} to {max(values):.0%}" if values else "an unknown share"
+        ends = sorted({f"{v:.0%}" for v in (min(values), max(values))}, key=lambda text: int(text[:-1])) if values else ["an unknown share"]
+        return " to ".join(ends)
 
     return (f"{table}\n\nAt the largest micro-batch that all three fit, `selective` saves {span(saved, 'selective')} of the activations' memory and takes "
             f"{span(slower, 'selective')} more time a token, `full` {span(saved, 'full')} and {span(slower, 'full')} (the brief: 40 to 50% saved, 10 to "

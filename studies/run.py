@@ -6,9 +6,18 @@
     python -m studies.run balance --preset tiny --tokens 2e5    the machinery, in minutes on a CPU
     python -m studies.run balance --minutes 8                   stop after 8 minutes; the same command goes on
 
-Each takes about 20 minutes of one H100 with `small`, by the estimate in studies/grids.py; the minutes that it took are in its
-results. Any option of run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its
-own, and its output is in studies/NAME/runs until it has finished.
+With `small` (65,536 tokens a step) on one H100, at 250,000 tokens/s and 25 s for each start, as estimated before any was run:
+
+    optimizer        17 runs of 16M tokens or less          23 minutes
+    routing          18 runs of 20M tokens or so            17
+    balance          20 runs of 16M tokens                  18
+    specialization    2 runs of 80M tokens, and analyses    14
+    scaling          24 runs of 20M tokens or less          21
+    checkpointing    32 runs of 8 steps                     16
+
+Two GPUs take half as long; --jobs 2 saves some of the starts. What a study did take is in its results, as `budget`. Any option of
+run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own, and its output is in
+studies/NAME/runs until it has finished.
 
 What is kept is small: studies/NAME/results.json, written anew after each run, metrics.jsonl.gz, the metrics of all runs, and
 figure.png. With results.json a study goes on on another machine; only runs that were cut off begin again there, as their

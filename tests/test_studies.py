@@ -17,7 +17,7 @@ from conftest import tiny_config
 from studies import report
 from studies import run as runner
 from studies.experts import KINDS
-from studies.figures import mean_and_spread, power_law, timed, undecided
+from studies.figures import mean_and_spread, power_law, timed, undecided, usual_spread
 from studies.grids import STUDIES, Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,10 +238,12 @@ def test_micro_batches_are_searched_to_the_end_of_memory(performed, tmp_path):
 
 def test_a_difference_inside_the_spread_is_undecided():
     a, b = [result(5.0), result(5.2)], [result(5.1), result(5.15)]
-    assert undecided(a, b) and undecided([result(4.0)], b) and not undecided([result(4.0), result(4.1)], b)
+    assert undecided(a, b, 0) and undecided([result(4.0)], b, 0) and not undecided([result(4.0), result(4.1)], b, 0)
+    assert undecided([result(5.0), result(5.0)], [result(5.05), result(5.05)], usual=0.06), "two seeds can be close by chance"
     assert mean_and_spread(a) == (pytest.approx(5.1), pytest.approx(0.2))
-    assert report.value(a) == "5.100 ± 0.100" and report.against(a, b) == "-0.025, undecided"
-    assert report.against([result(4.0), result(4.1)], b) == "-1.075"
+    assert usual_spread(dict(a=a, b=b, c=[result(3.0)])) == pytest.approx(0.125)
+    assert report.value(a) == "5.100 ± 0.100" and report.against(a, b, 0) == "-0.025, undecided"
+    assert report.against([result(4.0), result(4.1)], b, 0) == "-1.075"
 
 
 def test_power_law_finds_exponent_and_its_uncertainty():
