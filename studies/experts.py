@@ -268,7 +268,8 @@ def _model(path: Path | None, config: Config) -> tuple[MoETransformer, int]:
         return model, state["step"]
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
-        model = MoETransformer(dataclasses.replace(config, activation_checkpointing="none", precision=config.precision if device == "cuda" else "fp32"))
+        model = MoETransformer(dataclasses.replace(config, activation_checkpointing="none",
+                                                   precision=config.precision if device == "cuda" else "fp32"))
     return model.materialize(device).eval(), 0
 
 

@@ -165,7 +165,7 @@ def _routing(figure: Figure, results: dict) -> None:
                 marker)
     _points(speed, {k: [speeds[f"top-{k}"]] for k in (1, 2, 3, 4)}, "tokens_per_second", None, GREEN)
     loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=[1, 2, 3, 4])
-    speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=[1, 2, 3, 4], ylim=(0, None))
+    speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=[1, 2, 3, 4], ylim=(0, 1.08 * speed.dataLim.ymax))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, speed):
         _grid(axes)
@@ -185,6 +185,8 @@ def _balance(figure: Figure, results: dict) -> None:
         axes.set_xticks(range(len(WEIGHTS) + 2), ["none", *(f"$10^{{{round(math.log10(weight))}}}$" for weight in WEIGHTS), "bias"], fontsize=8)
         _grid(axes)
     figure.set_size_inches(9, 3.3)
+    low, high = figure.axes[0].get_ylim()
+    figure.axes[0].set_ylim(low, high + 0.25 * (high - low))       # room for the legend
     for axes in figure.axes[1:]:       # one legend is enough
         for line in axes.lines:
             line.set_label(None)
@@ -201,7 +203,8 @@ def _scaling(figure: Figure, results: dict) -> None:
             axes.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.8)
             fit = power_law(x, y)
             line = np.geomspace(min(x), max(x), 50)
-            axes.plot(line, [fit.at(v)[0] for v in line], color=colour, linewidth=1.2, label=f"{name}: slope\n{fit.slope:.3f} ± {fit.slope_error:.3f}")
+            axes.plot(line, [fit.at(v)[0] for v in line], color=colour, linewidth=1.2,
+                      label=f"{name}: slope\n{fit.slope:.3f} ± {fit.slope_error:.3f}")
         axes.set(xscale="log", xlabel=label)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -223,7 +226,7 @@ def _checkpointing(figure: Figure, results: dict) -> None:
                 _points(axes, dict(sorted(mine.items())), key, mode, colour, marker)
         for axes, label in zip(row, ("peak memory (GB)", "tokens/s")):
             sizes = sorted({run["changes"]["batch_size"] for run in runs if math.log2(run["changes"]["batch_size"]).is_integer()})
-            axes.set(xscale="log", ylabel=f"{depth} layers: {label}", ylim=(0, None))
+            axes.set(xscale="log", ylabel=f"{depth} layers: {label}", ylim=(0, 1.08 * axes.dataLim.ymax))
             axes.set_xticks(sizes, map(str, sizes))
             axes.xaxis.set_minor_locator(NullLocator())
             _grid(axes)
@@ -266,7 +269,8 @@ def _specialization(figure: Figure, results: dict) -> None:
     for i, step in enumerate(steps):
         for n, run in enumerate(runs):
             label = ("before training" if step["step"] == 0 else f"{EngFormatter(sep='', places=0)(step['tokens'])} tokens") if n == 0 else None
-            by_layer.plot(layers, run["experts"]["steps"][i]["kind"]["bits"], color=colormaps["viridis"](0.9 * i / (len(steps) - 1)), linewidth=1.1, label=label)
+            by_layer.plot(layers, run["experts"]["steps"][i]["kind"]["bits"], color=colormaps["viridis"](0.9 * i / (len(steps) - 1)),
+                          linewidth=1.1, label=label)
     by_layer.plot(layers, steps[-1]["kind"]["shuffled_most"], "--", color="0.4", linewidth=1, label="shuffled kinds")
     most = max(max(step["kind"]["bits"]) for run in runs for step in run["experts"]["steps"])
     by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, 1.35 * most), title="By layer and training")

@@ -162,13 +162,12 @@ def specialization(results: dict) -> str:
     layer = sharpest_layer(first, "kind")
     kinds, share = np.array(first["kinds"]), np.array(first["kind_table"][layer], float)
     share /= share.sum(0).clip(1)
-    tokens = rows(["expert", "sends most of", "tokens that set it apart"], [
+    tokens = rows(["expert", "gets of all pairs of a kind", "tokens that set it apart"], [
         [str(e + 1), listed([f"{kinds[k]} ({share[e, k]:.0%})" for k in np.argsort(-share[e])[:2]]),
          " ".join(code(token) for token, _ in first["top_tokens"][layer][e][:SHOWN_TOKENS])] for e in range(len(share))])
-    tokens = tokens.replace("sends most of", "gets of all pairs of a kind")
-    last, before = len(first["steps"]) - 1, 0
+    last = len(first["steps"]) - 1
     kind, domain = (mean_and_spread(mean_bits(last, label, "bits"), "bits")[0] for label in ("kind", "domain"))
-    untrained = mean_and_spread(mean_bits(before, "kind", "bits"), "bits")[0]
+    untrained = mean_and_spread(mean_bits(0, "kind", "bits"), "bits")[0]
     real = sum(bits > most for e in experts for bits, most in zip(e["steps"][-1]["kind"]["bits"], e["steps"][-1]["kind"]["shuffled_most"]))
     return (f"{table}\n\nMeans over the MoE layers, of {count(first['tokens'])} held-out tokens; \"shuffled\" is the largest of ten. At the end the "
             f"expert says {kind:.3f} of the kind's {first['kind_entropy']:.2f} bits and {domain:.3f} of the package's {first['domain_entropy']:.2f}; "
@@ -195,11 +194,11 @@ def scaling(results: dict) -> str:
                   "MoE - dense, equal time", "dense tokens/s", "MoE tokens/s"], body)
     largest = list(found.values())[-1][0]
     fits = by["active_params"]
-    gap = abs(fits[0].slope - fits[1].slope)
-    error = math.hypot(fits[0].slope_error, fits[1].slope_error)
+    gap, error = abs(fits[0].slope - fits[1].slope), math.hypot(fits[0].slope_error, fits[1].slope_error)
+    sure = "inside two standard errors: undecided" if gap <= 2 * error else "of more than two standard errors"
     return (f"{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters used and FLOPs are those of the MoE. Loss "
             f"falls with active parameters to the power {fits[0].slope:.3f} ± {fits[0].slope_error:.3f} (dense) and {fits[1].slope:.3f} ± "
-            f"{fits[1].slope_error:.3f} (MoE), {'a difference inside two standard errors: undecided' if gap <= 2 * error else 'a difference of more than two standard errors'}. "
+            f"{fits[1].slope_error:.3f} (MoE), a difference {sure}. "
             f"By the dense fit, a dense model needs {ratios[-1]:.2f} times the active parameters to end where the largest MoE does; that MoE "
             f"has {largest['total_params'] / largest['active_params']:.2f} times as many parameters as it uses (the brief: 4x capacity at the same "
             f"compute). Equal time is read off the dense models' fit over seconds, with its standard error.")
@@ -228,8 +227,8 @@ def checkpointing(results: dict) -> str:
                 slower += [(mode, slow)]
             body.append([str(depth), mode, str(batch), f"{run['peak_gb']:.1f}", "–" if less is None else f"{less:.0%}",
                          f"{run['tokens_per_second']:,.0f}", f"{slow:+.0%}", f"{most}" if most < tried[mode] else f"at least {most}"])
-    table = rows(["layers", "checkpointing", "micro-batch", "peak GB", "of the activations saved", "tokens/s", "time a token", "largest micro-batch that fits"],
-                 body)
+    table = rows(["layers", "checkpointing", "micro-batch", "peak GB", "of the activations saved", "tokens/s", "time a token",
+                  "largest micro-batch that fits"], body)
 
     def span(found: list, mode: str) -> str:
         values = [v for m, v in found if m == mode]
@@ -256,7 +255,7 @@ def block(name: str, folder: Path) -> str:
         raise ValueError(f"{folder / 'results.json'} is of the study {results['study']}")
     if not (folder / "figure.png").exists():
         return f"{head}Begun, and not finished: `python -m studies.run {name}` goes on."
-    return f"{head}![{QUESTIONS[name]}](studies/{name}/figure.png)\n\n{BLOCKS[name](results)} {budget(results)}"
+    return f"{head}![{QUESTIONS[name]}](studies/{name}/figure.png)\n\n{BLOCKS[name](results)}\n\n{budget(results)}"
 
 
 def filled(readme: str, folder: Path = ROOT / "studies") -> str:

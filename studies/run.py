@@ -110,7 +110,7 @@ def summary(r: dict) -> dict:
                 train_seconds=totals["train_seconds"], elapsed_seconds=totals["elapsed_seconds"], skipped_steps=totals["skipped_steps"],
                 total_params=config.total_params, active_params=config.active_params,
                 load_entropy=statistics.mean(entropy) if entropy else None, worst_share=max(map(max, late)) if late else None,
-                state_bytes_per_parameter=state / config.total_params, peak_gb=max(row["memory_peak_gb"] for row in rows), memory_gb=memory,
+                state_bytes_per_parameter=state / config.total_params if memory else None, peak_gb=max(row["memory_peak_gb"] for row in rows), memory_gb=memory,
                 passes=totals["tokens"] / r["data"]["train_tokens"],
                 validation=[[row["step"] * config.tokens_per_step, row["val_loss"]] for row in r["history"] if "val_loss" in row],
                 machine={k: r["environment"][k] for k in ("gpu", "cpus", "torch", "python")})
@@ -156,7 +156,8 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                 if gpu is None:
                     break
                 print(f"[{len(found)} of {len(wanted)} finished] {run.label}", flush=True)
-                running[pool.submit(perform, run, options, _place(folder, run), _environment(gpu, len(gpus) * jobs), stop)] = run, gpu
+                environment = _environment(gpu, len(gpus) * jobs)
+                running[pool.submit(perform, run, options, _place(folder, run), environment, stop)] = run, gpu
             if not running:
                 break
             done, _ = concurrent.futures.wait(running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
