@@ -16,7 +16,7 @@ import numpy as np
 from memory import count
 from studies.figures import (MODES, best_runs, groups, mean_and_spread, power_law, sharpest_layer, shorter, timed, undecided,
                              usual_spread, with_seconds)
-from studies.grids import STUDIES, WEIGHTS
+from studies.grids import ADAMW_RATES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = dict(optimizer="Is Muon worth it here?", routing="Is top-2 best, or top-1, top-3?", balance="What is the best load-balancing weight?",
@@ -101,9 +101,19 @@ def optimizer(results: dict) -> str:
     speed = {name: speeds[name]["tokens_per_second"] for name in ("muon", "adamw")}
     bytes_each = {name: speeds[name]["state_bytes_per_parameter"] for name in speed}
     none = "not reached"
+
+    def rate(best: list[dict], field: str) -> str:
+        """The best rate, and whether the sweep ended there, so that a better one may lie beyond."""
+        mine = best[0]["changes"]
+        beside = dict(optimizer=mine["optimizer"])
+        if mine["optimizer"] == "muon":     # its own rate was swept beside this one of AdamW
+            beside |= dict(adamw_lr=ADAMW_RATES[1]) if field == "muon_lr" else dict(muon_lr=mine["muon_lr"])
+        tried = [runs[0]["changes"][field] for group, runs in found.items() if "_lr" in group and beside.items() <= runs[0]["changes"].items()]
+        inside = min(tried) < mine[field] < max(tried)
+        return f"{mine[field]:g}" + ("" if inside else " (the sweep's end)")
+
     table = rows(["", "Muon with AdamW", "AdamW alone"], [
-        ["best peak rates of the sweeps", f"{muon[0]['changes']['muon_lr']:g}, its AdamW {muon[0]['changes']['adamw_lr']:g}",
-         f"{adamw[0]['changes']['adamw_lr']:g}"],
+        ["best peak rates of the sweeps", f"{rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}", rate(adamw, "adamw_lr")],
         [f"validation loss after {count(tokens)} tokens", value(muon), value(adamw)],
         ["tokens to AdamW's loss", f"{reached[1]}{count(round(reached[0]))}" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
