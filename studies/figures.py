@@ -1,23 +1,37 @@
-"""One figure for each study: points for single runs, a line through their means, so that the spread of the seeds shows."""
+"""One figure for each study, and the statistics that figures and tables share. Points are single runs and lines go through their
+means, so that the spread of the seeds shows."""
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from plot import BLUE, GREEN, ORANGE, RED, write_figure
+from studies.grids import ADAMW_RATES, WEIGHTS
 
-COLOURS = (BLUE, ORANGE, GREEN, RED)
+SPEED = "speed of "
+LOSS = "validation loss (nats per token)"
+MODES = dict(none=(BLUE, "o"), selective=(GREEN, "^"), full=(ORANGE, "s"))
+DENSE_AND_MOE = dict(dense=("dense", ORANGE, "s"), moe=("top-2 of 8", BLUE, "o"))
 
+
+# ---------------------------------------------------------------- statistics
 
 def groups(results: dict) -> dict[str, list[dict]]:
-    """{group: its runs that did not fail}, in the order of the study."""
+    """{group: its runs that did not fail}, in the order of the study, without those that only measured speed."""
     found: dict[str, list[dict]] = {}
     for run in results["runs"].values():
-        if "failed" not in run:
+        if "failed" not in run and not run["group"].startswith(SPEED):
             found.setdefault(run["group"], []).append(run)
     return found
+
+
+def timed(results: dict) -> dict[str, dict]:
+    """{configuration: the run that measured its speed}, failed ones too."""
+    return {run["group"].removeprefix(SPEED): run for run in results["runs"].values() if run["group"].startswith(SPEED)}
 
 
 def mean_and_spread(runs: list[dict], key: str = "val_loss") -> tuple[float, float]:
@@ -26,121 +40,273 @@ def mean_and_spread(runs: list[dict], key: str = "val_loss") -> tuple[float, flo
     return sum(values) / len(values), max(values) - min(values)
 
 
-def undecided(a: list[dict], b: list[dict]) -> bool:
-    """Whether the losses of two groups differ by no more than the larger spread of their seeds, or have one seed only."""
+def usual_spread(found: dict[str, list[dict]]) -> float:
+    """The median over a study's groups of the spread of their seeds: two seeds can be close by chance."""
+    spreads = [mean_and_spread(runs)[1] for runs in found.values() if len(runs) > 1]
+    return float(np.median(spreads)) if spreads else math.inf
+
+
+def undecided(a: list[dict], b: list[dict], usual: float) -> bool:
+    """Whether the losses of two groups differ by no more than the spread of the seeds, of either or the usual one, or have one
+    seed only."""
     (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a), mean_and_spread(b)
-    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b)
+    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b, usual)
 
 
-def power_law(x: list[float], y: list[float]) -> tuple[float, float, float]:
-    """(a, b, standard error of b) of y = a x^-b, by least squares of the logarithms; the error is inf for two points."""
-    design, target = np.stack([np.ones(len(x)), np.log(x)], axis=1), np.log(y)
-    (intercept, slope), *_ = np.linalg.lstsq(design, target, rcond=None)
-    free = len(x) - 2
-    if free <= 0:
-        return math.exp(intercept), -slope, math.inf
-    variance = ((target - design @ [intercept, slope]) ** 2).sum() / free
-    return math.exp(intercept), -slope, math.sqrt(variance * np.linalg.inv(design.T @ design)[1, 1])
+def best_runs(found: dict[str, list[dict]], optimizer: str) -> list[dict]:
+    """The runs of the optimizer study at the rates that its sweep chose: those that end lowest by their first seed."""
+    return min((runs for group, runs in found.items() if group.startswith(f"{optimizer}, ") and "_lr" in group), key=lambda runs: runs[0]["val_loss"])
 
+
+def shorter(found: dict[str, list[dict]]) -> list[list[dict]]:
+    """The optimizer study's groups of Muon with fewer tokens, fewest first."""
+    return sorted((runs for group, runs in found.items() if "of the tokens" in group), key=lambda runs: runs[0]["tokens"])
+
+
+@dataclass
+class PowerLaw:
+    """y = a x^slope, fitted by least squares of the logarithms; `covariance` is that of (slope, log a), inf for two points."""
+    slope: float
+    intercept: float
+    covariance: np.ndarray
+
+    @property
+    def slope_error(self) -> float:
+        return math.sqrt(self.covariance[0, 0])
+
+    def at(self, x: float) -> tuple[float, float]:
+        """y and its standard error."""
+        row = np.array([math.log(x), 1.0])
+        y = math.exp(self.slope * row[0] + self.intercept)
+        return y, y * math.sqrt(max(0.0, row @ self.covariance @ row))
+
+    def inverse(self, y: float) -> float:
+        return math.exp((math.log(y) - self.intercept) / self.slope)
+
+
+def power_law(x: list[float], y: list[float]) -> PowerLaw:
+    if len(x) < 3:
+        slope, intercept = np.polyfit(np.log(x), np.log(y), 1)
+        return PowerLaw(slope, intercept, np.full((2, 2), math.inf))
+    (slope, intercept), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
+    return PowerLaw(slope, intercept, covariance)
+
+
+def with_seconds(results: dict, kind: str) -> list[dict]:
+    """The scaling study's runs of a kind, with the seconds that their tokens take at the speed measured alone."""
+    speeds = timed(results)
+    return [run | dict(seconds=run["tokens"] / speeds[group]["tokens_per_second"]) for group, runs in groups(results).items()
+            if group.startswith(kind) for run in runs]
+
+
+# ---------------------------------------------------------------- drawing
 
 def draw(results: dict, path: Path) -> None:
     """Draws the study's figure into a PNG. Raises ExperimentError when it cannot be written."""
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1)
-    PANELS[results["study"]](figure, groups(results))
+    figure = Figure(figsize=(8, 3.4), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    PANELS[results["study"]](figure, results)
     for axes in figure.axes:
-        axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=9)
+            axes.legend(frameon=False, fontsize=8, ncols=2 if len(axes.get_legend_handles_labels()[0]) > 5 else 1)
     write_figure(figure, path)
 
 
-def _points(axes, named: dict[float, list[dict]], key: str, label: str, colour: str) -> None:
-    """Single runs as points and their means as a line, over the named x values."""
+def _points(axes, named: dict[float, list[dict]], key: str, label: str | None, colour: str, marker: str = "o") -> None:
+    """Single runs as points and a line through their means, over the named x values."""
     named = {x: runs for x, runs in named.items() if runs and runs[0].get(key) is not None}
     if not named:
         return
-    axes.plot(list(named), [mean_and_spread(runs, key)[0] for runs in named.values()], color=colour, label=label)
-    axes.plot([x for x, runs in named.items() for _ in runs], [run[key] for runs in named.values() for run in runs], "o", color=colour,
-              markersize=4, alpha=0.7)
+    axes.plot(list(named), [mean_and_spread(runs, key)[0] for runs in named.values()], color=colour, linewidth=1.2)
+    axes.plot([x for x, runs in named.items() for _ in runs], [run[key] for runs in named.values() for run in runs], marker, color=colour,
+              markersize=4.5, alpha=0.8, label=label)
 
 
-def _curves(axes, found: dict[str, list[dict]], names: list[str]) -> None:
-    """Validation loss over tokens, a line a run."""
-    for name, colour in zip(names, COLOURS):
-        for i, run in enumerate(found[name]):
-            tokens, loss = zip(*run["validation"])
-            axes.plot(np.array(tokens), loss, color=colour, label=name if i == 0 else None, linewidth=1.2)
-    axes.set(xlabel="tokens", ylabel="validation loss (nats per token)")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+def _grid(axes) -> None:
+    axes.grid(color="0.9", linewidth=0.7)
+    axes.set_axisbelow(True)
 
 
-def _optimizer(figure: Figure, found: dict) -> None:
-    rates, curves = figure.subplots(1, 2)
-    best = []
-    for name, field, colour in (("muon", "muon_lr", BLUE), ("adamw", "adamw_lr", ORANGE)):
-        mine = {runs[0]["changes"][field]: runs for group, runs in found.items() if group.startswith(name)}
-        _points(rates, dict(sorted(mine.items())), "val_loss", "Muon with AdamW" if name == "muon" else "AdamW alone", colour)
-        best += [min((group for group in found if group.startswith(name)), key=lambda group: mean_and_spread(found[group])[0])]
-    rates.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss (nats per token)")
-    _curves(curves, found, best)
+def _optimizer(figure: Figure, results: dict) -> None:
+    rates, curves = figure.subplots(1, 2, width_ratios=(2, 3))
+    found = groups(results)
+    sweeps = [runs for group, runs in found.items() if "_lr" in group]
+    muon = best_runs(found, "muon")[0]["changes"]
+    lines = (("adamw", "adamw_lr", {}, "AdamW alone", ORANGE, "s"),
+             ("muon", "muon_lr", dict(adamw_lr=ADAMW_RATES[1]), "Muon, over Muon's rate", BLUE, "o"),
+             ("muon", "adamw_lr", dict(muon_lr=muon["muon_lr"]), "Muon, over its AdamW's rate", GREEN, "^"))
+    for name, field, same, label, colour, marker in lines:
+        mine = {runs[0]["changes"][field]: runs for runs in sweeps if (dict(optimizer=name) | same).items() <= runs[0]["changes"].items()}
+        _points(rates, dict(sorted(mine.items())), "val_loss", label, colour, marker)
+    for name, label, colour in (("muon", "Muon with AdamW", BLUE), ("adamw", "AdamW alone", ORANGE)):
+        for i, run in enumerate(best_runs(found, name)):
+            tokens, loss = np.array(run["validation"]).T
+            curves.plot(tokens, loss, color=colour, linewidth=1.1, label=f"{label}, best rates" if i == 0 else None)
+    for runs in shorter(found):
+        curves.plot([run["tokens"] for run in runs], [run["val_loss"] for run in runs], "o", color=BLUE, markersize=4.5, alpha=0.8)
+    if shorter(found):
+        curves.plot([], [], "o", color=BLUE, markersize=4.5, label="Muon, a shorter run's end")
+    ends = [run["val_loss"] for runs in found.values() for run in runs]
+    curves.set(xlabel="tokens", ylabel=LOSS, ylim=(min(ends) - 0.1, min(ends) + 2.5 * max(0.4, max(ends) - min(ends))))
+    curves.xaxis.set_major_formatter(EngFormatter(sep=""))
+    rates.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss at the end (nats)")
+    ends = [run["val_loss"] for runs in sweeps for run in runs]
+    rates.set_ylim(top=max(ends) + 0.4 * (max(ends) - min(ends)))      # room for the legend
+    for axes in (rates, curves):
+        _grid(axes)
 
 
-def _routing(figure: Figure, found: dict) -> None:
+def _routing(figure: Figure, results: dict) -> None:
     loss, speed = figure.subplots(1, 2)
-    for kind, colour in (("equal tokens", BLUE), ("equal FLOPs", ORANGE)):
-        mine = {k: found.get(f"top-{k}, {kind}" if k != 2 else "top-2, equal tokens", []) for k in (1, 2, 3, 4)}
-        _points(loss, mine, "val_loss", kind, colour)
-    _points(speed, {k: found.get(f"top-{k}, equal tokens", []) for k in (1, 2, 3, 4)}, "tokens_per_second", "", GREEN)
-    loss.set(xlabel="experts a token, of 8", ylabel="validation loss (nats per token)", xticks=[1, 2, 3, 4])
-    speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=[1, 2, 3, 4], ylim=(0, None))
+    found, speeds = groups(results), timed(results)
+    for kind, colour, marker in (("equal tokens", BLUE, "o"), ("equal FLOPs", ORANGE, "s")):
+        _points(loss, {k: found.get(f"top-{k}, {kind}" if k != 2 else "top-2, equal tokens", []) for k in (1, 2, 3, 4)}, "val_loss", kind, colour,
+                marker)
+    _points(speed, {k: [speeds[f"top-{k}"]] for k in (1, 2, 3, 4)}, "tokens_per_second", None, GREEN)
+    loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=[1, 2, 3, 4])
+    speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=[1, 2, 3, 4], ylim=(0, 1.08 * speed.dataLim.ymax))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in (loss, speed):
+        _grid(axes)
 
 
-def _balance(figure: Figure, found: dict) -> None:
-    loss, share = figure.subplots(1, 2)
-    for axes, key, label in ((loss, "val_loss", "validation loss (nats per token)"), (share, "worst_share", "largest share of an expert")):
-        for scope, colour in (("batch", BLUE), ("sequence", ORANGE)):
-            mine = {weight: found.get(f"{scope}, weight {weight:g}", []) for weight in (1e-4, 1e-3, 1e-2, 1e-1)}
-            _points(axes, mine, key, f"loss, scope {scope}", colour)
-        for name, x, colour in (("none", 2e-5, RED), ("bias", 5e-5, GREEN)):
-            for i, run in enumerate(found.get(name, [])):
-                axes.plot([x], [run[key]], "D", color=colour, markersize=5, label=name if i == 0 else None)
-        axes.set(xscale="log", xlabel="weight of the load-balancing loss", ylabel=label)
+def _balance(figure: Figure, results: dict) -> None:
+    found = groups(results)
+    for axes, key, label in zip(figure.subplots(1, 3), ("val_loss", "load_entropy", "worst_share"),
+                                (LOSS, "load entropy (1: even)", "largest share of an expert")):
+        for scope, colour, marker in (("batch", BLUE, "o"), ("sequence", ORANGE, "s")):
+            _points(axes, {x: found.get(f"{scope}, weight {weight:g}", []) for x, weight in enumerate(WEIGHTS, 1)}, key, f"loss, scope {scope}",
+                    colour, marker)
+        for name, x, colour, marker in (("none", 0, RED, "v"), ("bias", len(WEIGHTS) + 1, GREEN, "D")):
+            runs = found.get(name, [])
+            axes.plot([x] * len(runs), [run[key] for run in runs], marker, color=colour, markersize=5, alpha=0.8)
+        axes.set(xlabel="weight of the balancing loss", ylabel=label)
+        axes.set_xticks(range(len(WEIGHTS) + 2), ["none", *(f"$10^{{{round(math.log10(weight))}}}$" for weight in WEIGHTS), "bias"], fontsize=8)
+        _grid(axes)
+    figure.set_size_inches(9, 3.3)
+    low, high = figure.axes[0].get_ylim()
+    figure.axes[0].set_ylim(low, high + 0.25 * (high - low))       # room for the legend
+    for axes in figure.axes[1:]:       # one legend is enough
+        for line in axes.lines:
+            line.set_label(None)
 
 
-def _scaling(figure: Figure, found: dict) -> None:
-    for axes, key, label in zip(figure.subplots(2, 2, sharey=True).flat, ("flops", "active_params", "total_params", "train_seconds"),
-                                ("training FLOPs", "active parameters", "parameters", "seconds of training")):
-        for kind, colour in (("dense", ORANGE), ("moe", BLUE)):
-            runs = [run for group, members in found.items() if group.startswith(kind) for run in members]
+def _scaling(figure: Figure, results: dict) -> None:
+    for axes, key, label in zip(figure.subplots(1, 3, sharey=True), ("active_params", "total_params", "seconds"),
+                                ("active parameters\n(FLOPs are in proportion)", "all parameters", "seconds of training")):
+        for kind, (name, colour, marker) in DENSE_AND_MOE.items():
+            runs = with_seconds(results, kind)
             if not runs:
                 continue
             x, y = [run[key] for run in runs], [run["val_loss"] for run in runs]
-            axes.plot(x, y, "o", color=colour, markersize=4)
-            a, b, error = power_law(x, y)
+            axes.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.8)
+            fit = power_law(x, y)
             line = np.geomspace(min(x), max(x), 50)
-            name = "dense" if kind == "dense" else "top-2 of 8"
-            axes.plot(line, a * line ** -b, color=colour, label=f"{name}, slope {-b:.3f} ± {error:.3f}")
+            axes.plot(line, [fit.at(v)[0] for v in line], color=colour, linewidth=1.2,
+                      label=f"{name}: slope\n{fit.slope:.3f} ± {fit.slope_error:.3f}")
         axes.set(xscale="log", xlabel=label)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    for axes in figure.axes[::2]:
-        axes.set_ylabel("validation loss (nats per token)")
-    figure.set_size_inches(10, 8)
+        axes.tick_params(axis="x", labelsize=8)
+        _grid(axes)
+    figure.axes[0].set_ylabel(LOSS)
+    figure.set_size_inches(9, 3.5)
 
 
-def _checkpointing(figure: Figure, found: dict) -> None:
-    depths = sorted({run["changes"]["n_layers"] for runs in found.values() for run in runs})
-    for row, depth in zip(np.atleast_2d(figure.subplots(len(depths), 2)), depths):
-        for mode, colour in (("none", BLUE), ("selective", GREEN), ("full", ORANGE)):
-            mine = {run["changes"]["batch_size"]: [run | dict(total_gb=run["memory_gb"].get("total"))] for runs in found.values() for run in runs
+def _checkpointing(figure: Figure, results: dict) -> None:
+    runs = [run for run in timed(results).values() if "failed" not in run]
+    depths = sorted({run["changes"]["n_layers"] for run in runs})
+    for row, depth in zip(figure.subplots(len(depths), 2, squeeze=False, sharex=True), depths):
+        for mode, (colour, marker) in MODES.items():
+            mine = {run["changes"]["batch_size"]: [run] for run in runs
                     if (run["changes"]["activation_checkpointing"], run["changes"]["n_layers"]) == (mode, depth)}
-            for axes, key in zip(row, ("total_gb", "tokens_per_second")):
-                _points(axes, dict(sorted(mine.items())), key, mode, colour)
-        row[0].set(xscale="log", xlabel="sequences in a micro-batch", ylabel="peak memory (GB)", title=f"{depth} layers")
-        row[1].set(xscale="log", xlabel="sequences in a micro-batch", ylabel="tokens/s", title=f"{depth} layers")
-    figure.set_size_inches(10, 3.6 * len(depths))
+            for axes, key in zip(row, ("peak_gb", "tokens_per_second")):
+                _points(axes, dict(sorted(mine.items())), key, mode, colour, marker)
+        for axes, label in zip(row, ("peak memory (GB)", "tokens/s")):
+            sizes = sorted({run["changes"]["batch_size"] for run in runs if math.log2(run["changes"]["batch_size"]).is_integer()})
+            axes.set(xscale="log", ylabel=f"{depth} layers: {label}", ylim=(0, 1.08 * axes.dataLim.ymax))
+            axes.set_xticks(sizes, map(str, sizes))
+            axes.xaxis.set_minor_locator(NullLocator())
+            _grid(axes)
+        row[1].yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in figure.axes[-2:]:
+        axes.set_xlabel("sequences in a micro-batch")
+    for axes in figure.axes[1:]:
+        for line in axes.lines:
+            line.set_label(None)
+    figure.set_size_inches(8, 2.8 * len(depths))
 
 
-PANELS = dict(optimizer=_optimizer, routing=_routing, balance=_balance, scaling=_scaling, checkpointing=_checkpointing)
+# ---------------------------------------------------------------- experts
+
+def sharpest_layer(experts: dict, label: str) -> int:
+    """The place of the MoE block whose experts say most of a label at the end."""
+    return int(np.argmax(experts["steps"][-1][label]["bits"]))
+
+
+def use(counts) -> np.ndarray:
+    """[labels, experts]: where the tokens of a label go, each row summing to 1 (nan for a label that does not occur)."""
+    counts = np.array(counts, float).T
+    with np.errstate(invalid="ignore"):
+        return counts / counts.sum(1, keepdims=True)
+
+
+def bits_of_each(counts) -> np.ndarray:
+    """What knowing a label says of the expert, in bits: the divergence of the label's experts from those of all tokens."""
+    share, all_share = use(counts), np.array(counts, float).sum(1) / np.sum(counts)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nansum(share * np.log2(share / all_share), axis=1)
+
+
+def _specialization(figure: Figure, results: dict) -> None:
+    figure.set_size_inches(9, 8.4)
+    (by_layer, by_kind), (kinds, domains) = figure.subplots(2, 2)
+    runs = [run for found in groups(results).values() for run in found]
+    first, layers = runs[0]["experts"], np.array(runs[0]["experts"]["layers"]) + 1
+    steps = first["steps"]
+    for i, step in enumerate(steps):
+        for n, run in enumerate(runs):
+            label = ("before training" if step["step"] == 0 else f"{EngFormatter(sep='', places=0)(step['tokens'])} tokens") if n == 0 else None
+            by_layer.plot(layers, run["experts"]["steps"][i]["kind"]["bits"], color=colormaps["viridis"](0.9 * i / (len(steps) - 1)),
+                          linewidth=1.1, label=label)
+    by_layer.plot(layers, steps[-1]["kind"]["shuffled_most"], "--", color="0.4", linewidth=1, label="shuffled kinds")
+    most = max(max(step["kind"]["bits"]) for run in runs for step in run["experts"]["steps"])
+    by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, 1.35 * most), title="By layer and training")
+    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _grid(by_layer)
+
+    occurring = [k for k, number in enumerate(first["kind_tokens"]) if number]
+    bits = np.array([bits_of_each(counts)[occurring] for counts in first["kind_table"]]).T
+    image = by_kind.imshow(bits, cmap="cividis", vmin=0, aspect="auto")
+    _label_map(figure, by_kind, image, [first["kinds"][k] for k in occurring], layers, "bits that the kind says of the expert")
+    by_kind.set(xlabel="layer", title="By kind of token")
+    for axes, label in ((kinds, "kind"), (domains, "domain")):
+        layer, names = sharpest_layer(first, label), first[f"{label}s"]
+        there = [k for k, number in enumerate(first[f"{label}_tokens"]) if number]
+        table = np.array(first[f"{label}_table"][layer], float)
+        share, average = use(table)[there], table.sum(1) / table.sum()
+        with np.errstate(divide="ignore"):
+            times = np.log2(share / average).clip(-2, 2)
+        image = axes.imshow(times, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+        for (row, column), part in np.ndenumerate(share):
+            axes.text(column, row, f"{100 * part:.0f}", ha="center", va="center", fontsize=7,
+                      color="white" if abs(times[row, column]) > 1.4 else "black")
+        bar = _label_map(figure, axes, image, [names[k] for k in there], range(1, share.shape[1] + 1), "times the expert's share of all tokens")
+        bar.set_ticks(range(-2, 3), labels=["≤ ¼", "½", "1", "2", "≥ 4"])
+        axes.set(xlabel="expert (in the cells: % of the row)", title=f"{label.capitalize()}s in layer {layers[layer]}")
+
+
+def _label_map(figure: Figure, axes, image, rows: list[str], columns, label: str):
+    """Names of a heat map's rows, columns and colours; returns its colour bar."""
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, label=label, fraction=0.06, pad=0.02)
+    bar.outline.set_visible(False)
+    return bar
+
+
+PANELS = dict(optimizer=_optimizer, routing=_routing, balance=_balance, specialization=_specialization, scaling=_scaling,
+              checkpointing=_checkpointing)

@@ -1,9 +1,11 @@
 """What each study runs: lists of changes to one base configuration, with the question that they answer.
 
 A study is a function of (base configuration, tokens of a run, seeds, results so far) that returns all runs that it wants by
-now: it may look at results to choose the next ones, and is done when it wants nothing new.
+now: it may look at results to choose the next ones, and is done when it wants nothing new. How fast a configuration is, is
+measured in a short run that has the GPU for itself, so that the others may share it.
 """
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from config import Config
@@ -14,10 +16,16 @@ class Run:
     """One training run. Runs of a `group` differ by their seed alone."""
     group: str
     changes: dict
+    alone: bool = False             # nothing else runs on its GPU
+    may_not_fit: bool = False       # running out of memory is a result
+    analysed: bool = False          # its checkpoints are kept and analysed by studies.specialization
 
     @property
     def label(self) -> str:
         return f"{self.group}, seed {self.changes['seed']}"
+
+
+TIMED_STEPS = 16
 
 
 def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
@@ -27,67 +35,149 @@ def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -
     return [Run(group, changes | dict(max_steps=steps, seed=seed)) for seed in seeds]
 
 
+def speed(name: str, seed: int, steps: int = TIMED_STEPS, **changes) -> Run:
+    """A few steps of a configuration alone on a GPU: tokens/s and memory."""
+    return Run(f"speed of {name}", changes | dict(max_steps=steps, log_every=1, eval_steps=1, save_minutes=0, seed=seed), alone=True)
+
+
+def sized(base: Config, factor: float) -> dict:
+    """The changes that make the base so many times as wide and as deep, with its head dimension."""
+    unit = 64 if base.d_ff >= 128 else 8        # the GPU's products like multiples of 64
+    heads = max(1, round(base.n_heads * factor))
+    return dict(n_heads=heads, n_kv_heads=0, d_model=max(8, round(heads * base.head_dim / 8) * 8), n_layers=max(1, round(base.n_layers * factor)),
+                d_ff=max(unit, round(base.d_ff * factor / unit) * unit))
+
+
+MUON_RATES, ADAMW_RATES = (0.01, 0.02, 0.04), (0.001, 0.002, 0.004)
+MOST_RATES = 6
+FRACTIONS = (0.25, 0.5)
+
+
 def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """Is Muon worth it? Muon with AdamW against AdamW alone: a sweep of the learning rate with one seed, then the best rate of
-    each with the others."""
-    wanted = []
-    for name, field, rates in (("muon", "muon_lr", (0.005, 0.01, 0.02, 0.04)), ("adamw", "adamw_lr", (0.0005, 0.001, 0.002, 0.004))):
-        sweep = {f"{name}, {field} {rate:g}": dict(optimizer=name) | {field: rate} for rate in rates}
-        first = [run for group, changes in sweep.items() for run in runs(base, group, tokens, seeds[:1], **changes)]
-        wanted += first
-        if all(run.label in found for run in first):
-            best = min(first, key=lambda run: found[run.label]["val_loss"]).group
-            wanted += runs(base, best, tokens, seeds[1:], **sweep[best])
+    """Is Muon worth it? Muon with AdamW against AdamW alone: the learning rates of each are swept with one seed (Muon's first, then
+    that of the AdamW beside it), on past the first three when the best is at an end; the best get the other seeds. Muon also for a
+    quarter and half of the tokens, each with a whole schedule: with how many does it reach AdamW's loss?"""
+    wanted = [speed(name, seeds[0], optimizer=name) for name in ("muon", "adamw")]
+
+    def sweep(field: str, rates: tuple[float, ...], **changes) -> float | None:
+        """Wants the runs of a sweep, and returns the best rate when that is known."""
+        rates = list(rates)
+        while True:
+            tried = {rate: runs(base, rates_of(changes | {field: rate}), tokens, seeds[:1], **changes | {field: rate})[0] for rate in sorted(rates)}
+            wanted.extend(run for run in tried.values() if run not in wanted)
+            if not all(run.label in found for run in tried.values()):
+                return None
+            best = min(tried, key=lambda rate: found[tried[rate].label]["val_loss"])
+            if min(rates) < best < max(rates) or len(rates) == MOST_RATES:
+                return best
+            rates.append(best / 2 if best == min(rates) else best * 2)
+
+    def rates_of(changes: dict) -> str:
+        return ", ".join(f"{field} {changes[field]:g}" if field.endswith("lr") else changes[field]
+                         for field in ("optimizer", "muon_lr", "adamw_lr") if field in changes)
+
+    best = dict(adamw=dict(adamw_lr=sweep("adamw_lr", ADAMW_RATES, optimizer="adamw")),
+                muon=dict(muon_lr=sweep("muon_lr", MUON_RATES, optimizer="muon", adamw_lr=ADAMW_RATES[1])))
+    if muon_lr := best["muon"]["muon_lr"]:
+        best["muon"]["adamw_lr"] = sweep("adamw_lr", ADAMW_RATES, optimizer="muon", muon_lr=muon_lr)
+    for name, changes in best.items():
+        if None not in changes.values():
+            changes = dict(optimizer=name) | changes
+            wanted += runs(base, rates_of(changes), tokens, seeds[1:], **changes)
+            if name == "muon":
+                wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **changes)]
     return wanted
 
 
 def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """How many experts a token? k = 1 to 4 of 8 at equal tokens, and at the FLOPs of k = 2."""
-    wanted, flops = [], dataclasses.replace(base, top_k=2, norm_topk_prob=True).flops_per_token * tokens
+    """How many experts a token? k = 1 to 4 of 8 at equal tokens, and at the FLOPs of k = 2; two thirds of the base's width and depth."""
+    size = sized(base, 2 / 3)
+    base = dataclasses.replace(base, **size)
+    flops = dataclasses.replace(base, top_k=2, norm_topk_prob=True).flops_per_token * tokens
+    timed, wanted = [], []
     for k in (1, 2, 3, 4):
-        changes = dict(top_k=k, norm_topk_prob=k > 1)
+        changes = size | dict(top_k=k, norm_topk_prob=k > 1)
+        timed.append(speed(f"top-{k}", seeds[0], **changes))
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
         if k != 2:
             wanted += runs(base, f"top-{k}, equal FLOPs", flops / dataclasses.replace(base, **changes).flops_per_token, seeds, **changes)
-    return wanted
+    return timed + wanted
+
+
+WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def balance(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """How much load balancing? Weights of the loss in either scope, none, and a bias instead."""
-    wanted = runs(base, "none", tokens, seeds, load_balancing_weight=0.0)
+    """How much load balancing? Weights of the loss in either scope, none, and a bias instead; two thirds of the base's width and
+    depth."""
+    size = sized(base, 2 / 3)
+    wanted = runs(base, "none", tokens, seeds, **size, load_balancing_weight=0.0)
     for scope in ("batch", "sequence"):
-        for weight in (1e-4, 1e-3, 1e-2, 1e-1):
-            wanted += runs(base, f"{scope}, weight {weight:g}", tokens, seeds, load_balancing_scope=scope, load_balancing_weight=weight)
-    return wanted + runs(base, "bias", tokens, seeds, load_balancing="bias")
+        for weight in WEIGHTS:
+            wanted += runs(base, f"{scope}, weight {weight:g}", tokens, seeds, **size, load_balancing_scope=scope, load_balancing_weight=weight)
+    return wanted + runs(base, "bias", tokens, seeds, **size, load_balancing="bias")
+
+
+KEPT_CHECKPOINTS = 6
+
+
+def specialization(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
+    """Do experts learn different patterns? Which experts the held-out text's tokens go to, by kind and by package, in every
+    layer, before training and at six checkpoints."""
+    wanted = runs(base, "top-2 of 8", tokens, seeds, num_experts=8, top_k=2)
+    every = math.ceil(wanted[0].changes["max_steps"] / KEPT_CHECKPOINTS)
+    kept = dict(save_every=every, keep_checkpoints=KEPT_CHECKPOINTS + 1)
+    return [dataclasses.replace(run, analysed=True, changes=run.changes | kept) for run in wanted]
+
+
+SIZES = (1 / 3, 1 / 2, 3 / 4, 1)
 
 
 def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """MoE against dense: top-2 of 8 and dense of the same width and depth, at four sizes."""
-    wanted = []
-    for heads, layers in ((0.5, 0.5), (0.75, 0.75), (1.0, 1.0), (1.5, 1.25)):
-        n_heads = max(1, round(base.n_heads * heads))
-        size = dict(n_heads=n_heads, n_kv_heads=0, d_model=n_heads * base.head_dim, n_layers=max(1, round(base.n_layers * layers)),
-                    d_ff=max(8, round(base.d_ff * heads / 8) * 8))
-        size["d_model"] = max(8, round(size["d_model"] / 8) * 8)
-        for kind, changes in (("dense", dict(num_experts=0)), ("moe", dict(num_experts=8, top_k=2))):
-            wanted += runs(base, f"{kind}, {size['n_layers']} x {size['d_model']}", tokens, seeds, **size, **changes)
-    return wanted
+    """MoE against dense: top-2 of 8, and a dense model with feed-forward networks twice as wide, so that it has as many active
+    parameters and FLOPs, at four sizes and equal tokens."""
+    timed, wanted = [], []
+    for factor in SIZES:
+        size = sized(base, factor)
+        for kind, changes in (("dense", dict(num_experts=0, d_ff=2 * size["d_ff"])), ("moe", dict(num_experts=8, top_k=2))):
+            name = f"{kind}, {size['n_layers']} x {size['d_model']}"
+            timed.append(speed(name, seeds[0], **size | changes))
+            wanted += runs(base, name, tokens, seeds, **size | changes)
+    return timed + wanted
+
+
+MOST_SEQUENCES = 16     # times the base's micro-batch: where the search for the largest one ends
 
 
 def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """What does activation checkpointing cost? Each mode at two depths, and at micro-batches that double until memory is out."""
+    """What does activation checkpointing cost? Each mode at two depths, at micro-batches that double until memory is out, and
+    once more half-way between the last that fits and the first that does not."""
     wanted = []
     for layers in (base.n_layers, 2 * base.n_layers):
         for mode in ("none", "selective", "full"):
-            batch, total = max(1, base.batch_size // 4), base.sequences_per_step
-            while batch <= total:
-                [run] = runs(base, f"{mode}, {layers} layers, micro-batch {batch}", tokens / 20, seeds[:1], n_layers=layers,
-                             activation_checkpointing=mode, batch_size=batch, gradient_accumulation_steps=total // batch)
-                wanted.append(run)
-                if found.get(run.label, {}).get("failed"):
+            def at(batch: int) -> Run:
+                run = speed(f"{mode}, {layers} layers, micro-batch {batch}", seeds[0], TIMED_STEPS // 2, n_layers=layers,
+                            activation_checkpointing=mode, batch_size=batch, offload_optimizer="false",
+                            gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
+                return dataclasses.replace(run, may_not_fit=True)
+            batch = base.batch_size
+            while True:
+                wanted.append(at(batch))
+                result = found.get(at(batch).label)
+                if result is None:
+                    break
+                if "failed" in result:
+                    if batch % 4 == 0 and batch > base.batch_size:
+                        wanted.append(at(batch * 3 // 4))
+                    break
+                if 2 * batch > MOST_SEQUENCES * base.batch_size:
                     break
                 batch *= 2
     return wanted
 
 
-STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, scaling=scaling, checkpointing=checkpointing)
+STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
+
+# Tokens of a run by which a study of `small` takes about 20 minutes of one H100, at an assumed 250,000 tokens/s (500,000 at two
+# thirds of its width and depth) and 25 s for each start. checkpointing's runs are 16 steps whatever the tokens.
+TOKENS = dict(optimizer=16e6, routing=20e6, balance=16e6, specialization=80e6, scaling=20e6, checkpointing=1e6)

@@ -1,13 +1,32 @@
 """Answers a research question with a grid of training runs, on any machine; a study that was cut off goes on where it was.
 
     python -m studies.run                                       list the studies
-    python -m studies.run balance                               with `small`, on a GPU
+    python -m studies.run balance                               with `small`, on all visible GPUs, a run on each
+    python -m studies.run balance --jobs 2                      two runs on each GPU at a time
     python -m studies.run balance --preset tiny --tokens 2e5    the machinery, in minutes on a CPU
-    python -m studies.run balance --minutes 20                  stop after 20 minutes; the same command goes on
+    python -m studies.run balance --minutes 8                   stop after 8 minutes; the same command goes on
 
-Writes studies/NAME/results.json after each run, with the runs' metrics compressed beside it, and studies/NAME/figure.png.
-Any option of run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own.
+With `small` (65,536 tokens a step) on one H100, at 250,000 tokens/s and 25 s for each start, as estimated before any was run:
+
+    optimizer        17 runs of 16M tokens or less          23 minutes
+    routing          18 runs of 20M tokens or so            17
+    balance          20 runs of 16M tokens                  18
+    specialization    2 runs of 80M tokens, and analyses    14
+    scaling          24 runs of 20M tokens or less          21
+    checkpointing    32 runs of 8 steps                     16
+
+Two GPUs take half as long; --jobs 2 saves some of the starts. What a study did take is in its results, as `budget`. Any option of
+run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own, and its output is in
+studies/NAME/runs until it has finished.
+
+What is kept is small: studies/NAME/results.json, written anew after each run, metrics.jsonl.gz, the metrics of all runs, and
+figure.png. With results.json a study goes on on another machine; only runs that were cut off begin again there, as their
+checkpoints are in studies/NAME/runs. `python -m studies.report` puts what was found into the README.
 """
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
 import gzip
 import json
 import math
@@ -18,134 +37,300 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import data
 from config import Config, ConfigError, ExperimentError, nearest, resolve
-from run_experiment import add_config_options, config_options, new_parser
+from report import git_state
+from run_experiment import add_config_options, config_options, exit_code, new_parser
 from studies.figures import draw
-from studies.grids import STUDIES, Run
+from studies.grids import STUDIES, TOKENS, Run
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_PASSES = 4     # over the corpus; more is worth much less than new text (Muennighoff et al. 2023)
-KEPT_METRICS_MB = 1
-PERFORMED, CUT_OFF = "performed", "cut off"
+MOST_PASSES = 4         # over the corpus; more is worth much less than new text (Muennighoff et al. 2023)
+MOST_METRICS = 12e6     # bytes of metrics that are kept
+VALIDATIONS = 10        # of a run; each also draws its curves, while the GPU waits
+GRACE = 45              # seconds in which a run that is told to stop saves
+CUT_OFF_CODES = (130, 143, -2, -15)     # of SIGINT and SIGTERM, handled or not
+CPU = "cpu"
 
 
-def perform(run: Run, base: list[str], folder: Path, seconds_left: float) -> tuple[str, dict]:
-    """Trains one run in `folder`, going on with what is there: (CUT_OFF, {}) when the time ends, else (PERFORMED, result)."""
+# ---------------------------------------------------------------- one run
+
+def perform(run: Run, base: list[str], folder: Path, environment: dict, stop: threading.Event) -> dict | None:
+    """Trains one run in `folder`, going on with what is there, and returns what a study keeps of it; None when it was stopped.
+    Raises ExperimentError when it fails."""
     options = [word for name, value in run.changes.items() for word in (f"--{name}", str(value).lower())]
-    command = [sys.executable, str(ROOT / "run_experiment.py"), *base, *options, "--save_dir", str(folder), "--resume", "latest"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ, PYTHONWARNINGS="ignore"))
-    try:
-        _, errors = process.communicate(timeout=None if math.isinf(seconds_left) else max(1.0, seconds_left))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.send_signal(signal.SIGTERM)     # it finishes its step and saves
-        process.communicate()
-        return CUT_OFF, {}
-    if process.returncode == 128 + signal.SIGTERM or process.returncode == 128 + signal.SIGINT:
-        return CUT_OFF, {}
-    if process.returncode and "out of memory" in errors:
-        return PERFORMED, dict(failed="out of memory")
-    if process.returncode:
-        raise ExperimentError(f"the run '{run.label}' failed:\n{errors.strip()}\nMend it and give the same command again: what is "
-                              "finished is kept.")
-    return PERFORMED, summary(json.loads((folder / "training_results.json").read_text()))
+    commands = [[str(ROOT / "run_experiment.py"), *base, *options, "--save_dir", str(folder), "--resume", "latest"]]
+    if run.analysed:
+        commands.append(["-m", "studies.experts", str(folder)])
+    folder.mkdir(parents=True, exist_ok=True)
+    for command in commands:
+        with open(folder / "log.txt", "a") as log, open(folder / "errors.txt", "w+") as errors:
+            process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=errors, env=environment)
+            code = _wait(process, stop)
+            errors.seek(0)
+            words = errors.read()
+        if code and (stop.is_set() or code in CUT_OFF_CODES):
+            return None
+        if code and "out of memory" in words and run.may_not_fit:
+            return dict(failed="out of memory")
+        if code:
+            raise ExperimentError(f"the run '{run.label}' failed:\n{words.strip()[-2000:]}\nMend it and give the same command again: what "
+                                  "is finished is kept." + (" With fewer --jobs each has more memory." if "out of memory" in words else ""))
+    result = summary(json.loads((folder / "training_results.json").read_text()))
+    return result | (json.loads((folder / "experts.json").read_text()) if run.analysed else {})
+
+
+def _wait(process: subprocess.Popen, stop: threading.Event) -> int:
+    """The process's exit code; it is asked to end when `stop` is set, and made to when it does not."""
+    asked = None
+    while True:
+        try:
+            return process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
+            if asked is None and stop.is_set():
+                asked = time.monotonic()
+                process.terminate()     # it finishes its step and saves
+            elif asked is not None and time.monotonic() - asked > GRACE:
+                process.kill()
 
 
 def summary(r: dict) -> dict:
     """What a study keeps of a training_results.json."""
-    config, rows = Config(**r["config"]), [row for row in r["history"] if "train_loss" in row]
+    config, totals, rows = Config(**r["config"]), r["totals"], [row for row in r["history"] if "train_loss" in row]
     late = [layer for row in rows[-max(1, len(rows) // 10):] for layer in row.get("expert_load", [])]
     entropy = [-sum(p * math.log(p) for p in layer if p > 0) / math.log(len(layer)) for layer in late if len(layer) > 1]
     memory = r["memory_gb"]["measured"] or {}
-    speeds = [row["tokens_per_second"] for row in rows[1:]] or [row["tokens_per_second"] for row in rows]
-    return dict(val_loss=r["final_metrics"]["val_loss"], tokens=r["totals"]["tokens"], flops=config.flops_per_token * r["totals"]["tokens"],
-                train_seconds=r["totals"]["train_seconds"], tokens_per_second=statistics.median(speeds),
-                total_params=config.total_params, active_params=config.active_params, skipped_steps=r["totals"]["skipped_steps"],
+    state = sum(memory.get(k, 0) for k in ("weights", "gradients", "master", "momentum", "adamw")) * 1e9
+    return dict(val_loss=r["final_metrics"]["val_loss"], tokens=totals["tokens"], flops=config.flops_per_token * totals["tokens"],
+                tokens_per_second=statistics.median(row["tokens_per_second"] for row in rows[len(rows) // 4:]),     # the first ones compile
+                train_seconds=totals["train_seconds"], elapsed_seconds=totals["elapsed_seconds"], skipped_steps=totals["skipped_steps"],
+                total_params=config.total_params, active_params=config.active_params,
                 load_entropy=statistics.mean(entropy) if entropy else None, worst_share=max(map(max, late)) if late else None,
-                state_bytes_per_parameter=sum(memory.get(k, 0) for k in ("weights", "gradients", "master", "momentum", "adamw"))
-                * 1e9 / config.total_params, memory_gb=memory, passes=r["totals"]["tokens"] / r["data"]["train_tokens"],
+                state_bytes_per_parameter=state / config.total_params if memory else None, peak_gb=max(row["memory_peak_gb"] for row in rows), memory_gb=memory,
+                passes=totals["tokens"] / r["data"]["train_tokens"],
                 validation=[[row["step"] * config.tokens_per_step, row["val_loss"]] for row in r["history"] if "val_loss" in row],
-                unigram_entropy=r["data"]["unigram_entropy"], machine=r["environment"])
+                machine={k: r["environment"][k] for k in ("gpu", "cpus", "torch", "python")})
 
 
-def study(name: str, base: Config, options: list[str], tokens: float, seeds: list[int], folder: Path, minutes: float) -> bool:
-    """Performs what the study still wants, and draws; False when the time ended first."""
-    deadline, path = time.monotonic() + 60 * minutes, folder / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else dict(study=name, tokens=tokens, options=options, runs={})
-    if (results["tokens"], results["options"]) != (tokens, options):
-        raise ConfigError(f"{path} is of another study: --tokens {results['tokens']:g} and {' '.join(results['options'])}. Give the "
-                          "same, or another --out")
-    found = results["runs"]
-    while True:
-        wanted = [run for run in STUDIES[name](base, tokens, seeds, found)]
-        missing = [run for run in wanted if run.label not in found]
-        if not missing:
-            draw(results, folder / "figure.png")
-            return True
-        run, place = missing[0], folder / "runs" / re.sub(r"[^\w.-]+", "_", missing[0].label)
-        if time.monotonic() >= deadline:
-            return False
-        print(f"[{len(wanted) - len(missing) + 1} of {len(wanted)}] {run.label}", flush=True)
-        state, result = perform(run, options, place, deadline - time.monotonic())
-        if state == CUT_OFF:
-            return False
-        found[run.label] = dict(group=run.group, changes=run.changes, **result)
-        keep_metrics(place, folder / "metrics" / f"{place.name}.jsonl.gz")
+# ---------------------------------------------------------------- the study
+
+def study(name: str, base: Config, options: list[str], tokens: float, seeds: list[int], folder: Path, corpus: dict,
+          seconds: float = math.inf, gpus: tuple[str, ...] = (CPU,), jobs: int = 1) -> bool:
+    """Performs what the study still wants, `jobs` runs at a time on each of the GPUs, and draws; False when it was stopped before
+    the end. What `asked` holds must be the same each time."""
+    path = folder / "results.json"
+    asked = dict(study=name, tokens=tokens, options=_without_cache(options), corpus=corpus)
+    results = json.loads(path.read_text()) if path.exists() else asked | dict(budget=dict(tokens=0, gpu_minutes=0.0, cpu_minutes=0.0),
+                                                                              commits=[], runs={})
+    if different := [key for key, value in asked.items() if results[key] != value]:
+        raise ConfigError(f"{path} is of another study: " + "; ".join(f"{key} was {_words(results[key])} and is {_words(asked[key])}"
+                          for key in different) + ". Give the same, or another --out")
+    found, began, kind = results["runs"], time.monotonic(), "cpu_minutes" if gpus == (CPU,) else "gpu_minutes"
+    before, commit = results["budget"][kind], git_state()["commit"]
+    running: dict[concurrent.futures.Future, tuple[Run, str]] = {}
+    stop, failures, performed = threading.Event(), [], 0
+
+    def save() -> None:
+        results["budget"] |= {kind: before + (time.monotonic() - began) / 60 * len(gpus),
+                              "tokens": sum(run.get("tokens", 0) for run in found.values())}
+        if commit and commit not in results["commits"]:
+            results["commits"].append(commit)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(results, indent=1) + "\n")
         temporary.replace(path)
-        shutil.rmtree(place, ignore_errors=True)        # its checkpoint; what it found is kept
+
+    with concurrent.futures.ThreadPoolExecutor(len(gpus) * jobs) as pool, _signals(stop):
+        while True:
+            if time.monotonic() - began >= seconds:
+                stop.set()
+            wanted = STUDIES[name](base, tokens, seeds, found)
+            _check_passes(wanted, base, corpus["train_tokens"])
+            busy = [run.label for run, _ in running.values()]
+            missing = [run for run in wanted if run.label not in found and run.label not in busy]
+            for run in [] if stop.is_set() else missing:
+                gpu = free_gpu(run, running, gpus, jobs)
+                if gpu is None:
+                    break
+                print(f"[{len(found)} of {len(wanted)} finished] {run.label}", flush=True)
+                environment = _environment(gpu, len(gpus) * jobs)
+                running[pool.submit(perform, run, options, _place(folder, run), environment, stop)] = run, gpu
+            if not running:
+                break
+            done, _ = concurrent.futures.wait(running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                run, _ = running.pop(future)
+                try:
+                    result = future.result()
+                    _check_timed(run, result, found)
+                except ExperimentError as error:
+                    failures.append(error)
+                    result = None
+                if result is None:      # stopped, from here or elsewhere, or failed: the others save and end too
+                    stop.set()
+                    continue
+                performed += 1
+                found[run.label] = dict(group=run.group, changes=run.changes, **result)
+                keep_metrics(run.label, _place(folder, run), folder / "metrics.jsonl.gz")
+                save()
+                shutil.rmtree(_place(folder, run), ignore_errors=True)      # its checkpoints; what it found is kept
+                print(f"{run.label}: " + (result.get("failed") or f"validation loss {result['val_loss']:.4f}, "
+                                          f"{result['elapsed_seconds']:.0f} s"), flush=True)
+    if stop.is_set() or performed:
+        save()
+    if failures:
+        raise failures[0]
+    if stop.is_set() and missing:
+        return False
+    draw(results, folder / "figure.png")
+    return True
 
 
-def keep_metrics(place: Path, kept: Path) -> None:
+def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str | None:
+    """The GPU with the fewest runs, if this run may start on it now."""
+    on = {gpu: [other for other, place in running.values() if place == gpu] for gpu in gpus}
+    gpu = min(gpus, key=lambda gpu: len(on[gpu]))
+    room = not on[gpu] if run.alone else len(on[gpu]) < jobs and not any(other.alone for other in on[gpu])
+    return gpu if room else None
+
+
+def _environment(gpu: str, processes: int) -> dict:
+    """Of a run: the one GPU that it sees, and its share of the cores."""
+    cores = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    threads = dict(OMP_NUM_THREADS=cores) if gpu == CPU else dict(TORCHINDUCTOR_COMPILE_THREADS=cores)
+    own = dict(PYTHONWARNINGS="ignore", PYTHONPATH=paths) | ({} if gpu == CPU else dict(CUDA_VISIBLE_DEVICES=gpu))
+    return threads | os.environ | own
+
+
+def visible_gpus(config: Config) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that the runs may use, or the CPU."""
+    import torch
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return (CPU,)
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return tuple(named or map(str, range(torch.cuda.device_count())))
+
+
+def _check_passes(wanted: list[Run], base: Config, train_tokens: int) -> None:
+    for run in wanted:
+        config = dataclasses.replace(base, **run.changes)
+        passes = config.max_steps * config.tokens_per_step / train_tokens
+        if passes > MOST_PASSES:
+            raise ConfigError(f"the run '{run.label}' would pass over the corpus of {train_tokens:,} tokens {passes:.1f} times, more than "
+                              f"{MOST_PASSES}: give fewer --tokens, or more --data")
+
+
+def _check_timed(run: Run, result: dict | None, found: dict[str, dict]) -> None:
+    """Speeds and memory of one study are of one kind of GPU."""
+    if not (run.alone and result and "machine" in result):
+        return
+    there = {other["machine"]["gpu"] for other in found.values() if other["group"].startswith("speed of") and "machine" in other}
+    if there - {result["machine"]["gpu"]}:
+        raise ConfigError(f"the study's speeds were measured on {there.pop() or 'a CPU'}, and this machine has "
+                          f"{result['machine']['gpu'] or 'no GPU'}: go on there, or begin anew with another --out")
+
+
+def _without_cache(options: list[str]) -> list[str]:
+    """The options without the place of the cache, which another machine may have elsewhere."""
+    return [word for name, value in zip(options[::2], options[1::2]) if name != "--cache_dir" for word in (name, value)]
+
+
+def _words(value) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def _place(folder: Path, run: Run) -> Path:
+    return folder / "runs" / re.sub(r"[^\w.-]+", "_", run.label)
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event):
+    """Ctrl-C and SIGTERM let the runs save and end."""
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def keep_metrics(label: str, place: Path, kept: Path) -> None:
+    """Adds a run's metrics, each row with the run's name, as a further member of the gzip file `kept`."""
     metrics = place / "metrics.jsonl"
-    if metrics.exists() and (packed := gzip.compress(metrics.read_bytes(), mtime=0)) and len(packed) < KEPT_METRICS_MB * 1e6:
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_bytes(packed)
+    if not metrics.exists():
+        return
+    rows = [json.dumps(dict(run=label) | json.loads(row)) + "\n" for row in metrics.read_text().splitlines()]
+    there = kept.read_bytes() if kept.exists() else b""
+    packed = there + gzip.compress("".join(rows).encode(), mtime=0)
+    if len(packed) > MOST_METRICS:
+        print(f"the metrics of '{label}' are not kept: {kept} would be larger than {MOST_METRICS / 1e6:g} MB")
+        return
+    temporary = kept.with_suffix(".tmp")
+    temporary.write_bytes(packed)
+    temporary.replace(kept)
 
 
-def main(argv: list[str]) -> int:
+# ---------------------------------------------------------------- the command
+
+def run_study(argv: list[str]) -> None:
+    began = time.monotonic()
     if not argv:
-        print(__doc__ + "\n" + "\n".join(f"{name:14s} {' '.join(function.__doc__.split())}" for name, function in STUDIES.items()))
-        return 0
-    parser = new_parser("python -m studies.run NAME [--preset P] [--tokens N] [--seeds N] [--minutes M] [--out DIR] [--FIELD VALUE ...]")
+        print(__doc__ + "\n" + "\n".join(f"{name:15s} {' '.join(function.__doc__.split())}" for name, function in STUDIES.items()))
+        return
+    parser = new_parser("python -m studies.run NAME [--preset P] [--tokens N] [--seeds N] [--jobs N] [--minutes M] [--out DIR] "
+                        "[--FIELD VALUE ...]", __doc__)
     parser.add_argument("name", help=" ".join(STUDIES))
     parser.add_argument("--preset", default="small", help="the base configuration [small]")
-    parser.add_argument("--tokens", type=float, default=20e6, help="tokens of a run [2e7]")
+    parser.add_argument("--tokens", type=float, help=f"tokens of a run [{', '.join(f'{n} {t:.0e}' for n, t in TOKENS.items())}]")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each configuration that is compared by its loss [2]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs on each GPU at a time, but for those whose speed is measured [1]")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time; the same command goes on")
     parser.add_argument("--out", type=Path, help="folder of the study [studies/NAME]")
     add_config_options(parser)
-    try:
-        args = parser.parse(argv)
-        if args.name not in STUDIES:
-            raise ConfigError(f"unknown study {args.name!r}.{nearest(args.name, STUDIES)} Studies: {', '.join(STUDIES)}")
-        if not (args.tokens >= 1 and args.seeds >= 1 and args.minutes > 0):
-            raise ConfigError("--tokens, --seeds and --minutes must be positive")
-        given = config_options(args)
-        base, _, _ = resolve(given, args.preset, None)
+    args = parser.parse(argv)
+    if args.name not in STUDIES:
+        raise ConfigError(f"unknown study {args.name!r}.{nearest(args.name, STUDIES)} Studies: {', '.join(STUDIES)}")
+    tokens = TOKENS[args.name] if args.tokens is None else args.tokens
+    if not (tokens >= 1 and args.seeds >= 1 and args.jobs >= 1 and args.minutes > 0):
+        raise ConfigError("--tokens, --seeds, --jobs and --minutes must be positive")
+    given = config_options(args)
+    if "save_dir" in given:
+        raise ConfigError("--save_dir: each run has a folder of its own; the study's is --out")
+    base, _, _ = resolve(given, args.preset, None)
+    folder = args.out or ROOT / "studies" / args.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
         corpus = data.prepare(base)
-        if args.tokens > MOST_PASSES * len(corpus.train):
-            raise ConfigError(f"--tokens {args.tokens:g} is more than {MOST_PASSES} passes over the corpus of {len(corpus.train):,} "
-                              "tokens: give fewer, or more --data")
-        options = ["--preset", args.preset, *[word for name, value in given.items() for word in (f"--{name}", str(value).lower()
-                   if isinstance(value, bool) else str(value))], "--sample_tokens", "0", "--save_every", "0", "--save_minutes", "5",
-                   "--eval_every", str(max(1, round(args.tokens / base.tokens_per_step / 20)))]
-        folder = args.out or ROOT / "studies" / args.name
-        folder.mkdir(parents=True, exist_ok=True)
-        done = study(args.name, base, options, args.tokens, list(range(1, args.seeds + 1)), folder, args.minutes)
-        print(f"{folder / 'results.json'}, {folder / 'figure.png'}" if done else "The time is over; the same command goes on.")
-        return 0
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        facts = dict(data=base.data, data_hash=corpus.data_hash, tokenizer_hash=corpus.tokenizer_hash, train_tokens=len(corpus.train),
+                     validation_tokens=len(corpus.validation), unigram_entropy=corpus.unigram_entropy)
+        done = study(args.name, base, _options(args.preset, given, base, tokens), tokens, list(range(1, args.seeds + 1)), folder, facts,
+                     60 * args.minutes - (time.monotonic() - began), visible_gpus(base), args.jobs)
+    print(f"{folder / 'results.json'}, {folder / 'figure.png'}" if done else "Stopped; the same command goes on.")
+
+
+def _options(preset: str, given: dict, base: Config, tokens: float) -> list[str]:
+    """What all runs of a study are given: a few validations, no checkpoints but to go on with, and no samples."""
+    own = dict(sample_tokens=0, save_every=0, save_minutes=5.0, eval_every=max(1, round(tokens / base.tokens_per_step / VALIDATIONS)))
+    return ["--preset", preset, *(word for name, value in (own | given).items()
+                                  for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)))]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    """Keeps a second process from writing the same results. The kernel takes the lock from a process that is killed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise ConfigError(f"another process is at work on {folder}: wait for it, or give another --out") from error
+    finally:
+        os.close(handle)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(run_study, sys.argv[1:]))

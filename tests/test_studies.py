@@ -1,75 +1,208 @@
-"""Studies: what they run, that a study that was cut off goes on, and what is called undecided."""
+"""Studies: what they run and where, that a study that was cut off goes on, what is called undecided, and what is reported."""
+import dataclasses
+import gzip
 import json
 import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from config import ConfigError
+from config import Config, ConfigError, ExperimentError
 from conftest import tiny_config
+from studies import report
 from studies import run as runner
-from studies.figures import draw, power_law, undecided
-from studies.grids import STUDIES
+from studies.experts import KINDS
+from studies.figures import mean_and_spread, power_law, timed, undecided, usual_spread
+from studies.grids import STUDIES, Run
 
-BASE = tiny_config(batch_size=2, gradient_accumulation_steps=2)
+ROOT = Path(__file__).resolve().parent.parent
+BASE = tiny_config(batch_size=2, gradient_accumulation_steps=2, n_heads=4, num_experts=8, moe_every=1)
 TOKENS = 10 * BASE.tokens_per_step
+CORPUS = dict(data="python", data_hash="d", tokenizer_hash="t", train_tokens=100 * TOKENS, validation_tokens=1000, unigram_entropy=7.0)
 
 
 def result(loss=5.0, **changes):
-    return dict(val_loss=loss, tokens=TOKENS, flops=1e9 * loss, train_seconds=loss, tokens_per_second=100.0, total_params=1000 * loss,
-                active_params=500 * loss, load_entropy=0.9, worst_share=0.3, memory_gb=dict(total=1.0),
-                validation=[[0, 6.0], [TOKENS, loss]]) | changes
+    return dict(val_loss=loss, tokens=TOKENS, flops=1e9 * loss, train_seconds=loss, elapsed_seconds=loss, tokens_per_second=100.0 * loss,
+                total_params=1000 * loss, active_params=500 * loss, load_entropy=0.9, worst_share=0.3, state_bytes_per_parameter=8 * loss,
+                peak_gb=loss, memory_gb=dict(activations=loss), passes=0.1, validation=[[0, 6.0], [TOKENS, loss]],
+                machine=dict(gpu=None, cpus=2, torch="2", python="3")) | changes
+
+
+def experts(seed):
+    """The analysis of a model of two layers, 8 experts, in which expert 1 takes half of the whitespace."""
+    counts = np.random.default_rng(seed).integers(50, 100, (2, 8, len(KINDS)))
+    counts[1, 0, -1] = 800
+    def step(n):
+        return dict(step=n, tokens=n * 100, **{label: dict(bits=[0.1 + n / 100, 0.2 + n / 100], shuffled=[0.01] * 2, shuffled_most=[0.02] * 2)
+                                               for label in ("kind", "domain")})
+    return dict(layers=[0, 1], tokens=1000, without_kind=3, kinds=list(KINDS), kind_tokens=[100] * len(KINDS), kind_entropy=3.4,
+                kind_table=counts.tolist(), domains=["a", "b"], domain_tokens=[600, 400], domain_entropy=0.97,
+                domain_table=counts[:, :, :2].tolist(), steps=[step(0), step(5), step(10)],
+                top_tokens=[[[["|", 0.9], [" a`b", 0.8], ["\n", 0.7]] for _ in range(8)] for _ in range(2)])
 
 
 @pytest.fixture
 def performed(monkeypatch):
-    """Runs are not trained but noted; the loss of a run is what `losses` gives for it."""
+    """Runs are not trained but noted, with the GPU that they were on."""
     seen = []
 
-    def perform(run, base, folder, seconds_left):
-        seen.append(run.label)
-        return runner.PERFORMED, result(5 + 0.1 * math.sin(len(run.label) + run.changes["seed"]))
+    def perform(run, base, folder, environment, stop):
+        seen.append((run.label, environment.get("CUDA_VISIBLE_DEVICES")))
+        batch, mode = run.changes.get("batch_size", 0), run.changes.get("activation_checkpointing")
+        if run.may_not_fit and batch > dict(none=2, selective=8, full=32)[mode]:
+            return dict(failed="out of memory")
+        config = dataclasses.replace(BASE, **run.changes)
+        loss = 5 - 0.1 * math.log(config.active_params) + 0.02 * math.sin(7 * len(run.label) + run.changes["seed"])
+        found = result(loss, tokens=config.max_steps * config.tokens_per_step, flops=config.flops_per_token * config.max_steps * config.tokens_per_step,
+                       tokens_per_second=1e9 / config.active_params, total_params=config.total_params, active_params=config.active_params,
+                       validation=[[0, 6.0], [config.max_steps * config.tokens_per_step, loss]])
+        return found | (dict(experts=experts(run.changes["seed"])) if run.analysed else {})
     monkeypatch.setattr(runner, "perform", perform)
     return seen
 
 
-def go(name, folder, minutes=math.inf, seeds=(1, 2)):
+def go(name, folder, seconds=math.inf, seeds=(1, 2), **options):
     folder.mkdir(exist_ok=True)
-    return runner.study(name, BASE, ["--preset", "tiny"], TOKENS, list(seeds), folder, minutes)
+    return runner.study(name, BASE, ["--preset", "tiny", "--cache_dir", "/somewhere"], TOKENS, list(seeds), folder, CORPUS, seconds, **options)
 
 
-@pytest.mark.parametrize("name, number", [("optimizer", 10), ("routing", 14), ("balance", 20), ("scaling", 16)])
-def test_a_study_performs_each_run_once_and_draws(performed, tmp_path, name, number):
-    assert go(name, tmp_path)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert len(performed) == len(set(performed)) == len(results["runs"]) == number
+def loaded(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+# ---------------------------------------------------------------- what is run
+
+@pytest.mark.parametrize("name, least", [("optimizer", 16), ("routing", 18), ("balance", 20), ("specialization", 2), ("scaling", 24),
+                                         ("checkpointing", 26)])
+def test_a_study_performs_each_run_once_draws_and_is_reported(performed, tmp_path, name, least):
+    assert go(name, tmp_path, jobs=3)
+    results, labels = loaded(tmp_path), [label for label, _ in performed]
+    assert len(labels) == len(set(labels)) == len(results["runs"]) >= least
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert go(name, tmp_path) and len(performed) == number, "nothing is performed again"
-    for label, run in results["runs"].items():      # one seed and one change at a time make a valid configuration
-        tiny_config(**dict(batch_size=2, gradient_accumulation_steps=2) | run["changes"])
+    assert go(name, tmp_path) and len(performed) == len(labels), "nothing is performed again"
+    assert "/somewhere" not in results["options"] and results["budget"]["cpu_minutes"] > 0 == results["budget"]["gpu_minutes"]
+    text = report.block(name, tmp_path)
+    assert "minutes on 2 CPU cores" in text and "| --- |" in text and "nan" not in text and "inf" not in text.replace("information", "")
 
 
 def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
     whole = runner.perform
-    monkeypatch.setattr(runner, "perform", lambda *a: (runner.CUT_OFF, {}) if len(performed) == 3 else whole(*a))
+    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 3 else whole(*a))
     assert not go("routing", tmp_path) and len(performed) == 3 and not (tmp_path / "figure.png").exists()
+    assert "Begun, and not finished" in report.block("routing", tmp_path)
     monkeypatch.setattr(runner, "perform", whole)
-    assert go("routing", tmp_path) and len(performed) == len(set(performed)) == 14
-    assert not go("balance", tmp_path / "late", minutes=-1)
+    assert go("routing", tmp_path) and len(performed) == len(set(performed)) == 18
+    assert not go("balance", tmp_path / "late", seconds=0)
 
 
-def test_the_optimizers_best_rates_get_the_other_seeds():
+def test_a_signal_lets_runs_save_and_end(monkeypatch, tmp_path):
+    def perform(run, base, folder, environment, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(10)
+        return result() if run.label == "none, seed 1" else None
+    monkeypatch.setattr(runner, "perform", perform)
+    assert not go("balance", tmp_path, jobs=2) and list(loaded(tmp_path)["runs"]) == ["none, seed 1"], "one that ended all the same is kept"
+
+
+def test_metrics_of_all_runs_are_in_one_file(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.0}\n{"step": 2}\n')
+        runner.keep_metrics(label, tmp_path, tmp_path / "kept.gz")
+    rows = [json.loads(row) for row in gzip.open(tmp_path / "kept.gz", "rt")]
+    assert [(row["run"], row["step"]) for row in rows] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)] and rows[2]["train_loss"] == 2.0
+
+
+def test_what_finished_beside_a_failed_run_is_kept(performed, tmp_path, monkeypatch):
+    whole = runner.perform
+
+    def perform(run, base, folder, environment, stop):
+        if run.label == "batch, weight 0.0001, seed 1":
+            raise ExperimentError("the disk is full")
+        if run.label == "none, seed 2":
+            assert stop.wait(10), "the others are told to stop"
+            return None
+        return whole(run, base, folder, environment, stop)
+    monkeypatch.setattr(runner, "perform", perform)
+    with pytest.raises(ExperimentError, match="disk is full"):
+        go("balance", tmp_path, jobs=3)
+    assert list(loaded(tmp_path)["runs"]) == ["none, seed 1"]
+
+
+def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_path):
+    lock, running, most, together = threading.Lock(), [], {}, []
+
+    def perform(run, base, folder, environment, stop):
+        gpu = environment["CUDA_VISIBLE_DEVICES"]
+        with lock:
+            running.append((gpu, run.alone))
+            mine = [alone for other, alone in running if other == gpu]
+            most[gpu] = max(most.get(gpu, 0), len(mine))
+            together.append(any(mine) and len(mine) > 1)
+        time.sleep(0.02)
+        with lock:
+            running.remove((gpu, run.alone))
+        return result(machine=dict(gpu="G", cpus=2))
+    monkeypatch.setattr(runner, "perform", perform)
+    assert go("routing", tmp_path, gpus=("3", "GPU-7"), jobs=2)
+    assert most == {"3": 2, "GPU-7": 2} and not any(together)
+    assert loaded(tmp_path)["budget"]["gpu_minutes"] > 0
+
+
+def test_speeds_of_two_kinds_of_gpu_are_not_mixed(monkeypatch, tmp_path):
+    gpus = iter(["H100", "H100", "H200", "H200"])
+    monkeypatch.setattr(runner, "perform", lambda run, *_: result(machine=dict(gpu=next(gpus), cpus=2)))
+    with pytest.raises(ConfigError, match="measured on H100, and this machine has H200.*--out"):
+        go("routing", tmp_path)
+    assert len(loaded(tmp_path)["runs"]) == 2
+
+
+def test_a_study_of_something_else_is_not_gone_on_with(performed, tmp_path):
+    go("routing", tmp_path)
+    with pytest.raises(ConfigError, match="tokens was.*--out"):
+        runner.study("routing", BASE, ["--preset", "tiny"], 2 * TOKENS, [1], tmp_path, CORPUS)
+    with pytest.raises(ConfigError, match="corpus was"):
+        runner.study("routing", BASE, ["--preset", "tiny"], TOKENS, [1], tmp_path, CORPUS | dict(data_hash="e"))
+
+
+def test_no_run_passes_over_its_corpus_too_often(performed, tmp_path):
+    with pytest.raises(ConfigError, match="top-1, equal FLOPs, seed 1' would pass.*more than 4: give fewer --tokens"):
+        runner.study("routing", BASE, [], 100 * TOKENS, [1], tmp_path, CORPUS | dict(train_tokens=25 * TOKENS))
+    assert not performed
+
+
+def test_one_process_at_a_time(tmp_path):
+    with runner._locked(tmp_path), pytest.raises(ConfigError, match="another process is at work"):
+        with runner._locked(tmp_path):
+            pass
+
+
+def test_the_optimizers_rates_go_on_until_the_best_is_inside():
+    """With best rates 0.08 and 0.002 for Muon, and 0.001 for AdamW."""
     found = {}
-    wanted = STUDIES["optimizer"](BASE, TOKENS, [1, 2, 3], found)
-    assert len(wanted) == 8 and all(run.changes["seed"] == 1 for run in wanted)
-    for run in wanted:
-        found[run.label] = result(4.0 if run.changes.get("muon_lr") == 0.02 or run.changes.get("adamw_lr") == 0.001 else 5.0)
-    more = [run for run in STUDIES["optimizer"](BASE, TOKENS, [1, 2, 3], found) if run.label not in found]
-    assert sorted((run.group, run.changes["seed"]) for run in more) == [
-        (group, seed) for group in ("adamw, adamw_lr 0.001", "muon, muon_lr 0.02") for seed in (2, 3)]
+    while missing := [run for run in STUDIES["optimizer"](BASE, 100 * TOKENS, [1, 2, 3], found) if run.label not in found]:
+        assert len({run.label for run in missing}) == len(missing)
+        for run in missing:
+            c = run.changes
+            best = dict(muon_lr=0.08, adamw_lr=0.002 if c["optimizer"] == "muon" else 0.001)
+            found[run.label] = result(5 + sum(abs(math.log2(c[field] / rate)) for field, rate in best.items() if field in c))
+    rates = [name.removesuffix(", seed 1") for name in found if "seed 1" in name and "_lr" in name]
+    assert sorted(name for name in rates if name.startswith("adamw")) == [f"adamw, adamw_lr {rate:g}" for rate in (0.0005, 0.001, 0.002, 0.004)]
+    assert sorted(name for name in rates if name.startswith("muon")) == sorted(
+        [f"muon, muon_lr {rate:g}, adamw_lr 0.002" for rate in (0.01, 0.02, 0.04, 0.08, 0.16)]
+        + [f"muon, muon_lr 0.08, adamw_lr {rate:g}" for rate in (0.001, 0.004)])
+    assert sorted(name for name in found if "seed 1" not in name and "of the tokens" not in name) == [
+        f"{best}, seed {seed}" for best in ("adamw, adamw_lr 0.001", "muon, muon_lr 0.08, adamw_lr 0.002") for seed in (2, 3)]
+    shorter = [run for run in STUDIES["optimizer"](BASE, 100 * TOKENS, [1], found) if "of the tokens" in run.group]
+    assert sorted(run.changes["max_steps"] for run in shorter) == [250, 500]
+    assert all((run.changes["muon_lr"], run.changes["adamw_lr"]) == (0.08, 0.002) for run in shorter)
 
 
 def test_equal_flops_are_equal():
-    import dataclasses
     flops = {}
     for run in STUDIES["routing"](BASE, 1000 * BASE.tokens_per_step, [1], {}):
         config = dataclasses.replace(BASE, **run.changes)
@@ -78,43 +211,139 @@ def test_equal_flops_are_equal():
     assert len(equal) == 3 and all(f == pytest.approx(flops["top-2, equal tokens"], rel=2e-3) for f in equal)
 
 
-def test_micro_batches_grow_until_memory_is_out():
-    found = {}
-    while missing := [run for run in STUDIES["checkpointing"](BASE, 20 * TOKENS, [1], found) if run.label not in found]:
-        config = missing[0].changes
-        fits = config["batch_size"] <= (1 if config["activation_checkpointing"] == "none" else 2)
-        found[missing[0].label] = dict(group=missing[0].group, changes=config, **(result() if fits else dict(failed="out of memory")))
-    tried = {(run["changes"]["activation_checkpointing"], run["changes"]["batch_size"]) for run in found.values()}
-    assert tried == {("none", 1), ("none", 2), *((mode, b) for mode in ("selective", "full") for b in (1, 2, 4))}
+def test_dense_models_have_the_active_parameters_of_the_moe():
+    base = Config(d_model=768, n_layers=12, n_heads=12, d_ff=1280, moe_every=1, max_seq_len=1024, vocab_size=32768)
+    sizes = {}
+    for run in STUDIES["scaling"](base, 1e6, [1], {}):
+        if not run.alone:
+            kind, _, size = run.group.partition(", ")
+            sizes.setdefault(size, {})[kind] = dataclasses.replace(base, **run.changes)
+    assert list(sizes) == ["4 x 256", "6 x 384", "9 x 576", "12 x 768"]
+    for pair in sizes.values():
+        router = pair["moe"].parameter_groups["router"]
+        assert pair["moe"].active_params - router == pair["dense"].active_params == pair["dense"].total_params
+        assert all(c.d_ff % 64 == 0 for c in pair.values())
 
 
-def test_another_number_of_tokens_is_not_mixed_in(performed, tmp_path):
-    go("routing", tmp_path)
-    with pytest.raises(ConfigError, match="another study.*--out"):
-        runner.study("routing", BASE, ["--preset", "tiny"], 2 * TOKENS, [1], tmp_path, math.inf)
+def test_micro_batches_are_searched_to_the_end_of_memory(performed, tmp_path):
+    assert go("checkpointing", tmp_path)
+    tried = {mode: [run["changes"]["batch_size"] for run in timed(loaded(tmp_path)).values() if run["changes"]["activation_checkpointing"] == mode
+                    and run["changes"]["n_layers"] == BASE.n_layers] for mode in ("none", "selective", "full")}
+    assert tried == dict(none=[2, 4, 3], selective=[2, 4, 8, 16, 12], full=[2, 4, 8, 16, 32])
+    text = report.block("checkpointing", tmp_path)
+    assert "at least 32" in text
 
+
+# ---------------------------------------------------------------- how sure
 
 def test_a_difference_inside_the_spread_is_undecided():
     a, b = [result(5.0), result(5.2)], [result(5.1), result(5.15)]
-    assert undecided(a, b) and undecided([result(4.0)], b) and not undecided([result(4.0), result(4.1)], b)
+    assert undecided(a, b, 0) and undecided([result(4.0)], b, 0) and not undecided([result(4.0), result(4.1)], b, 0)
+    assert undecided([result(5.0), result(5.0)], [result(5.05), result(5.05)], usual=0.06), "two seeds can be close by chance"
+    assert mean_and_spread(a) == (pytest.approx(5.1), pytest.approx(0.2))
+    assert usual_spread(dict(a=a, b=b, c=[result(3.0)])) == pytest.approx(0.125)
+    assert report.value(a) == "5.100 ± 0.100" and report.against(a, b, 0) == "-0.025, undecided"
+    assert report.against([result(4.0), result(4.1)], b, 0) == "-1.075"
 
 
 def test_power_law_finds_exponent_and_its_uncertainty():
     x = [1e6, 1e7, 1e8, 1e9]
-    a, b, error = power_law(x, [3 * v ** -0.07 for v in x])
-    assert (a, b) == (pytest.approx(3), pytest.approx(0.07)) and error < 1e-6
-    assert power_law(x, [3 * v ** -0.07 * (1 + 0.05 * (-1) ** i) for i, v in enumerate(x)])[2] > 0.005
-    assert power_law(x[:2], [1.0, 0.5])[2] == math.inf
+    exact = power_law(x, [3 * v ** -0.07 for v in x])
+    assert exact.slope == pytest.approx(-0.07) and exact.slope_error < 1e-6
+    assert exact.at(1e5) == (pytest.approx(3 * 1e5 ** -0.07), pytest.approx(0, abs=1e-5)) and exact.inverse(3 * 1e5 ** -0.07) == pytest.approx(1e5)
+    noisy = power_law(x, [3 * v ** -0.07 * (1 + 0.05 * (-1) ** i) for i, v in enumerate(x)])
+    assert noisy.slope_error > 0.005 and noisy.at(1e12)[1] > noisy.at(3e7)[1] > 0
+    assert power_law(x[:2], [1.0, 0.5]).slope_error == math.inf
 
 
-def test_a_run_is_trained_and_summed_up(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"line {i * 7919 % 1000} of a text with some words in it\n" for i in range(3000)))
-    base = ["--preset", "tiny", "--data", str(text), "--cache_dir", str(tmp_path / "cache"), "--d_model", "32", "--n_heads", "2", "--n_layers",
-            "1", "--d_ff", "32", "--max_seq_len", "32", "--vocab_size", "300", "--batch_size", "2", "--device", "cpu", "--eval_steps", "1",
-            "--save_every", "0", "--save_minutes", "5", "--sample_tokens", "0", "--validation_fraction", "0.1"]
-    state, found = runner.perform(runner.Run("a", dict(seed=1, max_steps=2, load_balancing="bias")), base, tmp_path / "run", math.inf)
-    assert state == runner.PERFORMED and found["tokens"] == 2 * 128 and found["flops"] > 0
-    assert 0 < found["load_entropy"] <= 1 and 1 / 8 <= found["worst_share"] <= 1 and len(found["validation"]) == 2
-    with pytest.raises(runner.ExperimentError, match="the run 'b, seed 1' failed(.|\n)*d_ff"):
-        runner.perform(runner.Run("b", dict(seed=1, d_ff=33)), base, tmp_path / "b", math.inf)
+def test_tokens_to_equal_loss_are_read_between_runs():
+    points = [(100, 6.0), (200, 5.0), (400, 4.0)]
+    assert report.tokens_to(points, 4.5) == (pytest.approx(400 / 2 ** 0.5), "")
+    assert report.tokens_to(points, 6.5) == (100, "at most ") and report.tokens_to(points, 3.9) is None
+    assert report.tokens_to(points, 5.0)[0] == pytest.approx(200)
+
+
+# ---------------------------------------------------------------- the report
+
+def test_the_readme_says_what_the_results_say():
+    readme = (ROOT / "README.md").read_text()
+    assert report.filled(readme) == readme, "run python -m studies.report"
+    assert all(f"<!-- study {name} -->" in readme for name in STUDIES)
+
+
+def test_a_study_without_results_is_said_not_to_be_run(tmp_path):
+    text = report.filled("before\n<!-- study balance -->\nold\n<!-- end -->\nafter", tmp_path)
+    assert "Not run yet: `python -m studies.run balance`" in text and "old" not in text and text.startswith("before\n") and text.endswith("\nafter")
+
+
+def test_tokens_are_shown_as_code():
+    assert [report.code(token) for token in (" a", "\n", "a|b", "`", '"')] == ["`␣a`", "`\\n`", "`a\\|b`", "`` ` ``", '`"`']
+
+
+# ---------------------------------------------------------------- runs in earnest
+
+OPTIONS = ["--preset", "tiny", "--d_model", "32", "--n_heads", "2", "--n_layers", "2", "--d_ff", "32", "--max_seq_len", "32", "--vocab_size", "300",
+           "--batch_size", "2", "--gradient_accumulation_steps", "2", "--device", "cpu", "--eval_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder of Python, C and prose, and where its tokens are cached."""
+    folder, cache = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("cache")
+    for i in range(60):
+        (folder / "package").mkdir(exist_ok=True)
+        (folder / "package" / f"m{i}.py").write_text(f'"""Module {i}."""\nimport os\n\ndef f{i}(x):\n    # adds {i * 7919}\n    return x + "é{i}"\n' * 4)
+        (folder / f"p{i}.md").write_text(f"Page {i * 31} says that tea is good, and number {i} is better.\n" * 8)
+    return ["--data", str(folder), "--cache_dir", str(cache), "--validation_fraction", "0.2"]
+
+
+def train(run, text, folder, stop=None):
+    options = [*OPTIONS, *text, "--sample_tokens", "0", "--save_every", "0", "--save_minutes", "5"]
+    return runner.perform(run, options, folder, runner._environment("cpu", 1), stop or threading.Event())
+
+
+def test_a_run_that_fails_says_why(tmp_path, text):
+    with pytest.raises(ExperimentError, match="the run 'b, seed 1' failed(.|\n)*d_ff"):
+        train(Run("b", dict(seed=1, d_ff=33)), text, tmp_path / "b")
+
+
+def test_a_run_that_is_told_to_stop_saves(tmp_path, text):
+    stop, run, folder = threading.Event(), Run("a", dict(seed=1, max_steps=40_000, log_every=5)), tmp_path / "run"
+    def when_it_trains():
+        while not (folder / "metrics.jsonl").exists() or "train_loss" not in (folder / "metrics.jsonl").read_text():
+            time.sleep(0.05)
+        stop.set()
+    threading.Thread(target=when_it_trains, daemon=True).start()
+    assert train(run, text, folder, stop) is None
+    rows = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert (folder / "checkpoint_latest.pt").exists() and rows > 1
+    assert json.loads((folder / "training_results.json").read_text())["totals"]["steps"] >= 5
+
+
+def test_the_whole_command_with_the_analysis_of_experts(tmp_path, text, capsys):
+    command = ["specialization", *OPTIONS, *text, "--out", str(tmp_path / "study"), "--tokens", "1280", "--eval_every", "5", "--seeds", "1", "--jobs",
+               "2"]
+    assert runner.exit_code(runner.run_study, command) == 0
+    assert sorted(path.name for path in (tmp_path / "study").iterdir()) == ["figure.png", "metrics.jsonl.gz", "results.json", "runs"]
+    assert not list((tmp_path / "study" / "runs").iterdir())
+    rows = [json.loads(row) for row in gzip.open(tmp_path / "study" / "metrics.jsonl.gz", "rt")]
+    assert {row["run"] for row in rows} == {"top-2 of 8, seed 1"} and any("train_loss" in row for row in rows)
+    for run in loaded(tmp_path / "study")["runs"].values():
+        assert run["tokens"] == 1280 and run["flops"] > 0 and run["peak_gb"] > 0 and run["passes"] < 1 and len(run["validation"]) > 2
+        assert 0 < run["load_entropy"] <= 1 and 1 / 8 <= run["worst_share"] <= 1
+        found = run["experts"]
+        assert [step["step"] for step in found["steps"]] == [0, 2, 4, 6, 8, 10]
+        assert np.array(found["kind_table"]).shape == (2, 8, len(KINDS)) and np.array(found["domain_table"]).shape == (2, 8, 2)
+        assert np.array(found["kind_table"]).sum() == 2 * 2 * (found["tokens"] - found["without_kind"])
+        assert {found["kinds"][k] for k, n in enumerate(found["kind_tokens"]) if n} >= {"keyword", "comment", "docstring", "string", "prose"}
+        assert sorted(found["domains"]) == [".md", "package"] and found["steps"][-1]["domain"]["bits"][0] > 0
+    assert "Layer" in report.block("specialization", tmp_path / "study")
+    assert runner.exit_code(runner.run_study, [*command, "--grad_clip", "2"]) == 2
+    assert "is of another study: options was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options, words", [(["balence"], "Did you mean balance"), (["balance", "--jobs", "0"], "must be positive"),
+                                            (["balance", "--save_dir", "x"], "the study's is --out")])
+def test_wrong_options_are_said(capsys, options, words):
+    assert runner.exit_code(runner.run_study, options) == 2
+    assert words in capsys.readouterr().err

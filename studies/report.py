@@ -1,0 +1,283 @@
+"""Writes the README's section "What it found" from studies/NAME/results.json, between the marks <!-- study NAME --> and <!-- end -->.
+
+    python -m studies.report
+
+Every number in it, those in the sentences too, is computed here from a results.json; a study without one is said not to be run.
+A value of several seeds is their mean ± half of their spread.
+"""
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from memory import count
+from studies.figures import (MODES, best_runs, groups, mean_and_spread, power_law, sharpest_layer, shorter, timed, undecided,
+                             usual_spread, with_seconds)
+from studies.grids import ADAMW_RATES, STUDIES, WEIGHTS
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = dict(optimizer="Is Muon worth it here?", routing="Is top-2 best, or top-1, top-3?", balance="What is the best load-balancing weight?",
+                 specialization="Do experts learn different patterns?", scaling="How does MoE scale compared with dense?",
+                 checkpointing="What does checkpointing cost?")
+SHOWN_TOKENS = 8
+
+
+# ---------------------------------------------------------------- words
+
+def value(runs: list[dict], key: str = "val_loss", digits: int = 3) -> str:
+    mean, spread = mean_and_spread(runs, key)
+    return f"{mean:.{digits}f}" + (f" ± {spread / 2:.{digits}f}" if len(runs) > 1 else " (one seed)")
+
+
+def against(a: list[dict], b: list[dict], usual: float) -> str:
+    """How much lower or higher a ends than b, or that it is not decided."""
+    difference = mean_and_spread(a)[0] - mean_and_spread(b)[0]
+    return f"{difference:+.3f}" + (", undecided" if undecided(a, b, usual) else "")
+
+
+def rows(head: list[str], body: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
+
+
+def level(runs: dict[str, list[dict]], usual: float) -> tuple[str, str]:
+    """The group that ends lowest, and a sentence on those that cannot be told from it."""
+    best = min(runs, key=lambda name: mean_and_spread(runs[name])[0])
+    same = [name for name in runs if name != best and undecided(runs[name], runs[best], usual)]
+    others = [name for name in runs if name != best and name not in same]
+    if not same or not others:
+        return best, f"{'undecided' if same else 'decided'} against each of the others"
+    return best, f"undecided against {listed(same)}" if len(same) <= len(others) else f"decided only against {listed(others)}"
+
+
+def code(token: str) -> str:
+    """A token as Markdown code in a table, with its spaces and line ends visible."""
+    text = json.dumps(token, ensure_ascii=False)[1:-1].replace('\\"', '"').replace("\\\\", "\\").replace(" ", "␣").replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def machines(results: dict) -> str:
+    names = {run["machine"]["gpu"] or f"{run['machine']['cpus']} CPU cores" for run in results["runs"].values() if "machine" in run}
+    return listed(sorted(names))
+
+
+def budget(results: dict) -> str:
+    """How much the study took, and of what."""
+    b, corpus, runs = results["budget"], results["corpus"], results["runs"].values()
+    minutes = listed([f"{b[key]:.0f} {name} minutes" for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU")) if b[key]])
+    seeds = len({run["changes"]["seed"] for run in runs})
+    passes = max((run["passes"] for run in runs if "passes" in run), default=0)
+    return (f"{len(results['runs'])} runs with {seeds} seed{'s' * (seeds > 1)} on `{corpus['data']}` ({count(corpus['train_tokens'])} tokens, at most "
+            f"{passes:.2f} passes), {count(b['tokens'])} tokens in all, {minutes} on {machines(results)}.")
+
+
+# ---------------------------------------------------------------- one study each
+
+def tokens_to(points: list[tuple[float, float]], loss: float) -> tuple[float, str] | None:
+    """With how many tokens a whole run reaches a loss, by (tokens, loss) of runs of several lengths, between which it is taken to
+    be linear in the logarithm of the tokens; "at most " stands before the shortest run, None after the longest."""
+    points = sorted(points)
+    if loss >= points[0][1]:
+        return points[0][0], "at most "
+    for (fewer, higher), (more, lower) in zip(points, points[1:]):
+        if lower <= loss < higher:
+            return fewer * (more / fewer) ** ((higher - loss) / (higher - lower)), ""
+    return None
+
+
+def optimizer(results: dict) -> str:
+    found, speeds = groups(results), timed(results)
+    muon, adamw = best_runs(found, "muon"), best_runs(found, "adamw")
+    target, tokens = mean_and_spread(adamw)[0], adamw[0]["tokens"]
+    lengths = [(runs[0]["tokens"], mean_and_spread(runs)[0]) for runs in [*shorter(found), muon]]
+    reached = tokens_to(lengths, target)
+    per_step = tokens / adamw[0]["changes"]["max_steps"]
+    speed = {name: speeds[name]["tokens_per_second"] for name in ("muon", "adamw")}
+    bytes_each = {name: speeds[name]["state_bytes_per_parameter"] for name in speed}
+    none = "not reached"
+
+    def rate(best: list[dict], field: str) -> str:
+        """The best rate, and whether the sweep ended there, so that a better one may lie beyond."""
+        mine = best[0]["changes"]
+        beside = dict(optimizer=mine["optimizer"])
+        if mine["optimizer"] == "muon":     # its own rate was swept beside this one of AdamW
+            beside |= dict(adamw_lr=ADAMW_RATES[1]) if field == "muon_lr" else dict(muon_lr=mine["muon_lr"])
+        tried = [runs[0]["changes"][field] for group, runs in found.items() if "_lr" in group and beside.items() <= runs[0]["changes"].items()]
+        inside = min(tried) < mine[field] < max(tried)
+        return f"{mine[field]:g}" + ("" if inside else " (the sweep's end)")
+
+    table = rows(["", "Muon with AdamW", "AdamW alone"], [
+        ["best peak rates of the sweeps", f"{rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}", rate(adamw, "adamw_lr")],
+        [f"validation loss after {count(tokens)} tokens", value(muon), value(adamw)],
+        ["tokens to AdamW's loss", f"{reached[1]}{count(round(reached[0]))}" if reached else none, count(tokens)],
+        ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
+        ["seconds of training", f"{reached[1]}{reached[0] / speed['muon']:.0f}" if reached else none, f"{tokens / speed['adamw']:.0f}"],
+        ["tokens/s, alone on the machine", *(f"{speed[name]:,.0f}" for name in speed)],
+        ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in speed)]])
+    words = (f"At its best rates Muon ends {against(muon, adamw, usual_spread(found))} nats from AdamW alone. " + (
+        f"It reaches AdamW's loss with {reached[1]}{reached[0] / tokens:.0%} of the tokens and {reached[1]}"
+        f"{reached[0] / speed['muon'] * speed['adamw'] / tokens:.0%} of the time" if reached else "It does not reach AdamW's loss")
+        + f", by runs of {len(lengths)} lengths, each with a whole schedule. Weights, gradients and state take "
+        f"{1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory than AdamW's (the brief: 30%).")
+    return f"{table}\n\n{words}"
+
+
+def routing(results: dict) -> str:
+    found, speeds = groups(results), timed(results)
+    usual = usual_spread(found)
+    fair = {f"top-{k}": found["top-2, equal tokens" if k == 2 else f"top-{k}, equal FLOPs"] for k in (1, 2, 3, 4)}
+    same = {f"top-{k}": found[f"top-{k}, equal tokens"] for k in (1, 2, 3, 4)}
+    flops = {name: runs[0]["flops"] / runs[0]["tokens"] for name, runs in same.items()}
+    table = rows(["experts a token", "loss, equal tokens", "against top-2", "loss, equal FLOPs", "against top-2", "FLOPs a token", "tokens/s"], [
+        [name, value(same[name]), against(same[name], same["top-2"], usual) if name != "top-2" else "", value(fair[name]),
+         against(fair[name], fair["top-2"], usual) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
+         f"{speeds[name]['tokens_per_second']:,.0f}"] for name in same])
+    (best, sure), (best_fair, sure_fair) = level(same, usual), level(fair, usual)
+    return (f"{table}\n\nAt equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, "
+            f"{sure_fair}.")
+
+
+def balance(results: dict) -> str:
+    found = groups(results)
+    names = {"none": "none", **{f"{scope}, weight {weight:g}": f"loss {weight:g}, {scope}" for scope in ("batch", "sequence") for weight in WEIGHTS},
+             "bias": "bias alone"}
+    usual = usual_spread(found)
+    best, sure = level({names[name]: runs for name, runs in found.items()}, usual)
+    table = rows(["balancing", "validation loss", f"against {best}", "load entropy (1: even)", "largest share of an expert"], [
+        [label, value(found[name]), "" if label == best else against(found[name], next(found[n] for n in names if names[n] == best), usual),
+         value(found[name], "load_entropy"), value(found[name], "worst_share", 2)] for name, label in names.items()])
+    even, worst = (pick(found, key=lambda name: mean_and_spread(found[name], "load_entropy")[0]) for pick in (max, min))
+    return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Loads are most even with {names[even]} (entropy "
+            f"{mean_and_spread(found[even], 'load_entropy')[0]:.3f}) and least with {names[worst]} "
+            f"({mean_and_spread(found[worst], 'load_entropy')[0]:.3f}).")
+
+
+def specialization(results: dict) -> str:
+    experts = [run["experts"] for runs in groups(results).values() for run in runs]
+    first = experts[0]
+
+    def mean_bits(i: int, label: str, key: str) -> list[dict]:
+        return [dict(bits=float(np.mean(e["steps"][i][label][key]))) for e in experts]
+
+    body = [["before training" if step["step"] == 0 else count(step["tokens"]),
+             *(value(mean_bits(i, label, key), "bits") for label in ("kind", "domain") for key in ("bits", "shuffled_most"))]
+            for i, step in enumerate(first["steps"])]
+    table = rows(["tokens of training", "bits of the kind", "shuffled", "bits of the package", "shuffled"], body)
+    layer = sharpest_layer(first, "kind")
+    kinds, share = np.array(first["kinds"]), np.array(first["kind_table"][layer], float)
+    share /= share.sum(0).clip(1)
+    tokens = rows(["expert", "gets of all pairs of a kind", "tokens that set it apart"], [
+        [str(e + 1), listed([f"{kinds[k]} ({share[e, k]:.0%})" for k in np.argsort(-share[e])[:2]]),
+         " ".join(code(token) for token, _ in first["top_tokens"][layer][e][:SHOWN_TOKENS])] for e in range(len(share))])
+    last = len(first["steps"]) - 1
+    kind, domain = (mean_and_spread(mean_bits(last, label, "bits"), "bits")[0] for label in ("kind", "domain"))
+    untrained = mean_and_spread(mean_bits(0, "kind", "bits"), "bits")[0]
+    real = sum(bits > most for e in experts for bits, most in zip(e["steps"][-1]["kind"]["bits"], e["steps"][-1]["kind"]["shuffled_most"]))
+    return (f"{table}\n\nMeans over the MoE layers, of {count(first['tokens'])} held-out tokens; \"shuffled\" is the largest of ten. At the end the "
+            f"expert says {kind:.3f} of the kind's {first['kind_entropy']:.2f} bits and {domain:.3f} of the package's {first['domain_entropy']:.2f}; "
+            f"before training it was {untrained:.3f} of the kind, as equal tokens look alike to a router. The kind is above its shuffled "
+            f"baseline in {real} of {sum(len(e['layers']) for e in experts)} layers. Layer {first['layers'][layer] + 1} says most; its experts "
+            f"(seed {next(iter(results['runs'].values()))['changes']['seed']}):\n\n{tokens}")
+
+
+def scaling(results: dict) -> str:
+    found, speeds = groups(results), timed(results)
+    dense, moe = (with_seconds(results, kind) for kind in ("dense", "moe"))
+    by = {key: (power_law([run[key] for run in dense], [run["val_loss"] for run in dense]),
+                power_law([run[key] for run in moe], [run["val_loss"] for run in moe])) for key in ("active_params", "seconds")}
+    body, ratios, usual = [], [], usual_spread(found)
+    for name, runs in ((group.removeprefix("moe, "), runs) for group, runs in found.items() if group.startswith("moe")):
+        others = found[f"dense, {name}"]
+        seconds = runs[0]["tokens"] / speeds[f"moe, {name}"]["tokens_per_second"]
+        there, error = by["seconds"][0].at(seconds)
+        mean = mean_and_spread(runs)[0]
+        ratios.append(by["active_params"][0].inverse(mean) / runs[0]["active_params"])
+        body.append([name, count(runs[0]["active_params"]), count(runs[0]["total_params"]), value(others), value(runs), against(runs, others, usual),
+                     f"{mean - there:+.3f} ± {error:.3f}", *(f"{speeds[f'{kind}, {name}']['tokens_per_second']:,.0f}" for kind in ("dense", "moe"))])
+    table = rows(["layers x width", "active", "all of the MoE", "dense loss", "MoE loss", "MoE - dense, equal tokens, FLOPs and active",
+                  "MoE - dense, equal time", "dense tokens/s", "MoE tokens/s"], body)
+    largest = list(found.values())[-1][0]
+    fits = by["active_params"]
+    gap, error = abs(fits[0].slope - fits[1].slope), math.hypot(fits[0].slope_error, fits[1].slope_error)
+    sure = "inside two standard errors: undecided" if gap <= 2 * error else "of more than two standard errors"
+    return (f"{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters used and FLOPs are those of the MoE. Loss "
+            f"falls with active parameters to the power {fits[0].slope:.3f} ± {fits[0].slope_error:.3f} (dense) and {fits[1].slope:.3f} ± "
+            f"{fits[1].slope_error:.3f} (MoE), a difference {sure}. "
+            f"By the dense fit, a dense model needs {ratios[-1]:.2f} times the active parameters to end where the largest MoE does; that MoE "
+            f"has {largest['total_params'] / largest['active_params']:.2f} times as many parameters as it uses (the brief: 4x capacity at the same "
+            f"compute). Equal time is read off the dense models' fit over seconds, with its standard error.")
+
+
+def checkpointing(results: dict) -> str:
+    runs = timed(results).values()
+    body, saved, slower = [], [], []
+    for depth in sorted({run["changes"]["n_layers"] for run in runs}):
+        fits = {mode: {run["changes"]["batch_size"]: run for run in runs if "failed" not in run and run["changes"]["n_layers"] == depth
+                       and run["changes"]["activation_checkpointing"] == mode} for mode in MODES}
+        tried = {mode: max(run["changes"]["batch_size"] for run in runs if run["changes"]["n_layers"] == depth
+                           and run["changes"]["activation_checkpointing"] == mode) for mode in MODES}
+        batch = max(set.intersection(*(set(found) for found in fits.values())), default=None)
+        if batch is None:
+            body += [[str(depth), mode, *["–"] * 5, str(max(fits[mode], default=0))] for mode in MODES]
+            continue
+        none = fits["none"][batch]
+        for mode, found in fits.items():
+            run, most = found[batch], max(found)
+            activations = [r["memory_gb"].get("activations") for r in (run, none)]
+            less = None if None in activations or not activations[1] else 1 - activations[0] / activations[1]
+            slow = none["tokens_per_second"] / run["tokens_per_second"] - 1
+            if mode != "none":
+                saved += [] if less is None else [(mode, less)]
+                slower += [(mode, slow)]
+            body.append([str(depth), mode, str(batch), f"{run['peak_gb']:.1f}", "–" if less is None else f"{less:.0%}",
+                         f"{run['tokens_per_second']:,.0f}", f"{slow:+.0%}", f"{most}" if most < tried[mode] else f"at least {most}"])
+    table = rows(["layers", "checkpointing", "micro-batch", "peak GB", "of the activations saved", "tokens/s", "time a token",
+                  "largest micro-batch that fits"], body)
+
+    def span(found: list, mode: str) -> str:
+        values = [v for m, v in found if m == mode]
+        ends = sorted({f"{v:.0%}" for v in (min(values), max(values))}, key=lambda text: int(text[:-1])) if values else ["an unknown share"]
+        return " to ".join(ends)
+
+    return (f"{table}\n\nAt the largest micro-batch that all three fit, `selective` saves {span(saved, 'selective')} of the activations' memory and takes "
+            f"{span(slower, 'selective')} more time a token, `full` {span(saved, 'full')} and {span(slower, 'full')} (the brief: 40 to 50% saved, 10 to "
+            "15% slower). Largest micro-batches were searched by doubling and once between.")
+
+
+BLOCKS = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
+
+
+# ---------------------------------------------------------------- the README
+
+def block(name: str, folder: Path) -> str:
+    """A study's part of the section."""
+    head = f"### {QUESTIONS[name]}\n\n"
+    if not (folder / "results.json").exists():
+        return f"{head}Not run yet: `python -m studies.run {name}`."
+    results = json.loads((folder / "results.json").read_text())
+    if results["study"] != name:
+        raise ValueError(f"{folder / 'results.json'} is of the study {results['study']}")
+    if not (folder / "figure.png").exists():
+        return f"{head}Begun, and not finished: `python -m studies.run {name}` goes on."
+    return f"{head}![{QUESTIONS[name]}](studies/{name}/figure.png)\n\n{BLOCKS[name](results)}\n\n{budget(results)}"
+
+
+def filled(readme: str, folder: Path = ROOT / "studies") -> str:
+    """The README with every study's block written anew from the results in `folder`."""
+    for name in STUDIES:
+        readme = re.sub(rf"<!-- study {name} -->\n.*?<!-- end -->", lambda _: f"<!-- study {name} -->\n{block(name, folder / name)}\n<!-- end -->",
+                        readme, flags=re.S)
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    before = path.read_text()
+    path.write_text(filled(before))
+    print("README.md is up to date" if filled(before) == before else "README.md written", file=sys.stderr)
