@@ -15,7 +15,7 @@ except ImportError:         # PyTorch's builds for CPUs come without
 # Row with column reductions in one kernel read memory that nothing wrote (torch 2.10 to 2.13, pytorch/pytorch issue 193061).
 COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
 
-TILE = 128, 256, 64         # rows, columns and depth; the fastest of six on an H200
+TILE = 256, 128, 64         # rows, columns and depth; the fastest of five on an H200
 PARTS, WARPS, STAGES = 2, 8, 3
 HEADS = 32                  # heads of a program of the rotation
 SWIGLU_BLOCK = 2048         # columns at a time
