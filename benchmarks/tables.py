@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from config import PRESETS, Config
-from memory import count
+from memory import GPUS, count
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +40,22 @@ def data_speed() -> str:
     return "\n".join(lines)
 
 
+def gpu_figures() -> str:
+    lines = ["| figure | GPU | value | besides |", "|---|---|---|---|"]
+    for path in sorted(path for gpu in GPUS for path in (ROOT / "benchmarks/results").glob(f"*_{gpu}.json")):
+        r = json.loads(path.read_text())
+        d, beside = r["details"], ""
+        if r["name"].startswith("train_"):
+            memory = {kind: sizes["total"] for kind, sizes in d["memory_gb"].items()}
+            hours = Config(**PRESETS[r["name"].split("_", 1)[1].rpartition("_")[0]]).tokens_per_step * 50_000 / r["value"] / 3600
+            beside = (f"MFU {d['mfu']:.3f}; peak {memory['measured']:.1f} GB, predicted {memory['predicted']:.1f}; first step after "
+                      f"{d['seconds_to_first_step']:.0f} s; 50,000 steps would take {hours:,.0f} hours")
+        if r["name"] == "muon_step_18b":
+            beside = f"{d['streaming_costs_seconds']:.3f} s of it for streaming {d['host_gb']:.0f} GB of state each way"
+        lines.append(f"| `{r['name']}` | {r['gpu'].removeprefix('NVIDIA ')} | {r['value']:,.4g} {r['unit']} | {beside} |")
+    return "\n".join(lines)
+
+
 def presets() -> str:
     lines = ["| preset | width x layers | `d_ff` | MoE every | parameters | active | tokens a step |", "|---|---|---|---|---|---|---|"]
     for name, values in PRESETS.items():
@@ -51,7 +67,7 @@ def presets() -> str:
 
 def filled(readme: str) -> str:
     """The README with every marked block written anew."""
-    for name, block in dict(default_run=default_run, presets=presets, data_speed=data_speed).items():
+    for name, block in dict(default_run=default_run, presets=presets, data_speed=data_speed, gpu_figures=gpu_figures).items():
         readme = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _: f"<!-- {name} -->\n{block()}\n<!-- end -->", readme, flags=re.S)
     return readme
 
