@@ -130,7 +130,8 @@ def test_what_finished_beside_a_failed_run_is_kept(performed, tmp_path, monkeypa
     monkeypatch.setattr(runner, "perform", perform)
     with pytest.raises(ExperimentError, match="disk is full"):
         go("balance", tmp_path, jobs=3)
-    assert list(loaded(tmp_path)["runs"]) == ["none, seed 1"]
+    kept = loaded(tmp_path)["runs"].keys()      # perhaps also a run that began before the failure was seen
+    assert "none, seed 1" in kept and not kept & {"batch, weight 0.0001, seed 1", "none, seed 2"}
 
 
 def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_path):
