@@ -27,8 +27,8 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from config import Config, ConfigError, ExperimentError
-from shards import (FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC, Bar, build, count_tokens, data_hash, entropy, recipe,
-                    replace_file, survey)
+from shards import (FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC, Bar, build, count_tokens, data_hash, die_with_parent,
+                    entropy, recipe, replace_file, survey)
 from sources import SHARD_SUFFIX, Text
 from tokenizer import check_vocabulary, load_tokenizer, read_tokenizer, sha256, trained_size, vocabulary
 
@@ -184,7 +184,8 @@ class _TrainingBatches:
 
 def _leave_signals_to_the_trainer(_worker: int):
     """A signal to the whole process group must not kill the workers under the trainer, which saves first; they end with
-    the iterator."""
+    the iterator, or with the trainer."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

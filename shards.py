@@ -4,8 +4,10 @@
 killed goes on from there.
 """
 import collections
+import ctypes
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import struct
@@ -26,7 +28,8 @@ TOKENIZER_SAMPLE = 20_000_000            # characters that a tokenizer is traine
 TOKENIZE_CHARACTERS = 1_000_000          # characters tokenized at a time, by one core
 SHARD_CHARACTERS = 64_000_000            # characters after which what is tokenized outlives a kill
 COUNT_TOKENS = 2 ** 20                   # tokens counted at a time
-FORMAT_VERSION = 1                       # of the cache: raise it when the same files would give other shards
+PR_SET_PDEATHSIG = 1                     # of Linux's prctl
+FORMAT_VERSION = 2                       # of the cache: raise it when the same files would give other shards
 MAGIC, HEADER_BYTES = b"MOETOKEN", 1024
 HEADER = struct.Struct("<8sIIQ32s")      # magic, version, bytes in a token, tokens, the tokenizer's sha256
 # A piece of text: its hash, its length in characters, whether its document ends with it.
@@ -82,7 +85,7 @@ def survey(text: Text, folder: Path) -> dict:
             lengths.append(len(piece))
             ends.append(last)
             bar.add(len(piece), last)
-            if text.hub and text.characters >= TOKENIZER_SAMPLE and last:
+            if text.hub and text.characters >= TOKENIZER_SAMPLE and last:       # `surveyed` says the same
                 whole = False
                 break
     if not hashes:
@@ -96,6 +99,12 @@ def survey(text: Text, folder: Path) -> dict:
     return found
 
 
+def surveyed(pieces: np.ndarray) -> np.ndarray:
+    """Of all pieces of a hub's data set, those that `survey` reads."""
+    enough = (np.cumsum(pieces["length"], dtype=np.int64) >= TOKENIZER_SAMPLE) & pieces["last"]
+    return pieces[:enough.argmax() + 1] if enough.any() else pieces
+
+
 def split(hashes: np.ndarray, lengths: np.ndarray, validation_fraction: float) -> np.ndarray:
     """Which documents are held out, bool [documents]: those of the lowest hashes, until they hold validation_fraction
     of all characters. Equal documents have equal hashes, so they stay together; two different ones give two sides."""
@@ -104,6 +113,12 @@ def split(hashes: np.ndarray, lengths: np.ndarray, validation_fraction: float) -
     last = order[np.searchsorted(characters, validation_fraction * characters[-1])]
     validation = hashes <= hashes[last]
     return hashes < hashes.max() if validation.all() else validation
+
+
+def last_held_out(pieces: np.ndarray, validation_fraction: float) -> int:
+    """The highest hash that is held out of a text with these pieces (PIECE array); -1 when none is."""
+    held_out = split(pieces["hash"], pieces["length"].astype(np.int64), validation_fraction)
+    return int(pieces["hash"][held_out].max()) if held_out.any() else -1
 
 
 def _changed(text: Text) -> ExperimentError:
@@ -138,7 +153,8 @@ def build(config: Config, text: Text, found: dict, tokenizer_json: str | None, f
     in corpus.json; `found` is the text's survey. Goes on from what a killed build left in the folder."""
     start, made_by = time.perf_counter(), recipe(config, tokenizer_json)
     pieces, lengths = found["pieces"], found["pieces"]["length"].astype(np.int64)
-    held_out, characters = split(pieces["hash"], lengths, config.validation_fraction), int(lengths.sum())
+    limit, characters = last_held_out(pieces, config.validation_fraction), int(lengths.sum())
+    held_out = pieces["hash"] <= limit
     what = f"{len(text.files):,} files" if text.files else ("" if found["whole"] else "the beginning of ") + config.data
     print(f"data: {what}, {len(pieces):,} documents, {characters:,} characters, {lengths[held_out].sum() / characters:.2%} held out")
     if found["bad"]:
@@ -155,7 +171,6 @@ def build(config: Config, text: Text, found: dict, tokenizer_json: str | None, f
 
     tokenizer, end_of_text = load_tokenizer(tokenizer_json)
     dtype, tokenizer_hash = token_dtype(config), sha256(tokenizer_json)
-    limit = int(pieces["hash"][held_out].max()) if held_out.any() else -1
     done = _write_shards(folder, text, found, limit, _Encoder(encoder(tokenizer), end_of_text, dtype))
     for name, tokens in zip(("train.bin", "validation.bin"), done["tokens"]):
         with open(folder / name, "r+b") as file:
@@ -165,7 +180,8 @@ def build(config: Config, text: Text, found: dict, tokenizer_json: str | None, f
     read = np.memmap(folder / "pieces.bin", PIECE, mode="r")
     facts = dict(data=config.data, documents=len(read), characters=done["characters"], train_tokens=done["tokens"][0],
                  validation_tokens=done["tokens"][1], vocabulary=vocabulary(tokenizer), data_hash=data_hash(read),
-                 tokenizer_hash=tokenizer_hash, unigram_entropy=entropy(counts), left_out=found["bad"], recipe=made_by)
+                 tokenizer_hash=tokenizer_hash, unigram_entropy=entropy(counts), left_out=found["bad"],
+                 recipe=made_by if found["whole"] else None)     # else the same text from files is split otherwise
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
     print(f"data: {done['tokens'][0]:,} training and {done['tokens'][1]:,} validation tokens, {time.perf_counter() - start:.1f} s")
 
@@ -199,8 +215,17 @@ class _Encoder:
         return [np.concatenate(part).astype(self.dtype) for part in parts]
 
 
+def die_with_parent() -> None:
+    """Lets the kernel end this worker process when the one that made it is killed. Else it would wait for ever to hand
+    over its work, and hold the lock of the folder that the killed build left."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:        # it was killed just before
+        os._exit(1)
+
+
 def _start_worker(_number: int):
     """Texts are spread over processes, each on one core; the first process alone decides when to stop."""
+    die_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -84,17 +84,23 @@ def _sound(text: str) -> bool:
         return False
 
 
-def _bad_byte(path: str) -> str:
-    """Where the first byte of a file is that is not UTF-8, for messages."""
+def _plain(line: str) -> bool:
+    """Whether it may be a line of a text file. A NUL, though UTF-8, is in none: it comes from UTF-16 and binary files."""
+    return "\0" not in line and _sound(line)
+
+
+def _first_bad_byte(file: io.BufferedIOBase) -> str:
+    """Where the first byte is that no text has, for messages."""
     offset = 0
-    with _open(path) as file:
-        for line in file.buffer:   # a line end is never inside a character
+    with file:
+        for line in file:      # a line end is never inside a character
             try:
-                line.decode()
+                if "\0" in line.decode():
+                    return f"not text in UTF-8: a byte 0 at offset {offset + line.index(0)}, as in UTF-16 and in binary files"
             except UnicodeDecodeError as error:
-                return f"not UTF-8 text: invalid byte at offset {offset + error.start}"
+                return f"not text in UTF-8: invalid byte at offset {offset + error.start}"
             offset += len(line)
-    return "no valid text"      # valid UTF-8, such as JSON's escape of half a surrogate pair
+    return "no text"
 
 
 # --- text
@@ -162,10 +168,10 @@ class Text:
         limit = self.config.max_characters
         return min(there, limit) if there and limit else there or limit or None
 
-    def _leave_out(self, place: str, path: str | None, why: str = "", count: int = 1) -> None:
-        """Counts rows that cannot be read; without `why`, the first byte of `path` that is not UTF-8 is looked for."""
-        if len(self.bad_rows) < SHOWN_BAD_ROWS:
-            self.bad_rows.append(f"{place}: {why or _bad_byte(path)}")
+    def _leave_out(self, place: str, why, count: int = 1) -> None:
+        """Counts rows that cannot be read; why() says what is wrong with the first of them at this place."""
+        if len(self.bad_rows) < SHOWN_BAD_ROWS and not any(row.startswith(f"{place}: ") for row in self.bad_rows):
+            self.bad_rows.append(f"{place}: {why()}")
         self.bad += count
 
     def _check_share(self) -> None:
@@ -173,8 +179,8 @@ class Text:
         if self.bad > share * self.rows:
             raise ExperimentError(
                 f"{self.bad:,} of {self.rows:,} lines or rows of {self.config.data} cannot be read, more than {share:.2%} "
-                f"(max_bad_share): {'; '.join(self.bad_rows)}{'; ...' if self.bad > len(self.bad_rows) else ''}. Correct or "
-                "convert them to UTF-8, for example with iconv, or leave more out with a larger --max_bad_share")
+                f"(max_bad_share): {'; '.join(self.bad_rows)}{'; ...' if len(self.bad_rows) == SHOWN_BAD_ROWS else ''}. Correct "
+                "them (what is not UTF-8 with iconv, for example), or leave more out with a larger --max_bad_share")
 
     # ------------------------------------------------------------ pieces
 
@@ -184,12 +190,12 @@ class Text:
             while piece := stream.read(self.length):
                 if len(piece) == self.length:
                     piece += stream.readline(self.length)
-                self.rows += max(1, piece.count("\n")) if path else 0
-                if not _sound(piece):
+                self.rows += piece.count("\n") + (piece[-1] != "\n") if path else 0
+                if path and not _plain(piece):
                     lines = list(io.StringIO(piece, newline=""))
-                    sound = [line for line in lines if _sound(line)]
-                    self._leave_out(path, path, count=len(lines) - len(sound))
-                    piece = "".join(sound)
+                    plain = [line for line in lines if _plain(line)]
+                    self._leave_out(path, lambda: _first_bad_byte(open(path, "rb")), len(lines) - len(plain))
+                    piece = "".join(plain)
                 if piece:
                     return piece
             return ""
@@ -209,9 +215,9 @@ class Text:
                 except (OSError, UnicodeDecodeError):
                     pass   # libraries hold files in odd encodings on purpose, to test with
             elif name.endswith(JSON_SUFFIXES):
-                yield from self._row_pieces(self._json_rows(path), path)
+                yield from self._row_pieces(self._json_rows(path))
             elif name.endswith(".parquet"):
-                yield from self._row_pieces(self._parquet_rows(path), path)
+                yield from self._row_pieces(self._parquet_rows(path))
             else:
                 with _open(path) as file:
                     yield from self._cut(file, path)
@@ -220,7 +226,7 @@ class Text:
             raise ExperimentError(f"{path} is no sound {Path(path).suffix} file ({error}). Make or download it again" if compressed
                                   else f"cannot read {path}: {error.strerror}. Mend it or take it out of --data") from error
 
-    def _row_pieces(self, rows, path: str | None):
+    def _row_pieces(self, rows):
         """Pieces of the documents that are values of a field: (place, value) each."""
         for place, value in rows:
             if value is None:
@@ -229,7 +235,7 @@ class Text:
                 raise ExperimentError(f"{place}: field {self.config.text_field!r} holds no text: {value!r:.60}. Correct it, "
                                       "or choose another field with --text_field")
             if not _sound(value):
-                self._leave_out(place, path)
+                self._leave_out(place, lambda: f"field {self.config.text_field!r} is {_bad_value(value)}")
             elif len(value) > self.length:
                 yield from self._cut(io.StringIO(value, newline=""))
             elif value:
@@ -246,7 +252,8 @@ class Text:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    self._leave_out(f"{path}:{number}", path, f"not valid JSON ({error})" if _sound(line) else "")
+                    problem = f"{error.msg}: character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+                    self._leave_out(f"{path}:{number}", lambda: f"not valid JSON ({problem})" if _plain(line) else _bad_value(line))
                     continue
                 if not isinstance(row, dict) or field not in row:
                     there = f"the fields are {', '.join(row)}" if isinstance(row, dict) else "the line is not an object"
@@ -273,8 +280,8 @@ class Text:
                         read += 1
                         yield f"{path}, row {first + read - 1}", value
             except (pyarrow.ArrowException, OSError) as error:
-                self._leave_out(path, path, f"row group {group + 1} of {file.num_row_groups}, rows {first + read} to "
-                                f"{first + count - 1}, is damaged ({error})", count - read)
+                place, problem = f"{path}, row group {group + 1} of {file.num_row_groups}", str(error)
+                self._leave_out(place, lambda: f"rows {first + read} to {first + count - 1} are damaged ({problem})", count - read)
             first += count
 
     def _hub_pieces(self):
@@ -289,12 +296,20 @@ class Text:
                 yield f"{place}, row {self.rows}", row[field]
 
         try:
-            yield from self._row_pieces(rows(), None)
+            yield from self._row_pieces(rows())
         except ExperimentError:
             raise
         except Exception as error:      # whatever the network, the file systems and the formats underneath raise
             raise ExperimentError(f"{place} could not be read to its end: {first_line(error)}. Run again: what was tokenized "
                                   "is kept, and it goes on from there") from error
+
+
+def _bad_value(value: str) -> str:
+    """Where a value that is not `_sound`, or a line, has its first byte that is not UTF-8, for messages."""
+    try:
+        return _first_bad_byte(io.BytesIO(value.encode(errors="surrogateescape")))
+    except UnicodeEncodeError:      # valid UTF-8 and JSON, which can write one with an escape
+        return "no valid text: it holds half of a surrogate pair"
 
 
 def _python(scalar):
@@ -325,8 +340,12 @@ def _open_hub(config: Config):
     """A data set of the hub, or one that lies in a folder, as datasets streams it."""
     name, configuration, split = _hub_name(config.data)
     import datasets   # slow to import, and only hf: needs it
+    local = Path(name).expanduser()
     try:
-        stream = datasets.load_dataset(os.path.expanduser(name), configuration, split=split, streaming=True)
+        if (local / "state.json").exists():     # of save_to_disk, which load_dataset refuses
+            stream = datasets.load_from_disk(local).to_iterable_dataset()
+        else:
+            stream = datasets.load_dataset(str(local) if local.is_dir() else name, configuration, split=split, streaming=True)
     except ConnectionError as error:
         raise ExperimentError(
             f"{config.data} needs the network, and the Hugging Face hub cannot be reached: {first_line(error)}. Go online (and "

@@ -62,7 +62,9 @@ def measure(config: Config, device: torch.device) -> dict:
     @torch.no_grad()
     def theirs_writes(n):
         tokens = torch.tensor([prompt] * n, device=device)
-        return theirs.generate(tokens, do_sample=True, max_new_tokens=NEW, min_new_tokens=NEW, **DRAWS)[:, PROMPT:].numel()
+        written = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=True, max_new_tokens=NEW, min_new_tokens=NEW,
+                                  **DRAWS)
+        return written[:, PROMPT:].numel()
 
     found = {}
     for n in TEXTS:

@@ -120,7 +120,7 @@ def test_user_files_folders_and_globs(tmp_path):
 
 
 def test_line_ends_and_characters_arrive_unchanged(tmp_path):
-    text = "a\r\nb\rc\n\n\ttab \u2028 é 🙂\x0b\x0c\x00 end"
+    text = "a\r\nb\rc\n\n\ttab \u2028 é 🙂\x0b\x0c\x01 end"
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}))
     for name in ("a.txt", "b.jsonl"):
@@ -160,12 +160,13 @@ def test_empty_files(tmp_path, folder):
     assert data.prepare(config_for(tmp_path)).documents == 40
 
 
-@pytest.mark.parametrize("name", ["bad.txt", "bad.jsonl"])
-def test_undecodable_file_is_named_with_the_byte(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize("name, place", [("bad.txt", "bad.txt: not text in UTF-8: invalid byte at offset 46513"),
+                                         ("bad.jsonl", "bad.jsonl:501: field 'text' is not text in UTF-8: invalid byte at offset 3")])
+def test_undecodable_text_is_named_with_the_byte(tmp_path, name, place, monkeypatch):
     monkeypatch.setattr(sources, "PIECE_CHARACTERS", (50, 50))
     good = "".join(json.dumps({"text": "x é" * 20}, ensure_ascii=False) + "\n" for _ in range(500)).encode()
     (tmp_path / name).write_bytes(good + b'{"text": "caf\xe9"}\n')
-    fails(config_for(tmp_path, data=str(tmp_path / name)), name, f"offset {len(good) + 13}", "UTF-8")
+    fails(config_for(tmp_path, data=str(tmp_path / name)), place)
 
 
 def test_bad_rows(tmp_path):
@@ -605,6 +606,23 @@ def test_workers_give_the_same_batches_and_end(tmp_path, folder, capfd):
         assert not multiprocessing.active_children()
     assert torch.equal(state, torch.get_rng_state())   # reading data does not shift the model's random numbers
     assert "forked" not in capfd.readouterr().err
+
+
+def test_workers_end_when_the_trainer_is_killed():
+    code = """if True:
+        import multiprocessing, os, signal, numpy
+        import data
+        from config import PRESETS, Config
+        batches = data.batches(numpy.arange(10_000, dtype=numpy.uint16), Config(**PRESETS["tiny"] | dict(num_workers=1, max_seq_len=16)), 0)
+        next(batches)
+        print(multiprocessing.active_children()[0].pid, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    status, deadline = Path(f"/proc/{done.stdout.strip()}/status"), time.monotonic() + 4      # sooner than PyTorch looks
+    while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
 
 
 def test_validation_batches_are_the_same_windows_each_time_spread_evenly(tmp_path):

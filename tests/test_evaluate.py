@@ -9,7 +9,9 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -17,6 +19,8 @@ import checkpoint
 import data
 import report
 import run_experiment
+import shards
+from config import PRESETS, Config
 from conftest import TEXT, tiny_config, tokenizer_json, write_checkpoint
 from run_experiment import exit_code
 from tools import evaluate, export_hf
@@ -148,6 +152,22 @@ def test_without_data_the_text_is_what_the_run_held_out(measure, run, tmp_path):
     whole = measure("--json", "--data", tmp_path / "text")[1]
     assert all(found["domains"][name]["bytes"] < whole["domains"][name]["bytes"] for name in found["domains"])
     assert "what its run held out of" in measure()[1]
+
+
+def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_path, monkeypatch):
+    pieces = list(evaluate.texts(Config(**PRESETS["tiny"] | dict(data=str(corpus)))))
+    record = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in pieces], shards.PIECE)
+    config = Config(**PRESETS["tiny"] | dict(data=f"hf:{tmp_path}", validation_fraction=0.3))
+    monkeypatch.setattr(evaluate, "texts", lambda config: iter(pieces))
+    held_out = {}
+    for sample in (int(record["length"].sum()) // 3, 10 ** 9):
+        monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sample)
+        held_out[sample] = [text for _, text, _ in evaluate.held_out_texts(config, shards.data_hash(record))]
+        beginning = shards.surveyed(record)
+        assert (len(beginning) < len(record)) == (sample < 10 ** 9) and sum(beginning["length"]) >= min(sample, sum(record["length"]))
+        limit = beginning["hash"][shards.split(beginning["hash"], beginning["length"].astype(int), 0.3)].max()
+        assert held_out[sample] == [text for _, text, _ in pieces if shards.text_hash(text) <= limit]
+    assert len(set(map(len, held_out.values()))) == 2
 
 
 def test_held_out_text_that_is_no_longer_known(measure, run, tmp_path):

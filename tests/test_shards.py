@@ -52,7 +52,7 @@ def encoded(monkeypatch):
 # --- a build that ends early
 
 def killed_build(tmp_path, commits: int, **changes) -> subprocess.CompletedProcess:
-    """A build in a process that kills itself, group and all, at its `commits`-th shard."""
+    """A build in a process that kills itself, and no worker, at its `commits`-th shard."""
     code = f"""if True:
         import os, signal, sys
         sys.path[:0] = ['.', 'tests']
@@ -63,10 +63,11 @@ def killed_build(tmp_path, commits: int, **changes) -> subprocess.CompletedProce
             replace(path, content)
             count[0] += path.name == "progress.json"
             if count[0] == {commits}:
-                os.killpg(0, signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
         shards.replace_file = counted
         data.prepare(config_for(Path({str(tmp_path)!r}), **{changes!r}))"""
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    # the workers hold the pipes too: it ends when all are gone
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def hub_data(tmp_path, hub, folder):

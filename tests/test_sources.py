@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,25 @@ def test_the_default_share_is_one_in_a_thousand(tmp_path):
           "offset", "not valid JSON")
 
 
+def test_each_bad_row_is_named_with_its_own_place(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "ab\xff"}\n{"text": "a" "b"}\n{"text": "\\ud800"}\n')
+    config = config_for(tmp_path, data=str(path))
+    fails(config, "rows.jsonl:1: field 'text' is not text in UTF-8: invalid byte at offset 3;", "rows.jsonl:2: field 'text' is not text "
+          "in UTF-8: invalid byte at offset 2;", "rows.jsonl:3: not valid JSON (Expecting ',' delimiter: character 14)", "; ...")
+    text = Text(replace(config, max_bad_share=1.0))
+    assert list(text.documents()) == [] and text.bad == 4
+
+
+@pytest.mark.parametrize("encoding, place", [("utf-16", "invalid byte at offset 0"), ("utf-16-le", "a byte 0 at offset 1, as in UTF-16"),
+                                             ("utf-32-be", "a byte 0 at offset 0, as in UTF-16")])
+def test_text_in_utf_16_is_not_read_as_text_full_of_nul(tmp_path, encoding, place):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_bytes("".join(STORIES).encode(encoding))
+    fails(config_for(tmp_path, data=str(tmp_path / "*.txt"), max_bad_share=0.5), f"a.txt: not text in UTF-8: {place}", "b.txt: not text",
+          "--max_bad_share", "iconv")
+
+
 def test_a_damaged_row_group_is_left_out_or_refused(tmp_path):
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pa.table({"text": [f"row {i} " + "x" * 30 for i in range(1000)]}), path, row_group_size=100,
@@ -140,7 +160,7 @@ def test_a_damaged_row_group_is_left_out_or_refused(tmp_path):
     raw[group.data_page_offset + group.total_compressed_size // 2] ^= 1
     path.write_bytes(raw)
     config = config_for(tmp_path, data=str(path))
-    fails(config, "rows.parquet", "row group 4 of 10, rows 301 to 400", "100 of 1,000", "--max_bad_share")
+    fails(config, "rows.parquet", "row group 4 of 10: rows 301 to 400", "100 of 1,000", "--max_bad_share")
     found = documents(config_for(tmp_path, data=str(path), max_bad_share=0.1))
     assert [int(text.split()[1]) for text in found] == [i for i in range(1000) if not 300 <= i < 400]
 
@@ -206,6 +226,27 @@ def test_of_a_long_data_set_the_beginning_decides_split_and_tokenizer(tmp_path, 
     assert corpus.tokenizer_json == train_tokenizer([text for text in STORIES[:20] if text not in held], 300)
 
 
+def test_the_same_text_from_a_file_does_not_take_over_a_split_that_the_beginning_decided(tmp_path, hub, monkeypatch):
+    rows = str(write_rows(tmp_path / "rows.jsonl", STORIES))
+    own = data.prepare(config_for(tmp_path, data=rows, cache_dir=str(tmp_path / "other")))
+    monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
+    changes = dict(tokenizer=str(tmp_path / "tokenizer.json"))
+    Path(changes["tokenizer"]).write_text(own.tokenizer_json)
+    beginning = data.prepare(config_for(tmp_path, data=f"hf:{hub}:big", **changes))
+    corpus = data.prepare(config_for(tmp_path, data=rows, **changes))
+    assert np.array_equal(corpus.validation, own.validation) and not np.array_equal(corpus.validation, beginning.validation)
+
+
+def test_a_data_set_that_save_to_disk_left(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict(dict(id=range(40), text=STORIES)).save_to_disk(tmp_path / "saved")
+    text = Text(config_for(tmp_path, data=f"hf:{tmp_path / 'saved'}"))
+    reading = text.documents()
+    assert [next(reading)[0] for _ in range(25)] == STORIES[:25]
+    again = Text(config_for(tmp_path, data=f"hf:{tmp_path / 'saved'}"))
+    assert [piece for piece, _ in again.documents(json.loads(json.dumps(text.position())))] == STORIES[25:]
+
+
 @pytest.mark.parametrize("cut", [1, 24, 25, 26, 39])
 def test_a_data_set_goes_on_from_a_position(tmp_path, hub, cut):
     first, second = (Text(config_for(tmp_path, data=f"hf:{hub}:big")) for _ in range(2))
@@ -213,7 +254,7 @@ def test_a_data_set_goes_on_from_a_position(tmp_path, hub, cut):
     assert [next(reading)[0] for _ in range(cut)] == STORIES[:cut]
     position = json.loads(json.dumps(first.position()))
     reads = []
-    second._row_pieces, read = lambda rows, path: read(map(lambda row: reads.append(1) or row, rows), path), second._row_pieces
+    second._row_pieces, read = lambda rows: read(map(lambda row: reads.append(1) or row, rows)), second._row_pieces
     assert [text for text, _ in second.documents(position)] == STORIES[cut:]
     assert len(reads) == 40 - cut and second.pieces == 40 and second.characters == sum(map(len, STORIES))
 

@@ -87,7 +87,8 @@ def held_out_texts(config: Config, data_hash: str) -> Iterator[tuple[str, str, b
     if shards.data_hash(pieces) != data_hash:
         raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. "
                               "Give the text to measure with --data, all of which is read")
-    held_out = shards.split(pieces["hash"], pieces["length"].astype(numpy.int64), config.validation_fraction)
+    deciding = shards.surveyed(pieces) if Text(config).hub else pieces
+    held_out = pieces["hash"] <= shards.last_held_out(deciding, config.validation_fraction)
     for chosen, (domain, text, last), following in zip(held_out, texts(config), [*held_out[1:], False]):
         if chosen:
             yield domain, text, last or not following
