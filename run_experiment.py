@@ -17,6 +17,9 @@ import re  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+# before torch is imported: an 18B run fills its GPU, and fixed segments lose gigabytes to fragmentation
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 import memory  # noqa: E402
 from config import (Config, ConfigError, ExperimentError, defaults, field_docs, nearest, parse_value, resolve,
                     resumed_config)  # noqa: E402

@@ -527,8 +527,7 @@ class Trainer:
                 f"GB; predicted {used.memory_gb['total']:.1f} GB).\n  " +
                 (f"Next smaller choice, at the same tokens per step ({less.memory_gb['total']:.1f} GB): {less.options()}"
                  if less else "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset.")
-                + ("\n  Set PYTORCH_ALLOC_CONF=expandable_segments:True in the environment: less is lost to fragmentation."
-                   if self.machine.name else "") + f"\n  {self._last_checkpoint_words()}") from error
+                + f"\n  {self._last_checkpoint_words()}") from error
 
 
 # ---------------------------------------------------------------- the machine
