@@ -44,6 +44,8 @@ def gpu_figures() -> str:
     lines = ["| figure | GPU | value | besides |", "|---|---|---|---|"]
     for path in sorted(path for gpu in GPUS for path in (ROOT / "benchmarks/results").glob(f"*_{gpu}.json")):
         r = json.loads(path.read_text())
+        if r["name"] == "sampling":        # has a table of its own
+            continue
         d, beside = r["details"], ""
         if r["name"].startswith("train_"):
             memory = {kind: sizes["total"] for kind, sizes in d["memory_gb"].items()}
@@ -56,6 +58,29 @@ def gpu_figures() -> str:
     return "\n".join(lines)
 
 
+def sampling() -> str:
+    lines = ["| sampling on | preset | texts at a time | this program, tokens/s | transformers' `generate`, tokens/s |", "|---|---|---|---|---|"]
+    for path in sorted((ROOT / "benchmarks/results").glob("sampling_*.json")):
+        r = json.loads(path.read_text())
+        d, machine = r["details"], r["gpu"].removeprefix("none, ")
+        lines += [f"| {machine} | `{d['preset']}`, {d['precision']} | {key.split()[0]} | {speeds['ours']:,.1f} | {speeds['transformers']:,.1f} |"
+                  for key, speeds in d.items() if key.endswith(" at a time")]
+    return "\n".join(lines)
+
+
+def lm_eval() -> str:
+    r = json.loads((ROOT / "benchmarks/results/lm_eval_cpu.json").read_text())
+    d = r["details"]
+    [(task, found)] = d["results"].items()
+    domains = sorted(d["evaluate"]["domains"].items(), key=lambda item: -item[1]["tokens"])
+    lines = ["| `tools.evaluate` on the text held out of the default run | tokens | loss | perplexity | bits per byte | accuracy |",
+             "|---|---|---|---|---|---|"]
+    lines += [f"| {name} | {f['tokens']:,} | {f['loss']:.3f} | {f['perplexity']:.1f} | {f['bits_per_byte']:.3f} | {f['accuracy']:.3f} |"
+              for name, f in [*domains, ("all", d["evaluate"])]]
+    return "\n".join([*lines, "", f"`lm_eval` {d['lm_eval']} on the same checkpoint, exported: `{task}`, {d['n_samples'][task]['effective']} questions "
+                      f"of 4 choices, accuracy {found['acc,none']:.3f} ± {found['acc_stderr,none']:.3f}."])
+
+
 def presets() -> str:
     lines = ["| preset | width x layers | `d_ff` | MoE every | parameters | active | tokens a step |", "|---|---|---|---|---|---|---|"]
     for name, values in PRESETS.items():
@@ -65,15 +90,26 @@ def presets() -> str:
     return "\n".join(lines)
 
 
-def filled(readme: str) -> str:
-    """The README with every marked block written anew."""
-    for name, block in dict(default_run=default_run, presets=presets, data_speed=data_speed, gpu_figures=gpu_figures).items():
+def fill(readme: str, blocks: dict) -> str:
+    """The README with what stands between <!-- NAME --> and <!-- end --> replaced by blocks[NAME]()."""
+    for name, block in blocks.items():
         readme = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _: f"<!-- {name} -->\n{block()}\n<!-- end -->", readme, flags=re.S)
     return readme
 
 
-if __name__ == "__main__":
+def rewrite(filled) -> None:
+    """Writes README.md as `filled` returns it."""
     path = ROOT / "README.md"
     before = path.read_text()
     path.write_text(filled(before))
     print("README.md is up to date" if filled(before) == before else "README.md written", file=sys.stderr)
+
+
+def filled(readme: str) -> str:
+    """The README with every block of this file written anew."""
+    return fill(readme, dict(default_run=default_run, presets=presets, data_speed=data_speed, gpu_figures=gpu_figures,
+                             sampling=sampling, lm_eval=lm_eval))
+
+
+if __name__ == "__main__":
+    rewrite(filled)

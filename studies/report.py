@@ -5,14 +5,14 @@
 Every number in it, those in the sentences too, is computed here from a results.json; a study without one is said not to be run.
 A value of several seeds is their mean ± half of their spread.
 """
+import functools
 import json
 import math
-import re
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.tables import fill, rewrite
 from memory import count
 from studies.figures import (MODES, best_runs, groups, mean_and_spread, power_law, sharpest_layer, shorter, timed, undecided,
                              usual_spread, with_seconds)
@@ -270,14 +270,8 @@ def block(name: str, folder: Path) -> str:
 
 def filled(readme: str, folder: Path = ROOT / "studies") -> str:
     """The README with every study's block written anew from the results in `folder`."""
-    for name in STUDIES:
-        readme = re.sub(rf"<!-- study {name} -->\n.*?<!-- end -->", lambda _: f"<!-- study {name} -->\n{block(name, folder / name)}\n<!-- end -->",
-                        readme, flags=re.S)
-    return readme
+    return fill(readme, {f"study {name}": functools.partial(block, name, folder / name) for name in STUDIES})
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    before = path.read_text()
-    path.write_text(filled(before))
-    print("README.md is up to date" if filled(before) == before else "README.md written", file=sys.stderr)
+    rewrite(filled)
