@@ -169,8 +169,9 @@ def _(grad, gate_up, weights):
 
 
 def _swiglu_gradients(ctx, grad):
-    grad_gate_up, grad_weights = _swiglu_backward(grad, *ctx.saved_tensors)
-    return grad_gate_up, None if ctx.saved_tensors[1] is None else grad_weights
+    gate_up, weights = ctx.saved_tensors        # once: under checkpointing a second look is an error
+    grad_gate_up, grad_weights = _swiglu_backward(grad, gate_up, weights)
+    return grad_gate_up, None if weights is None else grad_weights
 
 
 _swiglu.register_autograd(_swiglu_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

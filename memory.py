@@ -99,13 +99,16 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool) -> dic
 
     tokens, w = batch_size * c.max_seq_len, _compute_bytes(c)
     kept = tokens * sum(activation_bytes_per_token(c, i, checkpointing) for i in range(c.n_layers))
-    # one block's backward: what it recomputes, the gradients of its widest activations, and its largest weight gradient
+    # one block's backward, in its feed-forward part: what it recomputes, gradients of the residual stream, and either those
+    # of the products (the gated product is gone by then, where a kernel does SwiGLU's backward) and of one weight, or, when
+    # the products' own gradients are used up, of all three weights
     backward = 0
     for i in {next((i for i in range(c.n_layers) if c.is_moe(i) == moe), 0) for moe in (False, True)}:
         paths, experts = (c.top_k, c.num_experts) if c.is_moe(i) else (1, 1)
         recomputed = activation_bytes_per_token(c, i, "none") - activation_bytes_per_token(c, i, checkpointing)
-        flowing = w * (3 * c.d_ff * paths + 2 * c.d_model)
-        backward = max(backward, tokens * (recomputed + flowing) + 2 * experts * c.d_ff * c.d_model * weight_bytes)
+        gated, weight = w * c.d_ff * paths * tokens, experts * c.d_ff * c.d_model * weight_bytes
+        flowing = max((2 if w == 2 else 3) * gated + weight, 3 * weight - gated)
+        backward = max(backward, tokens * (recomputed + 3 * w * c.d_model) + flowing)
     head = c.vocab_size * c.d_model
     loss = 2 * tokens * c.d_model * w + head * (4 + w) + 3 * 4 * min(tokens, LOSS_CHUNK) * c.vocab_size
     activations = kept + max(backward, loss)

@@ -158,7 +158,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = F.linear(x, self.gate_up.flatten(0, 1))
-        return F.linear(swiglu(gate_up.flatten(0, -2)).unflatten(0, x.shape[:-1]), self.down)
+        return F.linear(swiglu(gate_up.flatten(0, -2)).view(*x.shape[:-1], -1), self.down)
 
 
 class Router(nn.Module):
