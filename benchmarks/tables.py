@@ -54,6 +54,24 @@ def gpu_figures() -> str:
                       f"{d['seconds_to_first_step']:.0f} s; 50,000 steps would take {hours:,.0f} hours")
         if r["name"] == "muon_step_18b":
             beside = f"{d['streaming_costs_seconds']:.3f} s of it for streaming {d['host_gb']:.0f} GB of state each way"
+        if r["name"] == "memory_5b":
+            largest = max(d["errors"], key=d["errors"].get)
+            beside = f"{largest}: {d['predicted_gb'][largest]:.2f} GB predicted, {d['measured_gb'][largest]:.2f} measured; in all {d['measured_gb']['total']:.1f}"
+        if r["name"] == "small_precisions":
+            losses = ", ".join(f"{run}: {loss:.3f}" for run, loss in d["final_validation_loss"].items())
+            beside = (f"{losses} ({d['unigram_entropy']:.2f} is the unigram entropy); between seeds {d['spread_of_seeds']:.4f}; "
+                      f"steps skipped after warm-up: {sum(d['skipped_steps_after_warmup'].values())}")
+        if r["name"].startswith("moe_vs_dense"):
+            beside = f"largest share of the pairs on one expert: {max(d['load']):.3f}"
+        if r["name"] == "vs_transformers":
+            ours, theirs = d["ours"][d["compared"]], d["theirs"]
+            beside = (f"{ours['tokens_per_second']:,.0f} tokens/s in {ours['peak_gb']:.1f} GB, transformers {d['transformers']} "
+                      f"{theirs['tokens_per_second']:,.0f} in {theirs['peak_gb']:.1f} GB")
+        if r["name"].startswith("checkpointing_"):
+            beside = "; ".join(f"{mode}: {d['activations_gb'][mode]:.1f} GB, {d['tokens_per_second'][mode]:,.0f} tokens/s" for mode in d["activations_gb"])
+        if r["name"] == "checkpoint_io":
+            beside = (f"saved at {d['save_gb_s']:.2f}, loaded at {d['load_gb_s']:.2f} GB/s; the disk writes {d['disk_write_gb_s']:.2f}, reads "
+                      f"{d['disk_read_gb_s']:.2f}; {d['gb']:.1f} GB; {d['host_memory_overhead_gb']:.2f} GB more host memory")
         lines.append(f"| `{r['name']}` | {r['gpu'].removeprefix('NVIDIA ')} | {r['value']:,.4g} {r['unit']} | {beside} |")
     return "\n".join(lines)
 
