@@ -19,6 +19,8 @@ TILE = 256, 128, 64         # rows, columns and depth; the fastest of five on an
 PARTS, WARPS, STAGES = 2, 8, 3
 HEADS = 32                  # heads of a program of the rotation
 SWIGLU_BLOCK = 2048         # columns at a time
+FEW_ROWS = 64               # up to here an expert's product is one row's after the other
+FEW_ROWS_BLOCK = 16, 256    # outputs and inputs at a time
 GROUP = 8                   # rows of tiles whose programs run side by side, so that operands are read from the cache
 
 
@@ -177,6 +179,18 @@ def _swiglu_gradients(ctx, grad):
 _swiglu.register_autograd(_swiglu_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
+# ---------------------------------------------------------------- experts on a few rows
+
+def few_rows_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`moe.grouped_linear` without gradients, for the few rows of text that is being written: each row times its expert's weight
+    in fp32, read as it lies. The host need not know the ranges, in any dtype. For GPUs with Triton."""
+    x_RI, (experts, width, depth), (outputs, inputs) = x_RI.contiguous(), weight_EOI.shape, FEW_ROWS_BLOCK
+    out_RO = x_RI.new_empty(len(x_RI), width)
+    _row_times_expert[(len(x_RI), triton.cdiv(width, outputs))](x_RI, weight_EOI, ends_E, out_RO, width, depth, experts,
+                                                                triton.next_power_of_2(experts), outputs, inputs)
+    return out_RO
+
+
 # ---------------------------------------------------------------- torch.compile's kernels
 
 @functools.cache
@@ -272,6 +286,22 @@ if triton is not None:
         grad *= tl.load(weight_ptr + column)[None, :]
         grad_x = scale * (grad - normal * (tl.sum(grad * normal, axis=1) / DIM)[:, None])
         tl.store(grad_x_ptr + here, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _row_times_expert(x_ptr, weight_ptr, ends_ptr, out_ptr, width, depth, experts, EXPERTS: tl.constexpr, OUTPUTS: tl.constexpr,
+                          INPUTS: tl.constexpr):
+        row, e = tl.program_id(0), tl.arange(0, EXPERTS)
+        column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+        ends = tl.load(ends_ptr + e, mask=e < experts, other=row + 1)
+        expert = tl.sum((ends <= row).to(tl.int64))
+        total = tl.zeros((OUTPUTS, INPUTS), dtype=tl.float32)
+        for start in range(0, depth, INPUTS):
+            k = start + tl.arange(0, INPUTS)
+            x = tl.load(x_ptr + row * depth + k, mask=k < depth, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + (expert * width + column)[:, None] * depth + k[None, :],
+                             mask=(column < width)[:, None] & (k < depth)[None, :], other=0.0)
+            total += weight.to(tl.float32) * x[None, :]
+        tl.store(out_ptr + row * width + column, tl.sum(total, axis=1).to(out_ptr.dtype.element_ty), mask=column < width)
 
     @triton.jit
     def _swiglu_rows(gate_up_ptr, weights_ptr, out_ptr, width, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):

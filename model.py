@@ -62,9 +62,13 @@ class Attention(nn.Module):
         q, k = (normalize_and_rotate(x, norm.weight, angles, norm.eps) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output [B, S, D] of queries at the positions of the keys, or of a single query after all of them."""
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=self.grouped)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen_L: Tensor | None = None) -> Tensor:
+        """The output [B, S, D] of queries at the positions of the keys; or, of a single query over those of L keys that are seen."""
+        if seen_L is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        else:       # the queries of a group are the rows of one head
+            rows = q.view(len(q), k.shape[1], -1, self.head_dim)
+            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen_L.expand(rows.shape[2], -1)).view(q.shape)
         return self.o(out.transpose(1, 2).flatten(2))
 
 

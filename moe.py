@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from kernels import swiglu
+from kernels import FEW_ROWS, few_rows_linear, swiglu, triton
 
 
 # ---------------------------------------------------------------- grouped products
@@ -25,8 +25,11 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
     x and weight have one dtype; ends is int32 and ends[-1] == R. In bfloat16 on a GPU this is one grouped product and the
     host is not waited for; elsewhere a product for each expert (F.grouped_mm lacks float64, is broken in fp32 on CPUs
-    and reads `ends` back to the host in fp16 anyway).
+    and reads `ends` back to the host in fp16 anyway). A few rows without gradients, of text that is being written, take a kernel
+    of their own.
     """
+    if x_RI.is_cuda and triton is not None and len(x_RI) <= FEW_ROWS and not torch.is_grad_enabled():
+        return few_rows_linear(x_RI, weight_EOI, ends_E)
     if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
         weight_EOI = _clear_idle_gradient(weight_EOI, ends_E) if IDLE_GRADIENTS_UNWRITTEN else weight_EOI
         return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=ends_E)

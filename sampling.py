@@ -1,11 +1,12 @@
 """Text from a trained model: a key/value cache, batches, temperature, top-k, top-p, tokens as they come.
 
 Training knows nothing of it: the blocks' own layers are called here one by one, with keys and values kept from token to
-token. Past max_seq_len the model sees the last max_seq_len tokens, as a model without a cache would: every position
+token; on a GPU, what a token takes is recorded once as a CUDA graph. Past max_seq_len the model sees the last max_seq_len tokens, as a model without a cache would: every position
 shifts with each token then, so what was kept no longer holds and the whole window is read anew for each token.
 
 Shape suffixes: B texts, S positions, V vocabulary.
 """
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import MoETransformer
 
-# cuDNN's attention, training's first choice on some GPUs, makes a plan for each length, and here each token brings a new one.
+# cuDNN's attention, training's first choice on some GPUs, makes a plan for each length, and each prompt brings a new one.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -33,14 +34,15 @@ def stream(model: MoETransformer, prompt: list[int], max_new_tokens: int, temper
     config, device = model.config, model.norm.weight.device
     generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
     length = min(config.max_seq_len, len(prompt) + max_new_tokens)
-    cache = [[torch.empty(n, config.n_kv_heads, length, config.head_dim, device=device, dtype=model.compute_dtype) for _ in "kv"]
+    cache = [[torch.zeros(n, config.n_kv_heads, length, config.head_dim, device=device, dtype=model.compute_dtype) for _ in "kv"]
              for _ in model.blocks]
+    read_next = _GraphedRead(model, cache) if device.type == "cuda" else functools.partial(_read, model, cache)
     tokens_BS = torch.tensor([prompt[-length:]], device=device)     # read once, whatever n
     unread_BS, start, ended = tokens_BS, 0, [False] * n
     for _ in range(max_new_tokens):
         if start + unread_BS.shape[1] > config.max_seq_len:
             unread_BS, start = tokens_BS, 0
-        logits_BV = _read(model, unread_BS, cache, start).expand(n, -1)
+        logits_BV = read_next(unread_BS, torch.tensor([start], device=device)) if start else _read(model, cache, unread_BS).expand(n, -1)
         start += unread_BS.shape[1]
         if temperature == 0:
             chosen_B = logits_BV.argmax(dim=-1)
@@ -101,19 +103,40 @@ def choose(logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int, t
     return order_BV.gather(1, place_B1.minimum(last_B1)).squeeze(1)
 
 
-def _read(model: MoETransformer, tokens_BS: Tensor, cache: list[list[Tensor]], start: int) -> Tensor:
-    """Logits [B, V] after tokens at positions start, start + 1 ..., one token unless start is 0; their keys and values go
-    into the cache, those of a single row to all of its rows."""
-    end = start + tokens_BS.shape[1]
-    positions_S = torch.arange(start, end, device=tokens_BS.device)
+def _read(model: MoETransformer, cache: list[list[Tensor]], tokens_BS: Tensor, position_1: Tensor | None = None) -> Tensor:
+    """Logits [B, V] after a prompt, or after one more token of each text, at this position. Keys and values go into the cache,
+    those of a single row to all of its rows."""
+    positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device) if position_1 is None else position_1
+    seen_L = None if position_1 is None else torch.arange(cache[0][0].shape[2], device=tokens_BS.device) <= position_1
     with model.autocast(), sdpa_kernel(ATTENTION):
         x_BSD = model.embedding(tokens_BS).to(model.compute_dtype)
         for block, kept in zip(model.blocks, cache):
             q, *new = block.attention.project(block.attention_norm(x_BSD), positions_S)
             for whole, part in zip(kept, new):
-                whole[:, :, start:end] = part
-            k, v = new if start == 0 else (whole[:, :, :end] for whole in kept)
-            x_BSD = x_BSD + block.attention.attend(q, k, v)
+                whole[:, :, positions_S] = part
+            x_BSD = x_BSD + block.attention.attend(q, *(new if position_1 is None else kept), seen_L)
             out = block.ffn(block.ffn_norm(x_BSD))
             x_BSD = x_BSD + (out[0] if block.moe else out)
         return F.linear(model.norm(x_BSD[:, -1]), model.head_weight).float()
+
+
+class _GraphedRead:
+    """`_read` of one more token of each text as a CUDA graph, recorded at the first: a token takes hundreds of kernels so small that
+    launching them one by one is most of its time."""
+
+    def __init__(self, model: MoETransformer, cache: list[list[Tensor]]):
+        self.read, self.graph = functools.partial(_read, model, cache), torch.cuda.CUDAGraph()
+        self.inputs = self.logits_BV = None
+
+    def __call__(self, tokens_B1: Tensor, position_1: Tensor) -> Tensor:
+        if self.inputs is None:
+            self.inputs = tokens_B1.clone(), position_1.clone()
+            with torch.cuda.stream(torch.cuda.Stream()):        # once before, as libraries prepare themselves when they are first used
+                self.read(*self.inputs)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):     # the trainer has other threads
+                self.logits_BV = self.read(*self.inputs)
+        for kept, new in zip(self.inputs, (tokens_B1, position_1)):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.logits_BV

@@ -25,6 +25,7 @@ from kernels import normalize_and_rotate, plain_normalize_and_rotate, plain_swig
 from model import MoETransformer
 from muon import NEWTON_SCHULZ, AdamW, Muon, gram_newton_schulz, newton_schulz, product_dtype, split_parameters
 from precision import OptimizerState, decode_master, gradient_norms
+from sampling import generate
 from trainer import attention_backends, find_device
 
 BASE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=512, moe_every=2, max_seq_len=256, vocab_size=1024,
@@ -193,6 +194,25 @@ def check_grouped_products(device: torch.device) -> None:
             check(f"grouped product {dtype}, {what}", ((a - b).norm() / b.norm()).item(), 1e-2)
             if what == "weight gradient":
                 check(f"grouped product {dtype}, an idle expert's gradient", a[1].abs().max().item(), 0)
+        few, few_ends = x[:7].to(dtype), torch.tensor([2, 2, 6, 7], dtype=torch.int32, device=device)
+        with torch.no_grad():
+            found, exact = moe.grouped_linear(few, weight.to(dtype), few_ends).double(), moe.expert_loop(few.double(), weight.double(), few_ends)
+        check(f"grouped product {dtype}, few rows", ((found - exact).norm() / exact.norm()).item(), 1e-2)
+
+
+@torch.no_grad()
+def check_sampling(device: torch.device) -> None:
+    """Greedy texts, each token read with a cache (on a GPU by a graph): how far each token's logit is under the largest that one
+    forward pass over the whole text gives, in standard deviations of the logits."""
+    for precision, bound in (("fp32", 1e-4), ("bf16", 0.3), ("fp16", 0.05)):
+        model = MoETransformer(dataclasses.replace(BASE, precision=precision, init_std=0.1)).to(device).eval()
+        prompt = torch.randint(BASE.vocab_size, (5,), generator=torch.Generator().manual_seed(0)).tolist()
+        texts = torch.tensor(generate(model, prompt, 40, temperature=0, n=3), device=device)
+        with attention_backends(device):
+            logits = model(torch.cat([torch.tensor([prompt] * 3, device=device), texts], dim=1))[:, 4:-1]
+        under = (logits.max(dim=-1).values - logits.gather(2, texts[..., None]).squeeze(2)) / logits.std(dim=-1)
+        check(f"{precision}, greedy text with a cache: under the best logit", under.max().item(), bound)
+        check(f"{precision}, greedy text: different tokens, at least 10", 10 / len(texts.unique()), 1)
 
 
 def check_symmetric_product(device: torch.device) -> None:
@@ -284,6 +304,7 @@ def main() -> int:
     check_newton_schulz(device)
     check_symmetric_product(device)
     check_rows_kernels(device)
+    check_sampling(device)
     if device.type == "cuda":
         check_fused_optimizers(device)
     print("all checks hold" if not failed else f"{failed} checks failed")
