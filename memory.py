@@ -44,7 +44,7 @@ USABLE = 0.97           # share of the rest that is planned for: fragmentation a
 
 # Time of a step relative to keeping everything, for the planner's order of preference. From an 18B model on an H200,
 # forward and backward: selective 8,836 to 9,002 tokens/s, full 6,937; micro-batch 2 against 4 loses 2%.
-RECOMPUTATION_TIME = {"none": 1.0, "selective": 1.03, "full": 1.30}
+RECOMPUTATION_TIME = {"none": 1.0, "selective": 1.05, "full": 1.30}
 HALVED_BATCH_TIME = 1.02
 OFFLOAD_TIME = 1.02
 
@@ -65,8 +65,8 @@ class Machine:
 # ---------------------------------------------------------------- bytes
 
 def activation_bytes_per_token(c: Config, layer: int, checkpointing: str) -> int:
-    """Bytes that block `layer` keeps for its backward pass, per token: its input, and with "selective" the products'
-    and attention's outputs, with "none" also the normalised inputs, rotated queries and keys, and the gated product."""
+    """Bytes that block `layer` keeps for its backward pass, per token: its input, and with "selective" the outputs of attention
+    and of most products, with "none" of all of them and the normalised inputs, rotated queries and keys, and the gated product."""
     w, moe = _compute_bytes(c), c.is_moe(layer)
     d, kv, paths = c.d_model, c.n_kv_heads * c.head_dim, c.top_k if moe else 1
     routing = 8 * c.top_k if moe else 0                                                       # the chosen experts
@@ -74,7 +74,7 @@ def activation_bytes_per_token(c: Config, layer: int, checkpointing: str) -> int
         return w * d + routing
     log_sum_exp = 4 * c.n_heads
     if checkpointing == "selective":
-        return w * (4 * d + 2 * kv + 2 * c.d_ff * paths) + log_sum_exp + routing + (4 * c.num_experts if moe else 0)
+        return w * (3 * d + kv + 2 * c.d_ff * paths) + log_sum_exp + routing + (4 * c.num_experts if moe else 0)
     statistics = 4 * (c.n_heads + c.n_kv_heads) + 8
     routing += (4 * c.num_experts + 20 * c.top_k + 12) if moe else 0
     return w * (7 * d + 3 * kv + 3 * c.d_ff * paths + (d * (c.top_k - 1) if moe else 0)) + log_sum_exp + statistics + routing

@@ -95,8 +95,8 @@ def test_a_wrong_formula_is_noticed(monkeypatch, formula):
     assert products_only(config) != counted(config)
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
-def test_recomputation_is_counted_by_the_counter_but_not_by_the_formula(mode):
-    config = dataclasses.replace(tiny_config(), activation_checkpointing=mode)
-    extra = counted(config) - products_only(config)
-    assert extra == 0 if mode == "selective" else extra > 0
+def test_recomputation_is_counted_by_the_counter_but_not_by_the_formula():
+    config = tiny_config()
+    extra = {mode: counted(dataclasses.replace(config, activation_checkpointing=mode)) - products_only(config)
+             for mode in ("none", "selective", "full")}
+    assert extra["none"] == 0 < extra["selective"] < extra["full"] / 2

@@ -98,10 +98,9 @@ def test_activations_are_what_a_compiled_block_saves(shape, mode):
     del out
 
 
-@pytest.mark.parametrize("batch_size, mode, measured_gb", [(4, "selective", 145.8), (2, "selective", 109.5), (2, "full", 77.8),
-                                                           (1, "full", 76.0)])
+@pytest.mark.parametrize("batch_size, mode, measured_gb", [(2, "none", 129.06), (2, "full", 77.8), (1, "full", 76.0)])
 def test_forward_and_backward_of_18b_are_as_measured_on_a_gpu(batch_size, mode, measured_gb):
-    """Peaks of an 18B model of these shapes on an H200, without an optimizer."""
+    """Peaks of an 18B model of these shapes on an H200."""
     sizes = memory.memory(config_of("18b"), mode, batch_size, offload=True)
     assert sizes["weights"] + sizes["gradients"] + sizes["activations"] == pytest.approx(measured_gb, rel=0.02)
 
@@ -153,13 +152,14 @@ def test_known_answers(preset, gpu, fits, expected):
 def test_auto_is_the_fastest_that_fits():
     c = config_of("18b", activation_checkpointing="auto")
     chosen = {}
-    for memory_gb in (60, 84, 90, 110, 120, 150, 190, 230, 300, 600):
+    for memory_gb in (60, 84, 90, 100, 120, 150, 190, 230, 300, 600):
         machine = Machine("a GPU", memory_gb, 1000)
         choice, kept = choose(c, machine, fixed_batch=False)
         assert kept == choice.fits(machine) == (memory_gb > 60)
         chosen[memory_gb] = (choice.activation_checkpointing, choice.batch_size, choice.offload_optimizer)
     assert chosen[600] == ("none", 4, False) and chosen[300] == ("none", 4, False)
-    assert chosen[90] == ("full", 4, True) and chosen[120] == ("selective", 2, True) and chosen[230] == ("none", 2, False)
+    assert chosen[90] == ("full", 4, True) and chosen[100] == ("selective", 1, True) and chosen[120] == ("none", 1, True)
+    assert chosen[230] == ("none", 2, False)
     for memory_gb, (mode, batch, offload) in chosen.items():        # nothing with less recomputation would have fitted
         for less in MODES[:MODES.index(mode)] if memory_gb > 60 else ():
             (x,) = candidates(c, [less], [offload], [batch])
