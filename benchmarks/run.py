@@ -8,7 +8,9 @@
     memory_5b               predicted against measured memory of `5b`
     train_18b_bf16, train_18b_fp16, train_25b_bf16
                             whole training steps, with the options that `plan` advises
-    start_18b               from launch, tokens cached, to the end of the first step
+    curve_18b_fp16          `18b` on `installed` for as many steps as ten minutes hold, its schedule whole: its loss curve
+    resume_18b              8 layers of `18b`: the same steps in one run, and resumed from its checkpoint
+    start_18b               from launch, tokens cached, to the end of the first step (of train_18b_fp16, which it runs)
     memory_prediction_error the largest error of the runs above (reads their files)
     checkpointing           checkpointing_saved and checkpointing_slowdown: selective against none
     muon_step_18b           Muon over all of `18b`, state streamed from the host
@@ -114,9 +116,37 @@ def train_preset(folder: Path, preset: str, precision: str, steps: int = 7) -> d
     return r
 
 
-def start_18b(folder: Path) -> None:
-    r = train_preset(folder, "18b", "fp16", steps=3)
+def train_and_start_18b(folder: Path) -> None:
+    r = train_preset(folder, "18b", "fp16")
     write("start_18b", r["totals"]["seconds_to_first_step"], "s", 1, r["environment"], dict(r["totals"]))
+
+
+def curve_18b_fp16(folder: Path, steps: int = 22) -> None:
+    """The loss curve of the whole model. Nothing is saved: a checkpoint of 110 GB is more than the disk of many a machine holds."""
+    options = ["--preset", "18b", "--data", "installed", "--max_characters", "300_000_000", "--max_steps", str(steps),
+               *advised("18b", "fp16"), "--eval_every", "11", "--eval_steps", "2", "--log_every", "1", "--save_every", "0",
+               "--save_minutes", "0", "--cache_dir", str(CACHE)]
+    r = train(folder / "run", *options)
+    (folder / "run" / "training_curves.png").rename(ROOT / "benchmarks" / "curve_18b_fp16.png")
+    rows = [row for row in r["history"] if "train_loss" in row]
+    write("curve_18b_fp16", r["final_metrics"]["val_loss"], "nats per token (final validation loss)", 1, r["environment"], dict(
+        options=" ".join(options), unigram_entropy=r["data"]["unigram_entropy"], seconds_in_all=r["totals"]["elapsed_seconds"],
+        seconds_to_first_step=r["totals"]["seconds_to_first_step"], tokens=r["totals"]["tokens"], memory_gb=r["memory_gb"],
+        sample=r["sample"], **{key: [row[key] for row in rows] for key in ("train_loss", "tokens_per_second", "skipped_steps")}))
+
+
+def resume_18b(folder: Path) -> None:
+    """Six steps with a checkpoint after the third, and twice the last three again from it: the state is exact, while attention's
+    backward pass on a GPU adds in no fixed order, which the difference of the two resumed runs shows."""
+    common = ["--precision", "fp16", "--max_steps", "6", *SHORT, "--save_every"]
+    runs = [train(folder / "whole", "--preset", "18b", "--n_layers", "8", *common, "3")]
+    for name in ("resumed", "again"):
+        runs.append(train(folder / name, "--resume", str(folder / "whole" / "checkpoint_step_3.pt"), *common, "0"))
+    whole, resumed, again = ([row["train_loss"] for row in r["history"] if row["step"] > 3 and "train_loss" in row] for r in runs)
+    write("resume_18b", max(abs(a - b) for a, b in zip(whole, resumed)), "nats per token (largest difference after resuming)", 3,
+          runs[0]["environment"], dict(steps=[4, 5, 6], whole=whole, resumed=resumed, resumed_again=again,
+                                       between_resumed=max(abs(a - b) for a, b in zip(resumed, again)),
+                                       validation_loss=[r["final_metrics"]["val_loss"] for r in runs]))
 
 
 def memory_prediction_error(_: Path) -> None:
@@ -145,10 +175,11 @@ def checkpointing(folder: Path) -> None:
 
 BENCHMARKS = dict(default_run=default_run, small_precisions=small_precisions, memory_5b=memory_5b,
                   train_18b_bf16=lambda folder: train_preset(folder, "18b", "bf16"),
-                  train_18b_fp16=lambda folder: train_preset(folder, "18b", "fp16"),
+                  train_18b_fp16=train_and_start_18b, start_18b=train_and_start_18b,
                   train_25b_bf16=lambda folder: train_preset(folder, "25b", "bf16"),
-                  start_18b=start_18b, memory_prediction_error=memory_prediction_error, checkpointing=checkpointing,
-                  checkpointing_saved=checkpointing, checkpointing_slowdown=checkpointing, muon_step_18b=parts.muon_step_18b,
+                  curve_18b_fp16=curve_18b_fp16, resume_18b=resume_18b, memory_prediction_error=memory_prediction_error,
+                  checkpointing=checkpointing, checkpointing_saved=checkpointing, checkpointing_slowdown=checkpointing,
+                  muon_step_18b=parts.muon_step_18b,
                   moe_vs_dense=parts.moe_vs_dense, moe_vs_dense_skewed=parts.moe_vs_dense, vs_transformers=parts.vs_transformers,
                   checkpoint_io=parts.checkpoint_io)
 
