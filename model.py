@@ -69,7 +69,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:       # the queries of a group are the rows of one head
             rows = q.view(len(q), k.shape[1], -1, self.head_dim)
-            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen_L.expand(rows.shape[2], -1)).view(q.shape)
+            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen_L.expand(rows.shape[2], -1)).reshape(q.shape)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
