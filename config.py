@@ -112,6 +112,8 @@ class Config:
     """Steps without overflow after which the loss scale is doubled."""
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = "full"
     """What a block keeps for the backward pass: all, the products' outputs, or its input; auto: the fastest that fits."""
+    lighter_blocks: int = 0
+    """The last blocks that recompute less: selective for full, none for selective; auto takes as many as memory allows."""
     offload_optimizer: Literal["auto", "true", "false"] = "auto"
     """Keep optimizer state in host memory, streamed through the GPU; auto: only when it does not fit."""
     host_memory_gb: float = 0.0
@@ -193,6 +195,12 @@ class Config:
         """Whether block `layer` (from 0) is an MoE block: the moe_every-th, the 2 moe_every-th, ... (GShard's layout)."""
         return self.num_experts > 0 and (layer + 1) % self.moe_every == 0
 
+    def checkpointing_of(self, layer: int) -> str:
+        """What block `layer` does of none, selective and full."""
+        lighter = {"full": "selective", "selective": "none"}
+        mode = self.activation_checkpointing
+        return lighter.get(mode, mode) if layer >= self.n_layers - self.lighter_blocks else mode
+
     @property
     def n_moe_layers(self) -> int:
         return sum(self.is_moe(i) for i in range(self.n_layers))
@@ -257,7 +265,7 @@ OPTIMIZER_PIECE = 2 ** 28       # elements that an optimizer updates at a time; 
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
 
 # Fingerprint of the defaults above as they were shipped, so that an edit is noticed; a test holds it to them.
-SHIPPED_DEFAULTS = "ea039518f8b4873d"
+SHIPPED_DEFAULTS = "219ff3a21d5de510"
 
 
 def defaults() -> dict:
@@ -392,6 +400,7 @@ def _problems(c: Config) -> list[str]:
         check(0 <= getattr(c, name) < 1, f"{name}={getattr(c, name)}: must lie in [0, 1)")
     for name in ("warmup_fraction", "min_lr_fraction"):
         check(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: must lie in [0, 1]")
+    check(0 <= c.lighter_blocks <= c.n_layers, f"lighter_blocks={c.lighter_blocks}: must lie in [0, n_layers]")
     check(0 < c.validation_fraction <= 0.5, f"validation_fraction={c.validation_fraction}: must lie in (0, 0.5]")
     check(0 <= c.max_bad_share <= 1, f"max_bad_share={c.max_bad_share}: must lie in [0, 1]")
     check(c.seed < 2 ** 43, f"seed={c.seed}: must be under 2^43")

@@ -80,8 +80,8 @@ def activation_bytes_per_token(c: Config, layer: int, checkpointing: str) -> int
     return w * (7 * d + 3 * kv + 3 * c.d_ff * paths + (d * (c.top_k - 1) if moe else 0)) + log_sum_exp + statistics + routing
 
 
-def memory(c: Config, checkpointing: str, batch_size: int, offload: bool) -> dict[str, float]:
-    """Predicted memory in GB: weights, gradients, master, momentum, adamw (0 when they live on the host), activations,
+def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighter_blocks: int = 0) -> dict[str, float]:
+    """Predicted memory in GB of `c` with these values instead of its own: weights, gradients, master, momentum, adamw (0 when they live on the host), activations,
     workspace, their total, and host.
 
     activations: the peak of forward and backward beyond what stays. workspace: what the optimizer step needs beyond
@@ -97,21 +97,14 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool) -> dic
                  momentum=hidden * (2 if c.split_masters else 4),
                  adamw=(c.total_params - hidden) * 8)
 
-    tokens, w = batch_size * c.max_seq_len, _compute_bytes(c)
-    kept = tokens * sum(activation_bytes_per_token(c, i, checkpointing) for i in range(c.n_layers))
-    # one block's backward, in its feed-forward part: what it recomputes, gradients of the residual stream, and either those
-    # of the products (the gated product is gone by then, where a kernel does SwiGLU's backward) and of one weight, or, when
-    # the products' own gradients are used up, of all three weights
-    backward = 0
-    for i in {next((i for i in range(c.n_layers) if c.is_moe(i) == moe), 0) for moe in (False, True)}:
-        paths, experts = (c.top_k, c.num_experts) if c.is_moe(i) else (1, 1)
-        recomputed = activation_bytes_per_token(c, i, "none") - activation_bytes_per_token(c, i, checkpointing)
-        gated, weight = w * c.d_ff * paths * tokens, experts * c.d_ff * c.d_model * weight_bytes
-        flowing = max((2 if w == 2 else 3) * gated + weight, 3 * weight - gated)
-        backward = max(backward, tokens * (recomputed + 3 * w * c.d_model) + flowing)
-    head = c.vocab_size * c.d_model
+    c = dataclasses.replace(c, activation_checkpointing=checkpointing, lighter_blocks=lighter_blocks)
+    tokens, w, head = batch_size * c.max_seq_len, _compute_bytes(c), c.vocab_size * c.d_model
     loss = 2 * tokens * c.d_model * w + head * (4 + w) + 3 * 4 * min(tokens, LOSS_CHUNK) * c.vocab_size
-    activations = kept + max(backward, loss)
+    kept, peak = 0, 0       # of the blocks so far; of the backward passes, each with what the blocks before it keep
+    for i in range(c.n_layers):
+        kept += tokens * activation_bytes_per_token(c, i, c.checkpointing_of(i))
+        peak = max(peak, kept + _backward_bytes(c, i, tokens, weight_bytes))
+    activations = max(peak, kept + loss)
 
     # a group of matrices, as they come and orthogonalised, and four Gram matrices each; in fp32, not fused, more copies
     # of each; streamed state of this group, of two on their way in and of one on its way out
@@ -127,6 +120,16 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool) -> dic
     sizes["total"] = sum(sizes.values())
     sizes["host"] = sum(state.values()) if offload else 0
     return {k: v / GB for k, v in sizes.items()}
+
+
+def _backward_bytes(c: Config, layer: int, tokens: int, weight_bytes: int) -> int:
+    """What the backward pass of block `layer` needs, in its feed-forward part, beyond what was kept: what it recomputes, gradients
+    of the residual stream, and either those of the products (the gated product is gone by then, where a kernel does SwiGLU's
+    backward) and of one weight, or, when the products' are used up, of all three weights and the rows' own."""
+    w, (paths, experts) = _compute_bytes(c), (c.top_k, c.num_experts) if c.is_moe(layer) else (1, 1)
+    recomputed = activation_bytes_per_token(c, layer, "none") - activation_bytes_per_token(c, layer, c.checkpointing_of(layer))
+    gated, weight, row = w * c.d_ff * paths * tokens, experts * c.d_ff * c.d_model * weight_bytes, w * c.d_model * tokens
+    return tokens * recomputed + 3 * row + max((2 if w == 2 else 3) * gated + weight, 3 * weight - 3 * gated + 3 * row)
 
 
 def checkpoint_gb(c: Config) -> float:
@@ -148,6 +151,7 @@ class Choice:
     activation_checkpointing: str
     offload_optimizer: bool
     memory_gb: dict
+    lighter_blocks: int = 0
 
     def fits(self, machine: Machine) -> bool:
         if machine.name is None:        # on a CPU all of it is host memory
@@ -165,19 +169,26 @@ class Choice:
         """The choice as command-line options."""
         return (f"--batch_size {self.batch_size} --gradient_accumulation_steps {self.gradient_accumulation_steps} "
                 f"--activation_checkpointing {self.activation_checkpointing} "
-                f"--offload_optimizer {str(self.offload_optimizer).lower()}")
+                + (f"--lighter_blocks {self.lighter_blocks} " if self.lighter_blocks else "")
+                + f"--offload_optimizer {str(self.offload_optimizer).lower()}")
 
 
 def candidates(c: Config, modes=None, offloads=None, batches=None) -> list[Choice]:
-    """Every choice with the same tokens per step, the fastest first; None leaves a field free."""
+    """Every choice with the same tokens per step, the fastest first; None leaves a field free. Blocks may differ in what they
+    recompute only where activation_checkpointing is auto, or the configuration says so."""
     n = c.sequences_per_step
+    slower = list(RECOMPUTATION_TIME)
     found = []
     for batch in batches or [b for b in range(1, c.batch_size + 1) if n % b == 0]:
         for mode in modes or RECOMPUTATION_TIME:
-            for offload in offloads if offloads is not None else (False, True):
-                time = RECOMPUTATION_TIME[mode] * (OFFLOAD_TIME if offload else 1)
-                time *= 1 + (HALVED_BATCH_TIME - 1) * (c.batch_size / batch - 1)
-                found.append((time, Choice(batch, n // batch, mode, offload, memory(c, mode, batch, offload))))
+            less = RECOMPUTATION_TIME[slower[max(slower.index(mode) - 1, 0)]]
+            mixed = range(c.n_layers if mode != "none" else 1) if c.activation_checkpointing == "auto" else [c.lighter_blocks]
+            for lighter in mixed:
+                share = lighter / c.n_layers
+                for offload in offloads if offloads is not None else (False, True):
+                    time = (RECOMPUTATION_TIME[mode] * (1 - share) + less * share) * (OFFLOAD_TIME if offload else 1)
+                    time *= 1 + (HALVED_BATCH_TIME - 1) * (c.batch_size / batch - 1)
+                    found.append((time, Choice(batch, n // batch, mode, offload, memory(c, mode, batch, offload, lighter), lighter)))
     return [choice for _, choice in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -203,7 +214,7 @@ def apply(c: Config, choice: Choice) -> Config:
     """The configuration with every field that was auto decided."""
     return dataclasses.replace(c, batch_size=choice.batch_size,
                                gradient_accumulation_steps=choice.gradient_accumulation_steps,
-                               activation_checkpointing=choice.activation_checkpointing,
+                               activation_checkpointing=choice.activation_checkpointing, lighter_blocks=choice.lighter_blocks,
                                offload_optimizer=str(choice.offload_optimizer).lower())
 
 
@@ -319,5 +330,6 @@ def plan(c: Config, preset: str, machine: Machine) -> dict:
                 tokens_per_run=c.tokens_per_step * c.max_steps, checkpoint_gb=round(checkpoint_gb(c), 3),
                 tokens_per_second=speed, hours=c.tokens_per_step * c.max_steps / speed / 3600 if speed else None,
                 memory_gb={k: round(v, 3) for k, v in choice.memory_gb.items()},
-                choice={f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.name != "memory_gb"},
+                choice={f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.name not in ("memory_gb", "lighter_blocks")},
+                lighter_blocks=choice.lighter_blocks,
                 options=choice.options())

@@ -115,16 +115,16 @@ class Block(nn.Module):
     The checkpoint stands inside forward, so that torch.compile, which goes around the block, sees its operators.
     """
 
-    def __init__(self, config: Config, rope: nn.Module, moe: bool, dtype: torch.dtype):
+    def __init__(self, config: Config, layer: int, rope: nn.Module, dtype: torch.dtype):
         super().__init__()
+        self.moe, self.checkpointing = config.is_moe(layer), config.checkpointing_of(layer)
         self.attention_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.attention = Attention(config, rope, dtype)
         self.ffn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.ffn = MoE(config, dtype) if moe else SwiGLU(config, dtype)
-        self.moe, self.checkpointing = moe, config.activation_checkpointing
+        self.ffn = MoE(config, dtype) if self.moe else SwiGLU(config, dtype)
 
     def forward(self, x_BSD: Tensor):
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.checkpointing == "none":
             return self.compute(x_BSD)
         return checkpoint(self.compute, x_BSD, use_reentrant=False, preserve_rng_state=False,
                           context_fn=CONTEXT_FN[self.checkpointing])
@@ -151,7 +151,7 @@ class MoETransformer(nn.Module):
         dtype = self.compute_dtype if config.split_masters else torch.float32
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
         self.rope = RotaryPositionalEmbeddings(config.head_dim, config.max_seq_len, config.rope_theta)
-        self.blocks = nn.ModuleList(Block(config, self.rope, config.is_moe(i), dtype) for i in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, i, self.rope, dtype) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, dtype=dtype)
         if not self.norm.weight.is_meta:
@@ -205,8 +205,10 @@ class MoETransformer(nn.Module):
         return self
 
     def compile_blocks(self) -> None:
-        """torch.compile around each block: one graph for dense and one for MoE blocks, shared by all layers. And the loss."""
+        """torch.compile around each block: one graph for dense and one for MoE blocks (two where `lighter_blocks` recompute less),
+        shared by all layers. And the loss."""
         compile_with_barriers()
+        torch._dynamo.config.recompile_limit = 16       # those in training, and in validation of a whole and of a short batch
         for block in self.blocks:       # not dynamic: a short validation batch must not change training's graphs
             block.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
         self.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)

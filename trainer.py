@@ -460,7 +460,7 @@ class Trainer:
             mode = config.activation_checkpointing if config.activation_checkpointing != "auto" else "full"
             offload = config.offload_optimizer == "true" or (config.offload_optimizer == "auto" and bool(self.machine.name))
             config = dataclasses.replace(config, activation_checkpointing=mode, offload_optimizer=str(offload).lower())
-            self.predicted = memory.memory(config, mode, config.batch_size, offload)
+            self.predicted = memory.memory(config, mode, config.batch_size, offload, config.lighter_blocks)
             certain = self.predicted["weights"] + self.predicted["gradients"]
             if not self.machine.name and certain > self.machine.host_memory_gb:     # the system would kill the process
                 raise ExperimentError(f"no memory for this model: its weights and gradients alone take {certain:.1f} GB, and "
@@ -469,7 +469,8 @@ class Trainer:
             print(f"warning: this configuration is not expected to fit ({where}). "
                   + (f"This would: {choice.options()}" if choice.fits(self.machine) else "No choice for this model would; use "
                      "a smaller preset."), file=sys.stderr)
-        print(f"Memory on {where}: activation checkpointing {config.activation_checkpointing}, optimizer state "
+        lighter = f" (less in the last {config.lighter_blocks} blocks)" if config.lighter_blocks else ""
+        print(f"Memory on {where}: activation checkpointing {config.activation_checkpointing}{lighter}, optimizer state "
               f"{'streamed from the host' if config.offload_optimizer == 'true' else 'on the device'}\n"
               + memory.table(self.predicted, capacity_gb=self.machine.memory_gb or self.machine.host_memory_gb))
         return config

@@ -44,7 +44,7 @@ def gpu_figures() -> str:
     lines = ["| figure | GPU | value | besides |", "|---|---|---|---|"]
     for path in sorted(path for gpu in GPUS for path in (ROOT / "benchmarks/results").glob(f"*_{gpu}.json")):
         r = json.loads(path.read_text())
-        if r["name"] == "sampling":        # has a table of its own
+        if r["name"] == "sampling" or r["name"].startswith("profile_"):        # have tables of their own
             continue
         d, beside = r["details"], ""
         if r["name"].startswith("train_"):
@@ -74,6 +74,18 @@ def gpu_figures() -> str:
                       f"{d['disk_read_gb_s']:.2f}; {d['gb']:.1f} GB; {d['host_memory_overhead_gb']:.2f} GB more host memory")
         lines.append(f"| `{r['name']}` | {r['gpu'].removeprefix('NVIDIA ')} | {r['value']:,.4g} {r['unit']} | {beside} |")
     return "\n".join(lines)
+
+
+def profile() -> str:
+    r = json.loads((ROOT / "benchmarks/results/profile_18b_bf16_h200.json").read_text())
+    d = r["details"]
+    lines = [f"| a step of `18b` in bf16 on {r['gpu'].removeprefix('NVIDIA ')}: {r['value']:.2f} s | seconds | share | floor | times the floor |", "|---|---|---|---|---|"]
+    for kind, spent in sorted(d["seconds"].items(), key=lambda item: -item[1]):
+        floor = d["floor_seconds"].get(kind)
+        name = {"optimizer: copies": "optimizer: copies, beside its products", "optimizer (wall)": "optimizer, from its start to its end"}.get(kind, kind)
+        lines.append(f"| {name} | {spent:.2f} | {100 * d['share'][kind]:.1f}% | " + (f"{floor:.2f} | {spent / floor:.2f} |" if floor else "| |"))
+    return "\n".join([*lines, "", f"The floor: FLOPs at {d['product_tflops']:.0f} TFLOP/s, bytes at {d['copy_tb_s']:.2f} TB/s, as a large product and a "
+                      "large copy reach them on that GPU."])
 
 
 def sampling() -> str:
@@ -126,7 +138,7 @@ def rewrite(filled) -> None:
 def filled(readme: str) -> str:
     """The README with every block of this file written anew."""
     return fill(readme, dict(default_run=default_run, presets=presets, data_speed=data_speed, gpu_figures=gpu_figures,
-                             sampling=sampling, lm_eval=lm_eval))
+                             profile=profile, sampling=sampling, lm_eval=lm_eval))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_every_preset_has_a_sane_choice_on_every_gpu(preset, gpu):
     choice, kept = choose(c, machine, fixed_batch=False)
     applied = memory.apply(c, choice)
     assert applied.tokens_per_step == c.tokens_per_step and 1 <= choice.batch_size <= c.batch_size
-    assert choice.memory_gb == memory.memory(applied, choice.activation_checkpointing, choice.batch_size, choice.offload_optimizer)
+    assert choice.memory_gb == memory.memory(applied, choice.activation_checkpointing, choice.batch_size, choice.offload_optimizer, choice.lighter_blocks)
     fits = (choice.memory_gb["total"] <= (machine.memory_gb - memory.CONTEXT_GB) * memory.USABLE
             and choice.memory_gb["host"] <= 0.9 * machine.host_memory_gb)
     assert choice.fits(machine) == fits
@@ -157,13 +157,26 @@ def test_auto_is_the_fastest_that_fits():
         choice, kept = choose(c, machine, fixed_batch=False)
         assert kept == choice.fits(machine) == (memory_gb > 60)
         chosen[memory_gb] = (choice.activation_checkpointing, choice.batch_size, choice.offload_optimizer)
-    assert chosen[600] == ("none", 4, False) and chosen[300] == ("none", 4, False)
-    assert chosen[90] == ("full", 4, True) and chosen[100] == ("selective", 1, True) and chosen[120] == ("none", 1, True)
-    assert chosen[230] == ("none", 2, False)
-    for memory_gb, (mode, batch, offload) in chosen.items():        # nothing with less recomputation would have fitted
-        for less in MODES[:MODES.index(mode)] if memory_gb > 60 else ():
-            (x,) = candidates(c, [less], [offload], [batch])
-            assert not x.fits(Machine("a GPU", memory_gb, 1000)), (memory_gb, less)
+        if kept and choice.activation_checkpointing != "none":      # down to the last block
+            more = memory.memory(c, choice.activation_checkpointing, choice.batch_size, choice.offload_optimizer, choice.lighter_blocks + 1)
+            assert choice.memory_gb["total"] <= machine.usable_gb < more["total"]
+    assert chosen[600] == ("none", 4, False) and chosen[300] == ("none", 4, False) and chosen[230] == ("none", 2, False)
+    assert chosen[84] == ("full", 1, True) and chosen[100] == ("selective", 1, True) and chosen[120] == ("selective", 2, True)
+
+
+def test_the_last_blocks_recompute_less_where_the_configuration_says_so():
+    """And the plan is told: with all of them lighter it is the next mode; the backward pass of a full block needs no room beside
+    the lighter ones' activations, which are gone by then."""
+    c = config_of("18b")
+    full, selective = (memory.memory(c, mode, 2, offload=True)["total"] for mode in ("full", "selective"))
+    totals = [memory.memory(c, "full", 2, True, lighter)["total"] for lighter in range(c.n_layers + 1)]
+    assert totals[0] == full and totals[-1] == selective and totals == sorted(totals)
+    assert [c.checkpointing_of(i) for i in (0, 39)] == ["full", "full"]
+    mixed = dataclasses.replace(c, lighter_blocks=1)
+    assert [mixed.checkpointing_of(i) for i in (0, 38, 39)] == ["full", "full", "selective"]
+    assert {x.lighter_blocks for x in candidates(mixed)} == {1} and {x.lighter_blocks for x in candidates(c)} == {0}
+    assert "--lighter_blocks 1 " in candidates(mixed)[0].options() and "lighter" not in candidates(c)[0].options()
+    assert memory.apply(c, candidates(mixed)[0]).lighter_blocks == 1
 
 
 def test_what_the_configuration_fixes_is_kept_where_it_fits():

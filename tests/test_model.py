@@ -133,9 +133,10 @@ class Count(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("mode", ["selective", "full"])
-def test_checkpointing_changes_neither_gradients_nor_routing(mode, precision):
-    models = [build(activation_checkpointing=m, precision=precision) for m in ("none", mode)]
+@pytest.mark.parametrize("mode, lighter", [("selective", 0), ("full", 0), ("selective", 2), ("full", 3)])
+def test_checkpointing_changes_neither_gradients_nor_routing(mode, lighter, precision):
+    models = [build(precision=precision, **changes) for changes in (dict(activation_checkpointing="none"),
+                                                                    dict(activation_checkpointing=mode, lighter_blocks=lighter))]
     models[1].load_state_dict(models[0].state_dict())
     (_, kept, expected), (_, recomputed, found) = (gradients(m, *batch(m)) for m in models)
     assert torch.equal(kept["expert_counts"], recomputed["expert_counts"])
@@ -159,6 +160,11 @@ def test_checkpointing_recomputes_what_it_should():
     # 4 blocks x (q, k, v, o) + 2 dense x gate_up + 2 routers; nothing needs the outcome of a dense block's last product
     assert calls["full"]["aten.mm.default"] == calls["none"]["aten.mm.default"] + 16 + 2 + 2
     assert not any("topk" in op for mode in MODES for op in calls[mode])
+    model = build(activation_checkpointing="full", lighter_blocks=3)
+    loss, _ = model(*batch(model))
+    with Count() as count:
+        loss.backward()
+    assert count.calls[attention] == 1, "the first block alone attends again"
     assert calls["selective"].get("aten.silu.default", 0) > 0 == calls["none"].get("aten.silu.default", 0)
 
 
@@ -346,16 +352,16 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode, lighter", [*((mode, 0) for mode in MODES), ("full", 6)])
 @pytest.mark.filterwarnings("ignore")
-def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(graphs, mode):
-    plain, compiled = (build(n_layers=12, moe_every=3, activation_checkpointing=mode) for _ in range(2))
+def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(graphs, mode, lighter):
+    plain, compiled = (build(n_layers=12, moe_every=3, activation_checkpointing=mode, lighter_blocks=lighter) for _ in range(2))
     compiled.load_state_dict(plain.state_dict())
     compiled.compile_blocks()
     loss, metrics, found = gradients(compiled, *batch(compiled))
-    assert len(graphs) == 2
+    assert len(graphs) == (4 if lighter else 2)
     gradients(compiled, *batch(compiled, seed=1))
-    assert len(graphs) == 2
+    assert len(graphs) == (4 if lighter else 2)
     expected_loss, expected_metrics, expected = gradients(plain, *batch(plain))
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
     assert torch.equal(metrics["expert_counts"], expected_metrics["expert_counts"])
