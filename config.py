@@ -116,6 +116,8 @@ class Config:
     """The last blocks that recompute less: selective for full, none for selective; auto takes as many as memory allows."""
     offload_optimizer: Literal["auto", "true", "false"] = "auto"
     """Keep optimizer state in host memory, streamed through the GPU; auto: only when it does not fit."""
+    host_gradient_blocks: int = 0
+    """The first blocks whose gradients are summed in host memory, streamed in the backward pass; needs offload_optimizer."""
     host_memory_gb: float = 0.0
     """Host memory that the plan may count on, in GB; 0 asks the operating system."""
     compile: Literal["auto", "true", "false"] = "auto"
@@ -201,6 +203,11 @@ class Config:
         mode = self.activation_checkpointing
         return lighter.get(mode, mode) if layer >= self.n_layers - self.lighter_blocks else mode
 
+    def matrices_of(self, layer: int) -> int:
+        """Parameters of block `layer` but norms and router."""
+        experts = self.num_experts if self.is_moe(layer) else 1
+        return 2 * (self.n_heads + self.n_kv_heads) * self.head_dim * self.d_model + 3 * experts * self.d_ff * self.d_model
+
     @property
     def n_moe_layers(self) -> int:
         return sum(self.is_moe(i) for i in range(self.n_layers))
@@ -265,7 +272,7 @@ OPTIMIZER_PIECE = 2 ** 28       # elements that an optimizer updates at a time; 
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
 
 # Fingerprint of the defaults above as they were shipped, so that an edit is noticed; a test holds it to them.
-SHIPPED_DEFAULTS = "219ff3a21d5de510"
+SHIPPED_DEFAULTS = "8a2f6e081cf594c5"
 
 
 def defaults() -> dict:
@@ -401,6 +408,9 @@ def _problems(c: Config) -> list[str]:
     for name in ("warmup_fraction", "min_lr_fraction"):
         check(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: must lie in [0, 1]")
     check(0 <= c.lighter_blocks <= c.n_layers, f"lighter_blocks={c.lighter_blocks}: must lie in [0, n_layers]")
+    check(0 <= c.host_gradient_blocks <= c.n_layers, f"host_gradient_blocks={c.host_gradient_blocks}: must lie in [0, n_layers]")
+    check(c.host_gradient_blocks == 0 or c.offload_optimizer != "false",
+          f"host_gradient_blocks={c.host_gradient_blocks}: needs --offload_optimizer true, as the optimizer reads them with its state")
     check(0 < c.validation_fraction <= 0.5, f"validation_fraction={c.validation_fraction}: must lie in (0, 0.5]")
     check(0 <= c.max_bad_share <= 1, f"max_bad_share={c.max_bad_share}: must lie in [0, 1]")
     check(c.seed < 2 ** 43, f"seed={c.seed}: must be under 2^43")

@@ -100,10 +100,13 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighte
     c = dataclasses.replace(c, activation_checkpointing=checkpointing, lighter_blocks=lighter_blocks)
     tokens, w, head = batch_size * c.max_seq_len, _compute_bytes(c), c.vocab_size * c.d_model
     loss = 2 * tokens * c.d_model * w + head * (4 + w) + 3 * 4 * min(tokens, LOSS_CHUNK) * c.vocab_size
+    matrices = [weight_bytes * c.matrices_of(i) for i in range(c.host_gradient_blocks if offload else 0)]
     kept, peak = 0, 0       # of the blocks so far; of the backward passes, each with what the blocks before it keep
     for i in range(c.n_layers):
         kept += tokens * activation_bytes_per_token(c, i, c.checkpointing_of(i))
-        peak = max(peak, kept + _backward_bytes(c, i, tokens, weight_bytes))
+        # sums of gradients on their way from the host and back: of this block and the next, and of the two before
+        streamed = sum(matrices[max(i - 1, 0):i + 3]) if i < len(matrices) else 0
+        peak = max(peak, kept + _backward_bytes(c, i, tokens, weight_bytes) + streamed)
     activations = max(peak, kept + loss)
 
     # a group of matrices, as they come and orthogonalised, and four Gram matrices each; in fp32, not fused, more copies
@@ -115,10 +118,10 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighte
     optimizer = max(optimizer, (0 if c.split_masters else 16 * min(OPTIMIZER_PIECE, others))
                     + (10 * min(4 * OPTIMIZER_PIECE, others) if offload else 0))
 
-    sizes = dict(weights=weights, gradients=weights, **{k: 0 if offload else v for k, v in state.items()},
+    sizes = dict(weights=weights, gradients=weights - sum(matrices), **{k: 0 if offload else v for k, v in state.items()},
                  activations=activations, workspace=max(0, optimizer - activations))
     sizes["total"] = sum(sizes.values())
-    sizes["host"] = sum(state.values()) if offload else 0
+    sizes["host"] = sum(state.values()) + sum(matrices) if offload else 0
     return {k: v / GB for k, v in sizes.items()}
 
 
@@ -196,7 +199,7 @@ def choose(c: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool
     """(the fastest choice that fits and keeps what the configuration fixes, True); when none fits, (the fastest that
     fits with everything free, or the smallest of all, False). `fixed_batch` keeps the micro-batch too."""
     modes = None if c.activation_checkpointing == "auto" else [c.activation_checkpointing]
-    offloads = {"auto": None, "true": [True], "false": [False]}[c.offload_optimizer]
+    offloads = {"auto": [True] if c.host_gradient_blocks else None, "true": [True], "false": [False]}[c.offload_optimizer]
     kept = candidates(c, modes, offloads, [c.batch_size] if fixed_batch else None)
     for choice in kept:
         if choice.fits(machine):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels import COMPILE_OPTIONS, symmetric_product
-from precision import OptimizerState, read_master, write_master
+from precision import read_master, write_master
+from streaming import OptimizerState
 
 # Keller Jordan's quintic: steepest at zero, singular values end between about 0.7 and 1.2
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
@@ -90,9 +91,9 @@ class Muon:
     """
 
     def __init__(self, parameters: dict[str, Tensor], momentum: float, weight_decay: float, offload: bool = False,
-                 fused: bool = False):
+                 fused: bool = False, gradients: dict[str, Tensor] = {}):
         self.momentum, self.weight_decay, self.fused = momentum, weight_decay, fused
-        self.state = OptimizerState(parameters, ("momentum",), muon_momentum_dtype, offload, matrices=True)
+        self.state = OptimizerState(parameters, ("momentum",), muon_momentum_dtype, offload, matrices=True, gradients=gradients)
         self.dtype = product_dtype(self.state.device, fused)
         self.orthogonalize = gram_newton_schulz if fused else newton_schulz
         self.nesterov_direction, self.muon_update = (compiled_for_any_number(f, fused) for f in (nesterov_direction, muon_update))
@@ -133,10 +134,10 @@ class AdamW:
     """AdamW (Loshchilov and Hutter 2019) in fp32 on the fp32 masters; norms (vectors) are not decayed."""
 
     def __init__(self, parameters: dict[str, Tensor], beta1: float, beta2: float, eps: float, weight_decay: float,
-                 offload: bool = False, fused: bool = False):
+                 offload: bool = False, fused: bool = False, gradients: dict[str, Tensor] = {}):
         self.betas, self.eps, self.weight_decay = (beta1, beta2), eps, weight_decay
         self.steps = 0
-        self.state = OptimizerState(parameters, ("exp_avg", "exp_avg_sq"), lambda p: torch.float32, offload, matrices=False)
+        self.state = OptimizerState(parameters, ("exp_avg", "exp_avg_sq"), lambda p: torch.float32, offload, False, gradients)
         self.adamw_update = compiled(adamw_update, fused, dynamic=True)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import memory
 from plot import plot_training_curves
-from precision import OptimizerState
+from streaming import OptimizerState
 
 METRICS, RESULTS, CURVES, RUN = "metrics.jsonl", "training_results.json", "training_curves.png", "run.json"
 LONGEST_DIFF = 1_000_000        # characters of a diff that are kept
@@ -116,7 +116,7 @@ class MemoryMeter:
         self.steps += 1
         return self.steps == 3
 
-    def table(self, parameters: list[Tensor], muon: OptimizerState, adamw: OptimizerState) -> str:
+    def table(self, parameters: list[Tensor], muon: OptimizerState, adamw: OptimizerState, host_gradients: dict[str, Tensor]) -> str:
         """Predicted and measured memory side by side. On a CPU only what stays is known exactly, and the whole process."""
         state = {"master": [s["residual"] for o in (muon, adamw) for s in o.tensors.values() if "residual" in s],
                  "momentum": [s["momentum"] for s in muon.tensors.values()],
@@ -129,7 +129,7 @@ class MemoryMeter:
             sizes |= dict(activations=self.backward_gb - sum(sizes.values()),
                           workspace=max(0.0, self.optimizer_gb - self.backward_gb))
             sizes["total"] = sum(sizes.values())
-        sizes["host"] = sum(state.values()) if muon.offload else 0.0
+        sizes["host"] = sum(state.values()) + sum(t.nbytes for t in host_gradients.values()) / memory.GB if muon.offload else 0.0
         self.measured_gb = sizes
         table = memory.table(self.predicted, sizes, self.capacity_gb)
         return table if self.gpu else f"{table}\nThe whole process: {self.peak_gb:.3f} GB of RAM at its peak"

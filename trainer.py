@@ -27,6 +27,7 @@ from muon import AdamW, Muon, split_parameters
 from precision import LossScaler, gradient_norms
 from report import CURVES, METRICS, RESULTS, MemoryMeter, Record, environment, set_aside, write_run_file
 from sampling import generate
+from streaming import HostGradients
 
 RESULTS_MINUTES = 5         # results and curves are rewritten at least this often
 MEASURED_STEPS = 3          # steps after the first whose speed gives the first forecast
@@ -91,11 +92,13 @@ class Trainer:
         offload = config.offload_optimizer == "true"
         if offload:
             self._check_host_memory()
-            print(f"Reserving {self.predicted['host']:.1f} GB of host memory for optimizer state ...", flush=True)
+            print(f"Reserving {self.predicted['host']:.1f} GB of host memory for what is streamed ...", flush=True)
         compiling = config.compile == "true" or (config.compile == "auto" and self.device.type == "cuda")
         fused = compiling and self.device.type == "cuda"
-        self.muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload, fused)
-        self.adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload, fused)
+        self.host_gradients = HostGradients(self.model, config.host_gradient_blocks)
+        gradients = self.host_gradients.tensors
+        self.muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload, fused, gradients)
+        self.adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload, fused, gradients)
         self.scaler = LossScaler(config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16")
         if compiling:
             self.model.compile_blocks()
@@ -107,16 +110,17 @@ class Trainer:
         c = self.config
         self.model.train()
         loss_sum, counts = torch.zeros((), device=self.device), 0
-        for _ in range(c.gradient_accumulation_steps):
+        for i in range(c.gradient_accumulation_steps):
             tokens, targets = (t.to(self.device, non_blocking=True) for t in next(batches))
             loss, metrics = self.model(tokens, targets)
+            self.host_gradients.micro_batch(i, c.gradient_accumulation_steps)
             (loss * (self.scaler.scale / c.gradient_accumulation_steps)).backward()
             loss_sum += loss.detach()
             counts += metrics.get("expert_counts", 0)
             self._accumulate(metrics)
         self.data_position += c.sequences_per_step
 
-        norms = gradient_norms(list(self.parameters.values()))
+        norms = gradient_norms(list(self.parameters.values()), self.host_gradients.norms)
         loss, norm = torch.stack([loss_sum / c.gradient_accumulation_steps, norms.norm()]).tolist()   # the one wait
         norm /= self.scaler.scale
         self._check_loss(loss)
@@ -126,12 +130,13 @@ class Trainer:
             factor = (min(1.0, c.grad_clip / (norm + 1e-6)) if c.grad_clip else 1.0) / self.scaler.scale
             rate = learning_rate_factor(self.step, c)
             self.meter.note("backward")
+            self.host_gradients.wait()
             self.muon.step(rate * c.muon_lr, factor)
             self.adamw.step(rate * c.adamw_lr, factor)
             if c.load_balancing == "bias":
                 self.model.balance(counts)
             if self.meter.note("optimizer"):
-                self.bar.write(self.meter.table(list(self.parameters.values()), self.muon.state, self.adamw.state))
+                self.bar.write(self.meter.table(list(self.parameters.values()), self.muon.state, self.adamw.state, self.host_gradients.tensors))
             self.step += 1
             self.tokens_seen += c.tokens_per_step
         for p in self.parameters.values():
@@ -478,7 +483,7 @@ class Trainer:
     def _check_host_memory(self) -> None:
         needed, there = self.predicted["host"], self.machine.host_memory_gb
         if needed > there:
-            raise ExperimentError(f"no host memory for streaming: the optimizer state takes {needed:.1f} GB and {there:.1f} GB "
+            raise ExperimentError(f"no host memory for streaming: what is streamed takes {needed:.1f} GB and {there:.1f} GB "
                                   "are free. Use a smaller preset or --offload_optimizer false; if the host has more than the "
                                   "operating system reports, say so with --host_memory_gb.")
 

@@ -24,13 +24,14 @@ from config import PRESETS, Config
 from kernels import normalize_and_rotate, plain_normalize_and_rotate, plain_swiglu, swiglu, symmetric_product
 from model import MoETransformer
 from muon import NEWTON_SCHULZ, AdamW, Muon, gram_newton_schulz, newton_schulz, product_dtype, split_parameters
-from precision import OptimizerState, decode_master, gradient_norms
+from precision import decode_master, gradient_norms
 from sampling import generate
+from streaming import HostGradients, OptimizerState
 from trainer import attention_backends, find_device
 
 BASE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=512, moe_every=2, max_seq_len=256, vocab_size=1024,
               batch_size=4, activation_checkpointing="none", offload_optimizer="false", compile="false")
-STEPS, SCALE = 4, {"fp16": 1024.0, "bf16": 1.0, "fp32": 1.0}
+MICRO_BATCHES, STEPS, SCALE = 2, 4, {"fp16": 1024.0, "bf16": 1.0, "fp32": 1.0}
 FULL_WIDTH = ("bf16", "none"), ("bf16", "selective"), ("bf16", "full"), ("fp16", "none")
 PROCESSES = 8
 failed, worst = 0, []
@@ -63,17 +64,22 @@ def run(changes: dict) -> tuple[list[float], dict[str, torch.Tensor], dict[str, 
         if compiling:
             model.compile_blocks()
         hidden, others = split_parameters(model)
-        muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload, compiling and device.type == "cuda")
-        adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload, compiling)
+        sums = HostGradients(model, config.host_gradient_blocks)
+        muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload, compiling and device.type == "cuda", sums.tensors)
+        adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay, offload, compiling, sums.tensors)
         draw, losses, gradients = torch.Generator().manual_seed(0), [], {}
         for step in range(STEPS):
-            tokens = torch.randint(config.vocab_size, (config.batch_size, config.max_seq_len + 1), generator=draw).to(device)
-            poison(device)
-            loss, _ = model(tokens[:, :-1], tokens[:, 1:])
-            (loss * SCALE[config.precision]).backward()
+            for i in range(MICRO_BATCHES):
+                tokens = torch.randint(config.vocab_size, (config.batch_size, config.max_seq_len + 1), generator=draw).to(device)
+                poison(device)
+                loss, _ = model(tokens[:, :-1], tokens[:, 1:])
+                sums.micro_batch(i, MICRO_BATCHES)
+                (loss * (SCALE[config.precision] / MICRO_BATCHES)).backward()
+            sums.wait()
             if step == 0:
-                gradients = {name: p.grad.float().cpu() / SCALE[config.precision] for name, p in model.named_parameters()}
-            norm = gradient_norms(list(model.parameters())).norm().item()
+                gradients = {name: (sums.tensors[name].to(device) if p.grad is None else p.grad).float().cpu() / SCALE[config.precision]
+                             for name, p in model.named_parameters()}
+            norm = gradient_norms(list(model.parameters()), sums.norms).norm().item()
             for optimizer, lr in ((muon, 0.01), (adamw, 0.001)):
                 optimizer.step(lr, 1 / norm)
             model.zero_grad(set_to_none=True)
@@ -98,9 +104,11 @@ def distance(found: dict, expected: dict) -> float:
 
 
 def check_model() -> None:
-    same = [("streamed state", dict(offload_optimizer="true")), ("selective", dict(activation_checkpointing="selective")),
+    same = [("streamed state", dict(offload_optimizer="true")),
+            ("streamed state and gradients", dict(offload_optimizer="true", host_gradient_blocks=4)), ("selective", dict(activation_checkpointing="selective")),
             ("full", dict(activation_checkpointing="full"))]
-    compiled = {"compiled, full, streamed": dict(compile="true", activation_checkpointing="full", offload_optimizer="true"),
+    compiled = {"compiled, full, streamed": dict(compile="true", activation_checkpointing="full", offload_optimizer="true",
+                                                 host_gradient_blocks=6, lighter_blocks=2),
                 "compiled, selective": dict(compile="true", activation_checkpointing="selective"), "compiled": dict(compile="true")}
     compiled = {"fp16": list(compiled.items())[:1], "bf16": list(compiled.items())}     # compiling takes most of the time
     jobs = {}

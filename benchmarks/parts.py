@@ -17,7 +17,7 @@ from config import PRESETS, Config
 from model import MoETransformer
 from moe import MoE, SwiGLU
 from muon import AdamW, Muon, split_parameters
-from precision import OptimizerState
+from streaming import OptimizerState
 from report import environment
 from trainer import attention_backends
 
@@ -42,8 +42,8 @@ class MadeOnTheCard(OptimizerState):
 
     def groups(self):
         for group in self._groups():
-            yield [self._views(name, cut, {k: torch.zeros_like(self._view(t)[cut], device=self.device)
-                                           for k, t in self.tensors[name].items()}) for name, cut in group]
+            yield [(*self._weight_and_gradient(name, cut), {k: torch.zeros_like(self._view(t)[cut], device=self.device)
+                                                            for k, t in self.tensors[name].items()}) for name, cut in group]
 
 
 def muon_step_18b(_: Path) -> None:

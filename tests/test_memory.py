@@ -34,6 +34,7 @@ def trained(tmp_path, capsys):
         corpus = SimpleNamespace(tokenizer_json="x" * 20_000, data_hash="", tokenizer_hash="")
         trainer = Trainer(c, corpus)
         tokens = torch.zeros(c.batch_size, c.max_seq_len, dtype=torch.long)
+        trainer.host_gradients.micro_batch(0, 1)
         trainer.model(tokens, tokens)[0].backward()
         return trainer
     return make
@@ -41,7 +42,8 @@ def trained(tmp_path, capsys):
 
 FORMS = {"fp32": dict(precision="fp32"), "bf16": dict(precision="bf16"), "fp16": dict(precision="fp16"),
          "fp16-masters": dict(precision="fp16", master_weights="fp32"), "tied": dict(precision="bf16", tie_embeddings=True),
-         "dense": dict(precision="fp16", num_experts=0), "streamed": dict(precision="bf16", offload_optimizer="true")}
+         "dense": dict(precision="fp16", num_experts=0), "streamed": dict(precision="bf16", offload_optimizer="true"),
+         "gradients streamed": dict(precision="bf16", offload_optimizer="true", host_gradient_blocks=1)}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -52,10 +54,11 @@ def test_weights_gradients_and_state_are_those_of_a_trainer(trained, form):
 
     def state_bytes(*keys):
         return sum(s[key].nbytes for s in states for key in keys if key in s)
-    expected = dict(weights=sum(p.nbytes for p in parameters), gradients=sum(p.grad.nbytes for p in parameters),
+    expected = dict(weights=sum(p.nbytes for p in parameters), gradients=sum(p.grad.nbytes for p in parameters if p.grad is not None),
                     master=state_bytes("residual"), momentum=state_bytes("momentum"), adamw=state_bytes("exp_avg", "exp_avg_sq"))
-    streamed = form == "streamed"
+    streamed = "streamed" in form
     host = sum(expected[k] for k in ("master", "momentum", "adamw")) if streamed else 0
+    host += sum(t.nbytes for t in trainer.host_gradients.tensors.values())
     if streamed:
         expected |= dict(master=0, momentum=0, adamw=0)
     found = memory.memory(trainer.config, "none", 2, streamed)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from config import ExperimentError
-from precision import (LossScaler, OptimizerState, decode_master, encode_master, gradient_norms, read_master, write_master)
+from precision import LossScaler, decode_master, encode_master, gradient_norms, read_master, write_master
 
 FP16_NORMAL = 2.0 ** -14        # smallest normal float16
 
@@ -174,80 +173,3 @@ def test_a_gradient_that_is_not_finite_shows_in_its_norm(bad):
     gradients[1][3, 2] = bad
     norms = gradient_norms([with_gradient(g) for g in gradients])
     assert norms.isfinite().tolist() == [True, False] and not norms.norm().isfinite()
-
-
-# ---------------------------------------------------------------- optimizer state
-
-def parameters(dtype=torch.bfloat16):
-    shapes = {"matrix": (6, 10), "bank": (3, 2, 4, 5), "vector": (7,), "idle": (2, 2)}
-    named = {name: torch.zeros(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
-    for name, p in named.items():
-        p.grad = None if name == "idle" else torch.zeros_like(p)
-    return named
-
-
-def state_of(named, offload=False, matrices=False):
-    return OptimizerState(named, ("m", "v"), lambda p: torch.float32, offload, matrices)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_only_16_bit_parameters_have_a_residual(dtype):
-    for tensors in state_of(parameters(dtype)).tensors.values():
-        kinds = {"m": torch.float32, "v": torch.float32} | ({} if dtype == torch.float32 else {"residual": torch.int16})
-        assert {key: t.dtype for key, t in tensors.items()} == kinds
-
-
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("matrices", [False, True])
-def test_groups_cover_each_element_once_and_stay_small(monkeypatch, offload, matrices):
-    monkeypatch.setattr(OptimizerState, "PIECE", 45)
-    named = parameters()
-    if matrices:
-        del named["vector"]
-    owner = state_of(named, offload, matrices)
-    for group in owner.groups():
-        assert sum(weight.numel() for weight, *_ in group) <= (60 if matrices else 45)       # a single matrix may be larger
-        assert not matrices or len({weight.shape[1:] for weight, *_ in group}) == 1
-        for weight, gradient, state in group:
-            assert weight.shape == gradient.shape == state["m"].shape == state["residual"].shape
-            assert not matrices or weight.ndim == 3
-            for tensor in (weight, gradient, state["m"], state["residual"]):
-                tensor += 1
-    for name, p in named.items():
-        expected = 0 if name == "idle" else 1
-        assert all((t == expected).all() for t in (p, owner.tensors[name]["m"], owner.tensors[name]["residual"]))
-        assert (owner.tensors[name]["v"] == 0).all() and (p.grad is None or (p.grad == 1).all())
-
-
-def test_state_survives_a_round_trip_in_dtype_value_and_place():
-    saved, loaded = state_of(parameters()), state_of(parameters())
-    saved.tensors["bank"]["residual"].fill_(12345)
-    saved.tensors["bank"]["v"].fill_(1e-12)
-    places = {key: t.data_ptr() for key, t in loaded.tensors["bank"].items()}
-    loaded.load_state_dict(saved.state_dict())
-    bank = loaded.tensors["bank"]
-    assert (bank["residual"] == 12345).all() and (bank["v"] == torch.tensor(1e-12)).all()
-    assert (bank["residual"].dtype, bank["v"].dtype) == (torch.int16, torch.float32)
-    assert {key: t.data_ptr() for key, t in bank.items()} == places
-
-
-@pytest.mark.parametrize("spoil, found", [
-    (lambda s: s.pop("vector"), "vector"), (lambda s: s.update(more=s["vector"]), "more"),
-    (lambda s: s["bank"].pop("m"), "bank/m.*nothing"), (lambda s: s["bank"].update(m=torch.zeros(3)), r"bank/m.*\(3,\)"),
-    (lambda s: s["bank"].update(m=s["bank"]["m"].half()), "bank/m.*float16"),
-    (lambda s: s["bank"].update(w=torch.zeros(3)), "bank.*w")],
-    ids=["parameter missing", "parameter unknown", "tensor missing", "shape", "dtype", "tensor unknown"])
-def test_state_of_another_kind_is_refused(spoil, found):
-    saved = state_of(parameters()).state_dict()
-    spoil(saved)
-    with pytest.raises(ValueError, match=found):
-        state_of(parameters()).load_state_dict(saved)
-
-
-def test_lack_of_host_memory_names_the_remedy(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise RuntimeError("can't allocate memory")
-    named = parameters()
-    monkeypatch.setattr(torch, "zeros", refuse)
-    with pytest.raises(ExperimentError, match=r"can't allocate memory(.|\n)*--offload_optimizer false"):
-        state_of(named, offload=True)
