@@ -124,15 +124,15 @@ class Text:
         self.bad_rows: list[str] = []
 
     def identity(self) -> list:
-        """Changes with whatever may change the text; files are told apart by name, size and time of change. A data set
-        of the hub is known by its name: what was downloaded is kept."""
+        """Changes with whatever may change the text; files are told apart by name, size and times of change, also the one
+        that copying and `touch` cannot set back. A data set of the hub is known by its name: what was downloaded is kept."""
         c = self.config
         files, local = self.files, os.path.expanduser(_hub_name(c.data)[0]) if self.hub else ""
         if os.path.isdir(local):
             files = _walk(local, ("",))
         stats = [(os.path.abspath(path), os.stat(path)) for path in files]
         return [PIECE_CHARACTERS, c.text_field, c.max_characters, c.max_bad_share, c.data if self.hub else c.data in BUILT_IN,
-                [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]]
+                [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]]
 
     def documents(self, start: dict | None = None):
         """Yields (text, whether its document ends with it): a short document at once, a long one in pieces, each
