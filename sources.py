@@ -25,9 +25,14 @@ SHOWN_BAD_ROWS = 3                       # rows left out that a message names
 # --- files
 
 def _walk(root: str, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> list[str]:
-    """Files under `root` with one of the suffixes, in an order that depends only on their paths within `root`."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
+    """Files under `root` with one of the suffixes, in an order that depends only on their paths within `root`. Links to
+    folders are followed; a folder to which several ways lead is read once."""
+    found, seen = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders[:] = sorted(s for s in subfolders if s not in skip)
         found += [os.path.join(folder, n) for n in sorted(names) if n.lower().endswith(suffixes)]
     return [f for f in found if os.path.isfile(f)]   # not broken links
@@ -50,7 +55,9 @@ def find_files(config: Config) -> list[str]:
     elif os.path.isdir(path):
         files = _walk(path, suffixes)
     elif glob.has_magic(path):
-        files = [f for f in sorted(glob.glob(path, recursive=True)) if os.path.isfile(f)]
+        # ** follows links to folders too, round and round: a file is read once, by its shortest path
+        found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)), key=lambda f: (-len(f), f))
+        files = sorted({(os.path.realpath(os.path.dirname(f)), os.path.basename(f)): f for f in found}.values())
     else:
         raise ExperimentError(f"there is no file or folder {path}.{nearest(config.data, BUILT_IN)} Give --data python, "
                               "installed, the path of a file, a folder or a glob, or hf:DATASET for one of the Hugging Face hub")
@@ -69,6 +76,8 @@ def _open(path: str):
     """A text file, compressed or not, as a stream that keeps line ends as they are and turns bytes that are not UTF-8
     into lone surrogates."""
     if (suffix := Path(path).suffix.lower()) in (".gz", ".zst"):
+        if not os.path.getsize(path):       # even of no text an archive has a header; pyarrow takes it for an empty one
+            raise OSError("it has no bytes")
         import pyarrow   # slow to import
         raw = io.BufferedReader(pyarrow.input_stream(path, compression={".gz": "gzip", ".zst": "zstd"}[suffix]), 1 << 20)
     else:

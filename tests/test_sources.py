@@ -60,13 +60,23 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS[1:3])
-@pytest.mark.parametrize("how", ["cut", "flipped", "other"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "other", "empty"])
 def test_a_damaged_compressed_file_is_refused(tmp_path, name, how):
     raw = bytearray(write_rows(tmp_path / name, STORIES).read_bytes())
     raw[len(raw) // 2] ^= 255
     whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(dict(cut=whole[:-20], flipped=bytes(raw), other=b"no archive")[how])
+    (tmp_path / name).write_bytes(dict(cut=whole[:-20], flipped=bytes(raw), other=b"no archive", empty=b"")[how])
     fails(config_for(tmp_path, data=str(tmp_path / name)), name, "no sound", "again")
+
+
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt"])
+def test_linked_folders_are_read_once(tmp_path, pattern):
+    for name in ("text/a/one.txt", "elsewhere/two.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for link, folder in {"text/b": "elsewhere", "text/a/loop": "text/a"}.items():
+        (tmp_path / link).symlink_to(tmp_path / folder)
+    assert documents(config_for(tmp_path, data=str(tmp_path / "text" / pattern))) == ["text/a/one.txt", "elsewhere/two.txt"]
 
 
 def test_a_folder_of_text_and_token_shards_is_refused(tmp_path):
