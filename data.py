@@ -277,6 +277,8 @@ def _lock(folder: Path) -> int | None:
 def _build_or_link(config: Config, text: Text, tokenizer_json: str | None, folder: Path) -> None:
     """Makes the shards, unless the cache has those of the same text, from wherever it was read, and the same recipe."""
     found = survey(text, folder)
+    if found["bad"]:
+        print(f"data: {found['bad']:,} of {found['rows']:,} lines or rows cannot be read and are left out: {found['bad_rows']}")
     same = dict(data_hash=data_hash(found["pieces"]) if found["whole"] else None, recipe=recipe(config, tokenizer_json))
     for other in folder.parent.glob("*/corpus.json"):
         with contextlib.suppress(OSError, ValueError, ExperimentError):     # no links on this file system, or damaged
@@ -287,7 +289,7 @@ def _build_or_link(config: Config, text: Text, tokenizer_json: str | None, folde
                     (folder / name).unlink(missing_ok=True)
                     os.link(other.parent / name, folder / name)
                 replace_file(folder / "tokenizer.json", (other.parent / "tokenizer.json").read_bytes().decode())
-                replace_file(folder / "corpus.json", json.dumps(facts | dict(data=config.data), indent=1) + "\n")
+                replace_file(folder / "corpus.json", json.dumps(facts | dict(data=config.data, left_out=found["bad"]), indent=1) + "\n")
                 break
     else:
         build(config, text, found, tokenizer_json, folder)

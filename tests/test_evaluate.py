@@ -127,6 +127,12 @@ def test_another_field_of_the_rows(measure, corpus, tmp_path):
     assert found["bytes"] == 5 * 30 and list(found["domains"]) == [".jsonl"]
 
 
+def test_text_is_read_to_its_end_though_the_run_read_less_of_its_own(measure, corpus, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40, max_characters=1))
+    _, found, _ = measure("--data", corpus, "--json")
+    assert found["bytes"] == sum(len(text.encode()) for texts in documents(corpus).values() for text in texts)
+
+
 # ---------------------------------------------------------------- held-out text
 
 @pytest.fixture
@@ -152,6 +158,7 @@ def test_without_data_the_text_is_what_the_run_held_out(measure, run, tmp_path):
     whole = measure("--json", "--data", tmp_path / "text")[1]
     assert all(found["domains"][name]["bytes"] < whole["domains"][name]["bytes"] for name in found["domains"])
     assert "what its run held out of" in measure()[1]
+    assert measure("--json", "--text_field", "text")[1] == found, "a field is no other text"
 
 
 def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_path, monkeypatch):

@@ -273,6 +273,16 @@ def test_the_same_text_from_another_place_is_not_tokenized_again(tmp_path, folde
         encoded.clear()
 
 
+def test_rows_left_out_are_counted_also_when_the_shards_are_there(tmp_path, folder, capsys):
+    data.prepare(config_for(tmp_path))
+    path = write_rows(tmp_path / "rows.jsonl", STORIES)
+    path.write_text(path.read_text() + "{\n")
+    corpus = data.prepare(config_for(tmp_path, data=str(path), max_bad_share=0.1))
+    out = capsys.readouterr().out
+    assert "1 of 41 lines or rows cannot be read and are left out: " in out and "was tokenized before" in out
+    assert json.loads((Path(corpus.train.filename).parent / "corpus.json").read_text())["left_out"] == 1
+
+
 def test_damaged_shards_are_not_taken_over(tmp_path, folder, encoded):
     first = data.prepare(config_for(tmp_path))
     tokens = np.array(first.train)

@@ -171,19 +171,22 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--limit must not be negative")
     model, config, state = load_model(args.checkpoint, args.device, args.precision)
     given = {name: value for name in ("data", "text_field") if (value := getattr(args, name)) is not None}
+    held_out = args.data is None
+    if not held_out:
+        given["max_characters"] = 0     # where the run ended its own text says nothing about this one
     config, _ = resumed_config(state["config"], given)
     tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
-    pieces = texts(config) if given else held_out_texts(config, state["data"]["data_hash"])
+    pieces = held_out_texts(config, state["data"]["data_hash"]) if held_out else texts(config)
     with attention_backends(model.norm.weight.device):
         domains = evaluate(model, pieces, tokenizer, end_of_text, args.limit)
     total = sum(domains.values(), Sums())
     if not total.bytes:
         raise ExperimentError(f"there is no text in {config.data}. Give --data a corpus with text")
     if args.json:
-        print(json.dumps(dict(checkpoint=args.checkpoint, step=state["step"], data=config.data, held_out=not given, **total.figures(),
+        print(json.dumps(dict(checkpoint=args.checkpoint, step=state["step"], data=config.data, held_out=held_out, **total.figures(),
                               domains={name: sums.figures() for name, sums in domains.items()}), indent=1))
         return
-    print(f"{args.checkpoint}, step {state['step']}, on {'what its run held out of ' if not given else ''}{config.data}")
+    print(f"{args.checkpoint}, step {state['step']}, on {'what its run held out of ' if held_out else ''}{config.data}")
     print(table(domains, total))
 
 
