@@ -183,6 +183,12 @@ def test_held_out_text_that_is_no_longer_known(measure, run, tmp_path):
     assert code == 1 and "not the text that the checkpoint was trained on" in err and "--data" in err and "Traceback" not in err
 
 
+def test_of_an_imported_model_nothing_was_held_out(measure, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40), data=dict(data_hash=None, tokenizer_hash="t"))
+    code, _, err = measure()
+    assert code == 1 and "imported" in err and "--data" in err
+
+
 @pytest.mark.parametrize("options, code, words", [
     (["--data", "/nowhere"], 1, "/nowhere"), (["--limit", "-1"], 2, "--limit"), (["--dat", "x"], 2, "--data"), (["--precision", "x"], 2, "'x'"),
     (["--data", "empty.txt"], 1, "no text")])

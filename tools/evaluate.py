@@ -81,8 +81,12 @@ def texts(config: Config) -> Iterator[tuple[str, str, bool]]:
         yield text.domain(), piece, last
 
 
-def held_out_texts(config: Config, data_hash: str) -> Iterator[tuple[str, str, bool]]:
-    """As `texts`, of what a run of this Config holds out. Raises ExperimentError when the text is no longer that run's."""
+def held_out_texts(config: Config, data_hash: str | None) -> Iterator[tuple[str, str, bool]]:
+    """As `texts`, of what a run of this Config holds out. Raises ExperimentError when the text is no longer that run's, or
+    when the model has not been trained here (data_hash None)."""
+    if data_hash is None:
+        raise ExperimentError("the checkpoint was imported and has not been trained on any text here, so nothing was held out. Give the "
+                              "text to measure with --data")
     pieces = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE)
     if shards.data_hash(pieces) != data_hash:
         raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. "
