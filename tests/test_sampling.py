@@ -1,4 +1,7 @@
 """Sampling: the cache changes nothing, draws have their probabilities, texts come as they are made, transformers agrees."""
+import io
+import sys
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -211,8 +214,16 @@ def test_the_command_writes_several_texts(saved, capsys):
     assert text("--precision", "bf16").startswith("The tea")
 
 
+def test_a_terminal_without_these_characters(saved, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert main(["sample", "--checkpoint", str(saved), "--prompt", "é", "--max_new_tokens", "3"]) == 0
+    assert shown.getvalue().startswith(b"\\xe9")
+
+
 @pytest.mark.parametrize("options, words", [(["--n", "0"], "--n must lie"), (["--top_p", "0"], "--top_p must lie"), (["--top_p", "1.1"], "--top_p must lie"),
-                                            (["--top_p", "nan"], "--top_p must lie"), (["--precision", "int8"], "int8")])
+                                            (["--top_p", "nan"], "--top_p must lie"), (["--precision", "int8"], "int8"),
+                                            (["--prompt", "caf\udce9"], "UTF-8")])
 def test_wrong_usage(saved, capsys, options, words):
     assert main(["sample", "--checkpoint", str(saved), "--prompt", "a", *options]) == 2
     assert words in capsys.readouterr().err
