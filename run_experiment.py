@@ -211,9 +211,10 @@ def sample(argv: list[str]) -> None:
 
     import data
     from sampling import finished_texts, stream, text_pieces
+    from tokenizer import encode
     model, _, state = load_model(args.checkpoint, args.device, args.precision)
     tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
-    prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [end_of_text]
+    prompt = encode(tokenizer, args.prompt) or [end_of_text]
     temperature = args.temperature if args.temperature > 1e-4 else 0        # below, logits / temperature overflows
     steps = stream(model, prompt, args.max_new_tokens, temperature, args.top_k, args.top_p, args.seed, end_of_text, args.n)
     if args.n == 1:

@@ -24,11 +24,12 @@ SHOWN_BAD_ROWS = 3                       # rows left out that a message names
 
 # --- files
 
-def _walk(root: str, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> list[str]:
+def _walk(root: str, suffixes: tuple[str, ...], skip: tuple[str, ...] = (), onerror=None) -> list[str]:
     """Files under `root` with one of the suffixes, in an order that depends only on their paths within `root`. Links to
-    folders are followed; a folder to which several ways lead is read once."""
+    folders are followed; a folder to which several ways lead is read once. One that cannot be read is passed over, or
+    given to `onerror`."""
     found, seen = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, onerror=onerror, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
             continue
@@ -36,6 +37,10 @@ def _walk(root: str, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> l
         subfolders[:] = sorted(s for s in subfolders if s not in skip)
         found += [os.path.join(folder, n) for n in sorted(names) if n.lower().endswith(suffixes)]
     return [f for f in found if os.path.isfile(f)]   # not broken links
+
+
+def _cannot_read(error: OSError):
+    raise ExperimentError(f"cannot read {error.filename}: {error.strerror}. Mend it or take it out of --data") from error
 
 
 def find_files(config: Config) -> list[str]:
@@ -53,7 +58,7 @@ def find_files(config: Config) -> list[str]:
     if os.path.isfile(path):
         files = [path]
     elif os.path.isdir(path):
-        files = _walk(path, suffixes)
+        files = _walk(path, suffixes, onerror=_cannot_read)
     elif glob.has_magic(path):
         # ** follows links to folders too, round and round: a file is read once, by its shortest path
         found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)), key=lambda f: (-len(f), f))

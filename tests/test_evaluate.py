@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 import checkpoint
 import data
@@ -187,6 +188,13 @@ def test_of_an_imported_model_nothing_was_held_out(measure, tmp_path):
     write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40), data=dict(data_hash=None, tokenizer_hash="t"))
     code, _, err = measure()
     assert code == 1 and "imported" in err and "--data" in err
+
+
+def test_a_tokenizer_that_cannot_encode_the_text(measure, corpus, tmp_path):
+    words = Tokenizer(models.WordLevel({"The": 0, "<|endoftext|>": 1}))
+    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(), tokenizer_json=words.to_str())
+    code, _, err = measure("--data", corpus)
+    assert code == 1 and err.startswith("error: the tokenizer cannot encode this text")
 
 
 @pytest.mark.parametrize("options, code, words", [

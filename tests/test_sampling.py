@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
@@ -135,6 +135,8 @@ def test_the_ends_of_the_draws():
     for draw, expected in ((0.0, 2), (1 - 2 ** -24, 0)):
         assert choose(logits, torch.tensor([draw]), 1.0, 0, 1.0).item() == expected, "never one without probability"
     assert choose(logits, torch.tensor([1 - 2 ** -24]), 1.0, 1, 1.0).item() == 2
+    for top_k, top_p in ((0, 1.0), (2, 1.0), (0, 0.5)):
+        assert 0 <= choose(logits * torch.nan, torch.tensor([0.5]), 1.0, top_k, top_p).item() < 4, "of a model that has diverged"
 
 
 # ---------------------------------------------------------------- transformers
@@ -212,6 +214,13 @@ def test_the_command_writes_several_texts(saved, capsys):
     assert three.count("The tea") == 3
     assert text("--top_p", "0.000001") == text("--temperature", "0") != text("--top_p", "1")
     assert text("--precision", "bf16").startswith("The tea")
+
+
+def test_a_tokenizer_that_cannot_encode_the_prompt(tmp_path, capsys):
+    words = Tokenizer(models.WordLevel({"The": 0, "<|endoftext|>": 1}))
+    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(), tokenizer_json=words.to_str())
+    assert main(["sample", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--prompt", "cat"]) == 1
+    assert "error: the tokenizer cannot encode this text" in capsys.readouterr().err
 
 
 def test_a_terminal_without_these_characters(saved, monkeypatch):

@@ -1,6 +1,7 @@
 """sources.py and tokenizer.py: formats, bad rows, data sets and tokenizers of the Hugging Face hub, all without a network."""
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,19 @@ def test_linked_folders_are_read_once(tmp_path, pattern):
     for link, folder in {"text/b": "elsewhere", "text/a/loop": "text/a"}.items():
         (tmp_path / link).symlink_to(tmp_path / folder)
     assert documents(config_for(tmp_path, data=str(tmp_path / "text" / pattern))) == ["text/a/one.txt", "elsewhere/two.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "text" / "secret").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").write_text("text")
+    scandir = os.scandir
+
+    def denied(path):       # what permissions do, except to root
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", denied)
+    fails(config_for(tmp_path), "cannot read", "secret: Permission denied")
 
 
 def test_a_folder_of_text_and_token_shards_is_refused(tmp_path):

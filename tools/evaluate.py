@@ -29,6 +29,7 @@ from config import Config, ConfigError, ExperimentError, resumed_config
 from model import MoETransformer
 from run_experiment import exit_code, load_model, new_parser
 from sources import SHARD_SUFFIX, Text
+from tokenizer import encode
 from trainer import attention_backends
 
 SHOWN = 20          # domains in the table
@@ -115,7 +116,7 @@ def evaluate(model: MoETransformer, pieces: Iterator[tuple[str, str, bool]], tok
         for domain, text, last in pieces:
             if limit and taken[domain] >= limit:
                 continue
-            ids = tokenizer.encode(text, add_special_tokens=False).ids + [end_of_text] * last
+            ids = encode(tokenizer, text) + [end_of_text] * last
             taken[domain] += len(ids)
             sums[domain].bytes += len(text.encode())
             waiting[domain] += ids
