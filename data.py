@@ -233,9 +233,10 @@ def _open_or_discard(folder: Path) -> Corpus | None:
 def _delete_old_leftovers(cache: Path) -> None:
     """Builds that were killed long ago and that nobody goes on with."""
     for old in cache.glob("*.unfinished"):
-        if time.time() - old.stat().st_mtime > 86_400 * UNFINISHED_DAYS and (lock := _lock(old)) is not None:
-            shutil.rmtree(old, ignore_errors=True)
-            os.close(lock)
+        with contextlib.suppress(FileNotFoundError):    # another process has finished it meanwhile
+            if time.time() - old.stat().st_mtime > 86_400 * UNFINISHED_DAYS and (lock := _lock(old)) is not None:
+                shutil.rmtree(old, ignore_errors=True)
+                os.close(lock)
 
 
 @contextlib.contextmanager
@@ -246,9 +247,10 @@ def _unfinished(cache: Path, key: str):
     left = ((folder, lock) for folder in sorted(cache.glob(f"{key}.*.unfinished")) if (lock := _lock(folder)) is not None)
     folder, lock = next(left, (None, None))
     if folder is None:
-        folder = cache / f"{key}.{uuid.uuid4().hex[:8]}.unfinished"
-        folder.mkdir()
-        lock = _lock(folder)        # None where folders cannot be locked: then no other process can take it either
+        new = cache / f"{uuid.uuid4().hex[:8]}.unfinished"
+        new.mkdir()
+        lock = _lock(new)           # None where folders cannot be locked: then no other process can take it either
+        folder = new.rename(cache / f"{key}.{new.name}")        # the name by which others find it, now that it is locked
     try:
         yield folder
     finally:
@@ -275,6 +277,8 @@ def _lock(folder: Path) -> int | None:
 def _build_or_link(config: Config, text: Text, tokenizer_json: str | None, folder: Path) -> None:
     """Makes the shards, unless the cache has those of the same text, from wherever it was read, and the same recipe."""
     found = survey(text, folder)
+    if found["bad"]:
+        print(f"data: {found['bad']:,} of {found['rows']:,} lines or rows cannot be read and are left out: {found['bad_rows']}")
     same = dict(data_hash=data_hash(found["pieces"]) if found["whole"] else None, recipe=recipe(config, tokenizer_json))
     for other in folder.parent.glob("*/corpus.json"):
         with contextlib.suppress(OSError, ValueError, ExperimentError):     # no links on this file system, or damaged
@@ -285,7 +289,7 @@ def _build_or_link(config: Config, text: Text, tokenizer_json: str | None, folde
                     (folder / name).unlink(missing_ok=True)
                     os.link(other.parent / name, folder / name)
                 replace_file(folder / "tokenizer.json", (other.parent / "tokenizer.json").read_bytes().decode())
-                replace_file(folder / "corpus.json", json.dumps(facts | dict(data=config.data), indent=1) + "\n")
+                replace_file(folder / "corpus.json", json.dumps(facts | dict(data=config.data, left_out=found["bad"]), indent=1) + "\n")
                 break
     else:
         build(config, text, found, tokenizer_json, folder)

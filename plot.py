@@ -97,7 +97,8 @@ def plot_comparison(runs: dict[str, list[dict]], path, title: str = ""):
     styles = itertools.cycle(itertools.product(("-", "--", ":"), (BLUE, ORANGE, GREEN, RED, PINK, SKY)))
     for (label, history), (dashes, color) in zip(runs.items(), styles):
         x, y = _series([row for row in history if "train_loss" in row], "train_loss")
-        label = "\n".join(textwrap.wrap(label, 60))
+        label = "\n".join(textwrap.wrap(label, 60)).replace("$", r"\$")      # else a formula
+        label = f" {label}" if label.startswith("_") else label               # else not in the legend
         _line(axes, x, _smoothed(y), label, color, linewidth=1.5, linestyle=dashes)
         _line(axes, *_series([row for row in history if "val_loss" in row], "val_loss"), None, color, marker="o", markersize=4, linestyle="")
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token); points: validation")

@@ -11,6 +11,7 @@ import time
 LAUNCHED = time.monotonic()     # before the slow imports
 
 import argparse  # noqa: E402
+import io  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
@@ -203,11 +204,17 @@ def sample(argv: list[str]) -> None:
         if not least <= getattr(args, name) <= most:
             raise ConfigError(f"--{name} must lie between {least} and {most}")
 
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("--prompt holds bytes that are no text in UTF-8") from None
+
     import data
     from sampling import finished_texts, stream, text_pieces
+    from tokenizer import encode
     model, _, state = load_model(args.checkpoint, args.device, args.precision)
     tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
-    prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids or [end_of_text]
+    prompt = encode(tokenizer, args.prompt) or [end_of_text]
     temperature = args.temperature if args.temperature > 1e-4 else 0        # below, logits / temperature overflows
     steps = stream(model, prompt, args.max_new_tokens, temperature, args.top_k, args.top_p, args.seed, end_of_text, args.n)
     if args.n == 1:
@@ -250,6 +257,8 @@ def main(argv: list[str]) -> int:
 
 def exit_code(command, argv: list[str], training: bool = False) -> int:
     """Calls a command; what the user can mend becomes a line on stderr, without a traceback, and the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that has no é must not end a run that samples one
     try:
         command(argv)
         return 0

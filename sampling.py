@@ -90,7 +90,8 @@ def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def choose(logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The token [B] at which each row's cumulative probability, likeliest first, passes the draw (uniform in [0, 1))."""
+    """The token [B] at which each row's cumulative probability, likeliest first, passes the draw (uniform in [0, 1)); of
+    logits that are nan any token, so that the run's own check of its loss speaks and not an index out of range."""
     logits_BV = logits_BV / temperature
     if top_k:
         logits_BV, order_BV = logits_BV.topk(min(top_k, logits_BV.shape[-1]))
@@ -98,7 +99,7 @@ def choose(logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int, t
         logits_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     probs_BV = logits_BV.softmax(dim=-1)
     sums_BV = probs_BV.cumsum(dim=-1)
-    last_B1 = (sums_BV - probs_BV < top_p).sum(dim=-1, keepdim=True) - 1     # of those that are kept
+    last_B1 = ((sums_BV - probs_BV < top_p).sum(dim=-1, keepdim=True) - 1).clamp(min=0)     # of those that are kept
     place_B1 = torch.searchsorted(sums_BV, draws_B[:, None] * sums_BV.gather(1, last_B1), right=True)
     return order_BV.gather(1, place_B1.minimum(last_B1)).squeeze(1)
 

@@ -157,8 +157,6 @@ def build(config: Config, text: Text, found: dict, tokenizer_json: str | None, f
     held_out = pieces["hash"] <= limit
     what = f"{len(text.files):,} files" if text.files else ("" if found["whole"] else "the beginning of ") + config.data
     print(f"data: {what}, {len(pieces):,} documents, {characters:,} characters, {lengths[held_out].sum() / characters:.2%} held out")
-    if found["bad"]:
-        print(f"data: {found['bad']:,} of {found['rows']:,} lines or rows cannot be read and are left out: {found['bad_rows']}")
     if tokenizer_json is None and (folder / "tokenizer.json").exists():
         tokenizer_json = (folder / "tokenizer.json").read_bytes().decode()
     elif tokenizer_json is None:

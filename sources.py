@@ -24,13 +24,23 @@ SHOWN_BAD_ROWS = 3                       # rows left out that a message names
 
 # --- files
 
-def _walk(root: str, suffixes: tuple[str, ...], skip: tuple[str, ...] = ()) -> list[str]:
-    """Files under `root` with one of the suffixes, in an order that depends only on their paths within `root`."""
-    found = []
-    for folder, subfolders, names in os.walk(root):
+def _walk(root: str, suffixes: tuple[str, ...], skip: tuple[str, ...] = (), onerror=None) -> list[str]:
+    """Files under `root` with one of the suffixes, in an order that depends only on their paths within `root`. Links to
+    folders are followed; a folder to which several ways lead is read once. One that cannot be read is passed over, or
+    given to `onerror`."""
+    found, seen = [], set()
+    for folder, subfolders, names in os.walk(root, onerror=onerror, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders[:] = sorted(s for s in subfolders if s not in skip)
         found += [os.path.join(folder, n) for n in sorted(names) if n.lower().endswith(suffixes)]
     return [f for f in found if os.path.isfile(f)]   # not broken links
+
+
+def _cannot_read(error: OSError):
+    raise ExperimentError(f"cannot read {error.filename}: {error.strerror}. Mend it or take it out of --data") from error
 
 
 def find_files(config: Config) -> list[str]:
@@ -48,9 +58,11 @@ def find_files(config: Config) -> list[str]:
     if os.path.isfile(path):
         files = [path]
     elif os.path.isdir(path):
-        files = _walk(path, suffixes)
+        files = _walk(path, suffixes, onerror=_cannot_read)
     elif glob.has_magic(path):
-        files = [f for f in sorted(glob.glob(path, recursive=True)) if os.path.isfile(f)]
+        # ** follows links to folders too, round and round: a file is read once, by its shortest path
+        found = sorted(filter(os.path.isfile, glob.glob(path, recursive=True)), key=lambda f: (-len(f), f))
+        files = sorted({(os.path.realpath(os.path.dirname(f)), os.path.basename(f)): f for f in found}.values())
     else:
         raise ExperimentError(f"there is no file or folder {path}.{nearest(config.data, BUILT_IN)} Give --data python, "
                               "installed, the path of a file, a folder or a glob, or hf:DATASET for one of the Hugging Face hub")
@@ -69,6 +81,8 @@ def _open(path: str):
     """A text file, compressed or not, as a stream that keeps line ends as they are and turns bytes that are not UTF-8
     into lone surrogates."""
     if (suffix := Path(path).suffix.lower()) in (".gz", ".zst"):
+        if not os.path.getsize(path):       # even of no text an archive has a header; pyarrow takes it for an empty one
+            raise OSError("it has no bytes")
         import pyarrow   # slow to import
         raw = io.BufferedReader(pyarrow.input_stream(path, compression={".gz": "gzip", ".zst": "zstd"}[suffix]), 1 << 20)
     else:
@@ -124,15 +138,15 @@ class Text:
         self.bad_rows: list[str] = []
 
     def identity(self) -> list:
-        """Changes with whatever may change the text; files are told apart by name, size and time of change. A data set
-        of the hub is known by its name: what was downloaded is kept."""
+        """Changes with whatever may change the text; files are told apart by name, size and times of change, also the one
+        that copying and `touch` cannot set back. A data set of the hub is known by its name: what was downloaded is kept."""
         c = self.config
         files, local = self.files, os.path.expanduser(_hub_name(c.data)[0]) if self.hub else ""
         if os.path.isdir(local):
             files = _walk(local, ("",))
         stats = [(os.path.abspath(path), os.stat(path)) for path in files]
         return [PIECE_CHARACTERS, c.text_field, c.max_characters, c.max_bad_share, c.data if self.hub else c.data in BUILT_IN,
-                [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]]
+                [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]]
 
     def documents(self, start: dict | None = None):
         """Yields (text, whether its document ends with it): a short document at once, a long one in pieces, each

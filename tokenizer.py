@@ -107,6 +107,14 @@ def sha256(text: str) -> str:
 
 # --- texts to ids
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, without special tokens. Raises ExperimentError when the tokenizer has none for it."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:      # tokenizers raises plain Exception
+        raise ExperimentError(f"the tokenizer cannot encode this text: {error}. It has no token for what it does not know") from error
+
+
 def encoder(tokenizer: Tokenizer):
     """A function from a list of texts to a list of their ids, uint32 arrays, without special tokens. Where tiktoken gives the
     same ids it is used: measured 2.3 times as fast as tokenizers' encode_batch_fast on one core.

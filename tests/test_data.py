@@ -424,6 +424,14 @@ def test_a_change_builds_another_cache(tmp_path, folder):
         assert len(list((tmp_path / "cache").iterdir())) == before + 1
 
 
+def test_text_changed_in_place_is_read_again_though_its_size_and_time_are_as_before(tmp_path, folder):
+    path, first = folder / "03.txt", data.prepare(config_for(tmp_path))
+    before = path.stat()
+    path.write_text(path.read_text().upper())
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and data.prepare(config_for(tmp_path)).data_hash != first.data_hash
+
+
 def test_hashes_do_not_depend_on_place_or_time(tmp_path, folder):
     first = data.prepare(config_for(tmp_path))
     folder.rename(tmp_path / "elsewhere")   # keeps names, sizes and times: only the place differs

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 import checkpoint
 import data
@@ -127,6 +128,12 @@ def test_another_field_of_the_rows(measure, corpus, tmp_path):
     assert found["bytes"] == 5 * 30 and list(found["domains"]) == [".jsonl"]
 
 
+def test_text_is_read_to_its_end_though_the_run_read_less_of_its_own(measure, corpus, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40, max_characters=1))
+    _, found, _ = measure("--data", corpus, "--json")
+    assert found["bytes"] == sum(len(text.encode()) for texts in documents(corpus).values() for text in texts)
+
+
 # ---------------------------------------------------------------- held-out text
 
 @pytest.fixture
@@ -152,6 +159,7 @@ def test_without_data_the_text_is_what_the_run_held_out(measure, run, tmp_path):
     whole = measure("--json", "--data", tmp_path / "text")[1]
     assert all(found["domains"][name]["bytes"] < whole["domains"][name]["bytes"] for name in found["domains"])
     assert "what its run held out of" in measure()[1]
+    assert measure("--json", "--text_field", "text")[1] == found, "a field is no other text"
 
 
 def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_path, monkeypatch):
@@ -174,6 +182,19 @@ def test_held_out_text_that_is_no_longer_known(measure, run, tmp_path):
     (tmp_path / "text" / "e.md").write_text("other text")
     code, _, err = measure()
     assert code == 1 and "not the text that the checkpoint was trained on" in err and "--data" in err and "Traceback" not in err
+
+
+def test_of_an_imported_model_nothing_was_held_out(measure, tmp_path):
+    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40), data=dict(data_hash=None, tokenizer_hash="t"))
+    code, _, err = measure()
+    assert code == 1 and "imported" in err and "--data" in err
+
+
+def test_a_tokenizer_that_cannot_encode_the_text(measure, corpus, tmp_path):
+    words = Tokenizer(models.WordLevel({"The": 0, "<|endoftext|>": 1}))
+    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(), tokenizer_json=words.to_str())
+    code, _, err = measure("--data", corpus)
+    assert code == 1 and err.startswith("error: the tokenizer cannot encode this text")
 
 
 @pytest.mark.parametrize("options, code, words", [

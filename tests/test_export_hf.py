@@ -163,6 +163,10 @@ def test_the_model_card_has_the_runs_figures(export, tmp_path):
         path.unlink()
     _, folder, _, _ = export(config, metrics=metrics | dict(elapsed_seconds=99.0))
     assert "5.5000" in (folder / "README.md").read_text(), "those metrics are another run's"
+    for path in folder.iterdir():
+        path.unlink()
+    _, folder, _, _ = export(config, data=dict(data_hash=None, tokenizer_hash="t"))
+    assert "training text" not in (folder / "README.md").read_text(), "an imported model's is not known"
 
 
 # ---------------------------------------------------------------- whole or not at all

@@ -186,6 +186,14 @@ def test_a_shape_that_config_cannot_hold(load, folder, changes, words):
     assert_refused(load(folder), 1, "cannot hold the model", *words)
 
 
+@pytest.mark.parametrize("name, value", [
+    ("num_hidden_layers", 4.0), ("num_attention_heads", 0), ("num_experts", None), ("num_experts", "8"), ("decoder_sparse_step", 0),
+    ("decoder_sparse_step", None), ("head_dim", "8"), ("mlp_only_layers", 5), ("rope_parameters", [1]), ("rope_scaling", "x"), ("initializer_range", None)])
+def test_a_value_of_which_nothing_can_be_made(load, folder, name, value):
+    rewrite(folder, **{"head_dim": None, name: value})
+    assert_refused(load(folder), 1, f"nothing can be made of {name} {value!r}")
+
+
 def test_all_that_is_wrong_is_said_at_once(load, folder):
     rewrite(folder, hidden_act="gelu", attention_bias=True)
     assert_refused(load(folder), 1, "gelu", "attention_bias")

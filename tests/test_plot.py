@@ -242,6 +242,13 @@ def test_runs_that_are_alike_or_have_no_configuration_are_named_by_their_folder(
     assert plot.read_config(none) == {}
 
 
+def test_any_folder_s_name_can_be_a_label(runs, monkeypatch, tmp_path):
+    folders = runs(**{"_a": None, r"b$c\q$": None})
+    monkeypatch.chdir(tmp_path)
+    assert plot.main([folder.name for folder in folders]) == 0
+    assert list(drawn(monkeypatch, [folder.name for folder in folders])) == [" _a", r"b\$c\q\$"]
+
+
 def test_an_older_run_has_its_configuration_in_its_results(runs, monkeypatch):
     assert list(drawn(monkeypatch, runs("training_results.json", a=dict(seed=1), b=dict(seed=2)))) == ["seed=1", "seed=2"]
 

@@ -1,7 +1,10 @@
 """Sampling: the cache changes nothing, draws have their probabilities, texts come as they are made, transformers agrees."""
+import io
+import sys
+
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
@@ -132,6 +135,8 @@ def test_the_ends_of_the_draws():
     for draw, expected in ((0.0, 2), (1 - 2 ** -24, 0)):
         assert choose(logits, torch.tensor([draw]), 1.0, 0, 1.0).item() == expected, "never one without probability"
     assert choose(logits, torch.tensor([1 - 2 ** -24]), 1.0, 1, 1.0).item() == 2
+    for top_k, top_p in ((0, 1.0), (2, 1.0), (0, 0.5)):
+        assert 0 <= choose(logits * torch.nan, torch.tensor([0.5]), 1.0, top_k, top_p).item() < 4, "of a model that has diverged"
 
 
 # ---------------------------------------------------------------- transformers
@@ -211,8 +216,23 @@ def test_the_command_writes_several_texts(saved, capsys):
     assert text("--precision", "bf16").startswith("The tea")
 
 
+def test_a_tokenizer_that_cannot_encode_the_prompt(tmp_path, capsys):
+    words = Tokenizer(models.WordLevel({"The": 0, "<|endoftext|>": 1}))
+    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(), tokenizer_json=words.to_str())
+    assert main(["sample", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--prompt", "cat"]) == 1
+    assert "error: the tokenizer cannot encode this text" in capsys.readouterr().err
+
+
+def test_a_terminal_without_these_characters(saved, monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert main(["sample", "--checkpoint", str(saved), "--prompt", "é", "--max_new_tokens", "3"]) == 0
+    assert shown.getvalue().startswith(b"\\xe9")
+
+
 @pytest.mark.parametrize("options, words", [(["--n", "0"], "--n must lie"), (["--top_p", "0"], "--top_p must lie"), (["--top_p", "1.1"], "--top_p must lie"),
-                                            (["--top_p", "nan"], "--top_p must lie"), (["--precision", "int8"], "int8")])
+                                            (["--top_p", "nan"], "--top_p must lie"), (["--precision", "int8"], "int8"),
+                                            (["--prompt", "caf\udce9"], "UTF-8")])
 def test_wrong_usage(saved, capsys, options, words):
     assert main(["sample", "--checkpoint", str(saved), "--prompt", "a", *options]) == 2
     assert words in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """Building shards: on all cores, in bounded memory, after a kill, on a full disk; the cache by content; shards of others."""
+import contextlib
 import json
 import os
 import re
@@ -140,6 +141,27 @@ def test_a_build_of_another_process_is_not_taken_from_it(tmp_path, folder):
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_folder_is_found_by_others_only_once_it_is_locked(tmp_path, monkeypatch):
+    """Another process begins just before this one locks the folder that it has made."""
+    lock, others = data._lock, []
+
+    def late(folder):
+        if not others:
+            others.append(None)
+            others[0] = stack.enter_context(data._unfinished(tmp_path, "key"))
+        return lock(folder)
+    monkeypatch.setattr(data, "_lock", late)
+    with contextlib.ExitStack() as stack, data._unfinished(tmp_path, "key") as mine:
+        assert mine != others[0] and mine.is_dir() and others[0].is_dir()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_build_that_another_process_finishes_meanwhile_is_no_error(tmp_path, folder, monkeypatch):
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [*glob(path, pattern)] + [tmp_path / "gone.unfinished"] * (pattern == "*.unfinished"))
+    assert len(data.prepare(config_for(tmp_path)).train) > 500
+
+
 def test_only_old_leftovers_that_nobody_uses_are_deleted(tmp_path, folder):
     for name, days in (("old", 8), ("used", 8), ("young", 6)):
         path = tmp_path / "cache" / f"{name}.unfinished"
@@ -249,6 +271,16 @@ def test_the_same_text_from_another_place_is_not_tokenized_again(tmp_path, folde
         data.prepare(config_for(tmp_path, data=str(tmp_path / "copy"), **change))
         assert sum(map(len, encoded)) == first.characters
         encoded.clear()
+
+
+def test_rows_left_out_are_counted_also_when_the_shards_are_there(tmp_path, folder, capsys):
+    data.prepare(config_for(tmp_path))
+    path = write_rows(tmp_path / "rows.jsonl", STORIES)
+    path.write_text(path.read_text() + "{\n")
+    corpus = data.prepare(config_for(tmp_path, data=str(path), max_bad_share=0.1))
+    out = capsys.readouterr().out
+    assert "1 of 41 lines or rows cannot be read and are left out: " in out and "was tokenized before" in out
+    assert json.loads((Path(corpus.train.filename).parent / "corpus.json").read_text())["left_out"] == 1
 
 
 def test_damaged_shards_are_not_taken_over(tmp_path, folder, encoded):

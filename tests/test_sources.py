@@ -1,6 +1,7 @@
 """sources.py and tokenizer.py: formats, bad rows, data sets and tokenizers of the Hugging Face hub, all without a network."""
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -60,13 +61,36 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", FORMATS[1:3])
-@pytest.mark.parametrize("how", ["cut", "flipped", "other"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "other", "empty"])
 def test_a_damaged_compressed_file_is_refused(tmp_path, name, how):
     raw = bytearray(write_rows(tmp_path / name, STORIES).read_bytes())
     raw[len(raw) // 2] ^= 255
     whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(dict(cut=whole[:-20], flipped=bytes(raw), other=b"no archive")[how])
+    (tmp_path / name).write_bytes(dict(cut=whole[:-20], flipped=bytes(raw), other=b"no archive", empty=b"")[how])
     fails(config_for(tmp_path, data=str(tmp_path / name)), name, "no sound", "again")
+
+
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.txt"])
+def test_linked_folders_are_read_once(tmp_path, pattern):
+    for name in ("text/a/one.txt", "elsewhere/two.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for link, folder in {"text/b": "elsewhere", "text/a/loop": "text/a"}.items():
+        (tmp_path / link).symlink_to(tmp_path / folder)
+    assert documents(config_for(tmp_path, data=str(tmp_path / "text" / pattern))) == ["text/a/one.txt", "elsewhere/two.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "text" / "secret").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").write_text("text")
+    scandir = os.scandir
+
+    def denied(path):       # what permissions do, except to root
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", denied)
+    fails(config_for(tmp_path), "cannot read", "secret: Permission denied")
 
 
 def test_a_folder_of_text_and_token_shards_is_refused(tmp_path):

@@ -29,6 +29,7 @@ from config import Config, ConfigError, ExperimentError, resumed_config
 from model import MoETransformer
 from run_experiment import exit_code, load_model, new_parser
 from sources import SHARD_SUFFIX, Text
+from tokenizer import encode
 from trainer import attention_backends
 
 SHOWN = 20          # domains in the table
@@ -81,8 +82,12 @@ def texts(config: Config) -> Iterator[tuple[str, str, bool]]:
         yield text.domain(), piece, last
 
 
-def held_out_texts(config: Config, data_hash: str) -> Iterator[tuple[str, str, bool]]:
-    """As `texts`, of what a run of this Config holds out. Raises ExperimentError when the text is no longer that run's."""
+def held_out_texts(config: Config, data_hash: str | None) -> Iterator[tuple[str, str, bool]]:
+    """As `texts`, of what a run of this Config holds out. Raises ExperimentError when the text is no longer that run's, or
+    when the model has not been trained here (data_hash None)."""
+    if data_hash is None:
+        raise ExperimentError("the checkpoint was imported and has not been trained on any text here, so nothing was held out. Give the "
+                              "text to measure with --data")
     pieces = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE)
     if shards.data_hash(pieces) != data_hash:
         raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. "
@@ -111,7 +116,7 @@ def evaluate(model: MoETransformer, pieces: Iterator[tuple[str, str, bool]], tok
         for domain, text, last in pieces:
             if limit and taken[domain] >= limit:
                 continue
-            ids = tokenizer.encode(text, add_special_tokens=False).ids + [end_of_text] * last
+            ids = encode(tokenizer, text) + [end_of_text] * last
             taken[domain] += len(ids)
             sums[domain].bytes += len(text.encode())
             waiting[domain] += ids
@@ -171,19 +176,22 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--limit must not be negative")
     model, config, state = load_model(args.checkpoint, args.device, args.precision)
     given = {name: value for name in ("data", "text_field") if (value := getattr(args, name)) is not None}
+    held_out = args.data is None
+    if not held_out:
+        given["max_characters"] = 0     # where the run ended its own text says nothing about this one
     config, _ = resumed_config(state["config"], given)
     tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
-    pieces = texts(config) if given else held_out_texts(config, state["data"]["data_hash"])
+    pieces = held_out_texts(config, state["data"]["data_hash"]) if held_out else texts(config)
     with attention_backends(model.norm.weight.device):
         domains = evaluate(model, pieces, tokenizer, end_of_text, args.limit)
     total = sum(domains.values(), Sums())
     if not total.bytes:
         raise ExperimentError(f"there is no text in {config.data}. Give --data a corpus with text")
     if args.json:
-        print(json.dumps(dict(checkpoint=args.checkpoint, step=state["step"], data=config.data, held_out=not given, **total.figures(),
+        print(json.dumps(dict(checkpoint=args.checkpoint, step=state["step"], data=config.data, held_out=held_out, **total.figures(),
                               domains={name: sums.figures() for name, sums in domains.items()}), indent=1))
         return
-    print(f"{args.checkpoint}, step {state['step']}, on {'what its run held out of ' if not given else ''}{config.data}")
+    print(f"{args.checkpoint}, step {state['step']}, on {'what its run held out of ' if held_out else ''}{config.data}")
     print(table(domains, total))
 
 

@@ -171,12 +171,11 @@ def measured(state: dict, folder: Path) -> dict:
 
 def model_card(state: dict, config: Config, metrics: dict, name: str, dtype: str) -> str:
     """README.md with the run's own figures, as far as they are known."""
-    c = config
+    c, text = config, state["data"]["data_hash"]        # None: imported, and not trained on any text since
     figures = {
         "parameters": f"{c.total_params:,}, {c.active_params:,} active for a token",
         "trained for": f"{state['step']:,} of {c.max_steps:,} steps, {state['tokens_seen']:,} tokens",
-        "training text": f"`{c.data}`, hash {state['data']['data_hash']}" if c.data in BUILT_IN else
-                         f"hash {state['data']['data_hash']}",
+        "training text": text and (f"`{c.data}`, hash {text}" if c.data in BUILT_IN else f"hash {text}"),
         "validation loss": f"{metrics['val_loss']:.4f} nats per token" if "val_loss" in metrics else None,
         "validation perplexity": f"{metrics['val_perplexity']:.2f}" if "val_perplexity" in metrics else None,
         "validation accuracy": f"{metrics['val_accuracy']:.4f}" if "val_accuracy" in metrics else None,

@@ -65,6 +65,12 @@ def their_rows(n_rows: int, head_dim: int) -> Tensor:
 
 # ---------------------------------------------------------------- config.json
 
+# What is computed with before Config checks it, where it is given.
+KINDS = dict(num_hidden_layers=int, num_attention_heads=int, num_experts=int, num_local_experts=int, decoder_sparse_step=int,
+             head_dim=int | None, initializer_range=int | float, mlp_only_layers=list | None, rope_parameters=dict | None,
+             rope_scaling=dict | None)
+
+
 def to_hugging_face(c: Config, end_of_text: int, dtype: str) -> dict:
     """config.json for a model of this Config; both the names of transformers 4 and those of 5, which are read alike."""
     return dict(
@@ -92,6 +98,11 @@ def from_hugging_face(theirs: dict) -> dict:
                 "moe_intermediate_size max_position_embeddings rms_norm_eps").split()
     missing = [name for name in required if type(theirs.get(name)) not in (int, float)]
     check(not missing, f"it gives no number for {', '.join(missing)}")
+    odd = [name for name, kind in KINDS.items() if name in theirs and name not in missing and not isinstance(theirs[name], kind)]
+    odd += [name for name in ("num_attention_heads", "decoder_sparse_step") if theirs.get(name) == 0]
+    if odd:
+        check(False, "nothing can be made of " + ", ".join(f"{name} {theirs[name]!r:.40}" for name in odd))
+        raise ExperimentError(_refusal(problems))
     rope = theirs.get("rope_parameters") or {}          # transformers 5; before, two fields
     scaling = theirs.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
