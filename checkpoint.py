@@ -356,4 +356,4 @@ def _others(path: Path) -> str:
         if others:
             names = [p.name for p in sorted(others, key=lambda p: (p.stat().st_mtime_ns, step(p)), reverse=True)]
             return f" Use another checkpoint of {path.parent}: {', '.join(names[:5])}."
-    return f" There is no other checkpoint in {path.parent}."
+    return f" There is no other checkpoint in {path.parent.absolute()}."

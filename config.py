@@ -23,6 +23,9 @@ class ConfigError(ExperimentError, ValueError):
     """Wrong options or values; exit code 2."""
 
 
+LIGHTER = {"full": "selective", "selective": "none"}        # what recomputes less
+
+
 @dataclass(frozen=True)
 class Config:
     # --- model
@@ -113,7 +116,7 @@ class Config:
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = "full"
     """What a block keeps for the backward pass: all, the products' outputs, or its input; auto: the fastest that fits."""
     lighter_blocks: int = 0
-    """The last blocks that recompute less: selective for full, none for selective; auto takes as many as memory allows."""
+    """The last blocks that recompute less: selective for full, none for selective. Chosen with activation_checkpointing=auto."""
     offload_optimizer: Literal["auto", "true", "false"] = "auto"
     """Keep optimizer state in host memory, streamed through the GPU; auto: only when it does not fit."""
     host_gradient_blocks: int = 0
@@ -199,9 +202,8 @@ class Config:
 
     def checkpointing_of(self, layer: int) -> str:
         """What block `layer` does of none, selective and full."""
-        lighter = {"full": "selective", "selective": "none"}
         mode = self.activation_checkpointing
-        return lighter.get(mode, mode) if layer >= self.n_layers - self.lighter_blocks else mode
+        return LIGHTER.get(mode, mode) if layer >= self.n_layers - self.lighter_blocks else mode
 
     def matrices_of(self, layer: int) -> int:
         """Parameters of block `layer` but norms and router."""

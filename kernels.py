@@ -184,10 +184,12 @@ _swiglu.register_autograd(_swiglu_gradients, setup_context=lambda ctx, inputs, o
 def few_rows_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`moe.grouped_linear` without gradients, for the few rows of text that is being written: each row times its expert's weight
     in fp32, read as it lies. The host need not know the ranges, in any dtype. For GPUs with Triton."""
+    assert weight_EOI.is_contiguous()
     x_RI, (experts, width, depth), (outputs, inputs) = x_RI.contiguous(), weight_EOI.shape, FEW_ROWS_BLOCK
     out_RO = x_RI.new_empty(len(x_RI), width)
-    _row_times_expert[(len(x_RI), triton.cdiv(width, outputs))](x_RI, weight_EOI, ends_E, out_RO, width, depth, experts,
-                                                                triton.next_power_of_2(experts), outputs, inputs)
+    with torch.cuda.device_of(x_RI):
+        _row_times_expert[(len(x_RI), triton.cdiv(width, outputs))](x_RI, weight_EOI, ends_E, out_RO, width, depth, experts,
+                                                                    triton.next_power_of_2(experts), outputs, inputs)
     return out_RO
 
 

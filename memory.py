@@ -7,6 +7,7 @@ with what torch.compile saves); what the backward pass holds for a moment is an 
 import dataclasses
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import LOSS_CHUNK, OPTIMIZER_PIECE, Config, ConfigError, nearest
+from config import LIGHTER, LOSS_CHUNK, OPTIMIZER_PIECE, PRESETS, Config, ConfigError, nearest
 
 GB = 1e9
 
@@ -42,9 +43,10 @@ OTHER_VARIANTS = {"NVL", "Laptop", "D", "MIG"}       # have other peaks or less 
 CONTEXT_GB = 0.7        # CUDA context and library workspaces, outside PyTorch's allocator (assumed)
 USABLE = 0.97           # share of the rest that is planned for: fragmentation and what the estimate misses (assumed)
 
-# Time of a step relative to keeping everything, for the planner's order of preference. From an 18B model on an H200,
-# forward and backward: selective 8,836 to 9,002 tokens/s, full 6,937; micro-batch 2 against 4 loses 2%.
-RECOMPUTATION_TIME = {"none": 1.0, "selective": 1.05, "full": 1.30}
+# Time of a step relative to keeping everything, for the planner's order of preference. Four layers of 18b and the head on an
+# H200, forward and backward (benchmarks/results/vs_transformers_h200.json): selective 1.05, full 1.22, of which the head, which
+# recomputes nothing, is a seventh. Micro-batch 2 against 4 loses 2%.
+RECOMPUTATION_TIME = {"none": 1.0, "selective": 1.05, "full": 1.26}
 HALVED_BATCH_TIME = 1.02
 OFFLOAD_TIME = 1.02
 
@@ -97,16 +99,16 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighte
                  momentum=hidden * (2 if c.split_masters else 4),
                  adamw=(c.total_params - hidden) * 8)
 
-    c = dataclasses.replace(c, activation_checkpointing=checkpointing, lighter_blocks=lighter_blocks)
+    modes = [checkpointing] * (c.n_layers - lighter_blocks) + [LIGHTER.get(checkpointing, checkpointing)] * lighter_blocks
     tokens, w, head = batch_size * c.max_seq_len, _compute_bytes(c), c.vocab_size * c.d_model
     loss = 2 * tokens * c.d_model * w + head * (4 + w) + 3 * 4 * min(tokens, LOSS_CHUNK) * c.vocab_size
     matrices = [weight_bytes * c.matrices_of(i) for i in range(c.host_gradient_blocks if offload else 0)]
     kept, peak = 0, 0       # of the blocks so far; of the backward passes, each with what the blocks before it keep
-    for i in range(c.n_layers):
-        kept += tokens * activation_bytes_per_token(c, i, c.checkpointing_of(i))
+    for i, mode in enumerate(modes):
+        kept += tokens * activation_bytes_per_token(c, i, mode)
         # sums of gradients on their way from the host and back: of this block and the next, and of the two before
         streamed = sum(matrices[max(i - 1, 0):i + 3]) if i < len(matrices) else 0
-        peak = max(peak, kept + _backward_bytes(c, i, tokens, weight_bytes) + streamed)
+        peak = max(peak, kept + _backward_bytes(c, i, mode, tokens, weight_bytes) + streamed)
     activations = max(peak, kept + loss)
 
     # a group of matrices, as they come and orthogonalised, and four Gram matrices each; in fp32, not fused, more copies
@@ -125,12 +127,12 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighte
     return {k: v / GB for k, v in sizes.items()}
 
 
-def _backward_bytes(c: Config, layer: int, tokens: int, weight_bytes: int) -> int:
+def _backward_bytes(c: Config, layer: int, checkpointing: str, tokens: int, weight_bytes: int) -> int:
     """What the backward pass of block `layer` needs, in its feed-forward part, beyond what was kept: what it recomputes, gradients
     of the residual stream, and either those of the products (the gated product is gone by then, where a kernel does SwiGLU's
     backward) and of one weight, or, when the products' are used up, of all three weights and the rows' own."""
     w, (paths, experts) = _compute_bytes(c), (c.top_k, c.num_experts) if c.is_moe(layer) else (1, 1)
-    recomputed = activation_bytes_per_token(c, layer, "none") - activation_bytes_per_token(c, layer, c.checkpointing_of(layer))
+    recomputed = activation_bytes_per_token(c, layer, "none") - activation_bytes_per_token(c, layer, checkpointing)
     gated, weight, row = w * c.d_ff * paths * tokens, experts * c.d_ff * c.d_model * weight_bytes, w * c.d_model * tokens
     return tokens * recomputed + 3 * row + max((2 if w == 2 else 3) * gated + weight, 3 * weight - 3 * gated + 3 * row)
 
@@ -168,30 +170,27 @@ class Choice:
         sides = (("the GPU", self.memory_gb["total"], machine.usable_gb), ("the host", self.memory_gb["host"], 0.9 * machine.host_memory_gb))
         return "; ".join(f"{where}: {needed:.1f} GB needed, {there:.1f} usable" for where, needed, there in sides if needed > there)
 
-    def options(self) -> str:
-        """The choice as command-line options."""
+    def options(self, c: Config) -> str:
+        """The choice as command-line options beside those that made `c`."""
         return (f"--batch_size {self.batch_size} --gradient_accumulation_steps {self.gradient_accumulation_steps} "
                 f"--activation_checkpointing {self.activation_checkpointing} "
-                + (f"--lighter_blocks {self.lighter_blocks} " if self.lighter_blocks else "")
+                + (f"--lighter_blocks {self.lighter_blocks} " if self.lighter_blocks or c.lighter_blocks else "")
                 + f"--offload_optimizer {str(self.offload_optimizer).lower()}")
 
 
 def candidates(c: Config, modes=None, offloads=None, batches=None) -> list[Choice]:
-    """Every choice with the same tokens per step, the fastest first; None leaves a field free. Blocks may differ in what they
-    recompute only where activation_checkpointing is auto, or the configuration says so."""
+    """Every choice with the same tokens per step, the fastest first; None leaves a field free. With the mode free, blocks may differ
+    in it, else as the configuration says."""
     n = c.sequences_per_step
-    slower = list(RECOMPUTATION_TIME)
     found = []
     for batch in batches or [b for b in range(1, c.batch_size + 1) if n % b == 0]:
         for mode in modes or RECOMPUTATION_TIME:
-            less = RECOMPUTATION_TIME[slower[max(slower.index(mode) - 1, 0)]]
-            mixed = range(c.n_layers if mode != "none" else 1) if c.activation_checkpointing == "auto" else [c.lighter_blocks]
-            for lighter in mixed:
-                share = lighter / c.n_layers
+            time, less = RECOMPUTATION_TIME[mode], RECOMPUTATION_TIME[LIGHTER.get(mode, mode)]
+            for lighter in [0] if mode == "none" else range(c.n_layers) if modes is None else [c.lighter_blocks]:
                 for offload in offloads if offloads is not None else (False, True):
-                    time = (RECOMPUTATION_TIME[mode] * (1 - share) + less * share) * (OFFLOAD_TIME if offload else 1)
-                    time *= 1 + (HALVED_BATCH_TIME - 1) * (c.batch_size / batch - 1)
-                    found.append((time, Choice(batch, n // batch, mode, offload, memory(c, mode, batch, offload, lighter), lighter)))
+                    relative = (time + (less - time) * lighter / c.n_layers) * (OFFLOAD_TIME if offload else 1)
+                    relative *= 1 + (HALVED_BATCH_TIME - 1) * (c.batch_size / batch - 1)
+                    found.append((relative, Choice(batch, n // batch, mode, offload, memory(c, mode, batch, offload, lighter), lighter)))
     return [choice for _, choice in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -205,7 +204,7 @@ def choose(c: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool
         if choice.fits(machine):
             return choice, True
     free = candidates(c, offloads=[False] if machine.name is None else None)
-    return next((choice for choice in free if choice.fits(machine)), min(free, key=lambda x: x.memory_gb["total"])), False
+    return next((choice for choice in free if choice.fits(machine)), min(free, key=lambda x: (x.memory_gb["total"], x.lighter_blocks))), False
 
 
 def smaller(c: Config, used: Choice) -> Choice | None:
@@ -267,6 +266,7 @@ def find_machine(host_gb: float = 0, gpu: str | None = None, cpu: bool = False) 
     """The GPU named `gpu` with a usual host, or else the first GPU that the driver reports, or (with `cpu`, or without a
     GPU) this machine's CPU. `host_gb` states the host's memory; 0 looks. Raises ConfigError for an unknown name."""
     if gpu is not None:
+        gpu = gpu.lower()
         if gpu not in GPUS:
             raise ConfigError(f"unknown GPU {gpu!r}.{nearest(gpu, GPUS)} Known: {', '.join(GPUS)}")
         return Machine(gpu, GPUS[gpu].memory_gb, host_gb or GPUS[gpu].host_memory_gb, gpu)
@@ -317,22 +317,32 @@ def count(n: float) -> str:
     return f"{n / 1e9:,.2f}B" if n >= 1e9 else f"{n / 1e6:,.2f}M" if n >= 1e6 else f"{n:,.0f}"
 
 
-def measured_tokens_per_second(preset: str, precision: str, gpu: str | None) -> float | None:
-    """Median training speed from benchmarks/results, where it was measured for this preset, precision and GPU."""
-    path = Path(__file__).parent / "benchmarks" / "results" / f"train_{preset}_{precision}_{gpu}.json"
-    return json.loads(path.read_text())["value"] if gpu and path.exists() else None
+SHAPE = """d_model n_layers n_heads n_kv_heads d_ff num_experts top_k moe_every max_seq_len vocab_size tie_embeddings optimizer
+master_weights""".split()
+
+
+def measured_speed(c: Config, preset: str, gpu: str | None) -> tuple[float, str] | None:
+    """(median training speed in tokens/s, the options it was measured with) from benchmarks/results, where there is one for this
+    preset, unchanged in shape, this precision and this GPU."""
+    path = Path(__file__).parent / "benchmarks" / "results" / f"train_{preset}_{c.precision}_{gpu}.json"
+    if gpu is None or not path.exists() or any(getattr(c, name) != getattr(Config(**PRESETS[preset]), name) for name in SHAPE):
+        return None
+    result = json.loads(path.read_text())
+    options = re.search(r"--batch_size .*--offload_optimizer \w+", result.get("details", {}).get("options", ""))
+    return result["value"], options[0] if options else "options that its file does not name"
 
 
 def plan(c: Config, preset: str, machine: Machine) -> dict:
     """Everything `plan` prints, as plain types; see its keys."""
     choice, kept = choose(c, machine, fixed_batch=False)
-    speed = measured_tokens_per_second(preset, c.precision, machine.key)
+    speed, measured_with = measured_speed(c, preset, machine.key) or (None, None)
     return dict(preset=preset, total_params=c.total_params, active_params=c.active_params, gpu=machine.name,
                 gpu_memory_gb=round(machine.memory_gb, 1), host_memory_gb=round(machine.host_memory_gb, 1),
                 fits=choice.fits(machine), as_configured=kept, tokens_per_step=c.tokens_per_step,
                 tokens_per_run=c.tokens_per_step * c.max_steps, checkpoint_gb=round(checkpoint_gb(c), 3),
                 tokens_per_second=speed, hours=c.tokens_per_step * c.max_steps / speed / 3600 if speed else None,
+                measured_with=measured_with,
                 memory_gb={k: round(v, 3) for k, v in choice.memory_gb.items()},
-                choice={f.name: getattr(choice, f.name) for f in dataclasses.fields(choice) if f.name not in ("memory_gb", "lighter_blocks")},
-                lighter_blocks=choice.lighter_blocks,
-                options=choice.options())
+                choice={f.name: getattr(choice, f.name) for f in dataclasses.fields(choice)
+                        if f.name != "memory_gb" and (f.name != "lighter_blocks" or choice.lighter_blocks)},
+                options=choice.options(c))

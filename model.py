@@ -250,7 +250,8 @@ class MoETransformer(nn.Module):
     def autocast(self):
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.norm.weight.device.type, dtype=self.compute_dtype)
+        # no weight is cast twice in a pass, and a cast that outlives it would hold a copy of the model
+        return torch.autocast(self.norm.weight.device.type, dtype=self.compute_dtype, cache_enabled=False)
 
 
 # ---------------------------------------------------------------- loss

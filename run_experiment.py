@@ -41,7 +41,8 @@ class Parser(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             name = unknown[0].partition("=")[0]
             if not name.startswith("-"):
-                raise ConfigError(f"unexpected argument {unknown[0]!r}: options are --NAME VALUE, and a value with spaces needs quotes")
+                raise ConfigError(f"unexpected argument {unknown[0]!r}: a command comes first, options are --NAME VALUE, and a value with "
+                                  "spaces needs quotes")
             raise ConfigError(f"unknown option {unknown[0]!r}.{nearest(name, known)} --help lists them all.")
         return args
 
@@ -127,7 +128,8 @@ def train(argv: list[str]) -> None:
     print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
           f"{config.tokens_per_step:,} tokens a step", flush=True)
     tracker.require(config.tracker)
-    trainer.find_device(config)         # what cannot start is refused before minutes of tokenizing
+    # what cannot start is refused before minutes of tokenizing
+    trainer.refuse_what_cannot_fit(config, trainer.find_machine(config, trainer.find_device(config)))
     corpus = data.prepare(config)
     run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
     del state           # it is mapped from the checkpoint's file, whose disk space would stay taken
@@ -175,8 +177,9 @@ def plan(argv: list[str]) -> None:
           f"({memory.count(config.active_params)}) active for a token\n"
           f"tokens            {facts['tokens_per_step']:,} a step, {memory.count(facts['tokens_per_run'])} a run\n"
           f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file\n"
-          f"hours             " + (f"{facts['hours']:,.0f} at the measured {facts['tokens_per_second']:,.0f} tokens/s"
-                                   if facts["hours"] else "not measured for this GPU; training prints them after its first steps")
+          f"hours             " + (f"{facts['hours']:,.0f} at {facts['tokens_per_second']:,.0f} tokens/s, measured with\n"
+                                   f"                  {facts['measured_with']}"
+                                   if facts["hours"] else "not measured; training prints them after its first steps")
           + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB: "
           + ("fits" if facts["fits"] and facts["as_configured"] else "fits, but not as configured" if facts["fits"]
              else f"does not fit ({choice.shortage(machine)}); the smallest choice is") + f"\n  {facts['options']}\n")

@@ -16,6 +16,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels import FEW_ROWS, triton
 from model import MoETransformer
 
 # cuDNN's attention, training's first choice on some GPUs, makes a plan for each length, and each prompt brings a new one.
@@ -36,7 +37,9 @@ def stream(model: MoETransformer, prompt: list[int], max_new_tokens: int, temper
     length = min(config.max_seq_len, len(prompt) + max_new_tokens)
     cache = [[torch.zeros(n, config.n_kv_heads, length, config.head_dim, device=device, dtype=model.compute_dtype) for _ in "kv"]
              for _ in model.blocks]
-    read_next = _GraphedRead(model, cache) if device.type == "cuda" else functools.partial(_read, model, cache)
+    # the products of many rows by expert may ask the host for the ranges, which a graph cannot
+    few = not config.n_moe_layers or triton is not None and n * config.top_k <= FEW_ROWS
+    read_next = _GraphedRead(model, cache) if device.type == "cuda" and few else functools.partial(_read, model, cache)
     tokens_BS = torch.tensor([prompt[-length:]], device=device)     # read once, whatever n
     unread_BS, start, ended = tokens_BS, 0, [False] * n
     for _ in range(max_new_tokens):
@@ -130,14 +133,13 @@ class _GraphedRead:
         self.inputs = self.logits_BV = None
 
     def __call__(self, tokens_B1: Tensor, position_1: Tensor) -> Tensor:
-        if self.inputs is None:
-            self.inputs = tokens_B1.clone(), position_1.clone()
-            with torch.cuda.stream(torch.cuda.Stream()):        # once before, as libraries prepare themselves when they are first used
-                self.read(*self.inputs)
-            torch.cuda.synchronize()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):     # the trainer has other threads
-                self.logits_BV = self.read(*self.inputs)
-        for kept, new in zip(self.inputs, (tokens_B1, position_1)):
-            kept.copy_(new)
-        self.graph.replay()
-        return self.logits_BV
+        with torch.cuda.device_of(tokens_B1):
+            if self.inputs is None:
+                self.inputs = tokens_B1.clone(), position_1.clone()
+                self.read(*self.inputs)         # once before, as libraries prepare themselves when they are first used
+                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):     # the trainer has other threads
+                    self.logits_BV = self.read(*self.inputs)
+            for kept, new in zip(self.inputs, (tokens_B1, position_1)):
+                kept.copy_(new)
+            self.graph.replay()
+            return self.logits_BV

@@ -67,6 +67,10 @@ def find_files(config: Config) -> list[str]:
         raise ExperimentError(f"there is no file or folder {path}.{nearest(config.data, BUILT_IN)} Give --data python, "
                               "installed, the path of a file, a folder or a glob, or hf:DATASET for one of the Hugging Face hub")
     files = [f for f in files if f.lower().endswith(suffixes)]
+    if not os.path.isfile(path):        # a run's own rows and what was made of a corpus are no text, though they lie among it
+        cache = os.path.realpath(config.cache_dir)
+        files = [f for f in files if not (os.path.basename(f) == "metrics.jsonl" and os.path.exists(os.path.join(os.path.dirname(f), "run.json")))
+                 and os.path.commonpath([cache, os.path.realpath(f)]) != cache]
     if not files:
         raise ExperimentError(f"no text to read in {path}: it must be or hold {' '.join(suffixes)} files. "
                               "Convert it, or correct --data")

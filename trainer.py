@@ -160,6 +160,8 @@ class Trainer:
                 tracker.tracking(c, self.run_id, self.step) as self.record.track:
             write_run_file(self.folder, self.device, run_id=self.run_id, step=self.step, config=dataclasses.asdict(c),
                            resumed_from=self.resumed_from and str(self.resumed_from), data=self._data_facts())
+            if self.step == c.max_steps:
+                print(f"Nothing is left to train: the run ended at step {self.step}. More: --max_steps N", flush=True)
             if self._evaluation_due() and not self.record.evaluated(self.step):
                 self._evaluate()
             batches = data.batches(self.corpus.train, c, self.data_position, pin_memory=self.device.type == "cuda")
@@ -455,6 +457,7 @@ class Trainer:
 
     def _decide(self, config: Config) -> Config:
         """Settles the fields that are auto and prints the predicted memory."""
+        refuse_what_cannot_fit(config, self.machine)
         choice, kept = memory.choose(config, self.machine, fixed_batch=True)
         where = f"{self.machine.name}, {self.machine.memory_gb:.1f} GB" if self.machine.name else \
             f"CPU, {self.machine.host_memory_gb:.1f} GB free"
@@ -466,16 +469,12 @@ class Trainer:
             offload = config.offload_optimizer == "true" or (config.offload_optimizer == "auto" and bool(self.machine.name))
             config = dataclasses.replace(config, activation_checkpointing=mode, offload_optimizer=str(offload).lower())
             self.predicted = memory.memory(config, mode, config.batch_size, offload, config.lighter_blocks)
-            certain = self.predicted["weights"] + self.predicted["gradients"]
-            if not self.machine.name and certain > self.machine.host_memory_gb:     # the system would kill the process
-                raise ExperimentError(f"no memory for this model: its weights and gradients alone take {certain:.1f} GB, and "
-                                      f"{self.machine.host_memory_gb:.1f} GB are free. Use a smaller --preset; if the machine has "
-                                      "more than the operating system reports, say so with --host_memory_gb.")
             print(f"warning: this configuration is not expected to fit ({where}). "
-                  + (f"This would: {choice.options()}" if choice.fits(self.machine) else "No choice for this model would; use "
+                  + (f"This would: {choice.options(config)}" if choice.fits(self.machine) else "No choice for this model would; use "
                      "a smaller preset."), file=sys.stderr)
-        lighter = f" (less in the last {config.lighter_blocks} blocks)" if config.lighter_blocks else ""
-        print(f"Memory on {where}: activation checkpointing {config.activation_checkpointing}{lighter}, optimizer state "
+        mode, last = config.activation_checkpointing, config.checkpointing_of(config.n_layers - 1)
+        lighter = f" ({last} in the last {config.lighter_blocks} blocks)" if last != mode else ""
+        print(f"Memory on {where}: activation checkpointing {mode}{lighter}, optimizer state "
               f"{'streamed from the host' if config.offload_optimizer == 'true' else 'on the device'}\n"
               + memory.table(self.predicted, capacity_gb=self.machine.memory_gb or self.machine.host_memory_gb))
         return config
@@ -531,7 +530,7 @@ class Trainer:
             raise ExperimentError(
                 f"out of memory at step {self.step + 1} on {self.machine.name or 'the CPU'} ({self.machine.memory_gb or self.machine.host_memory_gb:.1f} "
                 f"GB; predicted {used.memory_gb['total']:.1f} GB).\n  " +
-                (f"Next smaller choice, at the same tokens per step ({less.memory_gb['total']:.1f} GB): {less.options()}"
+                (f"Next smaller choice, at the same tokens per step ({less.memory_gb['total']:.1f} GB): {less.options(self.config)}"
                  if less else "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset.")
                 + f"\n  {self._last_checkpoint_words()}") from error
 
@@ -550,6 +549,16 @@ def find_machine(config: Config, device: torch.device) -> memory.Machine:
         return memory.Machine(None, 0, host)
     name = torch.cuda.get_device_name()
     return memory.Machine(name, torch.cuda.get_device_properties(0).total_memory / memory.GB, host, memory.known_gpu(name))
+
+
+def refuse_what_cannot_fit(config: Config, machine: memory.Machine) -> None:
+    """Raises ExperimentError where the system would kill the process: on a CPU without memory for what stays."""
+    sizes = memory.memory(config, "full", config.batch_size, offload=False)
+    stays = sum(sizes[key] for key in ("weights", "gradients", "master", "momentum", "adamw"))
+    if machine.name is None and stays > machine.host_memory_gb:
+        raise ExperimentError(f"no memory for this model: its weights, gradients and optimizer state alone take {stays:.1f} GB, and "
+                              f"{machine.host_memory_gb:.1f} GB are free. Use a smaller --preset; if the machine has more than the "
+                              "operating system reports, say so with --host_memory_gb.")
 
 
 def attention_backends(device: torch.device):

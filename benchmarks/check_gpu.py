@@ -307,6 +307,8 @@ def check_fused_optimizers(device: torch.device) -> None:
 def main() -> int:
     torch.manual_seed(0)
     device = find_device(BASE)
+    if device.type == "cpu":
+        print("no GPU was found: what a CPU has is checked, which takes minutes", flush=True)
     check_model()
     check_grouped_products(device)
     check_newton_schulz(device)

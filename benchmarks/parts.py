@@ -14,6 +14,7 @@ import checkpoint
 import memory
 from benchmarks.record import SHORT, train, write
 from config import PRESETS, Config
+from kernels import COMPILE_OPTIONS, compile_with_barriers
 from model import MoETransformer
 from moe import MoE, SwiGLU
 from muon import AdamW, Muon, split_parameters
@@ -78,8 +79,10 @@ def moe_vs_dense(_: Path) -> None:
     tokens = 4 * config.max_seq_len
     details = {}
 
+    compile_with_barriers()
+
     def measure(layer, x, forget=lambda out: out) -> list[float]:
-        layer.compile(fullgraph=True, dynamic=False)
+        layer.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
         upstream = torch.randn_like(x)
 
         def step():

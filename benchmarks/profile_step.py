@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import data
 from benchmarks.parts import seconds
 from benchmarks.record import write
-from config import Config, resolve
+from config import Config, ExperimentError, resolve
 from muon import NEWTON_SCHULZ
 from report import environment
-from run_experiment import add_config_options, config_options, new_parser
+from run_experiment import add_config_options, config_options, exit_code, new_parser
 from trainer import Trainer, attention_backends
 
 KINDS = {       # the first pattern that a kernel's name matches
@@ -131,12 +131,14 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float, float]:
     return 2 * 8192 ** 3 / held, 2 * 8192 ** 3 / at_first, 2 * large.nbytes / copy
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     parser = new_parser("python -m benchmarks.profile_step [--preset NAME] [--FIELD VALUE ...]")
     parser.add_argument("--preset")
     parser.add_argument("--rows", type=int, default=40, help=argparse.SUPPRESS)
     add_config_options(parser)
     args = parser.parse(argv)
+    if not torch.cuda.is_available():
+        raise ExperimentError("no GPU was found, whose kernels this is about")
     with tempfile.TemporaryDirectory() as folder:
         options = config_options(args) | dict(save_dir=folder, save_every=0, save_minutes=0)
         config, _, _ = resolve(options, args.preset, torch.cuda.get_device_properties(0).total_memory / 1e9)
@@ -158,8 +160,7 @@ def main(argv: list[str]) -> int:
                product_tflops=product_rate / 1e12, product_tflops_at_first=at_first / 1e12, copy_tb_s=bandwidth / 1e12,
                kernels=[dict(kernel=name, kind=what, seconds=spent, calls=calls) for name, what, spent, calls in rows[:args.rows]]),
           command=" ".join(["python -m benchmarks.profile_step", *argv]))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -2,6 +2,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 import memory
+from config import ExperimentError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,7 +26,9 @@ FOR_ALL: list[str] = []     # options that benchmarks.run was given for every ru
 def train(folder: Path, *options: str, gpu: int | None = None) -> dict:
     """Runs run_experiment.py with the options in `folder`, on the first GPU or this one; returns its training_results.json."""
     environment = dict(os.environ) if gpu is None else dict(os.environ, CUDA_VISIBLE_DEVICES=str(gpu))
-    subprocess.run([sys.executable, str(ROOT / "run_experiment.py"), "--save_dir", str(folder), *options, *FOR_ALL], check=True, env=environment)
+    command = [sys.executable, str(ROOT / "run_experiment.py"), "--save_dir", str(folder), *options, *FOR_ALL]
+    if subprocess.run(command, env=environment).returncode:
+        raise ExperimentError(f"this run failed: {shlex.join(command)}")
     return json.loads((folder / "training_results.json").read_text())
 
 

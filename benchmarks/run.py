@@ -7,7 +7,7 @@
     small_precisions        `small` in fp16 and bf16, two seeds each, on one plot
     memory_5b               predicted against measured memory of `5b`
     train_18b_bf16, train_18b_fp16, train_25b_bf16
-                            whole training steps, with the options that `plan` advises
+                            whole training steps, with the options that `plan --activation_checkpointing auto` advises
     curve_18b_fp16          `18b` on `installed` for as many steps as ten minutes hold, its schedule whole: its loss curve
     resume_18b              8 layers of `18b`: the same steps in one run, and resumed from its checkpoint
     start_18b               from launch, tokens cached, to the end of the first step (of train_18b_fp16, which it runs)
@@ -22,6 +22,7 @@ All but the first need a GPU. Each writes benchmarks/results/NAME_GPU.json: name
 commit, versions, details.
 """
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -33,17 +34,17 @@ import data
 import memory
 from benchmarks import parts
 from benchmarks.record import CACHE, FOR_ALL, RESULTS, ROOT, SHORT, train, train_side_by_side, write
-from config import resolve
+from config import ConfigError, ExperimentError, nearest, resolve
 from plot import plot_comparison
 from report import environment
-from run_experiment import add_config_options, config_options, new_parser
+from run_experiment import add_config_options, config_options, exit_code, new_parser
 
 
 def default_run(folder: Path) -> None:
     """The default run as a newcomer has it: no cache, no GPU."""
     r = train(folder / "run", "--device", "cpu", "--cache_dir", str(folder / "cache"))
     totals, entropy = r["totals"], r["data"]["unigram_entropy"]
-    (folder / "run" / "training_curves.png").rename(ROOT / "benchmarks" / "default_run.png")
+    shutil.move(folder / "run" / "training_curves.png", ROOT / "benchmarks" / "default_run.png")
     write("default_run", r["final_metrics"]["val_loss"], "nats per token (final validation loss)", 1, r["environment"], dict(
         unigram_entropy=entropy, below_unigram_entropy=entropy - r["final_metrics"]["val_loss"],
         seconds_to_first_step=totals["seconds_to_first_step"], tokens_per_second=totals["tokens_per_second"],
@@ -99,7 +100,7 @@ def advised(preset: str, precision: str) -> list[str]:
     given = config_options(parser.parse(FOR_ALL))
     machine = memory.find_machine(given.get("host_memory_gb", 0))
     config, _, _ = resolve(dict(precision=precision, activation_checkpointing="auto") | given, preset, machine.memory_gb)
-    return memory.choose(config, machine, fixed_batch=False)[0].options().split()
+    return memory.choose(config, machine, fixed_batch=False)[0].options(config).split()
 
 
 def train_preset(folder: Path, preset: str, precision: str, steps: int = 7) -> dict:
@@ -127,12 +128,12 @@ def curve_18b_fp16(folder: Path, steps: int = 22) -> None:
                *advised("18b", "fp16"), "--eval_every", "11", "--eval_steps", "2", "--log_every", "1", "--save_every", "0",
                "--save_minutes", "0", "--cache_dir", str(CACHE)]
     r = train(folder / "run", *options)
-    (folder / "run" / "training_curves.png").rename(ROOT / "benchmarks" / "curve_18b_fp16.png")
     rows = [row for row in r["history"] if "train_loss" in row]
     write("curve_18b_fp16", r["final_metrics"]["val_loss"], "nats per token (final validation loss)", 1, r["environment"], dict(
         options=" ".join(options), unigram_entropy=r["data"]["unigram_entropy"], seconds_in_all=r["totals"]["elapsed_seconds"],
         seconds_to_first_step=r["totals"]["seconds_to_first_step"], tokens=r["totals"]["tokens"], memory_gb=r["memory_gb"],
         sample=r["sample"], **{key: [row[key] for row in rows] for key in ("train_loss", "tokens_per_second", "skipped_steps")}))
+    shutil.move(folder / "run" / "training_curves.png", ROOT / "benchmarks" / "curve_18b_fp16.png")
 
 
 def resume_18b(folder: Path) -> None:
@@ -184,19 +185,20 @@ BENCHMARKS = dict(default_run=default_run, small_precisions=small_precisions, me
                   checkpoint_io=parts.checkpoint_io)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     first_option = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
     names, FOR_ALL[:] = argv[:first_option], argv[first_option:]
     unknown = [name for name in names if name not in BENCHMARKS]
-    if unknown or not names:
-        print(__doc__ if not names else f"error: unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}",
-              file=sys.stdout if not names else sys.stderr)
-        return 2 if unknown else 0
+    if unknown:
+        raise ConfigError(f"unknown benchmark {unknown[0]!r}.{nearest(unknown[0], BENCHMARKS)} There are {', '.join(BENCHMARKS)}")
+    if not names:
+        print(__doc__)
+    if names not in ([], ["default_run"]) and not torch.cuda.is_available():
+        raise ExperimentError("no GPU was found, which all benchmarks but default_run need")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             BENCHMARKS[name](Path(folder))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -7,6 +7,7 @@ A value of several seeds is their mean ± half of their spread.
 """
 import functools
 import json
+import sys
 import math
 from pathlib import Path
 
@@ -274,4 +275,4 @@ def filled(readme: str, folder: Path = ROOT / "studies") -> str:
 
 
 if __name__ == "__main__":
-    rewrite(filled)
+    print(__doc__) if sys.argv[1:] else rewrite(filled)

@@ -301,6 +301,8 @@ def run_study(argv: list[str]) -> None:
     if "save_dir" in given:
         raise ConfigError("--save_dir: each run has a folder of its own; the study's is --out")
     base, _, _ = resolve(given, args.preset, None)
+    if visible_gpus(base) == (CPU,) and args.preset != "tiny":
+        print(f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 takes minutes", file=sys.stderr)
     folder = args.out or ROOT / "studies" / args.name
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):

@@ -177,9 +177,20 @@ def test_the_last_blocks_recompute_less_where_the_configuration_says_so():
     assert [c.checkpointing_of(i) for i in (0, 39)] == ["full", "full"]
     mixed = dataclasses.replace(c, lighter_blocks=1)
     assert [mixed.checkpointing_of(i) for i in (0, 38, 39)] == ["full", "full", "selective"]
-    assert {x.lighter_blocks for x in candidates(mixed)} == {1} and {x.lighter_blocks for x in candidates(c)} == {0}
-    assert "--lighter_blocks 1 " in candidates(mixed)[0].options() and "lighter" not in candidates(c)[0].options()
-    assert memory.apply(c, candidates(mixed)[0]).lighter_blocks == 1
+    one, none = candidates(mixed, ["full"])[0], candidates(c, ["full"])[0]
+    assert (one.lighter_blocks, none.lighter_blocks) == (1, 0) and {x.lighter_blocks for x in candidates(mixed)} == set(range(40))
+    assert "--lighter_blocks 1 " in one.options(c) and "lighter" not in none.options(c) and "--lighter_blocks 0 " in none.options(mixed)
+    assert memory.apply(c, one).lighter_blocks == 1
+
+
+def test_advice_takes_back_lighter_blocks_that_do_not_fit():
+    machine = find_machine(256, "h100")
+    choice, kept = choose(config_of("18b", activation_checkpointing="auto"), machine, fixed_batch=False)
+    assert kept and choice.lighter_blocks > 0
+    less = smaller(memory.apply(config_of("18b"), choice), choice)
+    assert less.memory_gb["total"] < 0.95 * choice.memory_gb["total"]
+    choice, kept = choose(config_of("18b", activation_checkpointing="selective", lighter_blocks=38), machine, fixed_batch=False)
+    assert not kept and choice.fits(machine)
 
 
 def test_what_the_configuration_fixes_is_kept_where_it_fits():
@@ -190,7 +201,7 @@ def test_what_the_configuration_fixes_is_kept_where_it_fits():
     choice, kept = choose(config_of("18b", offload_optimizer="false"), MACHINES["h200"], fixed_batch=False)
     assert not kept and choice.offload_optimizer and choice.fits(MACHINES["h200"]), "fits, but not as configured"
     choice, kept = choose(config_of("18b"), MACHINES["h100"], fixed_batch=True)
-    assert not kept and choice.batch_size == 2
+    assert not kept and choice.fits(MACHINES["h100"]) and choice.batch_size < 4
 
 
 def test_streaming_needs_the_hosts_memory():

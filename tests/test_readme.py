@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import memory
 from benchmarks.tables import filled
-from config import PRESETS, defaults
+from config import PRESETS, Config, defaults
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,6 +42,14 @@ def test_snippet_pasted_into_the_config_gives_the_preset(tmp_path, number, prese
     expected = edited.Config(**PRESETS[preset])
     assert (config.total_params, config.active_params) == (expected.total_params, expected.active_params)
     assert (config.batch_size, config.moe_every) == (expected.batch_size, expected.moe_every)
+
+
+def test_memory_of_the_brief_is_what_plan_predicts():
+    c, sizes = Config(**PRESETS["18b"]), memory.memory(Config(**PRESETS["18b"]), "full", 4, offload=False)
+    assert memory.choose(c, memory.find_machine(gpu="b200"), fixed_batch=False)[0].memory_gb == sizes
+    parts = (f"{sizes['weights']:.1f} + {sizes['gradients']:.1f} + {sizes['momentum']:.1f}, fp32 masters {sizes['master']:.1f} (a 16-bit "
+             f"residual beside the weight), AdamW {sizes['adamw']:.1f}, activations {sizes['activations']:.1f} with full checkpointing: {sizes['total']:.1f} GB")
+    assert parts in README
 
 
 def test_commands_are_the_required_ones():

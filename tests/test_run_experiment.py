@@ -128,7 +128,7 @@ def test_plan_of_every_preset_on_every_gpu(cli, preset):
         facts = planned(cli, "--preset", preset, "--gpu", gpu)
         assert facts.keys() >= {"preset", "total_params", "active_params", "gpu", "fits", "tokens_per_step", "checkpoint_gb", "hours"}
         assert facts["memory_gb"].keys() == {*COMPONENTS, "total", "host"}
-        assert facts["choice"].keys() == {"batch_size", "gradient_accumulation_steps", "activation_checkpointing", "offload_optimizer"}
+        assert facts["choice"].keys() - {"lighter_blocks"} == {"batch_size", "gradient_accumulation_steps", "activation_checkpointing", "offload_optimizer"}
         assert (facts["preset"], facts["gpu"]) == (preset, gpu)
         assert (facts["total_params"], facts["active_params"], facts["tokens_per_step"]) == (c.total_params, c.active_params, c.tokens_per_step)
         assert facts["memory_gb"]["total"] == pytest.approx(sum(facts["memory_gb"][k] for k in COMPONENTS), abs=0.005)
@@ -170,10 +170,13 @@ def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_pa
     assert planned(cli, *argv)["hours"] is None and "hours             not measured" in cli("plan", *argv)[1]
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    (results / "train_18b_fp16_h200.json").write_text('{"value": 5000.0}')
+    (results / "train_18b_fp16_h200.json").write_text(json.dumps(dict(value=5000.0, details=dict(
+        options="--preset 18b --batch_size 2 --activation_checkpointing none --offload_optimizer true --eval_steps 1"))))
     assert planned(cli, *argv)["hours"] == pytest.approx(50_000 * 131_072 / 5000 / 3600)
-    assert "364 at the measured 5,000 tokens/s" in cli("plan", *argv)[1]
-    for other in (("--preset", "5b", "--gpu", "h200"), ("--preset", "18b", "--gpu", "h100"), (*argv, "--precision", "bf16")):
+    words = cli("plan", *argv)[1]
+    assert "364 at 5,000 tokens/s, measured with\n                  --batch_size 2 --activation_checkpointing none --offload_optimizer true\n" in words
+    for other in (("--preset", "5b", "--gpu", "h200"), ("--preset", "18b", "--gpu", "h100"), (*argv, "--precision", "bf16"), (*argv, "--d_ff", "1024"),
+                  (*argv, "--max_seq_len", "8192"), (*argv, "--num_experts", "0")):
         assert planned(cli, *other)["hours"] is None
 
 

@@ -93,6 +93,16 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
     fails(config_for(tmp_path), "cannot read", "secret: Permission denied")
 
 
+def test_what_the_program_itself_wrote_among_the_text_is_not_read(tmp_path):
+    """A run's rows in a folder of text, and the cache of its tokens."""
+    for name in ("text/a.txt", "text/run/run.json", "text/run/metrics.jsonl", "text/cache/0.bin", "text/other/metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "b"}\n' if name == "text/other/metrics.jsonl" else "a" if name == "text/a.txt" else "{}\n")
+    for pattern in ("text", "text/**"):
+        assert documents(config_for(tmp_path, data=str(tmp_path / pattern), cache_dir=str(tmp_path / "text" / "cache"))) == ["a", "b"]
+    fails(config_for(tmp_path, data=str(tmp_path / "text/run/metrics.jsonl")), "no field 'text'")
+
+
 def test_a_folder_of_text_and_token_shards_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "b.bin").write_bytes(b"ab")

@@ -442,7 +442,7 @@ def test_mfu_only_for_known_gpus(settings):
 
 
 def test_a_model_larger_than_a_cpu_has_memory_is_refused(settings):
-    with pytest.raises(ExperimentError, match="weights and gradients alone take .* smaller --preset"):
+    with pytest.raises(ExperimentError, match="weights, gradients and optimizer state alone take .* smaller --preset"):
         build(settings(host_memory_gb=1e-6))
 
 
