@@ -17,7 +17,7 @@ COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
 
 TILE = 256, 128, 64         # rows, columns and depth; the fastest of five on an H200
 PARTS, WARPS, STAGES = 2, 8, 3
-HEADS = 32                  # heads of a program of the rotation
+HEADS, REPEAT = 8, 8        # heads of the rotation at a time, few enough for many programs on a multiprocessor; times of a program, back
 SWIGLU_BLOCK = 2048         # columns at a time
 FEW_ROWS = 64               # up to here an expert's product is one row's after the other
 FEW_ROWS_BLOCK = 16, 256    # outputs and inputs at a time
@@ -97,10 +97,10 @@ def _normalize_and_rotate(x: Tensor, weight: Tensor, angles: Tensor, eps: float)
 def _normalize_and_rotate_backward(grad: Tensor, x: Tensor, weight: Tensor, angles: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    programs = triton.cdiv(scale.numel(), HEADS)
+    programs = triton.cdiv(scale.numel(), HEADS * REPEAT)
     grad_x, grad_weight = torch.empty_like(x), x.new_empty(programs, x.shape[-1], dtype=torch.float32)
     _rotate_rows_back[(programs,)](grad, x, weight, angles, scale, grad_x, grad_weight, scale.numel(), x.shape[2], x.shape[1],
-                                   *grad.stride()[:3], x.shape[-1], HEADS)
+                                   *grad.stride()[:3], x.shape[-1], HEADS, REPEAT)
     return grad_x, grad_weight.sum(dim=0)
 
 
@@ -270,24 +270,28 @@ if triton is not None:
 
     @triton.jit
     def _rotate_rows_back(grad_ptr, x_ptr, weight_ptr, angles_ptr, scale_ptr, grad_x_ptr, grad_weight_ptr, rows, heads, positions,
-                          batch_stride, position_stride, head_stride, DIM: tl.constexpr, ROWS: tl.constexpr):
-        row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
-        there = row < rows
-        here, inside = row.to(tl.int64)[:, None] * DIM + column[None, :], there[:, None]
-        position, head = row // heads % positions, row % heads
-        place = (row // heads // positions).to(tl.int64) * batch_stride + position.to(tl.int64) * position_stride + head * head_stride
-        grad = tl.load(grad_ptr + place[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        even, odd = tl.split(grad.reshape(ROWS, DIM // 2, 2))
-        angles = tl.load(angles_ptr + position[:, None] * DIM + column[None, :])
-        cos, sin = tl.split(angles.reshape(ROWS, DIM // 2, 2))
-        grad = tl.join(even * cos + odd * sin, odd * cos - even * sin).reshape(ROWS, DIM)
-        grad = grad.to(grad_x_ptr.dtype.element_ty).to(tl.float32)
-        scale = tl.load(scale_ptr + row, mask=there, other=0.0)[:, None]
-        normal = tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32) * scale
-        tl.store(grad_weight_ptr + tl.program_id(0) * DIM + column, tl.sum(grad * normal, axis=0))
-        grad *= tl.load(weight_ptr + column)[None, :]
-        grad_x = scale * (grad - normal * (tl.sum(grad * normal, axis=1) / DIM)[:, None])
-        tl.store(grad_x_ptr + here, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+                          batch_stride, position_stride, head_stride, DIM: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr):
+        column = tl.arange(0, DIM)
+        weight, grad_weight = tl.load(weight_ptr + column)[None, :], tl.zeros((DIM,), dtype=tl.float32)
+        for time in range(REPEAT):
+            row = (tl.program_id(0) * REPEAT + time) * ROWS + tl.arange(0, ROWS)
+            there = row < rows
+            here, inside = row.to(tl.int64)[:, None] * DIM + column[None, :], there[:, None]
+            position, head = row // heads % positions, row % heads
+            place = (row // heads // positions).to(tl.int64) * batch_stride + position.to(tl.int64) * position_stride + head * head_stride
+            grad = tl.load(grad_ptr + place[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            even, odd = tl.split(grad.reshape(ROWS, DIM // 2, 2))
+            angles = tl.load(angles_ptr + position[:, None] * DIM + column[None, :])
+            cos, sin = tl.split(angles.reshape(ROWS, DIM // 2, 2))
+            grad = tl.join(even * cos + odd * sin, odd * cos - even * sin).reshape(ROWS, DIM)
+            grad = grad.to(grad_x_ptr.dtype.element_ty).to(tl.float32)
+            scale = tl.load(scale_ptr + row, mask=there, other=0.0)[:, None]
+            normal = tl.load(x_ptr + here, mask=inside, other=0.0).to(tl.float32) * scale
+            grad_weight += tl.sum(grad * normal, axis=0)
+            grad *= weight
+            grad_x = scale * (grad - normal * (tl.sum(grad * normal, axis=1) / DIM)[:, None])
+            tl.store(grad_x_ptr + here, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_weight_ptr + tl.program_id(0) * DIM + column, grad_weight)
 
     @triton.jit
     def _row_times_expert(x_ptr, weight_ptr, ends_ptr, out_ptr, width, depth, experts, EXPERTS: tl.constexpr, OUTPUTS: tl.constexpr,
