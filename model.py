@@ -76,8 +76,9 @@ class Attention(nn.Module):
 # ---------------------------------------------------------------- activation checkpointing
 
 aten = torch.ops.aten
-# The router's choice is kept even when all else is recomputed: rounding could flip a near tie between the two passes.
-KEEP_ROUTING = {aten.topk.default}
+# The router's choice is kept even when all else is recomputed: rounding could flip a near tie between the two passes. And the row
+# ranges that the host has asked for, so that it need not ask again.
+KEEP_ROUTING = {aten.topk.default, torch.ops.moe.on_host.default}
 # Products and attention: nearly all the FLOPs of a block for about half of its bytes.
 KEEP_PRODUCTS = KEEP_ROUTING | {
     aten.mm.default, aten._grouped_mm.default, torch.ops.moe.expert_loop.default,

@@ -28,12 +28,36 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     and reads `ends` back to the host in fp16 anyway). A few rows without gradients, of text that is being written, take a kernel
     of their own.
     """
-    if x_RI.is_cuda and triton is not None and len(x_RI) <= FEW_ROWS and not torch.is_grad_enabled():
+    if _one_by_one(x_RI):
+        return expert_loop(x_RI, weight_EOI, ends_E)
+    if _few_rows(x_RI):
         return few_rows_linear(x_RI, weight_EOI, ends_E)
-    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
-        weight_EOI = _clear_idle_gradient(weight_EOI, ends_E) if IDLE_GRADIENTS_UNWRITTEN else weight_EOI
-        return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=ends_E)
-    return expert_loop(x_RI, weight_EOI, ends_E)
+    weight_EOI = _clear_idle_gradient(weight_EOI, ends_E) if IDLE_GRADIENTS_UNWRITTEN else weight_EOI
+    return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=ends_E)
+
+
+def ends_for(x_RI: Tensor, ends_E: Tensor) -> Tensor:
+    """`ends` where `grouped_linear` reads them for such rows: on the host, which waits for the GPU here, once for all products of a
+    layer and its backward pass; or where they are."""
+    return on_host(ends_E) if _one_by_one(x_RI) else ends_E
+
+
+def _few_rows(x_RI: Tensor) -> bool:
+    return x_RI.is_cuda and triton is not None and len(x_RI) <= FEW_ROWS and not torch.is_grad_enabled()
+
+
+def _one_by_one(x_RI: Tensor) -> bool:
+    return not (_few_rows(x_RI) or x_RI.is_cuda and x_RI.dtype == torch.bfloat16)
+
+
+@torch.library.custom_op("moe::on_host", mutates_args=())
+def on_host(ends_E: Tensor) -> Tensor:
+    return ends_E.to("cpu", copy=True)
+
+
+@on_host.register_fake
+def _(ends_E):
+    return torch.empty_like(ends_E, device="cpu")
 
 
 # An operator of its own, so that torch.compile and selective checkpointing see one product instead of a data-dependent loop.
@@ -200,7 +224,7 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert on its rows, times the router's weight (before the down product: the same, and fused)."""
-        dtype = x_RD.dtype      # grouped products are not autocast: fp32 masters are cast here
+        dtype, ends_E = x_RD.dtype, ends_for(x_RD, ends_E)      # grouped products are not autocast: fp32 masters are cast here
         hidden_RF = swiglu(grouped_linear(x_RD, self.gate_up.flatten(1, 2).to(dtype), ends_E), weights_R)
         return grouped_linear(hidden_RF, self.down.to(dtype), ends_E)
 

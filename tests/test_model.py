@@ -159,7 +159,7 @@ def test_checkpointing_recomputes_what_it_should():
     assert calls["selective"]["aten.mm.default"] == calls["none"]["aten.mm.default"] + 4 * 2
     # 4 blocks x (q, k, v, o) + 2 dense x gate_up + 2 routers; nothing needs the outcome of a dense block's last product
     assert calls["full"]["aten.mm.default"] == calls["none"]["aten.mm.default"] + 16 + 2 + 2
-    assert not any("topk" in op for mode in MODES for op in calls[mode])
+    assert not any("topk" in op or "on_host" in op for mode in MODES for op in calls[mode])
     model = build(activation_checkpointing="full", lighter_blocks=3)
     loss, _ = model(*batch(model))
     with Count() as count:
