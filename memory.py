@@ -112,10 +112,11 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighte
     activations = max(peak, kept + loss)
 
     # a group of matrices, as they come and orthogonalised, and four Gram matrices each; in fp32, not fused, more copies
-    # of each; streamed state of this group, of two on their way in and of one on its way out
+    # of each; streamed state of this group, of two on their way in and of one on its way out, or of three with their gradients
     matrix, gram = c.d_model * max(c.d_ff, c.d_model), min(c.d_model, c.d_ff) ** 2
     piece = min(max(OPTIMIZER_PIECE // matrix, 1) * matrix, hidden)
-    optimizer = piece * (4 + 8 * gram / matrix if c.split_masters else 24) + (4 * piece * 4 if offload else 0)
+    streamed = max(4 * 4, 3 * (4 + weight_bytes) if matrices else 0) if offload else 0
+    optimizer = piece * (4 + 8 * gram / matrix if c.split_masters else 24) + piece * streamed
     others = c.total_params - hidden                                      # AdamW's groups: the same of its larger state
     optimizer = max(optimizer, (0 if c.split_masters else 16 * min(OPTIMIZER_PIECE, others))
                     + (10 * min(4 * OPTIMIZER_PIECE, others) if offload else 0))
@@ -175,6 +176,7 @@ class Choice:
         return (f"--batch_size {self.batch_size} --gradient_accumulation_steps {self.gradient_accumulation_steps} "
                 f"--activation_checkpointing {self.activation_checkpointing} "
                 + (f"--lighter_blocks {self.lighter_blocks} " if self.lighter_blocks or c.lighter_blocks else "")
+                + ("--host_gradient_blocks 0 " if c.host_gradient_blocks and not self.offload_optimizer else "")
                 + f"--offload_optimizer {str(self.offload_optimizer).lower()}")
 
 

@@ -188,16 +188,17 @@ class HostGradients:
             self.inward, self.outward = torch.cuda.Stream(), torch.cuda.Stream()
         if n_blocks:        # the last gradient of what the backward pass comes through before
             before = model.norm if n_blocks == len(model.blocks) else model.blocks[n_blocks].attention_norm
-            before.weight.register_post_accumulate_grad_hook(lambda _: self._begin())
+            before.weight.register_post_accumulate_grad_hook(_weakly(self._begin))
+        take = _weakly(self._take)
         for i, block in enumerate(self.blocks):
             for name, p in block.items():
-                p.register_post_accumulate_grad_hook(functools.partial(self._take, name, i))
+                p.register_post_accumulate_grad_hook(functools.partial(take, name, i))
 
     def micro_batch(self, number: int, of: int) -> None:
         """Call before each backward pass of a step: it is the `number`-th, from 0, of so many."""
         self.first, self.last = number == 0, number == of - 1
 
-    def _begin(self) -> None:
+    def _begin(self, _: Tensor) -> None:
         self.missing, self.fetched, self.left = [len(block) for block in self.blocks], {}, []
         if self.gpu:
             self.inward.wait_stream(self.outward)       # the sums of the micro-batch before have arrived
@@ -250,6 +251,16 @@ class HostGradients:
         """Call before the sums are read: lets the computation wait for them to have arrived."""
         if self.gpu:
             torch.cuda.current_stream().wait_stream(self.outward)
+
+
+def _weakly(method):
+    """A method for a hook that does not keep its object: Python does not collect a cycle through a parameter's hook."""
+    weak = weakref.WeakMethod(method)
+
+    def call(*arguments):
+        if (alive := weak()) is not None:
+            alive(*arguments)
+    return call
 
 
 def host_zeros(wanted: list[tuple[torch.Size, torch.dtype]], device: torch.device) -> list[Tensor]:

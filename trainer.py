@@ -466,7 +466,8 @@ class Trainer:
             self.predicted = choice.memory_gb
         else:       # the prediction is not law: go on as asked, and say what would fit
             mode = config.activation_checkpointing if config.activation_checkpointing != "auto" else "full"
-            offload = config.offload_optimizer == "true" or (config.offload_optimizer == "auto" and bool(self.machine.name))
+            on_request = bool(self.machine.name or config.host_gradient_blocks)
+            offload = config.offload_optimizer == "true" or (config.offload_optimizer == "auto" and on_request)
             config = dataclasses.replace(config, activation_checkpointing=mode, offload_optimizer=str(offload).lower())
             self.predicted = memory.memory(config, mode, config.batch_size, offload, config.lighter_blocks)
             print(f"warning: this configuration is not expected to fit ({where}). "

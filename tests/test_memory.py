@@ -204,6 +204,16 @@ def test_what_the_configuration_fixes_is_kept_where_it_fits():
     assert not kept and choice.fits(MACHINES["h100"]) and choice.batch_size < 4
 
 
+def test_advice_is_never_refused_for_gradients_on_the_host():
+    """They need a streamed optimizer state: advice without one takes them back, and what goes on as asked has one."""
+    c = config_of("small", host_gradient_blocks=12)
+    for machine in (Machine("a GPU", 8, 16), Machine("a GPU", 90, 16), Machine(None, 0, 16)):
+        choice, _ = choose(c, machine, fixed_batch=True)
+        assert choice.offload_optimizer or "--host_gradient_blocks 0 " in choice.options(c)
+    less = [smaller(c, x) for x in candidates(c)]
+    assert all(x is None or x.offload_optimizer or "--host_gradient_blocks 0 " in x.options(c) for x in less)
+
+
 def test_streaming_needs_the_hosts_memory():
     c = config_of("18b")
     assert choose(c, Machine("a GPU", 150, 84), fixed_batch=False)[0].fits(Machine("a GPU", 150, 84))

@@ -1,5 +1,6 @@
 """Optimizer state and gradients that are streamed from host memory: the results are those of everything on the device."""
-import itertools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -156,6 +157,16 @@ def test_no_more_than_two_blocks_sums_are_fetched_at_a_time(monkeypatch):
     monkeypatch.setattr(HostGradients, "_fetch", watched)
     trained(4)
     assert max(largest) == 2
+
+
+def test_the_sums_do_not_outlive_their_owner():
+    model = MoETransformer(tiny_config())
+    weak = weakref.ref(HostGradients(model, 4))
+    gc.collect()
+    assert weak() is None
+    tokens = torch.arange(34).view(2, 17)
+    model(tokens[:, :-1], tokens[:, 1:])[0].backward()
+    assert all(p.grad is not None for p in model.parameters()), "without it gradients stay where they are"
 
 
 def test_lack_of_host_memory_for_gradients_is_said(monkeypatch):

@@ -441,6 +441,11 @@ def test_mfu_only_for_known_gpus(settings):
     assert memory.known_gpu("NVIDIA H100 PCIe") is None and memory.known_gpu("Tesla T4") is None
 
 
+def test_a_configuration_that_is_not_expected_to_fit_goes_on_with_its_gradients_on_the_host(settings, monkeypatch):
+    monkeypatch.setattr(memory.Choice, "fits", lambda *_: False)
+    assert build(settings(host_gradient_blocks=1)).config.offload_optimizer == "true"
+
+
 def test_a_model_larger_than_a_cpu_has_memory_is_refused(settings):
     with pytest.raises(ExperimentError, match="weights, gradients and optimizer state alone take .* smaller --preset"):
         build(settings(host_memory_gb=1e-6))
