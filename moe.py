@@ -43,7 +43,8 @@ def ends_for(x_RI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _few_rows(x_RI: Tensor) -> bool:
-    return x_RI.is_cuda and triton is not None and len(x_RI) <= FEW_ROWS and not torch.is_grad_enabled()
+    writing = not torch.is_grad_enabled() and not torch.compiler.is_compiling()      # blocks are compiled for training and validation
+    return writing and x_RI.is_cuda and triton is not None and len(x_RI) <= FEW_ROWS
 
 
 def _one_by_one(x_RI: Tensor) -> bool:
