@@ -99,6 +99,9 @@ def load(path, mmap: bool = True) -> dict:
     private copy, not the file). Raises CheckpointError when the file is missing, damaged, or no checkpoint.
     """
     path = Path(path)
+    with contextlib.suppress(OSError):
+        if path.is_file() and path.open("rb").read(2) != b"PK":
+            raise CheckpointError(f"{path} is damaged or no checkpoint: torch.save's archives begin otherwise.{_others(path)}")
     try:
         state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:

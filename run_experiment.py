@@ -16,13 +16,14 @@ import json  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
+import typing  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 # before torch is imported: an 18B run fills its GPU, and fixed segments lose gigabytes to fragmentation
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import memory  # noqa: E402
-from config import (Config, ConfigError, ExperimentError, defaults, field_docs, nearest, parse_value, resolve,
+from config import (PRESETS, Config, ConfigError, ExperimentError, defaults, field_docs, nearest, parse_value, resolve,
                     resumed_config)  # noqa: E402
 
 
@@ -54,10 +55,11 @@ def new_parser(usage: str, description: str = __doc__) -> Parser:
 def add_config_options(parser: Parser) -> None:
     """An option for every field of Config, with its documentation and default."""
     group = parser.add_argument_group("configuration (the default is config.py's; a preset may set another)")
-    docs = field_docs()
+    docs, kinds = field_docs(), typing.get_type_hints(Config)
     for name, default in defaults().items():
         text = f"{docs.get(name, '')} [{'derived' if default is None else default}]".replace("%", "%%")
-        group.add_argument(f"--{name}", metavar="VALUE", help=text, default=argparse.SUPPRESS)
+        choices = typing.get_args(kinds[name]) if typing.get_origin(kinds[name]) is typing.Literal else ("VALUE",)
+        group.add_argument(f"--{name}", metavar="|".join(choices), help=text, default=argparse.SUPPRESS)
 
 
 def config_options(args: argparse.Namespace) -> dict:
@@ -78,7 +80,7 @@ def config_options(args: argparse.Namespace) -> dict:
 
 def train(argv: list[str]) -> None:
     parser = new_parser("run_experiment.py [train] [--preset NAME] [--resume latest|PATH] [--overwrite] [--FIELD VALUE ...]")
-    parser.add_argument("--preset", help="a preset of config.py: 18b 5b 2b 25b 18b_every_block small tiny")
+    parser.add_argument("--preset", help="a preset of config.py: " + " ".join(PRESETS))
     parser.add_argument("--resume", metavar="latest|PATH", help="go on from save_dir's latest checkpoint (a fresh start when "
                         "there is none), or from a checkpoint file")
     parser.add_argument("--overwrite", action="store_true", help="delete the run that save_dir holds and start anew")
@@ -158,7 +160,7 @@ def resume_path(resume: str | None, config: Config) -> Path | None:
 
 def plan(argv: list[str]) -> None:
     parser = new_parser("run_experiment.py plan [--preset NAME] [--gpu NAME] [--host_memory_gb N] [--json] [--FIELD VALUE ...]")
-    parser.add_argument("--preset", help="a preset of config.py")
+    parser.add_argument("--preset", help="a preset of config.py: " + " ".join(PRESETS))
     parser.add_argument("--gpu", help=f"plan for this GPU instead of the one found: {' '.join(memory.GPUS)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_options(parser)
