@@ -99,7 +99,7 @@ def test_help_documents_every_field(cli):
     assert code == 0 and "run_experiment.py plan" in text
     for name, doc in field_docs().items():
         default = defaults()[name]
-        values = dict(precision="fp16|bf16|fp32", optimizer="muon|adamw").get(name) or re.search(rf"--{name} (\S+) ", text)[1]
+        values = dict(precision="fp16|bf16|fp32", optimizer="muon|adamw").get(name) or re.findall(rf"--{name} (\S+) ", text)[-1]
         assert f"--{name} {values} {doc} [{'derived' if default is None else default}]".replace("- ", "-") in text.replace("- ", "-"), name
     assert set(field_docs()) == {f.name for f in dataclasses.fields(Config)}
     assert "--resume" in text and "--overwrite" in text
