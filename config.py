@@ -26,6 +26,11 @@ class ConfigError(ExperimentError, ValueError):
 LIGHTER = {"full": "selective", "selective": "none"}        # what recomputes less
 
 
+def block_modes(checkpointing: str, n_layers: int, lighter_blocks: int) -> list[str]:
+    """Of none, selective and full, what each block does."""
+    return [checkpointing] * (n_layers - lighter_blocks) + [LIGHTER.get(checkpointing, checkpointing)] * lighter_blocks
+
+
 @dataclass(frozen=True)
 class Config:
     # --- model
@@ -202,8 +207,7 @@ class Config:
 
     def checkpointing_of(self, layer: int) -> str:
         """What block `layer` does of none, selective and full."""
-        mode = self.activation_checkpointing
-        return LIGHTER.get(mode, mode) if layer >= self.n_layers - self.lighter_blocks else mode
+        return block_modes(self.activation_checkpointing, self.n_layers, self.lighter_blocks)[layer]
 
     def matrices_of(self, layer: int) -> int:
         """Parameters of block `layer` but norms and router."""

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import LIGHTER, LOSS_CHUNK, OPTIMIZER_PIECE, PRESETS, Config, ConfigError, nearest
+from config import LIGHTER, LOSS_CHUNK, OPTIMIZER_PIECE, PRESETS, Config, ConfigError, block_modes, nearest
 
 GB = 1e9
 
@@ -45,7 +45,7 @@ USABLE = 0.97           # share of the rest that is planned for: fragmentation a
 
 # Time of a step relative to keeping everything, for the planner's order of preference. Four layers of 18b and the head on an
 # H200, forward and backward (benchmarks/results/vs_transformers_h200.json): selective 1.05, full 1.22, of which the head, which
-# recomputes nothing, is a seventh. Micro-batch 2 against 4 loses 2%.
+# recomputes nothing, is a ninth. Micro-batch 2 against 4 loses 2%.
 RECOMPUTATION_TIME = {"none": 1.0, "selective": 1.05, "full": 1.26}
 HALVED_BATCH_TIME = 1.02
 OFFLOAD_TIME = 1.02
@@ -99,7 +99,7 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighte
                  momentum=hidden * (2 if c.split_masters else 4),
                  adamw=(c.total_params - hidden) * 8)
 
-    modes = [checkpointing] * (c.n_layers - lighter_blocks) + [LIGHTER.get(checkpointing, checkpointing)] * lighter_blocks
+    modes = block_modes(checkpointing, c.n_layers, lighter_blocks)
     tokens, w, head = batch_size * c.max_seq_len, _compute_bytes(c), c.vocab_size * c.d_model
     loss = 2 * tokens * c.d_model * w + head * (4 + w) + 3 * 4 * min(tokens, LOSS_CHUNK) * c.vocab_size
     matrices = [weight_bytes * c.matrices_of(i) for i in range(c.host_gradient_blocks if offload else 0)]

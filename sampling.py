@@ -31,6 +31,7 @@ def stream(model: MoETransformer, prompt: list[int], max_new_tokens: int, temper
 
     temperature 0 takes the likeliest token; top_k > 0 draws from the k likeliest only; top_p < 1 from the fewest likeliest
     that hold this probability together. Text i is the only one that seed + i gives with n=1.
+    On a GPU go through one stream at a time: graphs share the libraries' workspace.
     """
     config, device = model.config, model.norm.weight.device
     generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]

@@ -137,8 +137,8 @@ def curve_18b_fp16(folder: Path, steps: int = 22) -> None:
 
 
 def resume_18b(folder: Path) -> None:
-    """Six steps with a checkpoint after the third, and twice the last three again from it: the state is exact, while attention's
-    backward pass on a GPU adds in no fixed order, which the difference of the two resumed runs shows."""
+    """Six steps with a checkpoint after the third, and twice the last three again from it: where the GPU's kernels add in
+    no fixed order, the two resumed runs differ too."""
     common = ["--precision", "fp16", "--max_steps", "6", *SHORT, "--save_every"]
     runs = [train(folder / "whole", "--preset", "18b", "--n_layers", "8", *common, "3")]
     for name in ("resumed", "again"):

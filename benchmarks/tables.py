@@ -87,7 +87,8 @@ def profile() -> str:
         name = {"optimizer: copies": "optimizer: copies, beside its products", "optimizer (wall)": "optimizer, from its start to its end"}.get(kind, kind)
         lines.append(f"| {name} | {spent:.2f} | {100 * d['share'][kind]:.1f}% | " + (f"{floor:.2f} | {spent / floor:.2f} |" if floor else "| |"))
     return "\n".join([*lines, "", f"The floor: FLOPs at {d['product_tflops']:.0f} TFLOP/s, bytes at {d['copy_tb_s']:.2f} TB/s, as a large product and a "
-                      "large copy reach them on that GPU."])
+                      "large copy reach them on that GPU. The optimizer's rows are parts of its time from start to end, and its copies run "
+                      "beside its products, so the shares add up to more than all."])
 
 
 def sampling() -> str:

@@ -48,6 +48,8 @@ def test_parameter_counts_are_those_of_the_built_model(name):
     for n, p in model.named_parameters():
         found["norms" if p.ndim == 1 else [kind for kind, part in kinds.items() if part in n][-1]] += p.numel()
     assert c.parameter_groups == found
+    for i, block in enumerate(model.blocks):
+        assert c.matrices_of(i) == sum(p.numel() for n, p in block.named_parameters() if p.ndim > 1 and "router" not in n)
 
 
 @pytest.mark.parametrize("name, total, active", [
