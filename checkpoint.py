@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from config import Config, ExperimentError
 
 FORMAT = 1
-PIECE = 64 * 2**20      # bytes checksummed at a time; also what a GPU tensor takes of host memory meanwhile
+PIECE = 16 * 2**20      # bytes checksummed or written at a time; what a thread takes of host memory for tensors on a GPU
 PLAIN = "plain values"  # the checksum of everything that is not a tensor goes by this name
 SPACE_REMEDY = ("Free some space, keep fewer checkpoints (--keep_checkpoints 1), choose another --save_dir, or switch "
                 "saving off (--save_every 0 --save_minutes 0).")
@@ -58,21 +59,19 @@ def save(path, state: dict):
         raise TypeError("checkpoint: the keys 'format' and 'checksums' are reserved")
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()    # copies on other streams must have landed
-    zip_crc = torch.serialization.get_crc32_options()
     try:
         temporary.unlink(missing_ok=True)   # never write into it: it may be a link to another checkpoint
-        checksums = _checksums(tensors, plain)
-        # torch.load never checks the zip file's own CRCs, and they take 2/3 of the time (measured: 1 GB/s to 3 GB/s).
-        torch.serialization.set_crc32_options(False)
         with open(temporary, "xb") as file:
-            torch.save({**state, "format": FORMAT, "checksums": checksums}, file)
+            with torch.serialization.skip_data():       # leaves room for the tensors' bytes
+                torch.save({**state, "format": FORMAT, "checksums": _checksums(tensors, plain)}, file)
             file.flush()
+            _write_tensors(tensors, file.fileno(), temporary)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        # torch's zip writer raises a RuntimeError of its own on top of the error that stopped it.
+        # torch's zip writer raises a RuntimeError of its own on top of the error that stopped it
         causes = [error]
         while causes[-1].__context__ is not None:
             causes.append(causes[-1].__context__)
@@ -87,8 +86,6 @@ def save(path, state: dict):
             f"checkpoint {path} was not saved: {_reason(cause)}. It needs {needed / 1e9:.2f} GB, {_free(path.parent)}. "
             + ("The previous file of that name is untouched. " if os.path.exists(path) else "") + SPACE_REMEDY
         ) from error
-    finally:
-        torch.serialization.set_crc32_options(zip_crc)
     _sync_folder(path.parent)
 
 
@@ -300,9 +297,8 @@ def _split(node, path: str, tensors: dict):
 
 
 def _checksums(tensors: dict, plain) -> dict[str, int]:
-    """CRC-32 of each tensor and of the plain values; threads help because zlib releases the interpreter lock."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        found = dict(zip(tensors, pool.map(_checksum, tensors.values())))
+    """CRC-32 of each tensor and of the plain values."""
+    found = dict(zip(tensors, _in_threads(_checksum, tensors.values())))
     # The tensors' names too: a pickle stores equal strings once, so one damaged string can be a key in two places.
     found[PLAIN] = zlib.crc32(json.dumps([sorted(tensors), plain], sort_keys=True).encode())  # json keeps floats exact
     return found
@@ -311,13 +307,56 @@ def _checksums(tensors: dict, plain) -> dict[str, int]:
 def _checksum(tensor: torch.Tensor) -> int:
     """CRC-32 of a compact tensor's description and of its bytes in the order of memory."""
     crc = zlib.crc32(f"{tensor.dtype} {list(tensor.shape)} {tensor.stride()} {tensor.requires_grad}".encode())
-    storage = tensor.untyped_storage()
-    if tensor.storage_offset() != 0 or storage.nbytes() != tensor.nbytes:
+    if tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() != tensor.nbytes:
         raise ValueError("a tensor and its storage differ in size")
-    data = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
-    for start in range(0, tensor.nbytes, PIECE):
-        crc = zlib.crc32(data[start:start + PIECE].cpu().numpy(), crc)     # on the CPU nothing is copied
+    for _, piece in _pieces(tensor):
+        crc = zlib.crc32(piece, crc)
     return crc
+
+
+def _write_tensors(tensors: dict, handle: int, path: Path) -> None:
+    """Writes the tensors' bytes into the room that torch.save left for them in the file.
+
+    torch.save itself copies a tensor of the GPU into new memory, then writes it, then takes the next, and the disk has nothing
+    to do until the page cache is full.
+    """
+    with FakeTensorMode():      # which has torch.load tell the places instead of reading them
+        places = {}
+        _split(torch.load(path, map_location="cpu", weights_only=True), "", places)
+
+    def write(name: str) -> None:
+        place = places[name].untyped_storage()._checkpoint_offset
+        for start, piece in _pieces(tensors[name]):
+            written = 0
+            while written < len(piece):
+                written += os.pwrite(handle, piece[written:], place + start + written)
+            with contextlib.suppress(AttributeError, OSError):
+                os.posix_fadvise(handle, place + start, len(piece), os.POSIX_FADV_DONTNEED)     # has the disk begin
+
+    once = {places[name].untyped_storage()._checkpoint_offset: name for name in tensors if tensors[name].nbytes}
+    _in_threads(write, once.values())
+
+
+def _pieces(tensor: torch.Tensor):
+    """(start, bytes from there) of a compact tensor in the order of memory, PIECE bytes at a time."""
+    data = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    buffer = torch.empty(min(PIECE, len(data)), dtype=torch.uint8, pin_memory=data.is_cuda) if not data.is_cpu else None
+    for start in range(0, len(data), PIECE):
+        piece = data[start:start + PIECE]
+        if buffer is not None:
+            piece = buffer[:len(piece)].copy_(piece)
+        yield start, memoryview(piece.numpy())
+
+
+def _in_threads(function, items) -> list:
+    """[function(item), ...]; threads help because copies, zlib and the disk release the interpreter's lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)      # a full disk is full for the others too
+            raise
 
 
 def _temporary(path: Path) -> Path:

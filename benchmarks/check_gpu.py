@@ -13,12 +13,14 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import time
 import warnings
 
 import torch
 from torch._inductor.utils import run_and_get_code
 
+import checkpoint
 import moe
 from config import PRESETS, Config
 from kernels import normalize_and_rotate, plain_normalize_and_rotate, plain_swiglu, swiglu, symmetric_product
@@ -304,6 +306,16 @@ def check_fused_optimizers(device: torch.device) -> None:
                   distance(results[1][0], results[0][0]), 0.05 * distance(rounded, results[0][0]))
 
 
+def check_checkpoint(device: torch.device) -> None:
+    """What a checkpoint gives back of tensors on the GPU: the very bytes."""
+    state = {str(dtype): torch.randn(5_000_011, device=device).to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+    state |= dict(view=state["torch.float32"][7:1000], turned=torch.randn(300, 200, device=device).mT)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(f"{folder}/c.pt", dict(model=state))
+        loaded = checkpoint.load(f"{folder}/c.pt")["model"]
+        check("a checkpoint's tensors that differ", sum(not torch.equal(loaded[name], t.cpu()) for name, t in state.items()), 0)
+
+
 def main() -> int:
     torch.manual_seed(0)
     device = find_device(BASE)
@@ -314,6 +326,7 @@ def main() -> int:
     check_newton_schulz(device)
     check_symmetric_product(device)
     check_rows_kernels(device)
+    check_checkpoint(device)
     check_sampling(device)
     if device.type == "cuda":
         check_fused_optimizers(device)

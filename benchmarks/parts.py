@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import data
 import memory
-from benchmarks.record import SHORT, train, write
-from config import PRESETS, Config
+from benchmarks.record import CACHE, write
+from config import PRESETS, Config, resolve
 from kernels import COMPILE_OPTIONS, compile_with_barriers
 from model import MoETransformer
 from moe import MoE, SwiGLU
 from muon import AdamW, Muon, split_parameters
 from streaming import OptimizerState
 from report import environment
-from trainer import attention_backends
+from trainer import Trainer, attention_backends
 
 REPEATS = 20
 
@@ -185,10 +186,7 @@ def checkpoint_io(folder: Path) -> None:
     disk_read = timed(lambda: subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=16M"], check=True))
     size = path.stat().st_size
     path.unlink()
-    r = train(folder / "run", "--preset", "5b", "--max_steps", "1", "--keep_checkpoints", "1", *SHORT)
-    from trainer import Trainer
-    import data
-    config = dataclasses.replace(Config(**r["config"]), save_dir=str(folder / "again"))
+    config, _, _ = resolve(dict(save_dir=str(folder / "run"), keep_checkpoints=1, cache_dir=str(CACHE)), "5b", None)
     trainer = Trainer(config, data.prepare(config))
     before, target = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, folder / "checkpoint_step_1.pt"
     saving = timed(lambda: checkpoint.save(target, trainer._state()))
@@ -197,6 +195,6 @@ def checkpoint_io(folder: Path) -> None:
     forget_file(target)
     loading = timed(lambda: (trainer._load(checkpoint.load(target)), torch.cuda.synchronize()))
     share = {"save": (saved / saving) / (size / disk_write), "load": (saved / loading) / (size / disk_read)}
-    write("checkpoint_io", 100 * min(share.values()), "% of the disk's own speed, the slower of saving and loading", 1, r["environment"], dict(
+    write("checkpoint_io", 100 * min(share.values()), "% of the disk's own speed, the slower of saving and loading", 1, environment(trainer.device), dict(
         share=share, gb=saved / memory.GB, save_gb_s=saved / saving / memory.GB, load_gb_s=saved / loading / memory.GB,
         disk_write_gb_s=size / disk_write / memory.GB, disk_read_gb_s=size / disk_read / memory.GB, host_memory_overhead_gb=overhead))
