@@ -97,8 +97,10 @@ def load(path, mmap: bool = True) -> dict:
     """
     path = Path(path)
     with contextlib.suppress(OSError):
-        if path.is_file() and path.open("rb").read(2) != b"PK":
-            raise CheckpointError(f"{path} is damaged or no checkpoint: torch.save's archives begin otherwise.{_others(path)}")
+        if path.is_file():
+            with open(path, "rb") as file:
+                if file.read(2) != b"PK":
+                    raise CheckpointError(f"{path} is damaged or no checkpoint: torch.save's archives begin otherwise.{_others(path)}")
     try:
         state = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
