@@ -8,6 +8,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+import memory
 from config import Config
 
 
@@ -146,34 +147,39 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     return timed + wanted
 
 
-MOST_SEQUENCES = 16     # times the base's micro-batch: where the search for the largest one ends
+MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)      # of the base's micro-batch, among which the largest that fits is sought
 
 
 def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """What does activation checkpointing cost? Each mode at two depths, at micro-batches that double until memory is out, and
-    once more half-way between the last that fits and the first that does not."""
-    wanted = []
+    """What does activation checkpointing cost? Each mode at two depths: at the base's micro-batch, at the largest that `none` is
+    predicted to fit, and from the largest that itself is predicted to fit on, until one fits and the next does not."""
+    machine, sizes, wanted = memory.find_machine(), [base.batch_size * multiple for multiple in MULTIPLES], []
     for layers in (base.n_layers, 2 * base.n_layers):
+        def at(mode: str, batch: int) -> Run:
+            run = speed(f"{mode}, {layers} layers, micro-batch {batch}", seeds[0], TIMED_STEPS // 2, n_layers=layers,
+                        activation_checkpointing=mode, batch_size=batch, offload_optimizer="false",
+                        gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
+            return dataclasses.replace(run, may_not_fit=True)
+
+        def predicted(mode: str) -> int:
+            """The place in `sizes` of the largest micro-batch that should fit."""
+            deep = dataclasses.replace(base, n_layers=layers)
+            totals = [memory.memory(deep, mode, batch, offload=False)["total"] for batch in sizes]
+            return max(0, sum(total <= machine.usable_gb for total in totals) - 1)
+
         for mode in ("none", "selective", "full"):
-            def at(batch: int) -> Run:
-                run = speed(f"{mode}, {layers} layers, micro-batch {batch}", seeds[0], TIMED_STEPS // 2, n_layers=layers,
-                            activation_checkpointing=mode, batch_size=batch, offload_optimizer="false",
-                            gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
-                return dataclasses.replace(run, may_not_fit=True)
-            batch = base.batch_size
-            while True:
-                wanted.append(at(batch))
-                result = found.get(at(batch).label)
+            wanted += [at(mode, base.batch_size), at(mode, sizes[predicted("none")])]
+            place, step = predicted(mode), 0
+            while 0 <= place < len(sizes):
+                wanted.append(at(mode, sizes[place]))
+                result = found.get(wanted[-1].label)
                 if result is None:
                     break
-                if "failed" in result:
-                    if batch % 4 == 0 and batch > base.batch_size:
-                        wanted.append(at(batch * 3 // 4))
+                towards = -1 if "failed" in result else 1
+                if step not in (0, towards):        # it fitted here and not there, or the other way round
                     break
-                if 2 * batch > MOST_SEQUENCES * base.batch_size:
-                    break
-                batch *= 2
-    return wanted
+                step, place = towards, place + towards
+    return list({run.label: run for run in wanted}.values())
 
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)

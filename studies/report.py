@@ -17,7 +17,7 @@ from benchmarks.tables import fill, rewrite
 from memory import count
 from studies.figures import (MODES, best_runs, groups, mean_and_spread, power_law, sharpest_layer, shorter, timed, undecided,
                              usual_spread, with_seconds)
-from studies.grids import ADAMW_RATES, STUDIES, WEIGHTS
+from studies.grids import ADAMW_RATES, MULTIPLES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = dict(optimizer="Is Muon worth it here?", routing="Is top-2 best, or top-1, top-3?", balance="What is the best load-balancing weight?",
@@ -248,7 +248,8 @@ def checkpointing(results: dict) -> str:
 
     return (f"{table}\n\nAt the largest micro-batch that all three fit, `selective` saves {span(saved, 'selective')} of the activations' memory and takes "
             f"{span(slower, 'selective')} more time a token, `full` {span(saved, 'full')} and {span(slower, 'full')} (the brief: 40 to 50% saved, 10 to "
-            "15% slower). Largest micro-batches were searched by doubling and once between.")
+            "15% slower). The largest micro-batch was sought among "
+            f"{', '.join(map(str, MULTIPLES[:-1]))} and {MULTIPLES[-1]} times the smallest.")
 
 
 BLOCKS = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)

@@ -13,7 +13,7 @@ With `small` (65,536 tokens a step) on one H100, at 250,000 tokens/s and 25 s fo
     balance          20 runs of 16M tokens                  18
     specialization    2 runs of 80M tokens, and analyses    14
     scaling          24 runs of 20M tokens or less          21
-    checkpointing    32 runs of 8 steps                     16
+    checkpointing    22 runs of 8 steps                     11
 
 Two GPUs take half as long; --jobs 2 saves some of the starts. What a study did take is in its results, as `budget`. Any option of
 run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own, and its output is in
