@@ -158,7 +158,6 @@ class Choice:
     offload_optimizer: bool
     memory_gb: dict
     lighter_blocks: int = 0
-    host_gradient_blocks: int = 0
 
     def fits(self, machine: Machine) -> bool:
         if machine.name is None:        # on a CPU all of it is host memory
@@ -177,14 +176,13 @@ class Choice:
         return (f"--batch_size {self.batch_size} --gradient_accumulation_steps {self.gradient_accumulation_steps} "
                 f"--activation_checkpointing {self.activation_checkpointing} "
                 + (f"--lighter_blocks {self.lighter_blocks} " if self.lighter_blocks or c.lighter_blocks else "")
-                + (f"--host_gradient_blocks {self.host_gradient_blocks} " if self.host_gradient_blocks != c.host_gradient_blocks else "")
+                + ("--host_gradient_blocks 0 " if c.host_gradient_blocks and not self.offload_optimizer else "")
                 + f"--offload_optimizer {str(self.offload_optimizer).lower()}")
 
 
-def candidates(c: Config, modes=None, offloads=None, batches=None, host_gradients=None) -> list[Choice]:
+def candidates(c: Config, modes=None, offloads=None, batches=None) -> list[Choice]:
     """Every choice with the same tokens per step, the fastest first; None leaves a field free. With the mode free, blocks may differ
-    in it, else as the configuration says. Gradients in host memory, of as many blocks as configured or of all, come last, and of
-    them the largest micro-batch first: they go to and fro with each, and make a step slower than recomputation does."""
+    in it, else as the configuration says."""
     n = c.sequences_per_step
     found = []
     for batch in batches or [b for b in range(1, c.batch_size + 1) if n % b == 0]:
@@ -194,10 +192,7 @@ def candidates(c: Config, modes=None, offloads=None, batches=None, host_gradient
                 for offload in offloads if offloads is not None else (False, True):
                     relative = (time + (less - time) * lighter / c.n_layers) * (OFFLOAD_TIME if offload else 1)
                     relative *= 1 + (HALVED_BATCH_TIME - 1) * (c.batch_size / batch - 1)
-                    blocks = [0] if not offload else sorted({0, c.host_gradient_blocks, c.n_layers}) if host_gradients is None else host_gradients
-                    found += [((on_host, n // batch if on_host else 0, relative), Choice(batch, n // batch, mode, offload,
-                               memory(dataclasses.replace(c, host_gradient_blocks=on_host), mode, batch, offload, lighter), lighter, on_host))
-                              for on_host in blocks]
+                    found.append((relative, Choice(batch, n // batch, mode, offload, memory(c, mode, batch, offload, lighter), lighter)))
     return [choice for _, choice in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -206,7 +201,7 @@ def choose(c: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool
     fits with everything free, or the smallest of all, False). `fixed_batch` keeps the micro-batch too."""
     modes = None if c.activation_checkpointing == "auto" else [c.activation_checkpointing]
     offloads = {"auto": [True] if c.host_gradient_blocks else None, "true": [True], "false": [False]}[c.offload_optimizer]
-    kept = candidates(c, modes, offloads, [c.batch_size] if fixed_batch else None, [c.host_gradient_blocks])
+    kept = candidates(c, modes, offloads, [c.batch_size] if fixed_batch else None)
     for choice in kept:
         if choice.fits(machine):
             return choice, True
@@ -224,7 +219,7 @@ def apply(c: Config, choice: Choice) -> Config:
     return dataclasses.replace(c, batch_size=choice.batch_size,
                                gradient_accumulation_steps=choice.gradient_accumulation_steps,
                                activation_checkpointing=choice.activation_checkpointing, lighter_blocks=choice.lighter_blocks,
-                               offload_optimizer=str(choice.offload_optimizer).lower(), host_gradient_blocks=choice.host_gradient_blocks)
+                               offload_optimizer=str(choice.offload_optimizer).lower())
 
 
 # ---------------------------------------------------------------- machines
@@ -351,5 +346,5 @@ def plan(c: Config, preset: str, machine: Machine) -> dict:
                 measured_with=measured_with,
                 memory_gb={k: round(v, 3) for k, v in choice.memory_gb.items()},
                 choice={f.name: getattr(choice, f.name) for f in dataclasses.fields(choice)
-                        if f.name != "memory_gb" and (f.name not in ("lighter_blocks", "host_gradient_blocks") or getattr(choice, f.name))},
+                        if f.name != "memory_gb" and (f.name != "lighter_blocks" or choice.lighter_blocks)},
                 options=choice.options(c))
