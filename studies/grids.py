@@ -5,6 +5,7 @@ now: it may look at results to choose the next ones, and is done when it wants n
 measured in a short run that has the GPU for itself, so that the others may share it.
 """
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
@@ -150,10 +151,16 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
 MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)      # of the base's micro-batch, among which the largest that fits is sought
 
 
+@functools.cache        # a study asks what it wants several times a second, while speeds are measured
+def usable_gb(cpu: bool) -> float:
+    """Memory of this machine's GPU, or of its host, that a run may plan with."""
+    return memory.find_machine(cpu=cpu).usable_gb
+
+
 def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """What does activation checkpointing cost? Each mode at two depths: at the base's micro-batch, at the largest that `none` is
     predicted to fit, and from the largest that itself is predicted to fit on, until one fits and the next does not."""
-    machine, sizes, wanted = memory.find_machine(), [base.batch_size * multiple for multiple in MULTIPLES], []
+    usable, sizes, wanted = usable_gb(base.device == "cpu"), [base.batch_size * multiple for multiple in MULTIPLES], []
     for layers in (base.n_layers, 2 * base.n_layers):
         def at(mode: str, batch: int) -> Run:
             run = speed(f"{mode}, {layers} layers, micro-batch {batch}", seeds[0], TIMED_STEPS // 2, n_layers=layers,
@@ -165,7 +172,7 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
             """The place in `sizes` of the largest micro-batch that should fit."""
             deep = dataclasses.replace(base, n_layers=layers)
             totals = [memory.memory(deep, mode, batch, offload=False)["total"] for batch in sizes]
-            return max(0, sum(total <= machine.usable_gb for total in totals) - 1)
+            return max(0, sum(total <= usable for total in totals) - 1)
 
         for mode in ("none", "selective", "full"):
             wanted += [at(mode, base.batch_size), at(mode, sizes[predicted("none")])]
@@ -185,5 +192,5 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
 # Tokens of a run by which a study of `small` takes about 20 minutes of one H100, at an assumed 250,000 tokens/s (500,000 at two
-# thirds of its width and depth) and 25 s for each start. checkpointing's runs are 16 steps whatever the tokens.
+# thirds of its width and depth) and 25 s for each start. checkpointing's runs are 8 steps whatever the tokens.
 TOKENS = dict(optimizer=16e6, routing=20e6, balance=16e6, specialization=80e6, scaling=20e6, checkpointing=1e6)

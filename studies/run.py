@@ -285,7 +285,7 @@ def run_study(argv: list[str]) -> None:
                         "[--FIELD VALUE ...]", __doc__)
     parser.add_argument("name", help=" ".join(STUDIES))
     parser.add_argument("--preset", default="small", help="the base configuration [small]")
-    parser.add_argument("--tokens", type=float, help=f"tokens of a run [{', '.join(f'{n} {t:.0e}' for n, t in TOKENS.items())}]")
+    parser.add_argument("--tokens", type=float, help=f"tokens of a run [{', '.join(f'{n} {t / 1e6:g}e6' for n, t in TOKENS.items())}]")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each configuration that is compared by its loss [2]")
     parser.add_argument("--jobs", type=int, default=1, help="runs on each GPU at a time, but for those whose speed is measured [1]")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time; the same command goes on")
