@@ -2,7 +2,7 @@
 
 A study is a function of (base configuration, tokens of a run, seeds, results so far) that returns all runs that it wants by
 now: it may look at results to choose the next ones, and is done when it wants nothing new. How fast a configuration is, is
-measured in a short run that has the GPU for itself, so that the others may share it.
+measured in a short run that has the GPU for itself, so that the others may share it; those come last, when all is compiled.
 """
 import dataclasses
 import functools
@@ -103,7 +103,7 @@ def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
         if k != 2:
             wanted += runs(base, f"top-{k}, equal FLOPs", flops / dataclasses.replace(base, **changes).flops_per_token, seeds, **changes)
-    return timed + wanted
+    return wanted + timed
 
 
 WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -145,7 +145,7 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
             name = f"{kind}, {size['n_layers']} x {size['d_model']}"
             timed.append(speed(name, seeds[0], **size | changes))
             wanted += runs(base, name, tokens, seeds, **size | changes)
-    return timed + wanted
+    return wanted + timed
 
 
 MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)      # of the base's micro-batch, among which the largest that fits is sought

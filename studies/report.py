@@ -266,7 +266,7 @@ def block(name: str, folder: Path) -> str:
     if results["study"] != name:
         raise ValueError(f"{folder / 'results.json'} is of the study {results['study']}")
     if not (folder / "figure.png").exists():
-        return f"{head}Begun, and not finished: `python -m studies.run {name}` goes on."
+        return f"{head}Begun, and not finished: `python -m studies.run {name} --tokens {results['tokens']:g} {' '.join(results['options'])}` goes on."
     return f"{head}![{QUESTIONS[name]}](studies/{name}/figure.png)\n\n{BLOCKS[name](results)}\n\n{budget(results)}"
 
 

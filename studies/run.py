@@ -135,6 +135,8 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
     stop, failures, performed = threading.Event(), [], 0
 
     def save() -> None:
+        order = {run.label: place for place, run in enumerate(wanted)}      # runs end in any order; tables go by the study's
+        results["runs"] = dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
         results["budget"] |= {kind: before + (time.monotonic() - began) / 60 * len(gpus),
                               "tokens": sum(run.get("tokens", 0) for run in found.values())}
         if commit and commit not in results["commits"]:
@@ -177,8 +179,9 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                 keep_metrics(run.label, _place(folder, run), folder / "metrics.jsonl.gz")
                 save()
                 shutil.rmtree(_place(folder, run), ignore_errors=True)      # its checkpoints; what it found is kept
-                print(f"{run.label}: " + (result.get("failed") or f"validation loss {result['val_loss']:.4f}, "
-                                          f"{result['elapsed_seconds']:.0f} s"), flush=True)
+                left = (time.monotonic() - began) / performed * (len(wanted) - len(found)) / 60
+                print(f"{run.label}: " + (result.get("failed") or f"validation loss {result['val_loss']:.4f}, {result['elapsed_seconds']:.0f} s")
+                      + f"; about {left:.0f} minutes to go", flush=True)
     if stop.is_set() or performed:
         save()
     if failures:

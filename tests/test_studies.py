@@ -94,10 +94,23 @@ def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
     whole = runner.perform
     monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 3 else whole(*a))
     assert not go("routing", tmp_path) and len(performed) == 3 and not (tmp_path / "figure.png").exists()
-    assert "Begun, and not finished" in report.block("routing", tmp_path)
+    assert f"`python -m studies.run routing --tokens {TOKENS:g} --preset tiny` goes on" in report.block("routing", tmp_path)
     monkeypatch.setattr(runner, "perform", whole)
     assert go("routing", tmp_path) and len(performed) == len(set(performed)) == 18
     assert not go("balance", tmp_path / "late", seconds=0)
+
+
+def test_runs_are_kept_in_the_order_of_the_study(performed, tmp_path, monkeypatch, capsys):
+    whole = runner.perform
+
+    def perform(run, *rest):
+        time.sleep(0.1 if run.changes["seed"] == 1 else 0)
+        return whole(run, *rest)
+    monkeypatch.setattr(runner, "perform", perform)
+    assert go("scaling", tmp_path, jobs=2)
+    wanted = [run.label for run in STUDIES["scaling"](BASE, TOKENS, [1, 2], {})]
+    assert list(loaded(tmp_path)["runs"]) == wanted and all(run.startswith("speed of") for run in wanted[-8:])
+    assert "minutes to go" in capsys.readouterr().out
 
 
 def test_a_signal_lets_runs_save_and_end(monkeypatch, tmp_path):
@@ -155,11 +168,11 @@ def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_pat
 
 
 def test_speeds_of_two_kinds_of_gpu_are_not_mixed(monkeypatch, tmp_path):
-    gpus = iter(["H100", "H100", "H200", "H200"])
-    monkeypatch.setattr(runner, "perform", lambda run, *_: result(machine=dict(gpu=next(gpus), cpus=2)))
+    monkeypatch.setattr(runner, "perform", lambda run, *_: result(machine=dict(
+        gpu="H200" if run.group in ("speed of top-3", "top-3, equal tokens") else "H100", cpus=2)))
     with pytest.raises(ConfigError, match="measured on H100, and this machine has H200.*--out"):
         go("routing", tmp_path)
-    assert len(loaded(tmp_path)["runs"]) == 2
+    assert "speed of top-2, seed 1" in loaded(tmp_path)["runs"] and "speed of top-3, seed 1" not in loaded(tmp_path)["runs"]
 
 
 def test_a_study_of_something_else_is_not_gone_on_with(performed, tmp_path):
