@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from plot import BLUE, GREEN, ORANGE, RED, write_figure
-from studies.grids import ADAMW_RATES, WEIGHTS
+from studies.grids import ADAMW_RATES, LONG_WARMUP, WEIGHTS
 
 SPEED = "speed of "
 LOSS = "validation loss (nats per token)"
@@ -133,11 +133,13 @@ def _optimizer(figure: Figure, results: dict) -> None:
     found = groups(results)
     sweeps = [runs for group, runs in found.items() if "_lr" in group]
     muon = best_runs(found, "muon")[0]["changes"]
-    lines = (("adamw", "adamw_lr", {}, "AdamW alone", ORANGE, "s"),
+    lines = (("adamw", "adamw_lr", dict(warmup_fraction=None), "AdamW alone", ORANGE, "s"),
+             ("adamw", "adamw_lr", dict(warmup_fraction=LONG_WARMUP), f"AdamW alone, warm-up {LONG_WARMUP:.0%}", RED, "D"),
              ("muon", "muon_lr", dict(adamw_lr=ADAMW_RATES[1]), "Muon, over Muon's rate", BLUE, "o"),
              ("muon", "adamw_lr", dict(muon_lr=muon["muon_lr"]), "Muon, over its AdamW's rate", GREEN, "^"))
     for name, field, same, label, colour, marker in lines:
-        mine = {runs[0]["changes"][field]: runs for runs in sweeps if (dict(optimizer=name) | same).items() <= runs[0]["changes"].items()}
+        mine = {runs[0]["changes"][field]: runs for runs in sweeps
+                if all(runs[0]["changes"].get(key) == value for key, value in (dict(optimizer=name) | same).items())}
         _points(rates, dict(sorted(mine.items())), "val_loss", label, colour, marker)
     for name, label, colour in (("muon", "Muon with AdamW", BLUE), ("adamw", "AdamW alone", ORANGE)):
         for i, run in enumerate(best_runs(found, name)):

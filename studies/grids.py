@@ -52,42 +52,49 @@ def sized(base: Config, factor: float) -> dict:
 
 MUON_RATES, ADAMW_RATES = (0.01, 0.02, 0.04), (0.001, 0.002, 0.004)
 MOST_RATES = 6
+LONG_WARMUP = 0.2
 FRACTIONS = (0.25, 0.5)
 
 
 def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """Is Muon worth it? Muon with AdamW against AdamW alone: the learning rates of each are swept with one seed (Muon's first, then
-    that of the AdamW beside it), on past the first three when the best is at an end; the best get the other seeds. Muon also for a
-    quarter and half of the tokens, each with a whole schedule: with how many does it reach AdamW's loss?"""
+    that of the AdamW beside it), on past the first three when the best is at an end; AdamW alone, which a short warm-up may hold
+    back, also with a longer one; the best get the other seeds. Muon also for a quarter and half of the tokens, each with a whole
+    schedule: with how many does it reach AdamW's loss?"""
     wanted = [speed(name, seeds[0], optimizer=name) for name in ("muon", "adamw")]
 
-    def sweep(field: str, rates: tuple[float, ...], **changes) -> float | None:
-        """Wants the runs of a sweep, and returns the best rate when that is known."""
+    def name_of(changes: dict) -> str:
+        return ", ".join([changes["optimizer"], *(f"{field} {changes[field]:g}" for field in ("muon_lr", "adamw_lr", "warmup_fraction") if field in changes)])
+
+    def losses(tried: dict[float, dict]) -> dict[float, float] | None:
+        """Wants a run with each of the changes, and returns where they ended when all have."""
+        those = {rate: runs(base, name_of(changes), tokens, seeds[:1], **changes)[0] for rate, changes in tried.items()}
+        wanted.extend(run for run in those.values() if run not in wanted)
+        return {rate: found[run.label]["val_loss"] for rate, run in those.items()} if all(run.label in found for run in those.values()) else None
+
+    def sweep(field: str, rates: tuple[float, ...], **changes) -> dict | None:
+        """Wants the runs of a sweep, and returns the changes with the best rate when that is known."""
         rates = list(rates)
         while True:
-            tried = {rate: runs(base, rates_of(changes | {field: rate}), tokens, seeds[:1], **changes | {field: rate})[0] for rate in sorted(rates)}
-            wanted.extend(run for run in tried.values() if run not in wanted)
-            if not all(run.label in found for run in tried.values()):
+            ends = losses({rate: changes | {field: rate} for rate in sorted(rates)})
+            if ends is None:
                 return None
-            best = min(tried, key=lambda rate: found[tried[rate].label]["val_loss"])
+            best = min(ends, key=ends.get)
             if min(rates) < best < max(rates) or len(rates) == MOST_RATES:
-                return best
+                return changes | {field: best}
             rates.append(best / 2 if best == min(rates) else best * 2)
 
-    def rates_of(changes: dict) -> str:
-        return ", ".join(f"{field} {changes[field]:g}" if field.endswith("lr") else changes[field]
-                         for field in ("optimizer", "muon_lr", "adamw_lr") if field in changes)
-
-    best = dict(adamw=dict(adamw_lr=sweep("adamw_lr", ADAMW_RATES, optimizer="adamw")),
-                muon=dict(muon_lr=sweep("muon_lr", MUON_RATES, optimizer="muon", adamw_lr=ADAMW_RATES[1])))
-    if muon_lr := best["muon"]["muon_lr"]:
-        best["muon"]["adamw_lr"] = sweep("adamw_lr", ADAMW_RATES, optimizer="muon", muon_lr=muon_lr)
-    for name, changes in best.items():
-        if None not in changes.values():
-            changes = dict(optimizer=name) | changes
-            wanted += runs(base, rates_of(changes), tokens, seeds[1:], **changes)
-            if name == "muon":
-                wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **changes)]
+    adamw = sweep("adamw_lr", ADAMW_RATES, optimizer="adamw")
+    if adamw:
+        choices = [adamw, *(adamw | dict(adamw_lr=times * adamw["adamw_lr"], warmup_fraction=LONG_WARMUP) for times in (1, 2))]
+        ends = losses(dict(enumerate(choices)))
+        adamw = ends and choices[min(ends, key=ends.get)]
+    muon = sweep("muon_lr", MUON_RATES, optimizer="muon", adamw_lr=ADAMW_RATES[1])
+    muon = muon and sweep("adamw_lr", ADAMW_RATES, **{field: value for field, value in muon.items() if field != "adamw_lr"})
+    for changes in filter(None, (adamw, muon)):
+        wanted += runs(base, name_of(changes), tokens, seeds[1:], **changes)
+    if muon:
+        wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **muon)]
     return wanted
 
 

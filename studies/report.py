@@ -111,7 +111,8 @@ def optimizer(results: dict) -> str:
             beside |= dict(adamw_lr=ADAMW_RATES[1]) if field == "muon_lr" else dict(muon_lr=mine["muon_lr"])
         tried = [runs[0]["changes"][field] for group, runs in found.items() if "_lr" in group and beside.items() <= runs[0]["changes"].items()]
         inside = min(tried) < mine[field] < max(tried)
-        return f"{mine[field]:g}" + ("" if inside else " (the sweep's end)")
+        longer = f", warm-up {mine['warmup_fraction']:.0%}" if "warmup_fraction" in mine else ""
+        return f"{mine[field]:g}{longer}" + ("" if inside else " (the sweep's end)")
 
     table = rows(["", "Muon with AdamW", "AdamW alone"], [
         ["best peak rates of the sweeps", f"{rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}", rate(adamw, "adamw_lr")],
