@@ -2,7 +2,7 @@
 
 All sizes are in GB of 1e9 bytes. The counts of what a block keeps are those of the compiled block (a test compares them
 with what torch.compile saves), and on a CPU of the plain one; what the backward pass holds for a moment is an upper estimate.
-No torch here, so that `plan` answers at once and needs no GPU.
+No torch at import, so that `plan` answers at once and needs no GPU.
 """
 import contextlib
 import ctypes
@@ -352,6 +352,24 @@ def find_machine(host_gb: float = 0, gpu: str | None = None, cpu: bool = False) 
             # the driver's total holds 0.5% that PyTorch does not see
             return Machine(name.strip(), float(mib) * 2 ** 20 / GB * 0.995, host_gb, known_gpu(name))
     return Machine(None, 0, host_gb)
+
+
+def find_device(c: Config):
+    """The torch.device that `c` trains on. Raises ConfigError."""
+    import torch        # here and below only: `plan` answers without it
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: PyTorch finds no GPU; check the driver and that torch is a CUDA build, or use --device cpu")
+    return torch.device("cuda" if c.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def machine_of(device, host_gb: float = 0) -> Machine:
+    """The machine of a torch.device, with what PyTorch sees of its memory; `host_gb` as in find_machine."""
+    import torch
+    host_gb = host_gb or host_memory_gb()
+    if device.type == "cpu":
+        return Machine(None, 0, host_gb)
+    name = torch.cuda.get_device_name()
+    return Machine(name, torch.cuda.get_device_properties(0).total_memory / GB, host_gb, known_gpu(name))
 
 
 # ---------------------------------------------------------------- report

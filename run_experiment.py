@@ -137,7 +137,7 @@ def train(argv: list[str]) -> None:
               f"{config.tokens_per_step:,} tokens a step", flush=True)
         tracker.require(config.tracker)
         # what cannot start is refused before minutes of tokenizing
-        memory.refuse_what_cannot_fit(config, trainer.find_machine(config, trainer.find_device(config)))
+        memory.refuse_what_cannot_fit(config, memory.machine_of(memory.find_device(config), config.host_memory_gb))
         corpus = data.prepare(config)
         run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
         del state           # it is mapped from the checkpoint's file, whose disk space would stay taken

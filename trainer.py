@@ -14,14 +14,14 @@ import uuid
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import checkpoint
 import data
 import memory
 import tracker
-from config import Config, ConfigError, ExperimentError
+from config import Config, ExperimentError
+from kernels import attention_backends
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
 from precision import LossScaler, gradient_norms
@@ -54,8 +54,8 @@ class Trainer:
         self.corpus, self.folder = corpus, Path(config.save_dir)
         if state is not None:
             _same_data(state["data"], corpus)
-        self.device = find_device(config)
-        self.machine = find_machine(config, self.device)
+        self.device = memory.find_device(config)
+        self.machine = memory.machine_of(self.device, config.host_memory_gb)
         self.asked = config                 # with its autos, which another machine may settle otherwise
         self.config = config = self._decide(config)
 
@@ -528,33 +528,6 @@ class Trainer:
                 (f"Next smaller choice, at the same tokens per step ({less.memory_gb['total']:.1f} GB): {less.options(self.config)}"
                  if less else "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset.")
                 + f"\n  {self._last_checkpoint_words()}") from error
-
-
-# ---------------------------------------------------------------- the machine
-
-def find_device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: PyTorch finds no GPU; check the driver and that torch is a CUDA build, or use --device cpu")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def find_machine(config: Config, device: torch.device) -> memory.Machine:
-    host = config.host_memory_gb or memory.host_memory_gb()
-    if device.type == "cpu":
-        return memory.Machine(None, 0, host)
-    name = torch.cuda.get_device_name()
-    return memory.Machine(name, torch.cuda.get_device_properties(0).total_memory / memory.GB, host, memory.known_gpu(name))
-
-
-def attention_backends(device: torch.device):
-    """Fused attention's order of preference: cuDNN's is the faster one on Hopper and later (542 against 313 TFLOP/s
-    forward on an H100), flash before. It holds for the whole run, as backward passes recompute attention too."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    hopper = torch.cuda.get_device_capability() >= (9, 0)
-    order.insert(0 if hopper else 1, SDPBackend.CUDNN_ATTENTION)
-    return sdpa_kernel(order, set_priority=True)
 
 
 def _same_data(saved: dict, corpus: data.Corpus) -> None:

@@ -164,6 +164,7 @@ def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
 def test_plan_says_whose_host_memory_it_counts_on(cli):
     argv = ("--preset", "18b", "--gpu", "h200")
     assert planned(cli, *argv)["host_memory_assumed"] and not planned(cli, *argv, "--host_memory_gb", "200")["host_memory_assumed"]
+    assert not planned(cli, "--preset", "tiny", "--device", "cpu")["host_memory_assumed"], "this machine's own"
     assert "host with 128 GB (assumed; --host_memory_gb" in cli("plan", *argv)[1]
     assert "host with 200 GB: fits" in cli("plan", *argv, "--host_memory_gb", "200")[1]
 
