@@ -325,6 +325,10 @@ def parse_value(name: str, text: str):
 def preset_values(name: str) -> dict:
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}")
+    for field in PRESETS[name]:
+        if field not in defaults():
+            raise ConfigError(f"{field}: preset {name} in config.py sets it, and Config has no such field.{nearest(field, defaults())} "
+                              "Correct its name in config.py.")
     return PRESETS[name]
 
 
@@ -338,15 +342,21 @@ def resolve(options: dict, preset: str | None, gpu_memory_gb: float | None) -> t
     if preset:
         name, why = preset, "chosen with --preset"
     elif edited:
-        changed = [k for k, v in PRESETS["18b"].items() if defaults()[k] != v]
+        changed = [k for k, v in preset_values("18b").items() if defaults()[k] != v]
         name = "config.py"
         why = ("its defaults were edited" + (f" ({', '.join(changed)})" if changed else "")
                + ", so no preset was chosen by GPU memory; --preset NAME chooses one")
+        if not gpu_memory_gb:
+            why += ". No GPU was found, and what was not edited is the 18b model's: --preset tiny trains on a CPU and keeps edits that it does not name"
     else:
         name = next(p for least, p in PRESET_BY_GPU_MEMORY if (gpu_memory_gb or 0) >= least)
         why = f"the GPU has {gpu_memory_gb:.0f} GB" if gpu_memory_gb else "no GPU was found"
     values = {} if name == "config.py" else preset_values(name)
-    return Config(**{**values, **options}), name, why
+    try:
+        return Config(**{**values, **options}), name, why
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nThe values are those of {'config.py' if name == 'config.py' else f'preset {name} in config.py'} and of "
+                          "the command line: correct them there.") from None
 
 
 # What a resumed run may not change: the model's shape, the form of its state, and which sequences come when.

@@ -1,9 +1,11 @@
 """Predicts every byte of a run, and picks activation checkpointing, micro-batch and the place of optimizer state.
 
 All sizes are in GB of 1e9 bytes. The counts of what a block keeps are those of the compiled block (a test compares them
-with what torch.compile saves); what the backward pass holds for a moment is an upper estimate. No torch here, so that
-`plan` answers at once and needs no GPU.
+with what torch.compile saves), and on a CPU of the plain one; what the backward pass holds for a moment is an upper estimate.
+No torch at import, so that `plan` answers at once and needs no GPU.
 """
+import contextlib
+import ctypes
 import dataclasses
 import json
 import os
@@ -15,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import LIGHTER, LOSS_CHUNK, OPTIMIZER_PIECE, PRESETS, Config, ConfigError, block_modes, nearest
+from config import LIGHTER, LOSS_CHUNK, OPTIMIZER_PIECE, PRESETS, Config, ConfigError, ExperimentError, block_modes, nearest
 
 GB = 1e9
 
@@ -40,7 +42,15 @@ GPUS = {
 }
 OTHER_VARIANTS = {"NVL", "Laptop", "D", "MIG"}       # have other peaks or less memory than the cards of that name
 
+# Bytes of an element that the optimizer updates on a CPU, of temporary fp32 and integer tensors (measured; fp16's residual is arithmetic).
+CPU_UPDATE_BYTES = {"fp32": 20, "bf16": 26, "fp16": 51}
+
+# What the libraries for products keep on a CPU, and what its heap does, by bytes of the compute dtype: in 16 bits a kernel is made for
+# each number of rows that an expert gets (measured; fp32 0.3, bf16 and fp16 0.5 to 0.7).
+CPU_LIBRARY_GB = {4: 0.35, 2: 0.8}
+
 CONTEXT_GB = 0.7        # CUDA context and library workspaces, outside PyTorch's allocator (assumed)
+CPU_PROCESS_GB = 0.5    # the program and its libraries, of a CPU run (measured)
 USABLE = 0.97           # share of the rest that is planned for: fragmentation and what the estimate misses (assumed)
 
 # Time of a step relative to keeping everything, for the planner's order of preference. Four layers of 18b and the head on an
@@ -61,33 +71,42 @@ class Machine:
 
     @property
     def usable_gb(self) -> float:
-        return (self.memory_gb - CONTEXT_GB) * USABLE if self.name else self.host_memory_gb * 0.9
+        return (self.memory_gb - CONTEXT_GB) * USABLE if self.name else max(0, self.host_memory_gb - CPU_PROCESS_GB) * 0.9
 
 
 # ---------------------------------------------------------------- bytes
 
-def activation_bytes_per_token(c: Config, layer: int, checkpointing: str) -> int:
+def activation_bytes_per_token(c: Config, layer: int, checkpointing: str, cpu: bool = False) -> int:
     """Bytes that block `layer` keeps for its backward pass, per token: its input, and with "selective" the outputs of attention
-    and of most products, with "none" of all of them and the normalised inputs, rotated queries and keys, and the gated product."""
+    and of most products, with "none" of all of them and the normalised inputs, rotated queries and keys, and the gated product.
+    On a CPU nothing is fused: every norm keeps two fp32 tensors, SwiGLU its factors, and "selective" the outputs that are read no more."""
     w, moe = _compute_bytes(c), c.is_moe(layer)
     d, kv, paths = c.d_model, c.n_kv_heads * c.head_dim, c.top_k if moe else 1
     routing = 8 * c.top_k if moe else 0                                                       # the chosen experts
+    if cpu and moe:
+        routing += 4 * c.top_k      # and their probabilities
     if checkpointing == "full":
         return w * d + routing
     log_sum_exp = 4 * c.n_heads
     if checkpointing == "selective":
-        return w * (3 * d + kv + 2 * c.d_ff * paths) + log_sum_exp + routing + (4 * c.num_experts if moe else 0)
+        unread = w * d * paths if cpu else 0
+        return w * (3 * d + kv + 2 * c.d_ff * paths) + unread + log_sum_exp + routing + (4 * c.num_experts if moe else 0)
     statistics = 4 * (c.n_heads + c.n_kv_heads) + 8
+    if cpu:
+        norms, attention = 8 * (3 * d + kv), w * (3 * d + 2 * kv)
+        ffn = 4 * d + w * paths * (d + 5 * c.d_ff) if moe else w * (d + 4 * c.d_ff)
+        routing = 24 * c.top_k + (c.top_k + 8) * c.num_experts + 8 if moe else 0
+        return norms + attention + ffn + log_sum_exp + statistics + routing
     routing += (4 * c.num_experts + 20 * c.top_k + 12) if moe else 0
     return w * (7 * d + 3 * kv + 3 * c.d_ff * paths + (d * (c.top_k - 1) if moe else 0)) + log_sum_exp + statistics + routing
 
 
-def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighter_blocks: int = 0) -> dict[str, float]:
+def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighter_blocks: int = 0, cpu: bool = False) -> dict[str, float]:
     """Predicted memory in GB of `c` with these values instead of its own: weights, gradients, master, momentum, adamw (0 when they live on the host), activations,
     workspace, their total, and host.
 
     activations: the peak of forward and backward beyond what stays. workspace: what the optimizer step needs beyond
-    that, as the two do not meet.
+    that, as the two do not meet. On a `cpu` nothing is compiled, so both are larger.
     """
     p = c.parameter_groups
     wide = p["norms"] + p["router"]                                       # always fp32
@@ -102,13 +121,18 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighte
     modes = block_modes(checkpointing, c.n_layers, lighter_blocks)
     tokens, w, head = batch_size * c.max_seq_len, _compute_bytes(c), c.vocab_size * c.d_model
     loss = 2 * tokens * c.d_model * w + head * (4 + w) + 3 * 4 * min(tokens, LOSS_CHUNK) * c.vocab_size
+    if cpu:     # the last norm's tensors, the head's gradient, and logits as they come, in fp32 and a copy, or what follows and a product
+        logits = min(tokens, LOSS_CHUNK) * c.vocab_size
+        loss = tokens * c.d_model * (8 + 2 * w) + 4 * head + (4 if w == 4 else 6) * logits + 4 * max(logits, head)
     matrices = [weight_bytes * c.matrices_of(i) for i in range(c.host_gradient_blocks if offload else 0)]
     kept, peak = 0, 0       # of the blocks so far; of the backward passes, each with what the blocks before it keep
     for i, mode in enumerate(modes):
-        kept += tokens * activation_bytes_per_token(c, i, mode)
+        # fp32 weights are cast for 16-bit products, which keep the cast ones
+        casts = w * c.matrices_of(i) if cpu and w < weight_bytes else 0
+        kept += tokens * activation_bytes_per_token(c, i, mode, cpu) + (casts if mode == "none" else 0)
         # sums of gradients on their way from the host and back: of this block and the next, and of the two before
         streamed = sum(matrices[max(i - 1, 0):i + 3]) if i < len(matrices) else 0
-        peak = max(peak, kept + _backward_bytes(c, i, mode, tokens, weight_bytes) + streamed)
+        peak = max(peak, kept + _backward_bytes(c, i, mode, tokens, weight_bytes, cpu) + streamed + (casts if mode != "none" else 0))
     activations = max(peak, kept + loss)
 
     # a group of matrices, as they come and orthogonalised, and four Gram matrices each; in fp32, not fused, more copies
@@ -116,25 +140,34 @@ def memory(c: Config, checkpointing: str, batch_size: int, offload: bool, lighte
     matrix, gram = c.d_model * max(c.d_ff, c.d_model), min(c.d_model, c.d_ff) ** 2
     piece = min(max(OPTIMIZER_PIECE // matrix, 1) * matrix, hidden)
     streamed = max(4 * 4, 3 * (4 + weight_bytes) if matrices else 0) if offload else 0
-    optimizer = piece * (4 + 8 * gram / matrix if c.split_masters else 24) + piece * streamed
+    optimizer = piece * (4 + 8 * gram / matrix if c.split_masters else 24)
     others = c.total_params - hidden                                      # AdamW's groups: the same of its larger state
-    optimizer = max(optimizer, (0 if c.split_masters else 16 * min(OPTIMIZER_PIECE, others))
-                    + (10 * min(4 * OPTIMIZER_PIECE, others) if offload else 0))
+    adamw = 0 if c.split_masters else 16 * min(OPTIMIZER_PIECE, others)
+    if cpu:     # in fp32; updates are made a parameter at a time, with every step of the arithmetic a tensor
+        update = CPU_UPDATE_BYTES[c.precision if c.split_masters else "fp32"]
+        banks = [c.num_experts if c.is_moe(i) else 1 for i in range(c.n_layers)]
+        gate_up = 2 * c.d_ff * c.d_model
+        group = min(piece, max(gate_up * sum(banks), p["attention"]) if c.d_ff != c.d_model else hidden)
+        optimizer = max(group * (12 + 10 * gram / matrix), 8 * group + update * min(group, gate_up * max(banks)))
+        adamw = update * min(OPTIMIZER_PIECE, head if hidden else max(head, gate_up * max(banks)))
+    optimizer = max(optimizer + piece * streamed, adamw + (10 * min(4 * OPTIMIZER_PIECE, others) if offload else 0))
 
     sizes = dict(weights=weights, gradients=weights - sum(matrices), **{k: 0 if offload else v for k, v in state.items()},
-                 activations=activations, workspace=max(0, optimizer - activations))
+                 activations=activations + (CPU_LIBRARY_GB[w] * GB if cpu else 0), workspace=max(0, optimizer - activations))
     sizes["total"] = sum(sizes.values())
     sizes["host"] = sum(state.values()) + sum(matrices) if offload else 0
     return {k: v / GB for k, v in sizes.items()}
 
 
-def _backward_bytes(c: Config, layer: int, checkpointing: str, tokens: int, weight_bytes: int) -> int:
+def _backward_bytes(c: Config, layer: int, checkpointing: str, tokens: int, weight_bytes: int, cpu: bool) -> int:
     """What the backward pass of block `layer` needs, in its feed-forward part, beyond what was kept: what it recomputes, gradients
     of the residual stream, and either those of the products (the gated product is gone by then, where a kernel does SwiGLU's
     backward) and of one weight, or, when the products' are used up, of all three weights and the rows' own."""
     w, (paths, experts) = _compute_bytes(c), (c.top_k, c.num_experts) if c.is_moe(layer) else (1, 1)
-    recomputed = activation_bytes_per_token(c, layer, "none") - activation_bytes_per_token(c, layer, checkpointing)
+    recomputed = activation_bytes_per_token(c, layer, "none", cpu) - activation_bytes_per_token(c, layer, checkpointing, cpu)
     gated, weight, row = w * c.d_ff * paths * tokens, experts * c.d_ff * c.d_model * weight_bytes, w * c.d_model * tokens
+    if cpu:     # the gated product's gradient, and by 16-bit ones two in fp32; then weights', when it is used up
+        return tokens * recomputed + 3 * row + max((2 if w == 4 else 5) * gated, 2 * weight)
     return tokens * recomputed + 3 * row + max((2 if w == 2 else 3) * gated + weight, 3 * weight - 3 * gated + 3 * row)
 
 
@@ -180,7 +213,7 @@ class Choice:
                 + f"--offload_optimizer {str(self.offload_optimizer).lower()}")
 
 
-def candidates(c: Config, modes=None, offloads=None, batches=None) -> list[Choice]:
+def candidates(c: Config, modes=None, offloads=None, batches=None, cpu: bool = False) -> list[Choice]:
     """Every choice with the same tokens per step, the fastest first; None leaves a field free. With the mode free, blocks may differ
     in it, else as the configuration says."""
     n = c.sequences_per_step
@@ -192,7 +225,7 @@ def candidates(c: Config, modes=None, offloads=None, batches=None) -> list[Choic
                 for offload in offloads if offloads is not None else (False, True):
                     relative = (time + (less - time) * lighter / c.n_layers) * (OFFLOAD_TIME if offload else 1)
                     relative *= 1 + (HALVED_BATCH_TIME - 1) * (c.batch_size / batch - 1)
-                    found.append((relative, Choice(batch, n // batch, mode, offload, memory(c, mode, batch, offload, lighter), lighter)))
+                    found.append((relative, Choice(batch, n // batch, mode, offload, memory(c, mode, batch, offload, lighter, cpu), lighter)))
     return [choice for _, choice in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -201,17 +234,18 @@ def choose(c: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool
     fits with everything free, or the smallest of all, False). `fixed_batch` keeps the micro-batch too."""
     modes = None if c.activation_checkpointing == "auto" else [c.activation_checkpointing]
     offloads = {"auto": [True] if c.host_gradient_blocks else None, "true": [True], "false": [False]}[c.offload_optimizer]
-    kept = candidates(c, modes, offloads, [c.batch_size] if fixed_batch else None)
+    cpu = machine.name is None
+    kept = candidates(c, modes, offloads, [c.batch_size] if fixed_batch else None, cpu)
     for choice in kept:
         if choice.fits(machine):
             return choice, True
-    free = candidates(c, offloads=[False] if machine.name is None else None)
+    free = candidates(c, offloads=[False] if cpu else None, cpu=cpu)
     return next((choice for choice in free if choice.fits(machine)), min(free, key=lambda x: (x.memory_gb["total"], x.lighter_blocks))), False
 
 
-def smaller(c: Config, used: Choice) -> Choice | None:
+def smaller(c: Config, used: Choice, cpu: bool = False) -> Choice | None:
     """The fastest choice that needs at least 5% less memory than `used`: what to try after running out."""
-    return next((x for x in candidates(c) if x.memory_gb["total"] < 0.95 * used.memory_gb["total"]), None)
+    return next((x for x in candidates(c, offloads=[False] if cpu else None, cpu=cpu) if x.memory_gb["total"] < 0.95 * used.memory_gb["total"]), None)
 
 
 def apply(c: Config, choice: Choice) -> Config:
@@ -222,6 +256,32 @@ def apply(c: Config, choice: Choice) -> Config:
                                offload_optimizer=str(choice.offload_optimizer).lower())
 
 
+def settle(c: Config, machine: Machine) -> tuple[Config, dict, Choice | None]:
+    """(`c` with every auto decided, its predicted memory, None); where no choice that keeps what `c` fixes fits, as it was asked for,
+    with the choice to advise."""
+    choice, kept = choose(c, machine, fixed_batch=True)
+    if kept:
+        return apply(c, choice), choice.memory_gb, None
+    mode = c.activation_checkpointing if c.activation_checkpointing != "auto" else "full"
+    offload = c.offload_optimizer == "true" or (c.offload_optimizer == "auto" and bool(machine.name or c.host_gradient_blocks))
+    c = dataclasses.replace(c, activation_checkpointing=mode, offload_optimizer=str(offload).lower())
+    return c, memory(c, mode, c.batch_size, offload, c.lighter_blocks, machine.name is None), choice
+
+
+def advice(choice: Choice, c: Config, machine: Machine) -> str:
+    return f"This would fit: {choice.options(c)}" if choice.fits(machine) else "No choice for this model would fit: use a smaller --preset"
+
+
+def refuse_what_cannot_fit(c: Config, machine: Machine) -> None:
+    """Raises ExperimentError where the system would kill the process without a word: on a CPU that has not the predicted memory."""
+    _, sizes, choice = settle(c, machine)
+    needed = sizes["total"] + sizes["host"]
+    if machine.name is None and choice and needed > machine.host_memory_gb:
+        raise ExperimentError(f"no memory for this run: {needed:.1f} GB are predicted and {machine.host_memory_gb:.1f} GB of this machine "
+                              f"are free.\n  {advice(choice, c, machine)}; if the machine has more than the operating system reports, say "
+                              "so with --host_memory_gb.")
+
+
 # ---------------------------------------------------------------- machines
 
 def known_gpu(driver_name: str) -> str | None:
@@ -230,6 +290,9 @@ def known_gpu(driver_name: str) -> str | None:
     if words & OTHER_VARIANTS:
         return None
     return next((key for key, gpu in GPUS.items() if words.issuperset(gpu.words)), None)
+
+
+M_MMAP_THRESHOLD = -3       # in glibc's malloc.h
 
 
 def host_memory_gb() -> float:
@@ -258,6 +321,13 @@ def resident_gb() -> tuple[float, float]:
         return peak, peak
 
 
+def return_freed_memory() -> None:
+    """Tells glibc to give tensors of 4 MB and more back to the system when they are freed. It would keep up to 32 MB ones in a heap
+    that falls into pieces: up to a third more memory in a CPU run (measured)."""
+    with contextlib.suppress(OSError, AttributeError):      # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 * 2 ** 20)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that a GPU's or the host's memory ran out: PyTorch has several ways to say so."""
     words = "out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED"
@@ -282,6 +352,24 @@ def find_machine(host_gb: float = 0, gpu: str | None = None, cpu: bool = False) 
             # the driver's total holds 0.5% that PyTorch does not see
             return Machine(name.strip(), float(mib) * 2 ** 20 / GB * 0.995, host_gb, known_gpu(name))
     return Machine(None, 0, host_gb)
+
+
+def find_device(c: Config):
+    """The torch.device that `c` trains on. Raises ConfigError."""
+    import torch        # here and below only: `plan` answers without it
+    if c.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: PyTorch finds no GPU; check the driver and that torch is a CUDA build, or use --device cpu")
+    return torch.device("cuda" if c.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def machine_of(device, host_gb: float = 0) -> Machine:
+    """The machine of a torch.device, with what PyTorch sees of its memory; `host_gb` as in find_machine."""
+    import torch
+    host_gb = host_gb or host_memory_gb()
+    if device.type == "cpu":
+        return Machine(None, 0, host_gb)
+    name = torch.cuda.get_device_name()
+    return Machine(name, torch.cuda.get_device_properties(0).total_memory / GB, host_gb, known_gpu(name))
 
 
 # ---------------------------------------------------------------- report

@@ -231,7 +231,9 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, help="PNG to write; default: training_curves.png in the folder of one run, "
                         "comparison.png beside the folder of the first of several")
     options = parser.parse_args(argv)
-    runs = list(dict.fromkeys(options.runs))
+    runs = list({run.resolve(): run for run in reversed(options.runs)}.values())[::-1]
+    if len(runs) < len(options.runs):
+        print(f"note: a run that is named twice is drawn once: {', '.join(map(str, runs))}", file=sys.stderr)
     out = options.out or (runs[0] / "training_curves.png" if len(runs) == 1 else runs[0].resolve().parent / "comparison.png")
     try:
         histories = [read_metrics(run / "metrics.jsonl") for run in runs]

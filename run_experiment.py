@@ -11,6 +11,7 @@ import time
 LAUNCHED = time.monotonic()     # before the slow imports
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -44,7 +45,8 @@ class Parser(argparse.ArgumentParser):
             if not name.startswith("-"):
                 raise ConfigError(f"unexpected argument {unknown[0]!r}: a command comes first, options are --NAME VALUE, and a value with "
                                   "spaces needs quotes")
-            raise ConfigError(f"unknown option {unknown[0]!r}.{nearest(name, known)} --help lists them all.")
+            within = [option for option in known if name.strip("-") in option]      # --tokens is --max_new_tokens rather than --top_k
+            raise ConfigError(f"unknown option {unknown[0]!r}.{nearest(name, within or known)} --help lists them all.")
         return args
 
 
@@ -94,6 +96,8 @@ def train(argv: list[str]) -> None:
     gpu_gb = None
     if options.get("device", defaults()["device"]) != "cpu" and torch.cuda.is_available():
         gpu_gb = torch.cuda.get_device_properties(0).total_memory / memory.GB
+        if torch.cuda.device_count() > 1:
+            print(f"{torch.cuda.device_count()} GPUs are visible; a run uses one by design, the first of CUDA_VISIBLE_DEVICES.")
     config, name, why = resolve(options, args.preset, gpu_gb)
 
     import checkpoint
@@ -116,31 +120,45 @@ def train(argv: list[str]) -> None:
     else:
         print(f"Preset {name}: {why}." if name != "config.py" else f"Configuration of config.py: {why}.")
     folder = Path(config.save_dir)
+    if args.resume == "latest" and path is None:
+        print(f"Nothing to resume: no checkpoint in {folder}. A new run starts.")
     found = report.run_files(folder) if folder.is_dir() else []
     if found and not args.overwrite and (path is None or path.resolve().parent != folder.resolve()):
         if path is None and args.resume == "latest":        # a run that ended before its first checkpoint
-            print(f"No checkpoint in {folder}: a fresh start; what the run left is set aside as "
-                  + ", ".join(report.set_aside(file).name for file in found))
+            print("What a run left there is set aside as " + ", ".join(report.set_aside(file).name for file in found))
         else:
             raise ConfigError(f"{folder} already holds a run ({', '.join(f.name for f in found[:4])}"
                               f"{' ...' if len(found) > 4 else ''}). Go on with it: --resume latest; keep it: another "
                               "--save_dir; delete it: --overwrite.")
-    checkpoint.check_free_space(folder, 0)
+    with removed_if_empty(folder):
+        checkpoint.check_free_space(folder, 0)
 
-    print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
-          f"{config.tokens_per_step:,} tokens a step", flush=True)
-    tracker.require(config.tracker)
-    # what cannot start is refused before minutes of tokenizing
-    trainer.refuse_what_cannot_fit(config, trainer.find_machine(config, trainer.find_device(config)))
-    corpus = data.prepare(config)
-    run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
-    del state           # it is mapped from the checkpoint's file, whose disk space would stay taken
-    if args.overwrite:      # only now that nothing can be wrong any more
-        freed = sum(file.stat().st_size / file.stat().st_nlink for file in found)
-        checkpoint.check_free_space(folder, max(0, int(run.checkpoint_bytes_to_come() - freed)))
-        for file in found:
-            file.unlink(missing_ok=True)
-    run.run()
+        print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
+              f"{config.tokens_per_step:,} tokens a step", flush=True)
+        tracker.require(config.tracker)
+        # what cannot start is refused before minutes of tokenizing
+        memory.refuse_what_cannot_fit(config, memory.machine_of(memory.find_device(config), config.host_memory_gb))
+        corpus = data.prepare(config)
+        run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
+        del state           # it is mapped from the checkpoint's file, whose disk space would stay taken
+        if args.overwrite:      # only now that nothing can be wrong any more
+            freed = sum(file.stat().st_size / file.stat().st_nlink for file in found)
+            checkpoint.check_free_space(folder, max(0, int(run.checkpoint_bytes_to_come() - freed)))
+            for file in found:
+                file.unlink(missing_ok=True)
+        run.run()
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path):
+    """Leaves no empty folder behind where a run made it and came to nothing."""
+    made = not folder.exists()
+    try:
+        yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):      # it holds something, or was never made
+                folder.rmdir()
 
 
 def resume_path(resume: str | None, config: Config) -> Path | None:
@@ -161,7 +179,8 @@ def resume_path(resume: str | None, config: Config) -> Path | None:
 def plan(argv: list[str]) -> None:
     parser = new_parser("run_experiment.py plan [--preset NAME] [--gpu NAME] [--host_memory_gb N] [--json] [--FIELD VALUE ...]")
     parser.add_argument("--preset", help="a preset of config.py: " + " ".join(PRESETS))
-    parser.add_argument("--gpu", help=f"plan for this GPU instead of the one found: {' '.join(memory.GPUS)}")
+    parser.add_argument("--gpu", help=f"plan for this GPU instead of the one found: {' '.join(memory.GPUS)}; "
+                        "the program uses one GPU by design")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_options(parser)
     args = parser.parse(argv)
@@ -169,9 +188,16 @@ def plan(argv: list[str]) -> None:
     machine = memory.find_machine(options.get("host_memory_gb", 0), args.gpu, options.get("device") == "cpu")
     config, name, why = resolve(options, args.preset, machine.memory_gb or None)
     facts = memory.plan(config, name, machine)
+    facts["host_memory_assumed"] = bool(args.gpu and not options.get("host_memory_gb"))
     if args.json:
         print(json.dumps(facts, indent=1))
-        return
+    else:
+        print_plan(config, name, why, facts, machine)
+    if not facts["fits"]:
+        raise SystemExit(1)
+
+
+def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory.Machine) -> None:
     where = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)" if facts["gpu"] else "this machine's CPU"
     choice, _ = memory.choose(config, machine, fixed_batch=False)
     print(f"{name}: {why}.\n"
@@ -180,9 +206,12 @@ def plan(argv: list[str]) -> None:
           f"tokens            {facts['tokens_per_step']:,} a step, {memory.count(facts['tokens_per_run'])} a run\n"
           f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file\n"
           f"hours             " + (f"{facts['hours']:,.0f} at {facts['tokens_per_second']:,.0f} tokens/s, measured with\n"
-                                   f"                  {facts['measured_with']}"
+                                   f"                  {facts['measured_with']}\n                  "
+                                   + ("(the setup below)" if facts["measured_with"] == facts["options"] else
+                                      "(not the setup below, whose speed was not measured)")
                                    if facts["hours"] else "not measured; training prints them after its first steps")
-          + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB: "
+          + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB"
+          + (" (assumed; --host_memory_gb N says what it has)" if facts["host_memory_assumed"] else "") + ": "
           + ("fits" if facts["fits"] and facts["as_configured"] else "fits, but not as configured" if facts["fits"]
              else f"does not fit ({choice.shortage(machine)}); the smallest choice is") + f"\n  {facts['options']}\n")
     print(memory.table(choice.memory_gb, capacity_gb=machine.memory_gb or machine.host_memory_gb))

@@ -14,14 +14,14 @@ import uuid
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import checkpoint
 import data
 import memory
 import tracker
-from config import Config, ConfigError, ExperimentError
+from config import Config, ExperimentError
+from kernels import attention_backends
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
 from precision import LossScaler, gradient_norms
@@ -54,8 +54,8 @@ class Trainer:
         self.corpus, self.folder = corpus, Path(config.save_dir)
         if state is not None:
             _same_data(state["data"], corpus)
-        self.device = find_device(config)
-        self.machine = find_machine(config, self.device)
+        self.device = memory.find_device(config)
+        self.machine = memory.machine_of(self.device, config.host_memory_gb)
         self.asked = config                 # with its autos, which another machine may settle otherwise
         self.config = config = self._decide(config)
 
@@ -90,6 +90,8 @@ class Trainer:
         self.parameters = dict(self.model.named_parameters())
         hidden, others = split_parameters(self.model, config.optimizer)
         offload = config.offload_optimizer == "true"
+        if self.device.type == "cpu":
+            memory.return_freed_memory()
         if offload:
             self._check_host_memory()
             print(f"Reserving {self.predicted['host']:.1f} GB of host memory for what is streamed ...", flush=True)
@@ -457,22 +459,13 @@ class Trainer:
 
     def _decide(self, config: Config) -> Config:
         """Settles the fields that are auto and prints the predicted memory."""
-        refuse_what_cannot_fit(config, self.machine)
-        choice, kept = memory.choose(config, self.machine, fixed_batch=True)
+        memory.refuse_what_cannot_fit(config, self.machine)
         where = f"{self.machine.name}, {self.machine.memory_gb:.1f} GB" if self.machine.name else \
             f"CPU, {self.machine.host_memory_gb:.1f} GB free"
-        if kept:
-            config = memory.apply(config, choice)
-            self.predicted = choice.memory_gb
-        else:       # the prediction is not law: go on as asked, and say what would fit
-            mode = config.activation_checkpointing if config.activation_checkpointing != "auto" else "full"
-            on_request = bool(self.machine.name or config.host_gradient_blocks)
-            offload = config.offload_optimizer == "true" or (config.offload_optimizer == "auto" and on_request)
-            config = dataclasses.replace(config, activation_checkpointing=mode, offload_optimizer=str(offload).lower())
-            self.predicted = memory.memory(config, mode, config.batch_size, offload, config.lighter_blocks)
-            print(f"warning: this configuration is not expected to fit ({where}). "
-                  + (f"This would: {choice.options(config)}" if choice.fits(self.machine) else "No choice for this model would; use "
-                     "a smaller preset."), file=sys.stderr)
+        config, self.predicted, choice = memory.settle(config, self.machine)
+        if choice:      # the prediction is not law: go on as asked, and say what would fit
+            print(f"warning: this configuration is not expected to fit ({where}). {memory.advice(choice, config, self.machine)}.",
+                  file=sys.stderr)
         mode, last = config.activation_checkpointing, config.checkpointing_of(config.n_layers - 1)
         lighter = f" ({last} in the last {config.lighter_blocks} blocks)" if last != mode else ""
         print(f"Memory on {where}: activation checkpointing {mode}{lighter}, optimizer state "
@@ -525,52 +518,16 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:        # torch.OutOfMemoryError is a RuntimeError
             if not memory.is_out_of_memory(error):
                 raise
+            cpu = self.device.type == "cpu"
             used = next(x for x in memory.candidates(self.config, [self.config.activation_checkpointing],
-                                                     [self.config.offload_optimizer == "true"], [self.config.batch_size]))
-            less = memory.smaller(self.config, used)
+                                                     [self.config.offload_optimizer == "true"], [self.config.batch_size], cpu))
+            less = memory.smaller(self.config, used, cpu)
             raise ExperimentError(
                 f"out of memory at step {self.step + 1} on {self.machine.name or 'the CPU'} ({self.machine.memory_gb or self.machine.host_memory_gb:.1f} "
                 f"GB; predicted {used.memory_gb['total']:.1f} GB).\n  " +
                 (f"Next smaller choice, at the same tokens per step ({less.memory_gb['total']:.1f} GB): {less.options(self.config)}"
                  if less else "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset.")
                 + f"\n  {self._last_checkpoint_words()}") from error
-
-
-# ---------------------------------------------------------------- the machine
-
-def find_device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: PyTorch finds no GPU; check the driver and that torch is a CUDA build, or use --device cpu")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def find_machine(config: Config, device: torch.device) -> memory.Machine:
-    host = config.host_memory_gb or memory.host_memory_gb()
-    if device.type == "cpu":
-        return memory.Machine(None, 0, host)
-    name = torch.cuda.get_device_name()
-    return memory.Machine(name, torch.cuda.get_device_properties(0).total_memory / memory.GB, host, memory.known_gpu(name))
-
-
-def refuse_what_cannot_fit(config: Config, machine: memory.Machine) -> None:
-    """Raises ExperimentError where the system would kill the process: on a CPU without memory for what stays."""
-    sizes = memory.memory(config, "full", config.batch_size, offload=False)
-    stays = sum(sizes[key] for key in ("weights", "gradients", "master", "momentum", "adamw"))
-    if machine.name is None and stays > machine.host_memory_gb:
-        raise ExperimentError(f"no memory for this model: its weights, gradients and optimizer state alone take {stays:.1f} GB, and "
-                              f"{machine.host_memory_gb:.1f} GB are free. Use a smaller --preset; if the machine has more than the "
-                              "operating system reports, say so with --host_memory_gb.")
-
-
-def attention_backends(device: torch.device):
-    """Fused attention's order of preference: cuDNN's is the faster one on Hopper and later (542 against 313 TFLOP/s
-    forward on an H100), flash before. It holds for the whole run, as backward passes recompute attention too."""
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    hopper = torch.cuda.get_device_capability() >= (9, 0)
-    order.insert(0 if hopper else 1, SDPBackend.CUDNN_ATTENTION)
-    return sdpa_kernel(order, set_priority=True)
 
 
 def _same_data(saved: dict, corpus: data.Corpus) -> None:

@@ -15,13 +15,13 @@ import data
 import memory
 from benchmarks.record import CACHE, write
 from config import PRESETS, Config, resolve
-from kernels import COMPILE_OPTIONS, compile_with_barriers
+from kernels import COMPILE_OPTIONS, attention_backends, compile_with_barriers
 from model import MoETransformer
 from moe import MoE, SwiGLU
 from muon import AdamW, Muon, split_parameters
 from streaming import OptimizerState
 from report import environment
-from trainer import Trainer, attention_backends
+from trainer import Trainer
 
 REPEATS = 20
 

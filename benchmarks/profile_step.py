@@ -21,10 +21,11 @@ import data
 from benchmarks.parts import seconds
 from benchmarks.record import write
 from config import Config, ExperimentError, resolve
+from kernels import attention_backends
 from muon import NEWTON_SCHULZ
 from report import environment
 from run_experiment import add_config_options, config_options, exit_code, new_parser
-from trainer import Trainer, attention_backends
+from trainer import Trainer
 
 KINDS = {       # the first pattern that a kernel's name matches
     "attention": r"sdpa|fmha|flash|attention|softmax_warp",

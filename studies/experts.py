@@ -26,11 +26,11 @@ from tokenizers import Tokenizer
 import data
 import shards
 from config import Config, ExperimentError
+from kernels import attention_backends
 from model import MoETransformer
 from run_experiment import exit_code, load_model, new_parser
 from tokenizer import load_tokenizer
 from tools.evaluate import DomainText
-from trainer import attention_backends
 
 KINDS = ("keyword", "identifier", "operator", "number", "string", "docstring", "comment", "C code", "C comment", "prose", "whitespace")
 PYTHON = ((String.Doc, "docstring"), (String, "string"), (Number, "number"), (Comment, "comment"), (Keyword, "keyword"), (Operator.Word, "keyword"),

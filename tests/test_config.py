@@ -168,6 +168,23 @@ def test_a_preset_keeps_edited_defaults_that_it_does_not_name(edited):
     assert module.resolve({}, "tiny", 10)[0].seed == 99
 
 
+@pytest.mark.parametrize("old, new, preset, words", [
+    ("max_steps=250,", "max_stpes=250,", "tiny", "max_stpes: preset tiny in config.py.*Did you mean max_steps.*Correct"),
+    ("max_steps: int = 50_000", "max_stepss: int = 50_000", None, "max_steps: preset 18b in config.py.*Did you mean max_stepss"),
+    ("max_steps=250,", 'max_steps="many",', "tiny", "max_steps='many': give a whole number\n.*preset tiny in config.py.*correct"),
+    ("max_steps: int = 50_000", 'max_steps: int = "many"', None, "max_steps='many': give a whole number\n.*those of config.py")])
+def test_a_wrong_edit_is_named_with_its_remedy(edited, old, new, preset, words):
+    module = edited(old, new)
+    with pytest.raises(module.ConfigError, match=words):
+        module.resolve({}, preset, None)
+
+
+def test_edited_defaults_on_a_cpu_say_what_they_make_it_train(edited):
+    module = edited("seed: int = 1234", "seed: int = 99")
+    assert "No GPU was found" in (why := module.resolve({}, None, None)[2]) and "18b" in why and "--preset tiny" in why
+    assert "No GPU" not in module.resolve({}, None, 150)[2]
+
+
 def test_editing_a_comment_or_a_docstring_is_no_edit(edited):
     module = edited("Width of the residual stream.", "Width of it.")
     assert module.resolve({}, None, 10)[1] == "small"

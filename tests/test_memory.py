@@ -2,10 +2,13 @@
 import dataclasses
 import itertools
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import checkpoint
 import memory
@@ -99,6 +102,43 @@ def test_activations_are_what_a_compiled_block_saves(shape, mode):
         out = block(x)      # what it saved lives as long as this does
     assert sum(saved.values()) / x[..., 0].numel() == pytest.approx(memory.activation_bytes_per_token(c, 0, mode), rel=0.01)
     del out
+
+
+CPU_SHAPES = {"moe": dict(), "dense": dict(num_experts=0), "grouped": dict(n_kv_heads=1, top_k=3), "mixed": dict(moe_every=2),
+              "few tokens": dict(max_seq_len=64, d_ff=512), "vocabulary": dict(vocab_size=8192), "tied": dict(tie_embeddings=True),
+              "masters": dict(master_weights="fp32"), "adamw": dict(optimizer="adamw")}
+
+
+def live_bytes(call) -> int:
+    """The peak of what PyTorch's CPU allocator hands out in a call, beyond what was there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("shape, precision, mode", [("moe", "fp32", "none"), ("moe", "fp32", "full"), ("moe", "fp16", "full"),
+                                                    *itertools.product(("moe", "dense"), ("bf16",), MODES),
+                                                    *((shape, "bf16", "none") for shape in CPU_SHAPES if shape not in ("moe", "dense"))])
+def test_a_step_on_a_cpu_takes_the_predicted_memory(trained, shape, precision, mode):
+    """Not far more, either; the libraries' own memory is none that PyTorch's allocator knows of."""
+    c = dict(d_model=128, d_ff=208, n_heads=4, n_kv_heads=4, num_experts=8, n_layers=2, moe_every=1, max_seq_len=512, vocab_size=1024)
+    trainer = trained(**c | CPU_SHAPES[shape] | dict(precision=precision, activation_checkpointing=mode))
+    tokens = torch.zeros(2, trainer.config.max_seq_len, dtype=torch.long)
+    backward = live_bytes(lambda: trainer.model(tokens, tokens)[0].backward())
+    optimizer = live_bytes(lambda: (trainer.muon.step(0.01, 1.0), trainer.adamw.step(0.01, 1.0)))
+    sizes = memory.memory(trainer.config, mode, 2, offload=False, cpu=True)
+    predicted = (sizes["activations"] - memory.CPU_LIBRARY_GB[4 if precision == "fp32" else 2]) * 1e9
+    assert backward * 0.97 < predicted < backward * 1.2
+    assert optimizer * 0.97 < predicted + sizes["workspace"] * 1e9 < max(1.2 * optimizer, predicted + 1)
+
+
+def test_freed_memory_goes_back_to_the_system():
+    code = ("import memory\nmemory.return_freed_memory()\nlarge = bytearray(30_000_000)\ndel large\n"
+            "blocks = [bytearray(b'1') * 8_000_000 for _ in range(40)]\ndel blocks[:-1]\nprint(memory.resident_gb())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(memory.__file__))
+    now, peak = eval(done.stdout)
+    assert peak > 0.3 and now < 0.1
 
 
 @pytest.mark.parametrize("batch_size, mode, measured_gb", [(2, "none", 129.06), (2, "full", 77.8), (1, "full", 76.0)])
@@ -218,7 +258,8 @@ def test_streaming_needs_the_hosts_memory():
     c = config_of("18b")
     assert choose(c, Machine("a GPU", 150, 84), fixed_batch=False)[0].fits(Machine("a GPU", 150, 84))
     assert not choose(c, Machine("a GPU", 150, 80), fixed_batch=False)[0].fits(Machine("a GPU", 150, 80))
-    cpu = Machine(None, 0, 200)
+    small, cpu = config_of("small", precision="bf16"), Machine(None, 0, 200)
+    assert choose(small, cpu, False)[0].memory_gb == memory.memory(small, "none", 16, False, cpu=True), "a CPU's figures"
     for machine in (cpu, Machine(None, 0, 20)):
         assert choose(c, machine, fixed_batch=False)[0].offload_optimizer is False, "nothing to stream from on a CPU"
     assert not Choice(1, 1, "full", False, dict(total=150, host=40)).fits(cpu)

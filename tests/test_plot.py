@@ -233,6 +233,15 @@ def test_several_runs_are_named_by_the_fields_in_which_they_differ(runs, monkeyp
     assert drawn(monkeypatch, folders[:2] + folders[:1]) == {"seed=1": 1, "seed=2": 2}, "a run named twice is drawn once"
 
 
+def test_a_run_that_is_named_twice_is_drawn_once_and_said_so(runs, tmp_path, monkeypatch, capsys):
+    a, bb = runs(a=dict(seed=1), bb=dict(seed=2))
+    monkeypatch.chdir(tmp_path)
+    assert plot.main(["a", str(a)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{Path('a') / 'training_curves.png'}\n" and said.err == "note: a run that is named twice is drawn once: a\n"
+    assert plot.main([str(a), str(bb)]) == 0 and capsys.readouterr().err == ""
+
+
 def test_runs_that_are_alike_or_have_no_configuration_are_named_by_their_folder(runs):
     a, bb, ccc, none = runs(a=dict(seed=1), bb=dict(seed=1), ccc=dict(seed=2), dddd=None)
     assert plot.labels([a, bb], [plot.read_config(p) for p in (a, bb)]) == [str(a), str(bb)]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import typing
 from pathlib import Path
 
@@ -119,8 +120,9 @@ COMPONENTS = ("weights", "gradients", "master", "momentum", "adamw", "activation
 
 def planned(cli, *argv) -> dict:
     code, out, err = cli("plan", "--json", *argv)
-    assert (code, err) == (0, "")
-    return json.loads(out)
+    facts = json.loads(out)
+    assert (code, err) == (0 if facts["fits"] else 1, "")
+    return facts
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -148,7 +150,7 @@ def test_plan_of_18b(cli, gpu, fits, offload, at_most):
     facts = planned(cli, "--preset", "18b", "--gpu", gpu)
     assert facts["fits"] is fits and facts["choice"]["offload_optimizer"] is offload and facts["choice"]["batch_size"] <= at_most
     code, out, _ = cli("plan", "--preset", "18b", "--gpu", gpu)
-    assert code == 0 and ("does not fit" in out) is not fits and facts["options"] in out and "17.97B" in out and "Headroom" in out
+    assert code == (0 if fits else 1) and ("does not fit" in out) is not fits and facts["options"] in out and "17.97B" in out and "Headroom" in out
 
 
 def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
@@ -157,6 +159,24 @@ def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
     assert auto["choice"]["activation_checkpointing"] != "full" and auto["fits"]
     code, out, _ = cli("plan", "--preset", "18b", "--gpu", "h200", "--offload_optimizer", "false")
     assert code == 0 and "fits, but not as configured" in out and "--offload_optimizer true" in out
+
+
+def test_plan_says_whose_host_memory_it_counts_on(cli):
+    argv = ("--preset", "18b", "--gpu", "h200")
+    assert planned(cli, *argv)["host_memory_assumed"] and not planned(cli, *argv, "--host_memory_gb", "200")["host_memory_assumed"]
+    assert not planned(cli, "--preset", "tiny", "--device", "cpu")["host_memory_assumed"], "this machine's own"
+    assert "host with 128 GB (assumed; --host_memory_gb" in cli("plan", *argv)[1]
+    assert "host with 200 GB: fits" in cli("plan", *argv, "--host_memory_gb", "200")[1]
+
+
+def test_several_gpus_and_one_that_is_used(cli, monkeypatch, tmp_path):
+    assert "uses one GPU by design" in " ".join(cli("plan", "--help")[1].split())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=80e9))
+    for count in (1, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        assert ("2 GPUs are visible; a run uses one by design" in cli("--resume", "missing.pt")[1]) is (count == 2)
 
 
 def test_plan_says_what_is_short(cli):
@@ -177,6 +197,9 @@ def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_pa
     assert planned(cli, *argv)["hours"] == pytest.approx(50_000 * 131_072 / 5000 / 3600)
     words = cli("plan", *argv)[1]
     assert "364 at 5,000 tokens/s, measured with\n                  --batch_size 2 --activation_checkpointing none --offload_optimizer true\n" in words
+    assert "(not the setup below" in words
+    (results / "train_18b_fp16_h200.json").write_text(json.dumps(dict(value=5000.0, details=dict(options=planned(cli, *argv)["options"]))))
+    assert "(the setup below)" in cli("plan", *argv)[1]
     for other in (("--preset", "5b", "--gpu", "h200"), ("--preset", "18b", "--gpu", "h100"), (*argv, "--precision", "bf16"), (*argv, "--d_ff", "1024"),
                   (*argv, "--max_seq_len", "8192"), (*argv, "--num_experts", "0")):
         assert planned(cli, *other)["hours"] is None
@@ -231,6 +254,7 @@ def assert_refused(result, code, *words):
     ("--resume latest --overwrite --device cpu", ["--resume", "--overwrite", "choose one"]),
     ("--tracker tensorbord --device cpu", ["--tracker: 'tensorbord'", "mean tensorboard?"]),
     ("sample --prompt a", ["--checkpoint"]),
+    ("sample --checkpoint x --prompt a --tokens 5", ["'--tokens'", "mean --max_new_tokens?"]),
     ("sample --checkpoint x --prompt a --temperature warm", ["--temperature", "'warm'"]),
     ("sample --checkpoint x --prompt a --temperature -1", ["--temperature must lie between 0"]),
     ("sample --checkpoint x --prompt a --seed 99999999999999999999", ["--seed must lie between 0"]),
@@ -241,6 +265,20 @@ def test_wrong_usage(cli, argv, words, tmp_path, monkeypatch):
     result = cli(*argv.split())
     assert_refused(result, 2, *words)
     assert result[1] == "" and not list(tmp_path.iterdir())
+
+
+def test_what_comes_to_nothing_leaves_no_folder(cli, base, tmp_path):
+    (tmp_path / "there").mkdir()
+    for changes in (dict(data="/nowhere"), dict(host_memory_gb=1e-6)):
+        assert cli(*arguments(base, save_dir=tmp_path / "run", **changes))[0] == 1
+        assert cli(*arguments(base, save_dir=tmp_path / "there", **changes))[0] == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["there"], "only what it made itself"
+
+
+def test_resume_latest_of_nothing_says_that_a_new_run_starts(cli, base, finished, tmp_path):
+    code, out, _ = cli(*arguments(base, save_dir=tmp_path / "run"), "--resume", "latest")
+    assert code == 0 and f"Nothing to resume: no checkpoint in {tmp_path / 'run'}. A new run starts." in out and "Done: 8 steps" in out
+    assert "Nothing to resume" not in cli("--resume", "latest", "--save_dir", tmp_path / "run")[1]
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(cli, base, finished):
@@ -346,7 +384,7 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(cli, base, finished, tmp_path)
 def test_free_space_is_checked_before_anything(cli, base, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=1000)))
     assert_refused(cli(*arguments(base, save_dir=tmp_path / "run")), 1, "not enough disk space", "--save_every 0")
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_os_error_is_one_line(cli, monkeypatch):

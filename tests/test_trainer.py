@@ -417,6 +417,7 @@ def test_forecast_warns_above_four_passes(settings, capsys):
 
 
 def test_out_of_memory_carries_the_plans_advice(settings, monkeypatch):
+    monkeypatch.setitem(memory.CPU_LIBRARY_GB, 4, 0)        # nearly all of so small a run's memory, whatever the choice
     trainer = build(settings(activation_checkpointing="none", batch_size=8, max_seq_len=128))
 
     def no_memory(batches):
@@ -446,9 +447,13 @@ def test_a_configuration_that_is_not_expected_to_fit_goes_on_with_its_gradients_
     assert build(settings(host_gradient_blocks=1)).config.offload_optimizer == "true"
 
 
-def test_a_model_larger_than_a_cpu_has_memory_is_refused(settings):
-    with pytest.raises(ExperimentError, match="weights, gradients and optimizer state alone take .* smaller --preset"):
+def test_a_run_larger_than_a_cpu_has_memory_is_refused(settings):
+    """All of it, as the system would kill it in the first step; and with what would fit, where something does."""
+    with pytest.raises(ExperimentError, match="GB are predicted and 0.0 GB of this machine.*\n.*smaller --preset.*--host_memory_gb"):
         build(settings(host_memory_gb=1e-6))
+    large = settings(batch_size=64, max_seq_len=16384)
+    with pytest.raises(ExperimentError, match="2.0 GB of this machine.*\n.*This would fit: --batch_size"):
+        memory.refuse_what_cannot_fit(large, memory.Machine(None, 0, 2))
 
 
 def test_adamw_alone_trains_every_parameter(settings):

@@ -26,11 +26,11 @@ from tqdm import tqdm
 import data
 import shards
 from config import Config, ConfigError, ExperimentError, resumed_config
+from kernels import attention_backends
 from model import MoETransformer
 from run_experiment import exit_code, load_model, new_parser
 from sources import SHARD_SUFFIX, Text
 from tokenizer import encode
-from trainer import attention_backends
 
 SHOWN = 20          # domains in the table
 LOGITS = 2 ** 26    # numbers that may exist at a time
