@@ -461,7 +461,7 @@ def test_resume_latest_without_a_checkpoint_is_a_fresh_start(cli, base, tmp_path
     for path in run.glob("*.pt"):
         path.unlink()
     code, out, _ = cli(*arguments(base, save_dir=run, max_steps=2), "--resume", "latest")
-    assert code == 0 and "No checkpoint" in out and (run / "metrics.jsonl.1").read_bytes() == metrics, "set aside, not lost"
+    assert code == 0 and "Nothing to resume: no checkpoint in" in out and (run / "metrics.jsonl.1").read_bytes() == metrics, "set aside, not lost"
     assert json.loads((run / "training_results.json.1").read_text())["totals"]["steps"] == 8
     assert [r["step"] for r in rows(run, "train_loss")] == [2]
 
