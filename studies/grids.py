@@ -178,7 +178,7 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
         def predicted(mode: str) -> int:
             """The place in `sizes` of the largest micro-batch that should fit."""
             deep = dataclasses.replace(base, n_layers=layers)
-            totals = [memory.memory(deep, mode, batch, offload=False)["total"] for batch in sizes]
+            totals = [memory.memory(deep, mode, batch, offload=False, cpu=base.device == "cpu")["total"] for batch in sizes]
             return max(0, sum(total <= usable for total in totals) - 1)
 
         for mode in ("none", "selective", "full"):
