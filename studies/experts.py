@@ -35,7 +35,7 @@ from tools.evaluate import DomainText
 KINDS = ("keyword", "identifier", "operator", "number", "string", "docstring", "comment", "C code", "C comment", "prose", "whitespace")
 PYTHON = ((String.Doc, "docstring"), (String, "string"), (Number, "number"), (Comment, "comment"), (Keyword, "keyword"), (Operator.Word, "keyword"),
           (Operator, "operator"), (Punctuation, "operator"), (Name, "identifier"))
-C = ((Comment.Preproc, "C code"), (Comment, "C comment"), (String, "C code"), (Number, "C code"), (Keyword, "C code"), (Operator, "C code"),
+C = ((Comment.PreprocFile, "C code"), (Comment.Preproc, "C code"), (Comment, "C comment"), (String, "C code"), (Number, "C code"), (Keyword, "C code"), (Operator, "C code"),
      (Punctuation, "C code"), (Name, "C code"))
 LANGUAGES = {".py": (PythonLexer(), PYTHON), ".pyi": (PythonLexer(), PYTHON), ".pyx": (CythonLexer(), PYTHON), ".pxd": (CythonLexer(), PYTHON),
              **{suffix: (CppLexer(), C) for suffix in (".h", ".hpp", ".hh", ".cuh")}}
@@ -178,9 +178,8 @@ def routes(model: MoETransformer, windows: np.ndarray) -> np.ndarray:
 
 def table(experts: np.ndarray, labels: np.ndarray, num_experts: int, number: int) -> np.ndarray:
     """How many pairs each expert has of each label, [E, labels]: of experts [tokens, K] and labels [tokens]; NONE is left out."""
-    known = labels != NONE
-    pairs = experts[known].astype(np.int64) * number + labels[known, None]
-    return np.bincount(pairs.ravel(), minlength=num_experts * number).reshape(num_experts, number)
+    pairs = experts.astype(np.uint16) * 256 + labels[:, None]       # labels are bytes, and the last of them is NONE
+    return np.bincount(pairs.ravel(), minlength=num_experts * 256).reshape(num_experts, 256)[:, :number]
 
 
 def mutual_information(counts: np.ndarray) -> float:
@@ -212,8 +211,8 @@ def information(experts: np.ndarray, labels: np.ndarray, num_experts: int, numbe
 
 
 def top_tokens(experts: np.ndarray, tokens: np.ndarray, num_experts: int, tokenizer: Tokenizer) -> list[list]:
-    """For each expert the tokens that set it apart most, [text, share of its occurrences that go there]: those whose number there
-    exceeds the expected one most, by its log-likelihood ratio."""
+    """For each expert the tokens that set it apart most, [text, share of its occurrences that go there]: those that come there more
+    often than expected, by their number times the logarithm of how much more often."""
     size = int(tokens.max()) + 1
     counts = np.bincount((experts.astype(np.int64) * size + tokens[:, None]).ravel(), minlength=num_experts * size).reshape(num_experts, size)
     occurs, load = np.bincount(tokens, minlength=size), counts.sum(1)
@@ -223,7 +222,7 @@ def top_tokens(experts: np.ndarray, tokens: np.ndarray, num_experts: int, tokeni
         with np.errstate(divide="ignore", invalid="ignore"):
             score = np.where((mine > expected) & (occurs >= FEWEST), mine * np.log(mine / expected), 0)
         best = [i for i in np.argsort(-score, kind="stable")[:TOP_TOKENS] if score[i] > 0]
-        found.append([[tokenizer.decode([int(i)]), round(float(mine[i] / occurs[i]), 3)] for i in best])
+        found.append([[tokenizer.decode([int(i)], skip_special_tokens=False), round(float(mine[i] / occurs[i]), 3)] for i in best])
     return found
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from plot import BLUE, GREEN, ORANGE, RED, write_figure
-from studies.grids import ADAMW_RATES, LONG_WARMUP, WEIGHTS
+from studies.grids import ADAMW_RATES, EQUAL_TIME, LONG_WARMUP, WEIGHTS
 
 SPEED = "speed of "
 LOSS = "validation loss (nats per token)"
@@ -38,19 +38,6 @@ def mean_and_spread(runs: list[dict], key: str = "val_loss") -> tuple[float, flo
     """The mean over seeds, and largest minus smallest."""
     values = [run[key] for run in runs]
     return sum(values) / len(values), max(values) - min(values)
-
-
-def usual_spread(found: dict[str, list[dict]]) -> float:
-    """The median over a study's groups of the spread of their seeds: two seeds can be close by chance."""
-    spreads = [mean_and_spread(runs)[1] for runs in found.values() if len(runs) > 1]
-    return float(np.median(spreads)) if spreads else math.inf
-
-
-def undecided(a: list[dict], b: list[dict], usual: float) -> bool:
-    """Whether the losses of two groups differ by no more than the spread of the seeds, of either or the usual one, or have one
-    seed only."""
-    (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a), mean_and_spread(b)
-    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b, usual)
 
 
 def best_runs(found: dict[str, list[dict]], optimizer: str) -> list[dict]:
@@ -92,11 +79,12 @@ def power_law(x: list[float], y: list[float]) -> PowerLaw:
     return PowerLaw(slope, intercept, covariance)
 
 
-def with_seconds(results: dict, kind: str) -> list[dict]:
-    """The scaling study's runs of a kind, with the seconds that their tokens take at the speed measured alone."""
+def of_kind(results: dict, kind: str) -> list[dict]:
+    """The scaling study's runs of a kind at equal tokens, with their FLOPs a token, and the seconds that their tokens take at the
+    speed measured alone."""
     speeds = timed(results)
-    return [run | dict(seconds=run["tokens"] / speeds[group]["tokens_per_second"]) for group, runs in groups(results).items()
-            if group.startswith(kind) for run in runs]
+    return [run | dict(flops_per_token=run["flops"] / run["tokens"], seconds=run["tokens"] / speeds[group]["tokens_per_second"])
+            for group, runs in groups(results).items() if group.startswith(kind) and not group.endswith(EQUAL_TIME) for run in runs]
 
 
 # ---------------------------------------------------------------- drawing
@@ -195,10 +183,10 @@ def _balance(figure: Figure, results: dict) -> None:
 
 
 def _scaling(figure: Figure, results: dict) -> None:
-    for axes, key, label in zip(figure.subplots(1, 3, sharey=True), ("active_params", "total_params", "seconds"),
-                                ("active parameters\n(FLOPs are in proportion)", "all parameters", "seconds of training")):
+    for axes, key, label in zip(figure.subplots(1, 3, sharey=True), ("flops_per_token", "total_params", "seconds"),
+                                ("training FLOPs of a token", "all parameters", "seconds of training")):
         for kind, (name, colour, marker) in DENSE_AND_MOE.items():
-            runs = with_seconds(results, kind)
+            runs = of_kind(results, kind)
             if not runs:
                 continue
             x, y = [run[key] for run in runs], [run["val_loss"] for run in runs]
@@ -207,6 +195,11 @@ def _scaling(figure: Figure, results: dict) -> None:
             line = np.geomspace(min(x), max(x), 50)
             axes.plot(line, [fit.at(v)[0] for v in line], color=colour, linewidth=1.2,
                       label=f"{name}: slope\n{fit.slope:.3f} ± {fit.slope_error:.3f}")
+        if key == "seconds":
+            speeds, (_, colour, marker) = timed(results), DENSE_AND_MOE["dense"]
+            for i, (group, run) in enumerate((group, run) for group, runs in groups(results).items() if group.endswith(EQUAL_TIME) for run in runs):
+                axes.plot(run["tokens"] / speeds[group.removesuffix(EQUAL_TIME)]["tokens_per_second"], run["val_loss"], marker, color=colour,
+                          markersize=4.5, fillstyle="none", label="dense, the MoE's time" if i == 0 else None)
         axes.set(xscale="log", xlabel=label)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

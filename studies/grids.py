@@ -70,7 +70,9 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
         """Wants a run with each of the changes, and returns where they ended when all have."""
         those = {rate: runs(base, name_of(changes), tokens, seeds[:1], **changes)[0] for rate, changes in tried.items()}
         wanted.extend(run for run in those.values() if run not in wanted)
-        return {rate: found[run.label]["val_loss"] for rate, run in those.items()} if all(run.label in found for run in those.values()) else None
+        if not all(run.label in found for run in those.values()):
+            return None
+        return {rate: found[run.label].get("val_loss", math.inf) for rate, run in those.items()}      # inf: it diverged
 
     def sweep(field: str, rates: tuple[float, ...], **changes) -> dict | None:
         """Wants the runs of a sweep, and returns the changes with the best rate when that is known."""
@@ -82,13 +84,15 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
             best = min(ends, key=ends.get)
             if min(rates) < best < max(rates) or len(rates) == MOST_RATES:
                 return changes | {field: best}
-            rates.append(best / 2 if best == min(rates) else best * 2)
+            times = 0.5 if best == min(rates) else 2        # two at once, as each round takes as long as a run
+            rates += [best * times, best * times ** 2][:MOST_RATES - len(rates)]
 
     adamw = sweep("adamw_lr", ADAMW_RATES, optimizer="adamw")
     if adamw:
-        choices = [adamw, *(adamw | dict(adamw_lr=times * adamw["adamw_lr"], warmup_fraction=LONG_WARMUP) for times in (1, 2))]
-        ends = losses(dict(enumerate(choices)))
-        adamw = ends and choices[min(ends, key=ends.get)]
+        rates = tuple(times * adamw["adamw_lr"] for times in (1, 2, 4))
+        warmed = sweep("adamw_lr", rates, optimizer="adamw", warmup_fraction=LONG_WARMUP)
+        ends = warmed and losses({0: adamw, 1: warmed})
+        adamw = ends and (adamw, warmed)[min(ends, key=ends.get)]
     muon = sweep("muon_lr", MUON_RATES, optimizer="muon", adamw_lr=ADAMW_RATES[1])
     muon = muon and sweep("adamw_lr", ADAMW_RATES, **{field: value for field, value in muon.items() if field != "adamw_lr"})
     for changes in filter(None, (adamw, muon)):
@@ -140,19 +144,27 @@ def specialization(base: Config, tokens: float, seeds: list[int], found: dict[st
 
 
 SIZES = (1 / 3, 1 / 2, 3 / 4, 1)
+EQUAL_TIME = ", equal time"
 
 
 def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """MoE against dense: top-2 of 8, and a dense model with feed-forward networks twice as wide, so that it has as many active
-    parameters and FLOPs, at four sizes and equal tokens."""
-    timed, wanted = [], []
+    parameters and FLOPs, at four sizes and equal tokens; and the dense one with as many tokens as take the MoE's time, by the speeds
+    that were measured."""
+    timed, wanted, longer = [], [], []
     for factor in SIZES:
         size = sized(base, factor)
         for kind, changes in (("dense", dict(num_experts=0, d_ff=2 * size["d_ff"])), ("moe", dict(num_experts=8, top_k=2))):
             name = f"{kind}, {size['n_layers']} x {size['d_model']}"
             timed.append(speed(name, seeds[0], **size | changes))
             wanted += runs(base, name, tokens, seeds, **size | changes)
-    return wanted + timed
+        both = [found.get(run.label) for run in timed[-2:]]
+        if all(run and "failed" not in run for run in both):
+            dense = wanted[-2 * len(seeds)].changes
+            ratio = both[0]["tokens_per_second"] / both[1]["tokens_per_second"]
+            longer += runs(base, f"{wanted[-2 * len(seeds)].group}{EQUAL_TIME}", tokens * ratio, seeds,
+                           **{key: value for key, value in dense.items() if key not in ("max_steps", "seed")})
+    return wanted + timed + longer
 
 
 MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)      # of the base's micro-batch, among which the largest that fits is sought
@@ -193,6 +205,9 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
                 if step not in (0, towards):        # it fitted here and not there, or the other way round
                     break
                 step, place = towards, place + towards
+        fits = [batch for batch in sizes if "failed" not in found.get(at("none", batch).label, dict(failed=True))]
+        if fits:        # where the three are compared
+            wanted += [at(mode, max(fits)) for mode in ("selective", "full")]
     return list({run.label: run for run in wanted}.values())
 
 

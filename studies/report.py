@@ -12,12 +12,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import studentized_range
 
 from benchmarks.tables import fill, rewrite
 from memory import count
-from studies.figures import (MODES, best_runs, groups, mean_and_spread, power_law, sharpest_layer, shorter, timed, undecided,
-                             usual_spread, with_seconds)
-from studies.grids import ADAMW_RATES, MULTIPLES, STUDIES, WEIGHTS
+from studies.figures import MODES, best_runs, groups, mean_and_spread, of_kind, power_law, sharpest_layer, shorter, timed
+from studies.grids import ADAMW_RATES, EQUAL_TIME, MULTIPLES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = dict(optimizer="Is Muon worth it here?", routing="Is top-2 best, or top-1, top-3?", balance="What is the best load-balancing weight?",
@@ -33,10 +33,28 @@ def value(runs: list[dict], key: str = "val_loss", digits: int = 3) -> str:
     return f"{mean:.{digits}f}" + (f" ± {spread / 2:.{digits}f}" if len(runs) > 1 else " (one seed)")
 
 
-def against(a: list[dict], b: list[dict], usual: float) -> str:
+def honest_difference(found: dict[str, list[dict]]) -> float:
+    """The smallest difference of the means of two groups that Tukey's test (1949) finds at the 5% level among all groups of a study
+    with more than one seed, times the root of the seeds; inf without such groups. The noise is taken to be the same in all."""
+    losses = [[run["val_loss"] for run in runs] for runs in found.values() if len(runs) > 1]
+    freedom = sum(len(values) - 1 for values in losses)
+    if len(losses) < 2:
+        return math.inf
+    variance = sum(np.var(values) * len(values) for values in losses) / freedom
+    return float(studentized_range.ppf(0.95, len(losses), freedom) * math.sqrt(variance))
+
+
+def undecided(a: list[dict], b: list[dict], honest: float) -> bool:
+    """Whether two groups have one seed only, or differ by no more than the spread of either's seeds or than the study's honest
+    difference (Tukey and Kramer's form for groups of unequal size)."""
+    (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a), mean_and_spread(b)
+    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b, honest * math.sqrt((1 / len(a) + 1 / len(b)) / 2))
+
+
+def against(a: list[dict], b: list[dict], honest: float) -> str:
     """How much lower or higher a ends than b, or that it is not decided."""
     difference = mean_and_spread(a)[0] - mean_and_spread(b)[0]
-    return f"{difference:+.3f}" + (", undecided" if undecided(a, b, usual) else "")
+    return f"{difference:+.3f}" + (", undecided" if undecided(a, b, honest) else "")
 
 
 def rows(head: list[str], body: list[list[str]]) -> str:
@@ -47,10 +65,10 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
 
 
-def level(runs: dict[str, list[dict]], usual: float) -> tuple[str, str]:
+def level(runs: dict[str, list[dict]], honest: float) -> tuple[str, str]:
     """The group that ends lowest, and a sentence on those that cannot be told from it."""
     best = min(runs, key=lambda name: mean_and_spread(runs[name])[0])
-    same = [name for name in runs if name != best and undecided(runs[name], runs[best], usual)]
+    same = [name for name in runs if name != best and undecided(runs[name], runs[best], honest)]
     others = [name for name in runs if name != best and name not in same]
     if not same or not others:
         return best, f"{'undecided' if same else 'decided'} against each of the others"
@@ -74,7 +92,7 @@ def budget(results: dict) -> str:
     minutes = listed([f"{b[key]:.0f} {name} minutes" for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU")) if b[key]])
     seeds = len({run["changes"]["seed"] for run in runs})
     passes = max((run["passes"] for run in runs if "passes" in run), default=0)
-    return (f"{len(results['runs'])} runs with {seeds} seed{'s' * (seeds > 1)} on `{corpus['data']}` ({count(corpus['train_tokens'])} tokens, at most "
+    return (f"{len(results['runs'])} run{'s' * (len(results['runs']) != 1)} with {seeds} seed{'s' * (seeds > 1)} on `{corpus['data']}` ({count(corpus['train_tokens'])} tokens, at most "
             f"{passes:.2f} passes), {count(b['tokens'])} tokens in all, {minutes} on {machines(results)}.")
 
 
@@ -109,7 +127,8 @@ def optimizer(results: dict) -> str:
         beside = dict(optimizer=mine["optimizer"])
         if mine["optimizer"] == "muon":     # its own rate was swept beside this one of AdamW
             beside |= dict(adamw_lr=ADAMW_RATES[1]) if field == "muon_lr" else dict(muon_lr=mine["muon_lr"])
-        tried = [runs[0]["changes"][field] for group, runs in found.items() if "_lr" in group and beside.items() <= runs[0]["changes"].items()]
+        tried = [c[field] for c in (runs[0]["changes"] for group, runs in found.items() if "_lr" in group)
+                 if beside.items() <= c.items() and c.get("warmup_fraction") == mine.get("warmup_fraction")]
         inside = min(tried) < mine[field] < max(tried)
         longer = f", warm-up {mine['warmup_fraction']:.0%}" if "warmup_fraction" in mine else ""
         return f"{mine[field]:g}{longer}" + ("" if inside else " (the sweep's end)")
@@ -119,10 +138,10 @@ def optimizer(results: dict) -> str:
         [f"validation loss after {count(tokens)} tokens", value(muon), value(adamw)],
         ["tokens to AdamW's loss", f"{reached[1]}{count(round(reached[0]))}" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
-        ["seconds of training", f"{reached[1]}{reached[0] / speed['muon']:.0f}" if reached else none, f"{tokens / speed['adamw']:.0f}"],
-        ["tokens/s, alone on the machine", *(f"{speed[name]:,.0f}" for name in speed)],
+        ["seconds of training at that speed", f"{reached[1]}{reached[0] / speed['muon']:.0f}" if reached else none, f"{tokens / speed['adamw']:.0f}"],
+        [f"tokens/s, alone on {speeds['muon']['machine']['gpu'] or 'the machine'}", *(f"{speed[name]:,.0f}" for name in speed)],
         ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in speed)]])
-    words = (f"At its best rates Muon ends {against(muon, adamw, usual_spread(found))} nats from AdamW alone. " + (
+    words = (f"At its best rates Muon ends {against(muon, adamw, honest_difference(found))} nats from AdamW alone. " + (
         f"It reaches AdamW's loss with {reached[1]}{reached[0] / tokens:.0%} of the tokens and {reached[1]}"
         f"{reached[0] / speed['muon'] * speed['adamw'] / tokens:.0%} of the time" if reached else "It does not reach AdamW's loss")
         + f", by runs of {len(lengths)} lengths, each with a whole schedule. Weights, gradients and state take "
@@ -132,27 +151,28 @@ def optimizer(results: dict) -> str:
 
 def routing(results: dict) -> str:
     found, speeds = groups(results), timed(results)
-    usual = usual_spread(found)
+    honest = honest_difference(found)
     fair = {f"top-{k}": found["top-2, equal tokens" if k == 2 else f"top-{k}, equal FLOPs"] for k in (1, 2, 3, 4)}
     same = {f"top-{k}": found[f"top-{k}, equal tokens"] for k in (1, 2, 3, 4)}
     flops = {name: runs[0]["flops"] / runs[0]["tokens"] for name, runs in same.items()}
     table = rows(["experts a token", "loss, equal tokens", "against top-2", "loss, equal FLOPs", "against top-2", "FLOPs a token", "tokens/s"], [
-        [name, value(same[name]), against(same[name], same["top-2"], usual) if name != "top-2" else "", value(fair[name]),
-         against(fair[name], fair["top-2"], usual) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
+        [name, value(same[name]), against(same[name], same["top-2"], honest) if name != "top-2" else "", value(fair[name]),
+         against(fair[name], fair["top-2"], honest) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
          f"{speeds[name]['tokens_per_second']:,.0f}"] for name in same])
-    (best, sure), (best_fair, sure_fair) = level(same, usual), level(fair, usual)
+    (best, sure), (best_fair, sure_fair) = level(same, honest), level(fair, honest)
     return (f"{table}\n\nAt equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, "
             f"{sure_fair}.")
 
 
 def balance(results: dict) -> str:
     found = groups(results)
-    names = {"none": "none", **{f"{scope}, weight {weight:g}": f"loss {weight:g}, {scope}" for scope in ("batch", "sequence") for weight in WEIGHTS},
+    every = {"none": "none", **{f"{scope}, weight {weight:g}": f"loss {weight:g}, {scope}" for scope in ("batch", "sequence") for weight in WEIGHTS},
              "bias": "bias alone"}
-    usual = usual_spread(found)
-    best, sure = level({names[name]: runs for name, runs in found.items()}, usual)
+    names = {name: label for name, label in every.items() if name in found}      # the others diverged with every seed
+    honest = honest_difference(found)
+    best, sure = level({names[name]: runs for name, runs in found.items()}, honest)
     table = rows(["balancing", "validation loss", f"against {best}", "load entropy (1: even)", "largest share of an expert"], [
-        [label, value(found[name]), "" if label == best else against(found[name], next(found[n] for n in names if names[n] == best), usual),
+        [label, value(found[name]), "" if label == best else against(found[name], next(found[n] for n in names if names[n] == best), honest),
          value(found[name], "load_entropy"), value(found[name], "worst_share", 2)] for name, label in names.items()])
     even, worst = (pick(found, key=lambda name: mean_and_spread(found[name], "load_entropy")[0]) for pick in (max, min))
     return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Loads are most even with {names[even]} (entropy "
@@ -180,40 +200,38 @@ def specialization(results: dict) -> str:
     last = len(first["steps"]) - 1
     kind, domain = (mean_and_spread(mean_bits(last, label, "bits"), "bits")[0] for label in ("kind", "domain"))
     untrained = mean_and_spread(mean_bits(0, "kind", "bits"), "bits")[0]
-    real = sum(bits > most for e in experts for bits, most in zip(e["steps"][-1]["kind"]["bits"], e["steps"][-1]["kind"]["shuffled_most"]))
+    real = {key: sum(bits > most for e in experts for bits, most in zip(e["steps"][-1][key]["bits"], e["steps"][-1][key]["shuffled_most"]))
+            for key in ("kind", "domain")}
     return (f"{table}\n\nMeans over the MoE layers, of {count(first['tokens'])} held-out tokens; \"shuffled\" is the largest of ten. At the end the "
             f"expert says {kind:.3f} of the kind's {first['kind_entropy']:.2f} bits and {domain:.3f} of the package's {first['domain_entropy']:.2f}; "
             f"before training it was {untrained:.3f} of the kind, as equal tokens look alike to a router. The kind is above its shuffled "
-            f"baseline in {real} of {sum(len(e['layers']) for e in experts)} layers. Layer {first['layers'][layer] + 1} says most; its experts "
+            f"baseline in {real['kind']} and the package in {real['domain']} of {sum(len(e['layers']) for e in experts)} layers. Layer {first['layers'][layer] + 1} says most; its experts "
             f"(seed {next(iter(results['runs'].values()))['changes']['seed']}):\n\n{tokens}")
 
 
 def scaling(results: dict) -> str:
     found, speeds = groups(results), timed(results)
-    dense, moe = (with_seconds(results, kind) for kind in ("dense", "moe"))
-    by = {key: (power_law([run[key] for run in dense], [run["val_loss"] for run in dense]),
-                power_law([run[key] for run in moe], [run["val_loss"] for run in moe])) for key in ("active_params", "seconds")}
-    body, ratios, usual = [], [], usual_spread(found)
+    dense, moe = (of_kind(results, kind) for kind in ("dense", "moe"))
+    fits = [power_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs]) for runs in (dense, moe)]
+    body, honest = [], honest_difference(found)
     for name, runs in ((group.removeprefix("moe, "), runs) for group, runs in found.items() if group.startswith("moe")):
-        others = found[f"dense, {name}"]
-        seconds = runs[0]["tokens"] / speeds[f"moe, {name}"]["tokens_per_second"]
-        there, error = by["seconds"][0].at(seconds)
-        mean = mean_and_spread(runs)[0]
-        ratios.append(by["active_params"][0].inverse(mean) / runs[0]["active_params"])
-        body.append([name, count(runs[0]["active_params"]), count(runs[0]["total_params"]), value(others), value(runs), against(runs, others, usual),
-                     f"{mean - there:+.3f} ± {error:.3f}", *(f"{speeds[f'{kind}, {name}']['tokens_per_second']:,.0f}" for kind in ("dense", "moe"))])
+        others, longer = found[f"dense, {name}"], found[f"dense, {name}{EQUAL_TIME}"]
+        body.append([name, count(runs[0]["active_params"]), count(runs[0]["total_params"]), value(others), value(runs), against(runs, others, honest),
+                     against(runs, longer, honest), *(f"{speeds[f'{kind}, {name}']['tokens_per_second']:,.0f}" for kind in ("dense", "moe"))])
     table = rows(["layers x width", "active", "all of the MoE", "dense loss", "MoE loss", "MoE - dense, equal tokens, FLOPs and active",
                   "MoE - dense, equal time", "dense tokens/s", "MoE tokens/s"], body)
-    largest = list(found.values())[-1][0]
-    fits = by["active_params"]
+    largest = [runs for group, runs in found.items() if group.startswith("moe")][-1]
+    needed, most = fits[0].inverse(mean_and_spread(largest)[0]), max(run["flops_per_token"] for run in dense)
+    ratio = needed / (largest[0]["flops"] / largest[0]["tokens"])
+    beyond = f", an extrapolation to {needed / most:.1f} times the largest dense model" if needed > most else ""
     gap, error = abs(fits[0].slope - fits[1].slope), math.hypot(fits[0].slope_error, fits[1].slope_error)
     sure = "inside two standard errors: undecided" if gap <= 2 * error else "of more than two standard errors"
-    return (f"{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters used and FLOPs are those of the MoE. Loss "
-            f"falls with active parameters to the power {fits[0].slope:.3f} ± {fits[0].slope_error:.3f} (dense) and {fits[1].slope:.3f} ± "
-            f"{fits[1].slope_error:.3f} (MoE), a difference {sure}. "
-            f"By the dense fit, a dense model needs {ratios[-1]:.2f} times the active parameters to end where the largest MoE does; that MoE "
-            f"has {largest['total_params'] / largest['active_params']:.2f} times as many parameters as it uses (the brief: 4x capacity at the same "
-            f"compute). Equal time is read off the dense models' fit over seconds, with its standard error.")
+    return (f"{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters used and FLOPs are those of the MoE; for equal "
+            f"time it was trained again, on as many more tokens as its higher speed allows. Loss falls with the FLOPs of a token to the power "
+            f"{fits[0].slope:.3f} ± {fits[0].slope_error:.3f} (dense) and {fits[1].slope:.3f} ± {fits[1].slope_error:.3f} (MoE), a difference {sure}. "
+            f"By the dense fit, a dense model needs {ratio:.2f} times the FLOPs a token to end where the largest MoE does{beyond}; that MoE "
+            f"has {largest[0]['total_params'] / largest[0]['active_params']:.2f} times as many parameters as it uses (the brief: 4x capacity at the same "
+            "compute).")
 
 
 def checkpointing(results: dict) -> str:

@@ -53,6 +53,7 @@ MOST_PASSES = 4         # over the corpus; more is worth much less than new text
 MOST_METRICS = 12e6     # bytes of metrics that are kept
 VALIDATIONS = 10        # of a run; each also draws its curves, while the GPU waits
 GRACE = 45              # seconds in which a run that is told to stop saves
+LAST_START = 75         # seconds before the end of the time after which no run begins, as it would be stopped while it compiles
 CUT_OFF_CODES = (130, 143, -2, -15)     # of SIGINT and SIGTERM, handled or not
 CPU = "cpu"
 
@@ -77,6 +78,8 @@ def perform(run: Run, base: list[str], folder: Path, environment: dict, stop: th
             return None
         if code and "out of memory" in words and run.may_not_fit:
             return dict(failed="out of memory")
+        if code and "training has diverged" in words:       # it would again
+            return dict(failed="diverged")
         if code:
             raise ExperimentError(f"the run '{run.label}' failed:\n{words.strip()[-2000:]}\nMend it and give the same command again: what "
                                   "is finished is kept." + (" With fewer --jobs each has more memory." if "out of memory" in words else ""))
@@ -153,7 +156,8 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
             _check_passes(wanted, base, corpus["train_tokens"])
             busy = [run.label for run, _ in running.values()]
             missing = [run for run in wanted if run.label not in found and run.label not in busy]
-            for run in [] if stop.is_set() else missing:
+            late = stop.is_set() or time.monotonic() - began >= seconds - min(LAST_START, seconds / 4)
+            for run in [] if late else missing:
                 gpu = free_gpu(run, running, gpus, jobs)
                 if gpu is None:
                     break
@@ -168,7 +172,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                 try:
                     result = future.result()
                     _check_timed(run, result, found)
-                except ExperimentError as error:
+                except Exception as error:      # of whatever kind: what runs beside it is saved
                     failures.append(error)
                     result = None
                 if result is None:      # stopped, from here or elsewhere, or failed: the others save and end too
@@ -186,7 +190,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
         save()
     if failures:
         raise failures[0]
-    if stop.is_set() and missing:
+    if missing:
         return False
     draw(results, folder / "figure.png")
     return True
@@ -195,7 +199,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
 def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str | None:
     """The GPU with the fewest runs, if this run may start on it now."""
     on = {gpu: [other for other, place in running.values() if place == gpu] for gpu in gpus}
-    gpu = min(gpus, key=lambda gpu: len(on[gpu]))
+    gpu = min(gpus, key=lambda gpu: (any(other.alone for other in on[gpu]), len(on[gpu])))
     room = not on[gpu] if run.alone else len(on[gpu]) < jobs and not any(other.alone for other in on[gpu])
     return gpu if room else None
 

@@ -14,10 +14,11 @@ import pytest
 
 from config import Config, ConfigError, ExperimentError
 from conftest import tiny_config
+from studies import experts as experts_of
 from studies import grids, report
 from studies import run as runner
 from studies.experts import KINDS
-from studies.figures import mean_and_spread, power_law, timed, undecided, usual_spread
+from studies.figures import mean_and_spread, power_law, timed
 from studies.grids import STUDIES, Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,11 +106,16 @@ def test_runs_are_kept_in_the_order_of_the_study(performed, tmp_path, monkeypatc
 
     def perform(run, *rest):
         time.sleep(0.1 if run.changes["seed"] == 1 else 0)
-        return whole(run, *rest)
+        found = whole(run, *rest)
+        return found | dict(tokens_per_second=found["tokens_per_second"] * (1.5 if "dense" in run.group else 1))
     monkeypatch.setattr(runner, "perform", perform)
     assert go("scaling", tmp_path, jobs=2)
-    wanted = [run.label for run in STUDIES["scaling"](BASE, TOKENS, [1, 2], {})]
-    assert list(loaded(tmp_path)["runs"]) == wanted and all(run.startswith("speed of") for run in wanted[-8:])
+    found = loaded(tmp_path)["runs"]
+    wanted = [run.label for run in STUDIES["scaling"](BASE, TOKENS, [1, 2], found)]
+    assert list(found) == wanted and all(run.startswith("speed of") for run in wanted[16:24]) and all("equal time" in run for run in wanted[24:])
+    dense, longer = found["dense, 1 x 8, seed 1"], found["dense, 1 x 8, equal time, seed 1"]
+    assert longer["tokens"] == 1.5 * dense["tokens"], "the dense model is that much faster here"
+    assert longer["changes"] == dense["changes"] | dict(max_steps=longer["changes"]["max_steps"])
     assert "minutes to go" in capsys.readouterr().out
 
 
@@ -145,6 +151,93 @@ def test_what_finished_beside_a_failed_run_is_kept(performed, tmp_path, monkeypa
         go("balance", tmp_path, jobs=3)
     kept = loaded(tmp_path)["runs"].keys()      # perhaps also a run that began before the failure was seen
     assert "none, seed 1" in kept and not kept & {"batch, weight 0.0001, seed 1", "none, seed 2"}
+
+
+def test_an_unforeseen_failure_costs_nothing_else(performed, tmp_path, monkeypatch):
+    whole = runner.perform
+
+    def perform(run, *rest):
+        if run.label == "none, seed 2":
+            raise KeyError("val_loss")
+        time.sleep(0.5)
+        return whole(run, *rest)
+    monkeypatch.setattr(runner, "perform", perform)
+    with pytest.raises(KeyError):
+        go("balance", tmp_path, jobs=2)
+    assert "none, seed 1" in loaded(tmp_path)["runs"]
+
+
+def test_no_run_begins_shortly_before_the_end_of_the_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "perform", lambda *_: time.sleep(0.5) or result())
+    assert not go("balance", tmp_path, seconds=0.6)
+    assert len(loaded(tmp_path)["runs"]) == 1, "the second would begin in the last quarter"
+
+
+def test_the_budget_of_several_times_is_added_up(performed, tmp_path, monkeypatch):
+    whole = runner.perform
+    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 3 else time.sleep(0.1) or whole(*a))
+    go("routing", tmp_path)
+    before = loaded(tmp_path)["budget"]["cpu_minutes"]
+    monkeypatch.setattr(runner, "perform", whole)
+    go("routing", tmp_path)
+    assert loaded(tmp_path)["budget"]["cpu_minutes"] > before >= 0.3 / 60
+
+
+@pytest.mark.parametrize("words, may_not_fit, expected", [
+    ("error: out of memory at step 1", True, dict(failed="out of memory")), ("error: out of memory at step 1", False, None),
+    ("error: the loss is nan ...: training has diverged.", False, dict(failed="diverged"))])
+def test_failures_that_are_results(monkeypatch, tmp_path, words, may_not_fit, expected):
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    (tmp_path / "run_experiment.py").write_text(f"import sys; sys.exit({words!r})")
+    run = Run("a", dict(seed=1), may_not_fit=may_not_fit)
+    if expected is None:
+        with pytest.raises(ExperimentError, match="out of memory"):
+            runner.perform(run, [], tmp_path / "run", {}, threading.Event())
+    else:
+        assert runner.perform(run, [], tmp_path / "run", {}, threading.Event()) == expected
+
+
+def test_a_rate_that_diverges_is_not_the_best():
+    found, rates = {}, []
+    for _ in range(9):
+        for run in STUDIES["optimizer"](BASE, 100 * TOKENS, [1], found):
+            rate = run.changes.get("adamw_lr", 0)
+            end = dict(failed="diverged") if run.changes["optimizer"] == "adamw" and rate > 0.001 else result(5 - rate)
+            found[run.label] = end | dict(changes=run.changes)
+    assert max(run["changes"]["adamw_lr"] for run in found.values() if run["changes"]["optimizer"] == "adamw" and "adamw_lr" in run["changes"]) == 0.004
+    assert report.best_runs({run: [r] for run, r in found.items() if "failed" not in r}, "adamw") == [found["adamw, adamw_lr 0.001, seed 1"]]
+
+
+def test_what_is_kept_of_a_run():
+    config = tiny_config(num_experts=2, moe_every=1, n_layers=2)
+    row = dict(tokens_per_second=100.0, memory_peak_gb=1.0, train_loss=1.0, expert_load=[[0.5, 0.5], [0.75, 0.25]])
+    history = [row | dict(step=1, tokens_per_second=1.0, memory_peak_gb=2.0), *(row | dict(step=step) for step in range(2, 9)), dict(step=8, val_loss=3.0)]
+    kept = runner.summary(dict(config=dataclasses.asdict(config), history=history, final_metrics=dict(val_loss=3.0),
+        totals=dict(tokens=800, train_seconds=8, elapsed_seconds=9, skipped_steps=0), data=dict(train_tokens=400),
+        memory_gb=dict(measured=dict(weights=1e-3, momentum=2e-3, activations=5)), environment=dict(gpu=None, cpus=2, torch="2", python="3")))
+    assert kept["tokens_per_second"] == 100 and kept["peak_gb"] == 2 and kept["passes"] == 2 and kept["flops"] == 800 * config.flops_per_token
+    assert kept["worst_share"] == 0.75 and kept["load_entropy"] == pytest.approx((1 + 0.8113) / 2, abs=1e-4)
+    assert kept["state_bytes_per_parameter"] == pytest.approx(3e6 / config.total_params)
+    assert kept["validation"] == [[8 * config.tokens_per_step, 3.0]]
+
+
+def test_kinds_of_characters():
+    def kinds(text, suffix):
+        return [KINDS[k] if k != experts_of.NONE else "" for k in experts_of.character_kinds(text, suffix)]
+    assert kinds("if x1:  # so\n", ".py") == ["keyword"] * 2 + [""] + ["identifier"] * 2 + ["operator"] + [""] * 2 + ["comment"] * 4 + [""]
+    assert set(kinds("#include <math.h>\n", ".h")) <= {"C code", ""}
+    assert set(kinds("/* if */", ".h")) <= {"C comment", ""} and set(kinds("if", "")) == {"prose"}
+
+
+def test_information_of_experts_that_read_the_kind():
+    """Experts that are the kind say all of it; of the kinds moved by one token they say nothing, nor does the shuffled baseline."""
+    kinds = np.random.default_rng(0).integers(0, 4, 20_000).astype(np.uint8)
+    chosen = np.stack([kinds, kinds], 1)[None]
+    there, moved = (experts_of.information(chosen, labels, 4, 4) for labels in (kinds, np.roll(kinds, 1)))
+    assert there["bits"][0] == pytest.approx(2, abs=0.01) and moved["bits"][0] < 0.01 > there["shuffled_most"][0]
+    labels = np.where(np.arange(20_000) % 5, kinds, experts_of.NONE).astype(np.uint8)
+    counts = experts_of.table(chosen[0], labels, 4, 4)
+    assert (counts == 2 * np.diag(np.bincount(kinds[labels != experts_of.NONE]))).all(), "end-of-text is left out"
 
 
 def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_path):
@@ -206,8 +299,8 @@ def test_the_optimizers_rates_go_on_until_the_best_is_inside():
             found[run.label] = result(5 - 0.1 * ("warmup_fraction" in c) + sum(abs(math.log2(c[field] / rate)) for field, rate in best.items() if field in c))
     rates = [name.removesuffix(", seed 1") for name in found if "seed 1" in name and "_lr" in name]
     assert sorted(name for name in rates if name.startswith("adamw")) == sorted(
-        [f"adamw, adamw_lr {rate:g}" for rate in (0.0005, 0.001, 0.002, 0.004)]
-        + [f"adamw, adamw_lr {rate:g}, warmup_fraction 0.2" for rate in (0.001, 0.002)])
+        [f"adamw, adamw_lr {rate:g}" for rate in (0.00025, 0.0005, 0.001, 0.002, 0.004)]
+        + [f"adamw, adamw_lr {rate:g}, warmup_fraction 0.2" for rate in (0.001, 0.002, 0.004)])
     assert sorted(name for name in rates if name.startswith("muon")) == sorted(
         [f"muon, muon_lr {rate:g}, adamw_lr 0.002" for rate in (0.01, 0.02, 0.04, 0.08, 0.16)]
         + [f"muon, muon_lr 0.08, adamw_lr {rate:g}" for rate in (0.001, 0.004)])
@@ -255,16 +348,38 @@ def test_micro_batches_are_searched_to_the_end_of_memory(performed, tmp_path, mo
     assert "at least 32" in text
 
 
+def test_modes_are_compared_at_the_largest_micro_batch_that_all_fit(performed, tmp_path, monkeypatch):
+    whole = runner.perform
+    monkeypatch.setattr(grids, "usable_gb", lambda cpu: 1000)      # so that all are predicted to fit the largest
+    monkeypatch.setattr(runner, "perform", lambda run, *rest: dict(failed="out of memory") if run.changes["batch_size"] > dict(
+        none=8, selective=16, full=32)[run.changes["activation_checkpointing"]] else whole(dataclasses.replace(run, may_not_fit=False), *rest))
+    assert go("checkpointing", tmp_path)
+    rows = [row.split(" | ") for row in report.block("checkpointing", tmp_path).splitlines() if row.startswith(f"| {BASE.n_layers} |")]
+    assert [(row[1], row[2], row[-1].removesuffix(" |")) for row in rows] == [("none", "8", "8"), ("selective", "8", "16"), ("full", "8", "at least 32")]
+
+
 # ---------------------------------------------------------------- how sure
 
 def test_a_difference_inside_the_spread_is_undecided():
     a, b = [result(5.0), result(5.2)], [result(5.1), result(5.15)]
-    assert undecided(a, b, 0) and undecided([result(4.0)], b, 0) and not undecided([result(4.0), result(4.1)], b, 0)
-    assert undecided([result(5.0), result(5.0)], [result(5.05), result(5.05)], usual=0.06), "two seeds can be close by chance"
+    assert report.undecided(a, b, 0) and report.undecided([result(4.0)], b, 0) and not report.undecided([result(4.0), result(4.1)], b, 0)
+    assert report.undecided([result(5.0), result(5.0)], [result(5.05), result(5.05)], 0.08), "two seeds can be close by chance"
     assert mean_and_spread(a) == (pytest.approx(5.1), pytest.approx(0.2))
-    assert usual_spread(dict(a=a, b=b, c=[result(3.0)])) == pytest.approx(0.125)
     assert report.value(a) == "5.100 ± 0.100" and report.against(a, b, 0) == "-0.025, undecided"
     assert report.against([result(4.0), result(4.1)], b, 0) == "-1.075"
+
+
+def test_differences_by_chance_are_undecided_in_19_of_20_studies():
+    """Ten configurations that do not differ: some pair of them is told apart in no more than about 5% of studies."""
+    random = np.random.default_rng(0)
+    apart = 0
+    for _ in range(300):
+        found = {str(i): [result(loss) for loss in random.normal(3, 0.01, 2)] for i in range(10)}
+        honest = report.honest_difference(found)
+        lowest, *_, highest = sorted(found.values(), key=lambda runs: mean_and_spread(runs)[0])
+        apart += not report.undecided(lowest, highest, honest)
+    assert 4 <= apart <= 27
+    assert report.honest_difference(dict(a=[result(3.0)], b=[result(3.0), result(3.1)])) == math.inf
 
 
 def test_power_law_finds_exponent_and_its_uncertainty():
