@@ -274,9 +274,11 @@ def advice(choice: Choice, c: Config, machine: Machine) -> str:
 
 def refuse_what_cannot_fit(c: Config, machine: Machine) -> None:
     """Raises ExperimentError where the system would kill the process without a word: on a CPU that has not the predicted memory."""
+    if machine.name:
+        return
     _, sizes, choice = settle(c, machine)
     needed = sizes["total"] + sizes["host"]
-    if machine.name is None and choice and needed > machine.host_memory_gb:
+    if choice and needed > machine.host_memory_gb:
         raise ExperimentError(f"no memory for this run: {needed:.1f} GB are predicted and {machine.host_memory_gb:.1f} GB of this machine "
                               f"are free.\n  {advice(choice, c, machine)}; if the machine has more than the operating system reports, say "
                               "so with --host_memory_gb.")

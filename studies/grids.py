@@ -154,16 +154,15 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     timed, wanted, longer = [], [], []
     for factor in SIZES:
         size = sized(base, factor)
-        for kind, changes in (("dense", dict(num_experts=0, d_ff=2 * size["d_ff"])), ("moe", dict(num_experts=8, top_k=2))):
-            name = f"{kind}, {size['n_layers']} x {size['d_model']}"
-            timed.append(speed(name, seeds[0], **size | changes))
-            wanted += runs(base, name, tokens, seeds, **size | changes)
-        both = [found.get(run.label) for run in timed[-2:]]
-        if all(run and "failed" not in run for run in both):
-            dense = wanted[-2 * len(seeds)].changes
-            ratio = both[0]["tokens_per_second"] / both[1]["tokens_per_second"]
-            longer += runs(base, f"{wanted[-2 * len(seeds)].group}{EQUAL_TIME}", tokens * ratio, seeds,
-                           **{key: value for key, value in dense.items() if key not in ("max_steps", "seed")})
+        kinds = dict(dense=size | dict(num_experts=0, d_ff=2 * size["d_ff"]), moe=size | dict(num_experts=8, top_k=2))
+        name = f"{size['n_layers']} x {size['d_model']}"
+        for kind, changes in kinds.items():
+            timed.append(speed(f"{kind}, {name}", seeds[0], **changes))
+            wanted += runs(base, f"{kind}, {name}", tokens, seeds, **changes)
+        dense, moe = (found.get(run.label) for run in timed[-2:])
+        if dense and moe:
+            more = dense["tokens_per_second"] / moe["tokens_per_second"]
+            longer += runs(base, f"dense, {name}{EQUAL_TIME}", tokens * more, seeds, **kinds["dense"])
     return wanted + timed + longer
 
 

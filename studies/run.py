@@ -8,11 +8,11 @@
 
 With `small` (65,536 tokens a step) on one H100, at 250,000 tokens/s and 25 s for each start, as estimated before any was run:
 
-    optimizer        17 runs of 16M tokens or less          23 minutes
+    optimizer        22 runs or so of 16M tokens or less    28 minutes
     routing          18 runs of 20M tokens or so            17
     balance          20 runs of 16M tokens                  18
     specialization    2 runs of 80M tokens, and analyses    14
-    scaling          24 runs of 20M tokens or less          21
+    scaling          32 runs of 20M tokens or more          30
     checkpointing    22 runs of 8 steps                     11
 
 Two GPUs take half as long; --jobs 2 saves some of the starts. What a study did take is in its results, as `budget`. Any option of

@@ -135,9 +135,9 @@ def test_a_step_on_a_cpu_takes_the_predicted_memory(trained, shape, precision, m
 
 def test_freed_memory_goes_back_to_the_system():
     code = ("import memory\nmemory.return_freed_memory()\nlarge = bytearray(30_000_000)\ndel large\n"
-            "blocks = [bytearray(b'1') * 8_000_000 for _ in range(40)]\ndel blocks[:-1]\nprint(memory.resident_gb())")
+            "blocks = [bytearray(b'1') * 8_000_000 for _ in range(40)]\ndel blocks[:-1]\nprint(*memory.resident_gb())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(memory.__file__))
-    now, peak = eval(done.stdout)
+    now, peak = map(float, done.stdout.split())
     assert peak > 0.3 and now < 0.1
 
 
