@@ -90,7 +90,7 @@ class Trainer:
         self.parameters = dict(self.model.named_parameters())
         hidden, others = split_parameters(self.model, config.optimizer)
         offload = config.offload_optimizer == "true"
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.predicted["total"] > self.machine.host_memory_gb / 2:     # else speed is worth more
             memory.return_freed_memory()
         if offload:
             self._check_host_memory()

@@ -456,6 +456,15 @@ def test_a_run_larger_than_a_cpu_has_memory_is_refused(settings):
         memory.refuse_what_cannot_fit(large, memory.Machine(None, 0, 2))
 
 
+def test_only_a_run_that_is_short_of_memory_pays_for_returning_it(settings, monkeypatch):
+    returned = []
+    monkeypatch.setattr(memory, "return_freed_memory", lambda: returned.append(True))
+    needed = build(settings(host_memory_gb=1000)).predicted["total"]
+    assert not returned
+    build(settings(host_memory_gb=1.9 * needed))
+    assert returned
+
+
 def test_adamw_alone_trains_every_parameter(settings):
     trainer = build(settings(optimizer="adamw", max_steps=20, eval_every=20))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
