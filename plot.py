@@ -81,7 +81,7 @@ def plot_training_curves(history: list[dict], path, title: str = "", unigram_ent
             top = axes.dataLim.ymax
             axes.set_ylim(0, 1.1 * top if 0 < top < np.inf else 1)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False, loc="lower right" if axes is memory else "best")
+            axes.legend(frameon=False)
         elif not axes.lines:
             _say(axes, "no data yet" if axes is not experts or not train else "dense model: no experts")
     for axes in panels[-1]:
@@ -124,7 +124,7 @@ def _expert_panel(axes, train: list[dict]):
         _line(axes, x, np.median(share, axis=1), f"{label}, median layer", color)
     even = 1 / load.shape[-1]
     axes.axhline(even, color="black", linewidth=1, linestyle="--", label=f"even share, 1/{load.shape[-1]}")
-    axes.set_ylim(0, min(1.02, max(2.5 * even, 1.1 * float(np.nan_to_num(load).max()))))
+    axes.set_ylim(0, min(1.5, max(2.5 * even, 1.5 * float(np.nan_to_num(load).max()))))      # room above for the legend, which sees lines alone
 
 
 def _line(axes, x, y, label, color, **style):

@@ -84,6 +84,13 @@ def gpu_figures() -> str:
             losses = ", ".join(f"{run}: {loss:.3f}" for run, loss in d["final_validation_loss"].items())
             beside = (f"{losses} ({d['unigram_entropy']:.2f} is the unigram entropy); between seeds {d['spread_of_seeds']:.4f}; "
                       f"steps skipped after warm-up: {sum(d['skipped_steps_after_warmup'].values())}")
+        if r["name"] == "curve_18b_fp16":
+            losses = d["train_loss"]
+            beside = (f"{len(losses)} steps in {d['seconds_in_all']:.0f} s; training loss {losses[0]:.2f} to {losses[-1]:.2f}; unigram entropy "
+                      f"{d['unigram_entropy']:.2f}; skipped, in search of the loss scale: {d['skipped_steps'][-1]} step")
+        if r["name"] == "resume_18b":
+            beside = (f"steps {d['steps'][0]} to {d['steps'][-1]}; the first is {abs(d['whole'][0] - d['resumed'][0]):g} apart, and two runs resumed from "
+                      f"the same checkpoint are {d['between_resumed']:.1g} apart: the GPU adds in no fixed order")
         if r["name"].startswith("moe_vs_dense"):
             beside = f"largest share of the pairs on one expert: {max(d['load']):.3f}"
         if r["name"] == "vs_transformers":

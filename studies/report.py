@@ -92,8 +92,9 @@ def budget(results: dict) -> str:
     minutes = listed([f"{b[key]:.0f} {name} minutes" for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU")) if b[key]])
     seeds = len({run["changes"]["seed"] for run in runs})
     passes = max((run["passes"] for run in runs if "passes" in run), default=0)
+    longest = max((run["tokens"] / run["active_params"] for run in runs if "tokens" in run), default=0)
     return (f"{len(results['runs'])} run{'s' * (len(results['runs']) != 1)} with {seeds} seed{'s' * (seeds > 1)} on `{corpus['data']}` ({count(corpus['train_tokens'])} tokens, at most "
-            f"{passes:.2f} passes), {count(b['tokens'])} tokens in all, {minutes} on {machines(results)}.")
+            f"{passes:.2f} passes and {longest:.2g} tokens an active parameter), {count(b['tokens'])} tokens in all, {minutes} on {machines(results)}.")
 
 
 # ---------------------------------------------------------------- one study each
@@ -141,7 +142,14 @@ def optimizer(results: dict) -> str:
         ["seconds of training at that speed", f"{reached[1]}{reached[0] / speed['muon']:.0f}" if reached else none, f"{tokens / speed['adamw']:.0f}"],
         [f"tokens/s, alone on {speeds['muon']['machine']['gpu'] or 'the machine'}", *(f"{speed[name]:,.0f}" for name in speed)],
         ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in speed)]])
-    words = (f"At its best rates Muon ends {against(muon, adamw, honest_difference(found))} nats from AdamW alone. " + (
+    gap, sure = mean_and_spread(adamw)[0] - mean_and_spread(muon)[0], "" if not undecided(muon, adamw, honest_difference(found)) else " (undecided)"
+    rates = [runs[0]["changes"]["adamw_lr"] for runs in (muon, adamw)]
+    beside = [runs for group, runs in found.items() if group.startswith("muon, muon_lr") and runs[0]["changes"]["adamw_lr"] == rates[1]]
+    words = f"At the best rates of each Muon ends {abs(gap):.3f} nats {'lower' if gap > 0 else 'higher'} than AdamW alone{sure}"
+    if beside and rates[0] != rates[1]:
+        words += (f", and at {value(min(beside, key=lambda runs: mean_and_spread(runs)[0]))} with the rate that is best for AdamW alone beside it, "
+                  f"{rates[1]:g} instead of {rates[0]:g}")
+    words += (". " + (
         f"It reaches AdamW's loss with {reached[1]}{reached[0] / tokens:.0%} of the tokens and {reached[1]}"
         f"{reached[0] / speed['muon'] * speed['adamw'] / tokens:.0%} of the time" if reached else "It does not reach AdamW's loss")
         + f", by runs of {len(lengths)} lengths, each with a whole schedule. Weights, gradients and state take "
@@ -174,10 +182,12 @@ def balance(results: dict) -> str:
     table = rows(["balancing", "validation loss", f"against {best}", "load entropy (1: even)", "largest share of an expert"], [
         [label, value(found[name]), "" if label == best else against(found[name], next(found[n] for n in names if names[n] == best), honest),
          value(found[name], "load_entropy"), value(found[name], "worst_share", 2)] for name, label in names.items()])
-    even, worst = (pick(found, key=lambda name: mean_and_spread(found[name], "load_entropy")[0]) for pick in (max, min))
-    return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Loads are most even with {names[even]} (entropy "
-            f"{mean_and_spread(found[even], 'load_entropy')[0]:.3f}) and least with {names[worst]} "
-            f"({mean_and_spread(found[worst], 'load_entropy')[0]:.3f}).")
+    lowest = next(runs for name, runs in found.items() if names[name] == best)
+    as_low = {name: runs for name, runs in found.items() if runs is lowest or undecided(runs, lowest, honest)}
+    even, worst = (pick(as_low, key=lambda name: mean_and_spread(found[name], "load_entropy")[0]) for pick in (max, min))
+    return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Of it and those that cannot be told from it, loads are most even with "
+            f"{names[even]} (entropy {value(found[even], 'load_entropy')}, largest share {value(found[even], 'worst_share', 2)}) and least with "
+            f"{names[worst]} ({value(found[worst], 'load_entropy')}, {value(found[worst], 'worst_share', 2)}).")
 
 
 def specialization(results: dict) -> str:
