@@ -41,7 +41,12 @@ def honest_difference(found: dict[str, list[dict]]) -> float:
     if len(losses) < 2:
         return math.inf
     variance = sum(np.var(values) * len(values) for values in losses) / freedom
-    return float(studentized_range.ppf(0.95, len(losses), freedom) * math.sqrt(variance))
+    return _studentized_range(len(losses), freedom) * math.sqrt(variance)
+
+
+@functools.cache        # a numerical integral
+def _studentized_range(means: int, freedom: int) -> float:
+    return float(studentized_range.ppf(0.95, means, freedom))
 
 
 def undecided(a: list[dict], b: list[dict], honest: float) -> bool:
