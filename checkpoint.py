@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from config import Config, ExperimentError
+from config import Config, ExperimentError, resumed_config
 
 FORMAT = 1
 PIECE = 16 * 2**20      # bytes checksummed or written at a time; what a thread takes of host memory for tensors on a GPU
@@ -150,6 +150,18 @@ def link_latest(path, latest):
     _sync_folder(latest.parent)
 
 
+def files_to_come(c: Config, step: int, there: int, own_latest: bool) -> int:
+    """How many more checkpoint files a run of `c` has on its disk at the most, from `step` on. `there` are its numbered ones, and
+    `own_latest` says that checkpoint_latest.pt is a file of its own. A new file is whole before an old one goes."""
+    if step >= c.max_steps or not (c.save_every or c.save_minutes):
+        return 0
+    numbered = c.max_steps // c.save_every - step // c.save_every + (c.max_steps % c.save_every > 0) if c.save_every else 0
+    most = min(there + numbered, max(there, c.keep_checkpoints) + 1)
+    # the latest, saved by time, is one more beside the numbered ones; where none come, it is written beside the one before
+    by_time = (1 if c.save_every else 2) if c.save_minutes else 0
+    return max(1, most + by_time - there - own_latest)
+
+
 def prune(folder, steps, keep: int) -> list[int]:
     """Deletes the oldest checkpoints of `steps`, the steps that this run saved in `folder`, so that `keep` remain.
 
@@ -214,8 +226,7 @@ def model_from_state(state: dict, device="cpu", precision: str = "fp32"):
     from model import MoETransformer        # only here: training writes checkpoints without building a second model
     from precision import decode_master
 
-    known = {field.name for field in dataclasses.fields(Config)}
-    config = Config(**{k: v for k, v in state["config"].items() if k in known})
+    config, _ = resumed_config(state["config"], {})
     with torch.device("meta"):
         model = MoETransformer(dataclasses.replace(config, precision=precision, activation_checkpointing="none"))
     model.to_empty(device=device)

@@ -16,11 +16,23 @@ from typing import Literal
 
 
 class ExperimentError(Exception):
-    """Something the user can mend: its text names the cause and the remedy. Printed without a traceback, exit code 1."""
+    """Something the user can mend: its text names the cause and the remedy. Printed without a traceback."""
+    exit_code = 1
 
 
 class ConfigError(ExperimentError, ValueError):
-    """Wrong options or values; exit code 2."""
+    """Wrong options or values."""
+    exit_code = 2
+
+
+class Diverged(ExperimentError):
+    """Losses or gradients that are no longer finite."""
+    exit_code = 3
+
+
+class OutOfMemory(ExperimentError):
+    """Of a GPU or of the host."""
+    exit_code = 4
 
 
 LIGHTER = {"full": "selective", "selective": "none"}        # what recomputes less
@@ -370,9 +382,8 @@ def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
 
     Raises ConfigError for changes to what shapes the model, its state or the data order.
     """
-    known = {f.name for f in dataclasses.fields(Config)}
-    config = Config(**{**{k: v for k, v in saved.items() if k in known}, **options})
-    before = Config(**{k: v for k, v in saved.items() if k in known})
+    known = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
+    before, config = Config(**known), Config(**{**known, **options})
     changed = {name for name in options if getattr(config, name) != getattr(before, name)}
     refused = [f"{name}: the checkpoint has {getattr(before, name)}, not {getattr(config, name)}"
                for name in sorted(changed & FROZEN)]

@@ -75,10 +75,6 @@ class Corpus:
     documents: int           # of both splits, a piece of a long one counted as one
     unigram_entropy: float   # nats per token: the loss of the best model that ignores the context
 
-    @property
-    def tokens_per_character(self) -> float:
-        return (len(self.train) + len(self.validation)) / self.characters
-
 
 def prepare(config: Config) -> Corpus:
     """Opens the tokenized corpus that `config` describes, building it in config.cache_dir the first time.

@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import LIGHTER, LOSS_CHUNK, OPTIMIZER_PIECE, PRESETS, Config, ConfigError, ExperimentError, block_modes, nearest
+from config import LIGHTER, LOSS_CHUNK, OPTIMIZER_PIECE, PRESETS, Config, ConfigError, OutOfMemory, block_modes, nearest
 
 GB = 1e9
 
@@ -273,13 +273,13 @@ def advice(choice: Choice, c: Config, machine: Machine) -> str:
 
 
 def refuse_what_cannot_fit(c: Config, machine: Machine) -> None:
-    """Raises ExperimentError where the system would kill the process without a word: on a CPU that has not the predicted memory."""
+    """Raises OutOfMemory where the system would kill the process without a word: on a CPU that has not the predicted memory."""
     if machine.name:
         return
     _, sizes, choice = settle(c, machine)
     needed = sizes["total"] + sizes["host"]
     if choice and needed > machine.host_memory_gb:
-        raise ExperimentError(f"no memory for this run: {needed:.1f} GB are predicted and {machine.host_memory_gb:.1f} GB of this machine "
+        raise OutOfMemory(f"no memory for this run: {needed:.1f} GB are predicted and {machine.host_memory_gb:.1f} GB of this machine "
                               f"are free.\n  {advice(choice, c, machine)}; if the machine has more than the operating system reports, say "
                               "so with --host_memory_gb.")
 
@@ -312,6 +312,11 @@ def host_memory_gb() -> float:
     except (OSError, ValueError, KeyError):
         pass        # no limit
     return free / GB
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1      # macOS has no affinity
 
 
 def resident_gb() -> tuple[float, float]:

@@ -145,7 +145,7 @@ class MemoryMeter:
 
 def environment(device: torch.device) -> dict:
     """What the run ran on, as plain types."""
-    return dict(command=" ".join(sys.argv), python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
+    return dict(command=shlex.join(sys.argv), python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda,
                 gpu=torch.cuda.get_device_name() if device.type == "cuda" else None, platform=platform.platform(),
                 cpus=os.cpu_count(), cpu_threads=torch.get_num_threads())
 
@@ -162,7 +162,7 @@ def write_run_file(folder: Path, device: torch.device, **facts) -> None:
             set_aside(path)
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     facts = dict(started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), **facts,
-                 environment=environment(device) | dict(command=shlex.join(sys.argv)), git=git_state(),
+                 environment=environment(device), git=git_state(),
                  gpu=gpu and dict(name=gpu.name, memory_gb=gpu.total_memory / memory.GB, count=torch.cuda.device_count(),
                                   capability=f"{gpu.major}.{gpu.minor}"),
                  packages=dict(sorted((d.name, d.version) for d in importlib.metadata.distributions())), earlier=earlier)

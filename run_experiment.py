@@ -12,6 +12,7 @@ LAUNCHED = time.monotonic()     # before the slow imports
 
 import argparse  # noqa: E402
 import contextlib  # noqa: E402
+import fcntl  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -24,7 +25,7 @@ from pathlib import Path  # noqa: E402
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import memory  # noqa: E402
-from config import (PRESETS, Config, ConfigError, ExperimentError, defaults, field_docs, nearest, parse_value, resolve,
+from config import (PRESETS, Config, ConfigError, ExperimentError, OutOfMemory, defaults, field_docs, nearest, parse_value, resolve,
                     resumed_config)  # noqa: E402
 
 
@@ -120,19 +121,17 @@ def train(argv: list[str]) -> None:
     else:
         print(f"Preset {name}: {why}." if name != "config.py" else f"Configuration of config.py: {why}.")
     folder = Path(config.save_dir)
-    if args.resume == "latest" and path is None:
-        print(f"Nothing to resume: no checkpoint in {folder}. A new run starts.")
-    found = report.run_files(folder) if folder.is_dir() else []
-    if found and not args.overwrite and (path is None or path.resolve().parent != folder.resolve()):
-        if path is None and args.resume == "latest":        # a run that ended before its first checkpoint
-            print("What a run left there is set aside as " + ", ".join(report.set_aside(file).name for file in found))
-        else:
-            raise ConfigError(f"{folder} already holds a run ({', '.join(f.name for f in found[:4])}"
-                              f"{' ...' if len(found) > 4 else ''}). Go on with it: --resume latest; keep it: another "
-                              "--save_dir; delete it: --overwrite.")
-    with removed_if_empty(folder):
-        checkpoint.check_free_space(folder, 0)
-
+    with removed_if_empty(folder), locked(folder, "--save_dir"):
+        if args.resume == "latest" and path is None:
+            print(f"Nothing to resume: no checkpoint in {folder}. A new run starts.")
+        found = report.run_files(folder)
+        if found and not args.overwrite and (path is None or path.resolve().parent != folder.resolve()):
+            if path is None and args.resume == "latest":        # a run that ended before its first checkpoint
+                print("What a run left there is set aside as " + ", ".join(report.set_aside(file).name for file in found))
+            else:
+                raise ConfigError(f"{folder} already holds a run ({', '.join(f.name for f in found[:4])}"
+                                  f"{' ...' if len(found) > 4 else ''}). Go on with it: --resume latest; keep it: another "
+                                  "--save_dir; delete it: --overwrite.")
         print(f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
               f"{config.tokens_per_step:,} tokens a step", flush=True)
         tracker.require(config.tracker)
@@ -159,6 +158,26 @@ def removed_if_empty(folder: Path):
         if made:
             with contextlib.suppress(OSError):      # it holds something, or was never made
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, option: str):
+    """Keeps other processes from writing to a folder, which is made where it is missing. The kernel takes the lock from a process that
+    is killed; on a file system without locks there is none. Raises ConfigError, which names the `option` that chose the folder."""
+    import checkpoint
+    checkpoint.check_free_space(folder, 0)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ConfigError(f"another process is at work on {folder}: wait for it, or give another {option}") from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def resume_path(resume: str | None, config: Config) -> Path | None:
@@ -296,12 +315,9 @@ def exit_code(command, argv: list[str], training: bool = False) -> int:
     try:
         command(argv)
         return 0
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except ModuleNotFoundError as error:
         print(f"error: the package {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
         return 1
@@ -315,7 +331,7 @@ def exit_code(command, argv: list[str], training: bool = False) -> int:
         if not memory.is_out_of_memory(error):
             raise
         print(f"error: out of memory ({str(error).splitlines()[0]}). Use --device cpu or a smaller model.", file=sys.stderr)
-        return 1
+        return OutOfMemory.exit_code
     except OSError as error:
         print(f"error: {error}. Check the path, its permissions and the free disk space.", file=sys.stderr)
         return 1

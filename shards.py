@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import struct
+import sys
 import time
 from array import array
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config, ExperimentError
+from memory import cores
 from sources import Text
 from tokenizer import encoder, load_tokenizer, sha256, train_tokenizer, trained_size, vocabulary
 
@@ -216,7 +218,8 @@ class _Encoder:
 def die_with_parent() -> None:
     """Lets the kernel end this worker process when the one that made it is killed. Else it would wait for ever to hand
     over its work, and hold the lock of the folder that the killed build left."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != multiprocessing.parent_process().pid:        # it was killed just before
         os._exit(1)
 
@@ -299,7 +302,7 @@ def _write_shards(folder: Path, text: Text, found: dict, limit: int, tokens_of: 
     names = ("train.bin", "validation.bin", "pieces.bin")
     done = _progress(folder, names, tokens_of.dtype.itemsize)
     total = int(found["pieces"]["length"].sum())
-    workers = 0 if found["whole"] and total <= 2 * TOKENIZE_CHARACTERS else len(os.sched_getaffinity(0))
+    workers = 0 if found["whole"] and total <= 2 * TOKENIZE_CHARACTERS else cores()
     if not found["whole"]:
         total = text.expected_characters(total, int(found["pieces"]["last"].sum()))
     waiting = collections.deque()       # of the batches whose tokens are being made: PIECE array, position

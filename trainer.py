@@ -20,7 +20,7 @@ import checkpoint
 import data
 import memory
 import tracker
-from config import Config, ExperimentError
+from config import Config, Diverged, ExperimentError, OutOfMemory
 from kernels import attention_backends
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
@@ -135,7 +135,7 @@ class Trainer:
             self.host_gradients.wait()
             self.muon.step(rate * c.muon_lr, factor)
             self.adamw.step(rate * c.adamw_lr, factor)
-            if c.load_balancing == "bias":
+            if c.load_balancing == "bias" and c.n_moe_layers:
                 self.model.balance(counts)
             if self.meter.note("optimizer"):
                 self.bar.write(self.meter.table(list(self.parameters.values()), self.muon.state, self.adamw.state, self.host_gradients.tensors))
@@ -242,7 +242,7 @@ class Trainer:
         if math.isfinite(loss):
             return
         fp16 = " With --precision bf16 nothing overflows at 65,504, fp16's largest number." if self.config.precision == "fp16" else ""
-        raise ExperimentError(
+        raise Diverged(
             f"the loss is {loss} in the forward pass at step {self.step + 1}: training has diverged.{fp16}\n"
             f"  Lower --muon_lr (now {self.config.muon_lr:g}) and --adamw_lr (now {self.config.adamw_lr:g}), raise "
             f"--warmup_fraction (now {self.config.warmup_fraction:g}), look at grad_norm in {self.folder / METRICS}, check the "
@@ -254,12 +254,11 @@ class Trainer:
         self.skipped_steps += 1
         self.bar.write(f"step {self.step + 1}: the gradients overflowed; batch skipped, loss scale {self.scaler.scale:g}")
         if self.scaler.stuck_steps >= STUCK_STEPS:
-            raise ExperimentError(
-                f"{STUCK_STEPS} batches in a row gave inf or nan gradients at the smallest loss scale, "
-                f"{self.scaler.scale:g}, before step {self.step + 1}.\n  Lower --muon_lr (now {self.config.muon_lr:g}) and "
-                f"--adamw_lr (now {self.config.adamw_lr:g}), raise --warmup_fraction, or try "
-                f"{'--precision bf16' if self.config.precision == 'fp16' else '--precision fp32'}.\n"
-                f"  {self._last_checkpoint_words()}")
+            other = dict(fp16=", or try --precision bf16", bf16=", or try --precision fp32", fp32="")[self.config.precision]
+            raise Diverged(
+                f"{STUCK_STEPS} batches in a row gave inf or nan gradients at the smallest loss scale, {self.scaler.scale:g}, before "
+                f"step {self.step + 1}: training has diverged.\n  Lower --muon_lr (now {self.config.muon_lr:g}) and --adamw_lr (now "
+                f"{self.config.adamw_lr:g}), raise --warmup_fraction{other}.\n  {self._last_checkpoint_words()}")
 
     def _last_checkpoint_words(self) -> str:
         latest = checkpoint.latest_path(self.folder)
@@ -321,7 +320,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        """Mean loss over the first eval_steps validation batches, the same ones every time."""
+        """Mean loss over eval_steps batches spread over the held-out text, always the same; a last one that is not full is left out."""
         self.model.eval()
         loss = correct = torch.zeros((), device=self.device)
         tokens = 0
@@ -433,14 +432,10 @@ class Trainer:
 
     def checkpoint_bytes_to_come(self) -> int:
         c = self.config
-        if not self._saving():
-            return 0
-        numbered = math.ceil((c.max_steps - self.step) / c.save_every) if c.save_every else 0
-        files = min(numbered, c.keep_checkpoints) + 1 + bool(c.save_minutes)      # one is written before the oldest goes
         there = [path for step in self.saved_steps if (path := checkpoint.step_path(self.folder, step)).exists()]
         latest = checkpoint.latest_path(self.folder)
-        files -= len(there) + (latest.exists() and not any(latest.samefile(path) for path in there))    # they make room
-        return int(max(1, files) * memory.checkpoint_gb(c) * memory.GB)
+        own = latest.exists() and not any(latest.samefile(path) for path in there)
+        return int(checkpoint.files_to_come(c, self.step, len(there), own) * memory.checkpoint_gb(c) * memory.GB)
 
     def _take_over_folder(self) -> None:
         """Drops the rows past the checkpoint that the run goes on from, and makes that checkpoint the latest: otherwise a
@@ -476,7 +471,7 @@ class Trainer:
     def _check_host_memory(self) -> None:
         needed, there = self.predicted["host"], self.machine.host_memory_gb
         if needed > there:
-            raise ExperimentError(f"no host memory for streaming: what is streamed takes {needed:.1f} GB and {there:.1f} GB "
+            raise OutOfMemory(f"no host memory for streaming: what is streamed takes {needed:.1f} GB and {there:.1f} GB "
                                   "are free. Use a smaller preset or --offload_optimizer false; if the host has more than the "
                                   "operating system reports, say so with --host_memory_gb.")
 
@@ -522,7 +517,7 @@ class Trainer:
             used = next(x for x in memory.candidates(self.config, [self.config.activation_checkpointing],
                                                      [self.config.offload_optimizer == "true"], [self.config.batch_size], cpu))
             less = memory.smaller(self.config, used, cpu)
-            raise ExperimentError(
+            raise OutOfMemory(
                 f"out of memory at step {self.step + 1} on {self.machine.name or 'the CPU'} ({self.machine.memory_gb or self.machine.host_memory_gb:.1f} "
                 f"GB; predicted {used.memory_gb['total']:.1f} GB).\n  " +
                 (f"Next smaller choice, at the same tokens per step ({less.memory_gb['total']:.1f} GB): {less.options(self.config)}"

@@ -29,10 +29,10 @@ import torch
 
 import data
 import report
-import tokenizer as tokenizers
 from benchmarks.record import ROOT, write
 from config import PRESETS, Config
 from sources import Text
+from tokenizer import train_tokenizer
 
 REPETITIONS = 3
 TEXT_MB = 60                # the installed packages' text, as far as it goes
@@ -53,7 +53,7 @@ def tokenizing(folder: Path) -> dict:
                 break
     config = Config(data=str(text), cache_dir=str(folder / "cache"), tokenizer=str(folder / "tokenizer.json"), max_seq_len=1024)
     sample = (piece for number, (piece, _) in enumerate(Text(config).documents()) if number % 4 == 0)
-    (folder / "tokenizer.json").write_text(tokenizers.train_tokenizer(sample, 32768))
+    (folder / "tokenizer.json").write_text(train_tokenizer(sample, 32768))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=config.tokenizer)
     table = datasets.load_dataset("json", data_files=str(text), split="train")
     datasets.disable_progress_bars()

@@ -23,14 +23,15 @@ from pygments.lexers import CppLexer, CythonLexer, PythonLexer
 from pygments.token import Comment, Error, Keyword, Name, Number, Operator, Punctuation, String
 from tokenizers import Tokenizer
 
+import checkpoint
 import data
-import shards
-from config import Config, ExperimentError
+from config import Config, ExperimentError, resumed_config
 from kernels import attention_backends
+from memory import cores
 from model import MoETransformer
 from run_experiment import exit_code, load_model, new_parser
 from tokenizer import load_tokenizer
-from tools.evaluate import DomainText
+from tools.evaluate import DomainText, held_out
 
 KINDS = ("keyword", "identifier", "operator", "number", "string", "docstring", "comment", "C code", "C comment", "prose", "whitespace")
 PYTHON = ((String.Doc, "docstring"), (String, "string"), (Number, "number"), (Comment, "comment"), (Keyword, "keyword"), (Operator.Word, "keyword"),
@@ -100,46 +101,35 @@ def _file_tokens(job: tuple[str, list[str], list[int], list[bool]]) -> tuple[lis
     return tokens, np.concatenate(labels)
 
 
-def domain(path: str | None, config: Config, root: str) -> str:
-    """The package that a file belongs to; of other text the top-level folder or, beside such folders, the suffix."""
-    if path is None:
-        return config.data
-    if config.data == "installed":
-        for packages in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-            if Path(path).is_relative_to(packages):
-                return Path(path).relative_to(packages).parts[0]
-        return "Python's library"
-    first, *rest = Path(os.path.relpath(path, root)).parts
-    return first if rest else Path(first).suffix or first
+def domain(text: DomainText) -> str:
+    """The package that the file being read belongs to; of text that is not `installed`, tools.evaluate's domain."""
+    if text.config.data != "installed":
+        return text.domain()
+    for packages in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        if Path(text.now).is_relative_to(packages):
+            return Path(text.now).relative_to(packages).parts[0]
+    return "Python's library"
 
 
 def label(config: Config, corpus: data.Corpus) -> Labels:
     """Labels the corpus's held-out tokens. Raises ExperimentError when the text is no longer the one that was tokenized."""
-    def files():
-        """(path, its pieces, whether each is its document's last) of all text."""
-        text = DomainText(config)
-        pieces = ((text.now, piece, last) for piece, last in text.documents())
-        for path, group in itertools.groupby(pieces, key=lambda piece: piece[0]):
-            yield path, *zip(*((piece, last) for _, piece, last in group))
-
-    hashes, lengths = zip(*((shards.text_hash(piece), len(piece)) for _, pieces, _ in files() for piece in pieces))
-    held_out = shards.split(np.array(hashes, np.uint64), np.array(lengths, np.int64), config.validation_fraction)
-    paths = DomainText(config).files
-    root = os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in paths}) if paths else ""
+    chosen = held_out(config, corpus.data_hash)
     places: list[str] = []
 
     def jobs():
-        first = 0
-        for path, pieces, lasts in files():
-            mine = [*held_out[first:first + len(pieces)], False]
-            first += len(pieces)
+        text, first = DomainText(config), 0
+        pieces = ((text.now, domain(text), *piece) for piece in text.documents())
+        for (path, place), group in itertools.groupby(pieces, key=lambda piece: piece[:2]):
+            _, _, texts, lasts = zip(*group)
+            mine = [*chosen[first:first + len(texts)], False]
+            first += len(texts)
             if any(mine):
-                places.append(domain(path, config, root))
-                yield (Path(path or "").suffix.lower(), list(pieces), [i for i, take in enumerate(mine) if take],
+                places.append(place)
+                yield (Path(path or "").suffix.lower(), list(texts), [i for i, take in enumerate(mine) if take],
                        [last or not following for last, following in zip(lasts, mine[1:])])
 
     tokens, kinds, of_file = [], [], []
-    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0)), _start_worker, (corpus.tokenizer_json,)) as pool:
+    with multiprocessing.get_context("fork").Pool(cores(), _start_worker, (corpus.tokenizer_json,)) as pool:
         for number, (ids, labels) in enumerate(pool.imap(_file_tokens, jobs(), chunksize=4)):
             tokens.append(np.where(np.array(ids) < 0, corpus.end_of_text, ids))
             kinds.append(labels)
@@ -228,7 +218,7 @@ def top_tokens(experts: np.ndarray, tokens: np.ndarray, num_experts: int, tokeni
 
 def analyse(checkpoints: list[Path]) -> dict:
     """What `results.json` keeps of a run: information by layer and step, and the tables and top tokens of the last checkpoint."""
-    _, config, _ = load_model(str(checkpoints[-1]), "cpu", None)
+    config, _ = resumed_config(checkpoint.load(checkpoints[-1])["config"], {})
     corpus = data.prepare(config)
     labels = label(config, corpus)
     length = config.max_seq_len

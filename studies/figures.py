@@ -9,8 +9,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from plot import BLUE, GREEN, ORANGE, RED, write_figure
-from studies.grids import ADAMW_RATES, EQUAL_TIME, LONG_WARMUP, WEIGHTS
+from config import Config, parse_value, resolve
+from plot import BLUE, GREEN, ORANGE, PINK, RED, SKY, write_figure
+from studies.grids import ADAMW_RATES, EQUAL_TIME, LONG_WARMUPS, WEIGHTS
 
 SPEED = "speed of "
 LOSS = "validation loss (nats per token)"
@@ -19,6 +20,13 @@ DENSE_AND_MOE = dict(dense=("dense", ORANGE, "s"), moe=("top-2 of 8", BLUE, "o")
 
 
 # ---------------------------------------------------------------- statistics
+
+def base_config(results: dict) -> Config:
+    """The configuration that the study's runs change."""
+    given = {name.removeprefix("--"): value for name, value in zip(results["options"][::2], results["options"][1::2])}
+    preset = given.pop("preset")
+    return resolve({name: parse_value(name, value) for name, value in given.items()}, preset, None)[0]
+
 
 def groups(results: dict) -> dict[str, list[dict]]:
     """{group: its runs that did not fail}, in the order of the study, without those that only measured speed."""
@@ -52,20 +60,13 @@ def shorter(found: dict[str, list[dict]]) -> list[list[dict]]:
 
 @dataclass
 class PowerLaw:
-    """y = a x^slope, fitted by least squares of the logarithms; `covariance` is that of (slope, log a), inf for two points."""
+    """y = a x^slope, fitted by least squares of the logarithms; the slope's standard error is inf for two points."""
     slope: float
     intercept: float
-    covariance: np.ndarray
+    slope_error: float
 
-    @property
-    def slope_error(self) -> float:
-        return math.sqrt(self.covariance[0, 0])
-
-    def at(self, x: float) -> tuple[float, float]:
-        """y and its standard error."""
-        row = np.array([math.log(x), 1.0])
-        y = math.exp(self.slope * row[0] + self.intercept)
-        return y, y * math.sqrt(max(0.0, row @ self.covariance @ row))
+    def at(self, x: float) -> float:
+        return math.exp(self.slope * math.log(x) + self.intercept)
 
     def inverse(self, y: float) -> float:
         return math.exp((math.log(y) - self.intercept) / self.slope)
@@ -74,9 +75,9 @@ class PowerLaw:
 def power_law(x: list[float], y: list[float]) -> PowerLaw:
     if len(x) < 3:
         slope, intercept = np.polyfit(np.log(x), np.log(y), 1)
-        return PowerLaw(slope, intercept, np.full((2, 2), math.inf))
+        return PowerLaw(slope, intercept, math.inf)
     (slope, intercept), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
-    return PowerLaw(slope, intercept, covariance)
+    return PowerLaw(slope, intercept, math.sqrt(covariance[0, 0]))
 
 
 def of_kind(results: dict, kind: str) -> list[dict]:
@@ -97,7 +98,7 @@ def draw(results: dict, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8, ncols=2 if len(axes.get_legend_handles_labels()[0]) > 5 else 1)
+            axes.legend(frameon=False, fontsize=7 if len(axes.get_legend_handles_labels()[0]) > 4 else 8)
     write_figure(figure, path)
 
 
@@ -117,14 +118,15 @@ def _grid(axes) -> None:
 
 
 def _optimizer(figure: Figure, results: dict) -> None:
-    rates, curves = figure.subplots(1, 2, width_ratios=(2, 3))
+    rates, curves = figure.subplots(1, 2)
     found = groups(results)
     sweeps = [runs for group, runs in found.items() if "_lr" in group]
     muon = best_runs(found, "muon")[0]["changes"]
     lines = (("adamw", "adamw_lr", dict(warmup_fraction=None), "AdamW alone", ORANGE, "s"),
-             ("adamw", "adamw_lr", dict(warmup_fraction=LONG_WARMUP), f"AdamW alone, warm-up {LONG_WARMUP:.0%}", RED, "D"),
-             ("muon", "muon_lr", dict(adamw_lr=ADAMW_RATES[1]), "Muon, over Muon's rate", BLUE, "o"),
-             ("muon", "adamw_lr", dict(muon_lr=muon["muon_lr"]), "Muon, over its AdamW's rate", GREEN, "^"))
+             *(("adamw", "adamw_lr", dict(warmup_fraction=warmup), f"AdamW alone, warm-up {warmup:.0%}", colour, marker)
+               for warmup, colour, marker in zip(LONG_WARMUPS, (RED, PINK, SKY), "DvP")),
+             ("muon", "muon_lr", dict(adamw_lr=ADAMW_RATES[1]), f"Muon's rate, its AdamW's {ADAMW_RATES[1]:g}", BLUE, "o"),
+             ("muon", "adamw_lr", dict(muon_lr=muon["muon_lr"]), f"its AdamW's rate, Muon's {muon['muon_lr']:g}", GREEN, "^"))
     for name, field, same, label, colour, marker in lines:
         mine = {runs[0]["changes"][field]: runs for runs in sweeps
                 if all(runs[0]["changes"].get(key) == value for key, value in (dict(optimizer=name) | same).items())}
@@ -133,16 +135,21 @@ def _optimizer(figure: Figure, results: dict) -> None:
         for i, run in enumerate(best_runs(found, name)):
             tokens, loss = np.array(run["validation"]).T
             curves.plot(tokens, loss, color=colour, linewidth=1.1, label=f"{label}, best rates" if i == 0 else None)
+    target = mean_and_spread(best_runs(found, "adamw"))[0]
+    curves.axhline(target, color="0.5", linewidth=0.8, linestyle="--", label="where AdamW alone ends")
     for runs in shorter(found):
         curves.plot([run["tokens"] for run in runs], [run["val_loss"] for run in runs], "o", color=BLUE, markersize=4.5, alpha=0.8)
     if shorter(found):
         curves.plot([], [], "o", color=BLUE, markersize=4.5, label="Muon, a shorter run's end")
-    ends = [run["val_loss"] for runs in found.values() for run in runs]
-    curves.set(xlabel="tokens", ylabel=LOSS, ylim=(min(ends) - 0.1, min(ends) + 2.5 * max(0.4, max(ends) - min(ends))))
+    low = min(run["val_loss"] for runs in found.values() for run in runs)
+    curves.set(xlabel="tokens", ylabel=LOSS, ylim=(low - 0.1, target + 2.5 * max(0.4, target - low)))
     curves.xaxis.set_major_formatter(EngFormatter(sep=""))
-    rates.set(xscale="log", xlabel="peak learning rate", ylabel="validation loss at the end (nats)")
+    rates.set(xscale="log", xlabel="peak learning rate", ylabel="final loss (nats per token)")
+    tried = sorted({rate for runs in sweeps for field in ("muon_lr", "adamw_lr") if (rate := runs[0]["changes"].get(field))})
+    rates.set_xticks(tried[::2], [f"{rate:g}" for rate in tried[::2]], fontsize=7)
+    rates.xaxis.set_minor_locator(NullLocator())
     ends = [run["val_loss"] for runs in sweeps for run in runs]
-    rates.set_ylim(top=max(ends) + 0.4 * (max(ends) - min(ends)))      # room for the legend
+    rates.set_ylim(top=max(ends) + 0.6 * (max(ends) - min(ends)))      # room for the legend
     for axes in (rates, curves):
         _grid(axes)
 
@@ -163,20 +170,26 @@ def _routing(figure: Figure, results: dict) -> None:
 
 def _balance(figure: Figure, results: dict) -> None:
     found = groups(results)
-    for axes, key, label in zip(figure.subplots(1, 3), ("val_loss", "load_entropy", "worst_share"),
-                                (LOSS, "load entropy (1: even)", "largest share of an expert")):
+    found = {name: [run | dict(unevenness=1 - run["load_entropy"]) for run in runs] for name, runs in found.items()}
+    for axes, key, label in zip(figure.subplots(1, 3), ("val_loss", "unevenness", "worst_share"),
+                                (LOSS, "1 - load entropy (0: even)", "largest share of an expert")):
         for scope, colour, marker in (("batch", BLUE, "o"), ("sequence", ORANGE, "s")):
             _points(axes, {x: found.get(f"{scope}, weight {weight:g}", []) for x, weight in enumerate(WEIGHTS, 1)}, key, f"loss, scope {scope}",
                     colour, marker)
-        for name, x, colour, marker in (("none", 0, RED, "v"), ("bias", len(WEIGHTS) + 1, GREEN, "D")):
+        for name, x, words, colour, marker in (("none", 0, "no balancing", RED, "v"), ("bias", len(WEIGHTS) + 1, "bias instead of a loss", GREEN, "D")):
             runs = found.get(name, [])
-            axes.plot([x] * len(runs), [run[key] for run in runs], marker, color=colour, markersize=5, alpha=0.8)
+            axes.plot([x] * len(runs), [run[key] for run in runs], marker, color=colour, markersize=5, alpha=0.8, label=words)
         axes.set(xlabel="weight of the balancing loss", ylabel=label)
         axes.set_xticks(range(len(WEIGHTS) + 2), ["none", *(f"$10^{{{round(math.log10(weight))}}}$" for weight in WEIGHTS), "bias"], fontsize=8)
         _grid(axes)
     figure.set_size_inches(9, 3.3)
-    low, high = figure.axes[0].get_ylim()
-    figure.axes[0].set_ylim(low, high + 0.25 * (high - low))       # room for the legend
+    loss, unevenness, share = figure.axes
+    unevenness.set_yscale("log")
+    even = 1 / base_config(results).num_experts
+    share.axhline(even, color="0.5", linewidth=0.8, linestyle="--")
+    share.text(0, even, "even", fontsize=8, color="0.4", va="bottom")
+    low, high = loss.get_ylim()
+    loss.set_ylim(low, high + 0.45 * (high - low))       # room for the legend
     for axes in figure.axes[1:]:       # one legend is enough
         for line in axes.lines:
             line.set_label(None)
@@ -193,7 +206,7 @@ def _scaling(figure: Figure, results: dict) -> None:
             axes.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.8)
             fit = power_law(x, y)
             line = np.geomspace(min(x), max(x), 50)
-            axes.plot(line, [fit.at(v)[0] for v in line], color=colour, linewidth=1.2,
+            axes.plot(line, [fit.at(v) for v in line], color=colour, linewidth=1.2,
                       label=f"{name}: slope\n{fit.slope:.3f} ± {fit.slope_error:.3f}")
         if key == "seconds":
             speeds, (_, colour, marker) = timed(results), DENSE_AND_MOE["dense"]

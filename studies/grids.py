@@ -20,7 +20,7 @@ class Run:
     changes: dict
     alone: bool = False             # nothing else runs on its GPU
     may_not_fit: bool = False       # running out of memory is a result
-    analysed: bool = False          # its checkpoints are kept and analysed by studies.specialization
+    analysed: bool = False          # its checkpoints are kept and analysed by studies.experts
 
     @property
     def label(self) -> str:
@@ -52,16 +52,16 @@ def sized(base: Config, factor: float) -> dict:
 
 MUON_RATES, ADAMW_RATES = (0.01, 0.02, 0.04), (0.001, 0.002, 0.004)
 MOST_RATES = 6
-LONG_WARMUP = 0.2
+LONG_WARMUPS = (0.2, 0.4, 0.6)
 FRACTIONS = (0.25, 0.5)
 
 
 def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """Is Muon worth it? Muon with AdamW against AdamW alone: the learning rates of each are swept with one seed (Muon's first, then
     that of the AdamW beside it), on past the first three when the best is at an end; AdamW alone, which a short warm-up may hold
-    back, also with a longer one; the best get the other seeds. Muon also for a quarter and half of the tokens, each with a whole
+    back, also with longer ones, as long as they help; the best get the other seeds. Muon also for a quarter and half of the tokens, each with a whole
     schedule: with how many does it reach AdamW's loss?"""
-    wanted = [speed(name, seeds[0], optimizer=name) for name in ("muon", "adamw")]
+    wanted: list[Run] = []
 
     def name_of(changes: dict) -> str:
         return ", ".join([changes["optimizer"], *(f"{field} {changes[field]:g}" for field in ("muon_lr", "adamw_lr", "warmup_fraction") if field in changes)])
@@ -87,19 +87,21 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
             times = 0.5 if best == min(rates) else 2        # two at once, as each round takes as long as a run
             rates += [best * times, best * times ** 2][:MOST_RATES - len(rates)]
 
-    adamw = sweep("adamw_lr", ADAMW_RATES, optimizer="adamw")
-    if adamw:
+    adamw, longest = sweep("adamw_lr", ADAMW_RATES, optimizer="adamw"), None
+    for warmup in LONG_WARMUPS:
+        if adamw is None or adamw.get("warmup_fraction") != longest:      # not known yet, or a longer one did not help
+            break
         rates = tuple(times * adamw["adamw_lr"] for times in (1, 2, 4))
-        warmed = sweep("adamw_lr", rates, optimizer="adamw", warmup_fraction=LONG_WARMUP)
+        warmed = sweep("adamw_lr", rates, optimizer="adamw", warmup_fraction=warmup)
         ends = warmed and losses({0: adamw, 1: warmed})
-        adamw = ends and (adamw, warmed)[min(ends, key=ends.get)]
+        adamw, longest = ends and (adamw, warmed)[min(ends, key=ends.get)], warmup
     muon = sweep("muon_lr", MUON_RATES, optimizer="muon", adamw_lr=ADAMW_RATES[1])
     muon = muon and sweep("adamw_lr", ADAMW_RATES, **{field: value for field, value in muon.items() if field != "adamw_lr"})
     for changes in filter(None, (adamw, muon)):
         wanted += runs(base, name_of(changes), tokens, seeds[1:], **changes)
     if muon:
         wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **muon)]
-    return wanted
+    return wanted + [speed(name, seeds[0], optimizer=name) for name in ("muon", "adamw")]
 
 
 def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
@@ -152,8 +154,8 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     parameters and FLOPs, at four sizes and equal tokens; and the dense one with as many tokens as take the MoE's time, by the speeds
     that were measured."""
     timed, wanted, longer = [], [], []
-    for factor in SIZES:
-        size = sized(base, factor)
+    sizes = {(size["n_layers"], size["d_model"]): size for size in (sized(base, factor) | dict(moe_every=1) for factor in SIZES)}
+    for size in sizes.values():     # of a small base some are alike
         kinds = dict(dense=size | dict(num_experts=0, d_ff=2 * size["d_ff"]), moe=size | dict(num_experts=8, top_k=2))
         name = f"{size['n_layers']} x {size['d_model']}"
         for kind, changes in kinds.items():

@@ -5,10 +5,11 @@
 Every number in it, those in the sentences too, is computed here from a results.json; a study without one is said not to be run.
 A value of several seeds is their mean ± half of their spread.
 """
+import collections
 import functools
 import json
-import sys
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.stats import studentized_range
 
 from benchmarks.tables import fill, rewrite
 from memory import count
-from studies.figures import MODES, best_runs, groups, mean_and_spread, of_kind, power_law, sharpest_layer, shorter, timed
+from studies.figures import MODES, base_config, best_runs, groups, mean_and_spread, of_kind, power_law, sharpest_layer, shorter, timed
 from studies.grids import ADAMW_RATES, EQUAL_TIME, MULTIPLES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,11 +50,16 @@ def _studentized_range(means: int, freedom: int) -> float:
     return float(studentized_range.ppf(0.95, means, freedom))
 
 
+def limit(a: list[dict], b: list[dict], honest: float) -> float:
+    """The smallest difference of the means of two groups that is decided (Tukey and Kramer's form for groups of unequal size)."""
+    return honest * math.sqrt((1 / len(a) + 1 / len(b)) / 2)
+
+
 def undecided(a: list[dict], b: list[dict], honest: float) -> bool:
     """Whether two groups have one seed only, or differ by no more than the spread of either's seeds or than the study's honest
-    difference (Tukey and Kramer's form for groups of unequal size)."""
+    difference."""
     (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a), mean_and_spread(b)
-    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b, honest * math.sqrt((1 / len(a) + 1 / len(b)) / 2))
+    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b, limit(a, b, honest))
 
 
 def against(a: list[dict], b: list[dict], honest: float) -> str:
@@ -62,12 +68,20 @@ def against(a: list[dict], b: list[dict], honest: float) -> str:
     return f"{difference:+.3f}" + (", undecided" if undecided(a, b, honest) else "")
 
 
+def least(found: dict[str, list[dict]], honest: float) -> str:
+    """A sentence on what a study cannot see."""
+    several = [runs for runs in found.values() if len(runs) > 1]
+    if not several or honest == math.inf:
+        return "One seed decides nothing."
+    return f"Means of {len(several[0])} seeds that are less than {limit(several[0], several[0], honest):.3f} nats apart cannot be told from each other."
+
+
 def rows(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
 
 
 def listed(names: list[str]) -> str:
-    return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
+    return " and ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
 
 
 def level(runs: dict[str, list[dict]], honest: float) -> tuple[str, str]:
@@ -92,14 +106,20 @@ def machines(results: dict) -> str:
 
 
 def budget(results: dict) -> str:
-    """How much the study took, and of what."""
-    b, corpus, runs = results["budget"], results["corpus"], results["runs"].values()
+    """What was trained on what, how much of it, and how long that took."""
+    b, corpus, runs, base = results["budget"], results["corpus"], [run for run in results["runs"].values() if "tokens" in run], base_config(results)
+    seeds = collections.Counter(len({run["changes"]["seed"] for run in group}) for group in groups(results).values())
+    replicas = listed([f"{n} configuration{'s' * (n > 1)} with {k} seed{'s' * (k > 1)}" for k, n in sorted(seeds.items(), reverse=True)])
+    sizes = sorted({(run["active_params"], run["total_params"]) for run in runs})
+    size = " to ".join(dict.fromkeys(f"{count(active)} of {count(total)}" for active, total in (sizes[0], sizes[-1])))
+    rates = listed([f"{name} {getattr(base, field):g}" for field, name in (("muon_lr", "Muon"), ("adamw_lr", "AdamW"))
+                    if not any(field in run["changes"] for run in runs)])
     minutes = listed([f"{b[key]:.0f} {name} minutes" for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU")) if b[key]])
-    seeds = len({run["changes"]["seed"] for run in runs})
-    passes = max((run["passes"] for run in runs if "passes" in run), default=0)
-    longest = max((run["tokens"] / run["active_params"] for run in runs if "tokens" in run), default=0)
-    return (f"{len(results['runs'])} run{'s' * (len(results['runs']) != 1)} with {seeds} seed{'s' * (seeds > 1)} on `{corpus['data']}` ({count(corpus['train_tokens'])} tokens, at most "
-            f"{passes:.2f} passes and {longest:.2g} tokens an active parameter), {count(b['tokens'])} tokens in all, {minutes} on {machines(results)}.")
+    return (f"The models have {size} parameters active and see at most {count(max(run['tokens'] for run in runs))} tokens ("
+            f"{max(run['tokens'] / run['active_params'] for run in runs):.2g} for an active parameter, {max(run['passes'] for run in runs):.2f} passes "
+            f"over `{corpus['data']}`, {count(corpus['train_tokens'])} tokens) in steps of {base.tokens_per_step:,}, in {base.precision}"
+            + (f"; peak rates: {rates}" if rates else "") + f". {len(results['runs'])} runs" + (f", of them {replicas}" if replicas else "")
+            + f"; {count(b['tokens'])} tokens, {minutes} on {machines(results)}.")
 
 
 # ---------------------------------------------------------------- one study each
@@ -125,40 +145,51 @@ def optimizer(results: dict) -> str:
     per_step = tokens / adamw[0]["changes"]["max_steps"]
     speed = {name: speeds[name]["tokens_per_second"] for name in ("muon", "adamw")}
     bytes_each = {name: speeds[name]["state_bytes_per_parameter"] for name in speed}
-    none = "not reached"
+    none, honest = "not reached", honest_difference(found)
+    swept = [runs for group, runs in found.items() if "_lr" in group]
 
     def rate(best: list[dict], field: str) -> str:
-        """The best rate, and whether the sweep ended there, so that a better one may lie beyond."""
+        """The best rate; which others of its sweep cannot be told from it, and whether the sweep ended there, so that a better one may lie beyond."""
         mine = best[0]["changes"]
         beside = dict(optimizer=mine["optimizer"])
         if mine["optimizer"] == "muon":     # its own rate was swept beside this one of AdamW
             beside |= dict(adamw_lr=ADAMW_RATES[1]) if field == "muon_lr" else dict(muon_lr=mine["muon_lr"])
-        tried = [c[field] for c in (runs[0]["changes"] for group, runs in found.items() if "_lr" in group)
-                 if beside.items() <= c.items() and c.get("warmup_fraction") == mine.get("warmup_fraction")]
-        inside = min(tried) < mine[field] < max(tried)
-        longer = f", warm-up {mine['warmup_fraction']:.0%}" if "warmup_fraction" in mine else ""
-        return f"{mine[field]:g}{longer}" + ("" if inside else " (the sweep's end)")
+        tried = {runs[0]["changes"][field]: runs for runs in swept
+                 if (beside | dict(warmup_fraction=mine.get("warmup_fraction"))).items() <= (dict(warmup_fraction=None) | runs[0]["changes"]).items()}
+        nearest = tried[mine[field]]
+        alike = [f"{other:g}" for other, runs in sorted(tried.items()) if runs is not nearest and
+                 abs(mean_and_spread(runs)[0] - mean_and_spread(nearest)[0]) <= limit(runs, nearest, honest)]
+        notes = [f"undecided against {listed(alike)}"] * bool(alike)
+        notes += ["the sweep's end"] * (not min(tried) < mine[field] < max(tried))
+        return f"{mine[field]:g}" + (f" ({'; '.join(notes)})" if notes else "")
 
+    warmups = {runs[0]["changes"].get("warmup_fraction", base_config(results).warmup_fraction) for runs in swept if runs[0]["changes"]["optimizer"] == "adamw"}
+    warmup = {name: runs[0]["changes"].get("warmup_fraction", base_config(results).warmup_fraction) for name, runs in (("muon", muon), ("adamw", adamw))}
+    longest = " (the longest tried)" if len(warmups) > 1 and warmup["adamw"] == max(warmups) else ""
     table = rows(["", "Muon with AdamW", "AdamW alone"], [
-        ["best peak rates of the sweeps", f"{rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}", rate(adamw, "adamw_lr")],
+        ["best peak rates of the sweeps", f"Muon {rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}", rate(adamw, "adamw_lr")],
+        ["warm-up", f"{warmup['muon']:.0%}", f"{warmup['adamw']:.0%}{longest}"],
         [f"validation loss after {count(tokens)} tokens", value(muon), value(adamw)],
-        ["tokens to AdamW's loss", f"{reached[1]}{count(round(reached[0]))}" if reached else none, count(tokens)],
+        ["tokens to AdamW's loss", f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
         ["seconds of training at that speed", f"{reached[1]}{reached[0] / speed['muon']:.0f}" if reached else none, f"{tokens / speed['adamw']:.0f}"],
         [f"tokens/s, alone on {speeds['muon']['machine']['gpu'] or 'the machine'}", *(f"{speed[name]:,.0f}" for name in speed)],
-        ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in speed)]])
-    gap, sure = mean_and_spread(adamw)[0] - mean_and_spread(muon)[0], "" if not undecided(muon, adamw, honest_difference(found)) else " (undecided)"
-    rates = [runs[0]["changes"]["adamw_lr"] for runs in (muon, adamw)]
-    beside = [runs for group, runs in found.items() if group.startswith("muon, muon_lr") and runs[0]["changes"]["adamw_lr"] == rates[1]]
-    words = f"At the best rates of each Muon ends {abs(gap):.3f} nats {'lower' if gap > 0 else 'higher'} than AdamW alone{sure}"
-    if beside and rates[0] != rates[1]:
-        words += (f", and at {value(min(beside, key=lambda runs: mean_and_spread(runs)[0]))} with the rate that is best for AdamW alone beside it, "
-                  f"{rates[1]:g} instead of {rates[0]:g}")
-    words += (". " + (
-        f"It reaches AdamW's loss with {reached[1]}{reached[0] / tokens:.0%} of the tokens and {reached[1]}"
-        f"{reached[0] / speed['muon'] * speed['adamw'] / tokens:.0%} of the time" if reached else "It does not reach AdamW's loss")
-        + f", by runs of {len(lengths)} lengths, each with a whole schedule. Weights, gradients and state take "
-        f"{1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory than AdamW's (the brief: 30%).")
+        ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in speed)],
+        ["peak memory of a run, GB", *(f"{speeds[name]['peak_gb']:.1f}" for name in speed)]])
+
+    gap = mean_and_spread(adamw)[0] - mean_and_spread(muon)[0]
+    words = (f"With the best settings tried Muon ends {abs(gap):.3f} nats {'lower' if gap > 0 else 'higher'} than AdamW alone"
+             f"{' (undecided)' * undecided(muon, adamw, honest)}. AdamW alone has one rate for all parameters")
+    same_rate = [runs[0]["val_loss"] for runs in swept if runs[0]["changes"]["optimizer"] == "muon"
+                 and runs[0]["changes"]["adamw_lr"] == adamw[0]["changes"]["adamw_lr"]]
+    if same_rate:
+        words += (f"; with that rate, {adamw[0]['changes']['adamw_lr']:g}, for what AdamW trains beside Muon too, the difference is "
+                  f"{adamw[0]['val_loss'] - min(same_rate):.3f} (one seed)")
+    words += (". " + (f"Muon reaches AdamW's loss with {reached[1]}about {reached[0] / tokens:.0%} of the tokens and "
+                      f"{reached[0] / speed['muon'] * speed['adamw'] / tokens:.0%} of the time" if reached else "Muon does not reach AdamW's loss")
+              + f", interpolated between runs of {listed([count(length) for length, _ in lengths])} tokens, each with a whole schedule. Weights, "
+              f"gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the brief: 30%); Muon's momentum is kept in "
+              "16 bits, and AdamW's moments in 32.")
     return f"{table}\n\n{words}"
 
 
@@ -174,7 +205,7 @@ def routing(results: dict) -> str:
          f"{speeds[name]['tokens_per_second']:,.0f}"] for name in same])
     (best, sure), (best_fair, sure_fair) = level(same, honest), level(fair, honest)
     return (f"{table}\n\nAt equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, "
-            f"{sure_fair}.")
+            f"{sure_fair}. {least(found, honest)}")
 
 
 def balance(results: dict) -> str:
@@ -184,15 +215,15 @@ def balance(results: dict) -> str:
     names = {name: label for name, label in every.items() if name in found}      # the others diverged with every seed
     honest = honest_difference(found)
     best, sure = level({names[name]: runs for name, runs in found.items()}, honest)
-    table = rows(["balancing", "validation loss", f"against {best}", "load entropy (1: even)", "largest share of an expert"], [
+    table = rows(["balancing", "validation loss", f"against {best}", "1 - load entropy (0: even)", "largest share of an expert"], [
         [label, value(found[name]), "" if label == best else against(found[name], next(found[n] for n in names if names[n] == best), honest),
-         value(found[name], "load_entropy"), value(found[name], "worst_share", 2)] for name, label in names.items()])
-    lowest = next(runs for name, runs in found.items() if names[name] == best)
-    as_low = {name: runs for name, runs in found.items() if runs is lowest or undecided(runs, lowest, honest)}
-    even, worst = (pick(as_low, key=lambda name: mean_and_spread(found[name], "load_entropy")[0]) for pick in (max, min))
-    return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Of it and those that cannot be told from it, loads are most even with "
-            f"{names[even]} (entropy {value(found[even], 'load_entropy')}, largest share {value(found[even], 'worst_share', 2)}) and least with "
-            f"{names[worst]} ({value(found[worst], 'load_entropy')}, {value(found[worst], 'worst_share', 2)}).")
+         f"{1 - mean_and_spread(found[name], 'load_entropy')[0]:.2g}", value(found[name], "worst_share", 2)] for name, label in names.items()])
+    as_low = {label: found[name] for name, label in names.items() if label == best or
+              undecided(found[name], next(found[n] for n in names if names[n] == best), honest)}
+    low, high = (pick(as_low, key=lambda label: mean_and_spread(as_low[label], "worst_share")[0]) for pick in (min, max))
+    return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Of it and those that cannot be told from it, the largest share is that of "
+            f"{high} ({value(as_low[high], 'worst_share', 2)}) and the smallest that of {low} ({value(as_low[low], 'worst_share', 2)}). Entropy and share "
+            f"are of the training batches in the last tenth of a run, the share that of the busiest expert of all layers. {least(found, honest)}")
 
 
 def specialization(results: dict) -> str:

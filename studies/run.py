@@ -25,8 +25,8 @@ checkpoints are in studies/NAME/runs. `python -m studies.report` puts what was f
 """
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
-import fcntl
 import gzip
 import json
 import math
@@ -42,9 +42,11 @@ import time
 from pathlib import Path
 
 import data
-from config import Config, ConfigError, ExperimentError, nearest, resolve
+from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory, nearest, resolve
+from memory import cores
 from report import git_state
-from run_experiment import add_config_options, config_options, exit_code, new_parser
+from run_experiment import add_config_options, config_options, exit_code, locked, new_parser
+from shards import PR_SET_PDEATHSIG
 from studies.figures import draw
 from studies.grids import STUDIES, TOKENS, Run
 
@@ -56,6 +58,7 @@ GRACE = 45              # seconds in which a run that is told to stop saves
 LAST_START = 75         # seconds before the end of the time after which no run begins, as it would be stopped while it compiles
 CUT_OFF_CODES = (130, 143, -2, -15)     # of SIGINT and SIGTERM, handled or not
 CPU = "cpu"
+LIBC = ctypes.CDLL(None)
 
 
 # ---------------------------------------------------------------- one run
@@ -70,21 +73,27 @@ def perform(run: Run, base: list[str], folder: Path, environment: dict, stop: th
     folder.mkdir(parents=True, exist_ok=True)
     for command in commands:
         with open(folder / "log.txt", "a") as log, open(folder / "errors.txt", "w+") as errors:
-            process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=errors, env=environment)
+            process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=errors, env=environment, preexec_fn=_end_with_study)
             code = _wait(process, stop)
             errors.seek(0)
             words = errors.read()
         if code and (stop.is_set() or code in CUT_OFF_CODES):
             return None
-        if code and "out of memory" in words and run.may_not_fit:
+        if code == OutOfMemory.exit_code and run.may_not_fit:
             return dict(failed="out of memory")
-        if code and "training has diverged" in words:       # it would again
+        if code == Diverged.exit_code:      # it would again
             return dict(failed="diverged")
         if code:
-            raise ExperimentError(f"the run '{run.label}' failed:\n{words.strip()[-2000:]}\nMend it and give the same command again: what "
-                                  "is finished is kept." + (" With fewer --jobs each has more memory." if "out of memory" in words else ""))
+            raise ExperimentError(f"the run '{run.label}' failed:\n{words.strip()[-2000:]}\nMend it and give the same command again: what is "
+                                  "finished is kept." + (" With fewer --jobs each has more memory." if code == OutOfMemory.exit_code else ""))
     result = summary(json.loads((folder / "training_results.json").read_text()))
     return result | (json.loads((folder / "experts.json").read_text()) if run.analysed else {})
+
+
+def _end_with_study() -> None:
+    """In the process of a run, before it begins: the kernel asks it to save and end when the study that waits for it is killed."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen, stop: threading.Event) -> int:
@@ -136,6 +145,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
     before, commit = results["budget"][kind], git_state()["commit"]
     running: dict[concurrent.futures.Future, tuple[Run, str]] = {}
     stop, failures, performed = threading.Event(), [], 0
+    _check_passes(STUDIES[name](base, tokens, seeds, {}), base, corpus["train_tokens"])
 
     def save() -> None:
         order = {run.label: place for place, run in enumerate(wanted)}      # runs end in any order; tables go by the study's
@@ -152,8 +162,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
         while True:
             if time.monotonic() - began >= seconds:
                 stop.set()
-            wanted = STUDIES[name](base, tokens, seeds, found)
-            _check_passes(wanted, base, corpus["train_tokens"])
+            wanted = [_within(run, base, MOST_PASSES * corpus["train_tokens"]) for run in STUDIES[name](base, tokens, seeds, found)]
             busy = [run.label for run, _ in running.values()]
             missing = [run for run in wanted if run.label not in found and run.label not in busy]
             late = stop.is_set() or time.monotonic() - began >= seconds - min(LAST_START, seconds / 4)
@@ -206,9 +215,9 @@ def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str |
 
 def _environment(gpu: str, processes: int) -> dict:
     """Of a run: the one GPU that it sees, and its share of the cores."""
-    cores = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    share = str(max(1, cores() // processes))
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    threads = dict(OMP_NUM_THREADS=cores) if gpu == CPU else dict(TORCHINDUCTOR_COMPILE_THREADS=cores)
+    threads = dict(OMP_NUM_THREADS=share) if gpu == CPU else dict(TORCHINDUCTOR_COMPILE_THREADS=share)
     own = dict(PYTHONWARNINGS="ignore", PYTHONPATH=paths) | ({} if gpu == CPU else dict(CUDA_VISIBLE_DEVICES=gpu))
     return threads | os.environ | own
 
@@ -223,12 +232,19 @@ def visible_gpus(config: Config) -> tuple[str, ...]:
 
 
 def _check_passes(wanted: list[Run], base: Config, train_tokens: int) -> None:
+    assert len({run.label for run in wanted}) == len(wanted), "two runs of a study have one name"
     for run in wanted:
         config = dataclasses.replace(base, **run.changes)
         passes = config.max_steps * config.tokens_per_step / train_tokens
         if passes > MOST_PASSES:
             raise ConfigError(f"the run '{run.label}' would pass over the corpus of {train_tokens:,} tokens {passes:.1f} times, more than "
                               f"{MOST_PASSES}: give fewer --tokens, or more --data")
+
+
+def _within(run: Run, base: Config, most_tokens: float) -> Run:
+    """A run that a study came to want, such as one for another's time, made no longer than its corpus allows."""
+    steps = int(most_tokens / dataclasses.replace(base, **run.changes).tokens_per_step)
+    return run if run.changes["max_steps"] <= steps else dataclasses.replace(run, changes=run.changes | dict(max_steps=steps))
 
 
 def _check_timed(run: Run, result: dict | None, found: dict[str, dict]) -> None:
@@ -256,10 +272,13 @@ def _place(folder: Path, run: Run) -> Path:
 
 @contextlib.contextmanager
 def _signals(stop: threading.Event):
-    """Ctrl-C and SIGTERM let the runs save and end."""
+    """Ctrl-C, SIGTERM and an error in here let the runs save and end."""
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except BaseException:
+        stop.set()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -311,8 +330,7 @@ def run_study(argv: list[str]) -> None:
     if visible_gpus(base) == (CPU,) and args.preset != "tiny":
         print(f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 takes minutes", file=sys.stderr)
     folder = args.out or ROOT / "studies" / args.name
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder, "--out"):
         corpus = data.prepare(base)
         facts = dict(data=base.data, data_hash=corpus.data_hash, tokenizer_hash=corpus.tokenizer_hash, train_tokens=len(corpus.train),
                      validation_tokens=len(corpus.validation), unigram_entropy=corpus.unigram_entropy)
@@ -326,19 +344,6 @@ def _options(preset: str, given: dict, base: Config, tokens: float) -> list[str]
     own = dict(sample_tokens=0, save_every=0, save_minutes=5.0, eval_every=max(1, round(tokens / base.tokens_per_step / VALIDATIONS)))
     return ["--preset", preset, *(word for name, value in (own | given).items()
                                   for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)))]
-
-
-@contextlib.contextmanager
-def _locked(folder: Path):
-    """Keeps a second process from writing the same results. The kernel takes the lock from a process that is killed."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ConfigError(f"another process is at work on {folder}: wait for it, or give another --out") from error
-    finally:
-        os.close(handle)
 
 
 if __name__ == "__main__":

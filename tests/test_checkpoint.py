@@ -1,5 +1,6 @@
 import errno
 import gc
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import checkpoint
 from checkpoint import CheckpointError
+from conftest import tiny_config
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32,
           torch.int64, torch.uint8, torch.uint16, torch.bool, torch.complex64, torch.float8_e4m3fn]
@@ -463,6 +465,25 @@ def test_prune(tmp_path):
     assert names(tmp_path) == ["checkpoint_step_100.pt", "checkpoint_step_1000.pt", "checkpoint_step_20.pt"]
     checkpoint.latest_path(tmp_path).symlink_to("checkpoint_step_20.pt")
     assert checkpoint.prune(tmp_path, [20, 100, 1000], 1) == [20, 1000]
+
+
+@pytest.mark.parametrize("save_every", [0, 1, 3, 10, 25])
+@pytest.mark.parametrize("save_minutes", [0, 5])
+def test_files_to_come_are_those_that_a_run_writes(save_every, save_minutes):
+    """Against a run that is played step by step, and saves by time in each step that it can."""
+    for max_steps, keep, step, there, own_latest in itertools.product((10, 25), (1, 3), (0, 4, 10), (0, 1, 3), (False, True)):
+        config = tiny_config(max_steps=max_steps, save_every=save_every, save_minutes=save_minutes, keep_checkpoints=keep)
+        numbered, own, most = there, own_latest, there + own_latest
+        for now in range(step + 1, max_steps + 1):
+            if save_every and (now % save_every == 0 or now == max_steps):
+                most = max(most, numbered + 1 + own)
+                numbered, own = min(numbered + 1, keep), False
+            elif save_minutes:
+                most = max(most, numbered + own + 1)
+                own = True
+        needed, asked = most - there - own_latest, checkpoint.files_to_come(config, step, there, own_latest)
+        by_time = bool(save_minutes and step < max_steps)      # which may not come to pass, or not beside the most of the others
+        assert needed <= asked <= needed + by_time, (max_steps, keep, step, there, own_latest)
 
 
 def test_free_space(tmp_path):

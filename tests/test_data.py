@@ -314,7 +314,6 @@ def test_unigram_entropy_and_facts(tmp_path, folder):
     assert corpus.unigram_entropy == pytest.approx(-np.sum(p * np.log(p)), rel=1e-12)
     facts = json.loads(next((tmp_path / "cache").glob("*/corpus.json")).read_text())
     assert facts["train_tokens"] == len(corpus.train) and facts["validation_tokens"] == len(corpus.validation)
-    assert corpus.tokens_per_character == (len(corpus.train) + len(corpus.validation)) / corpus.characters
     assert corpus.train.dtype == np.uint16 and isinstance(corpus.train, np.memmap)
 
 

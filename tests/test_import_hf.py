@@ -153,6 +153,15 @@ def test_training_goes_on_from_the_folders_weights(load, folder, text, tmp_path,
     assert run_experiment.main(["--resume", "latest", "--save_dir", str(path.parent), "--max_steps", "21"]) == 0
 
 
+@pytest.mark.parametrize("options", [["--optimizer", "adamw"], ["--load_balancing", "bias"]], ids=str)
+def test_what_was_imported_with_other_options_can_be_trained(load, folder, text, tmp_path, capsys, options):
+    code, path, _, err = load(folder, *options, "--max_steps", 2, "--batch_size", 2, "--eval_steps", 1, "--sample_tokens", 0, "--validation_fraction", 0.2,
+                              "--cache_dir", tmp_path / "cache")
+    assert code == 0, err
+    assert run_experiment.main(["--resume", str(path), "--data", str(text)]) == 0, capsys.readouterr().err
+    assert "Done: 2 steps" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_a_run_still_refuses_other_text(tmp_path, text):
     state = write_checkpoint(tmp_path / "checkpoint.pt", tiny_config())
     config = tiny_config(data=str(text), cache_dir=str(tmp_path / "cache"), validation_fraction=0.2)

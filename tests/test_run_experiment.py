@@ -1,6 +1,7 @@
 """The command line: what it answers, what it refuses and how, and whole runs that end, are killed, stopped and resumed."""
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -269,9 +270,9 @@ def test_wrong_usage(cli, argv, words, tmp_path, monkeypatch):
 
 def test_what_comes_to_nothing_leaves_no_folder(cli, base, tmp_path):
     (tmp_path / "there").mkdir()
-    for changes in (dict(data="/nowhere"), dict(host_memory_gb=1e-6)):
-        assert cli(*arguments(base, save_dir=tmp_path / "run", **changes))[0] == 1
-        assert cli(*arguments(base, save_dir=tmp_path / "there", **changes))[0] == 1
+    for code, changes in ((1, dict(data="/nowhere")), (4, dict(host_memory_gb=1e-6))):
+        assert cli(*arguments(base, save_dir=tmp_path / "run", **changes))[0] == code
+        assert cli(*arguments(base, save_dir=tmp_path / "there", **changes))[0] == code
         assert [path.name for path in tmp_path.iterdir()] == ["there"], "only what it made itself"
 
 
@@ -624,6 +625,24 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp
             for s in states]
     assert flat[0].keys() == flat[1].keys() and all(torch.equal(flat[0][k], flat[1][k]) for k in flat[0])
     assert states[0]["data_position"] == states[1]["data_position"] == 320
+
+
+def test_a_folder_in_use_is_left_alone(cli, base, finished):
+    before = contents(finished)
+    with run_experiment.locked(finished, "--save_dir"):
+        for how in (("--resume", "latest"), ("--overwrite",)):
+            assert_refused(cli(*arguments(base, save_dir=finished), *how), 2, "another process is at work", "--save_dir")
+    assert contents(finished) == before
+    with run_experiment.locked(finished, "--save_dir"):      # and it is free again
+        pass
+
+
+def test_a_file_system_without_locks_is_good_enough(monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "no locks")
+    monkeypatch.setattr(run_experiment.fcntl, "flock", flock)
+    with run_experiment.locked(tmp_path / "new", "--save_dir"):
+        assert (tmp_path / "new").is_dir()
 
 
 def test_sigterm_and_an_interrupt_save_and_stop(cli, base, tmp_path):

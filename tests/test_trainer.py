@@ -16,7 +16,7 @@ import checkpoint
 import data
 import memory
 import report
-from config import PRESETS, Config, ConfigError, ExperimentError, resumed_config
+from config import PRESETS, Config, ConfigError, Diverged, ExperimentError, OutOfMemory, resumed_config
 from precision import read_master
 from trainer import Trainer, learning_rate_factor
 
@@ -252,9 +252,22 @@ def test_overflow_changes_nothing_but_the_scale_and_the_run_goes_on(settings, fo
 def test_overflow_at_the_smallest_scale_stops_with_advice(settings):
     trainer = build(settings(precision="fp16", loss_scale=4.0))
     poison(trainer, math.inf, when=lambda n: True)
-    with pytest.raises(ExperimentError, match="10 batches in a row.*smallest loss scale.*\n.*muon_lr.*bf16"):
+    with pytest.raises(Diverged, match="10 batches in a row.*smallest loss scale.*\n.*muon_lr.*bf16"):
         trainer.run()
     assert trainer.skipped_steps == 2 + 10 and trainer.step == 0      # 4 -> 2 -> 1, then ten at 1
+
+
+def test_fp32_is_not_told_to_try_fp32(settings):
+    trainer = build(settings(precision="fp32"))
+    poison(trainer, math.inf, when=lambda n: True)
+    with pytest.raises(Diverged, match="--warmup_fraction\\.\n"):
+        trainer.run()
+
+
+def test_a_dense_model_has_nothing_to_balance_with_a_bias(settings):
+    trainer = build(settings(num_experts=0, load_balancing="bias", max_steps=2))
+    trainer.run()
+    assert trainer.step == 2
 
 
 def test_search_for_the_scale_does_not_stop_a_run(settings):
@@ -267,7 +280,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_saves_nothing(settings)
     trainer = build(settings(precision="fp16"))
     with torch.no_grad():
         trainer.parameters["norm.weight"].fill_(math.nan)
-    with pytest.raises(ExperimentError, match="loss is nan.*bf16(.|\n)*muon_lr(.|\n)*No checkpoint"):
+    with pytest.raises(Diverged, match="loss is nan.*bf16(.|\n)*muon_lr(.|\n)*No checkpoint"):
         trainer.train_step(data.batches(trainer.corpus.train, trainer.config, 0))
 
 
@@ -423,7 +436,7 @@ def test_out_of_memory_carries_the_plans_advice(settings, monkeypatch):
     def no_memory(batches):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     monkeypatch.setattr(trainer, "train_step", no_memory)
-    with pytest.raises(ExperimentError, match=r"out of memory at step 1.*\n.*--batch_size \d+ --gradient_accumulation_steps"):
+    with pytest.raises(OutOfMemory, match=r"out of memory at step 1.*\n.*--batch_size \d+ --gradient_accumulation_steps"):
         trainer.run()
 
 

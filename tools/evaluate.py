@@ -8,6 +8,7 @@ A domain is a top-level folder of the text or, for files beside such folders, th
 end-of-text between documents, in windows of max_seq_len tokens; every token is predicted once. Bits per byte leave out
 end-of-text, which has no bytes, and so compare models whatever their tokenizers.
 """
+import functools
 import json
 import math
 import os
@@ -60,6 +61,10 @@ class DomainText(Text):
     """The text that config.data names, and which of its files is being read."""
     now: str | None = None
 
+    @functools.cached_property
+    def _root(self) -> str:
+        return os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in self.files})
+
     def _file_pieces(self, path: str):
         self.now = path
         yield from super()._file_pieces(path)
@@ -68,8 +73,7 @@ class DomainText(Text):
         """The top-level folder of the file being read or, beside such folders, its suffix; a hub's data set by its name."""
         if self.now is None:
             return self.config.data
-        root = os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in self.files})
-        first, *rest = Path(os.path.relpath(self.now, root)).parts
+        first, *rest = Path(os.path.relpath(self.now, self._root)).parts
         return first if rest else Path(first).suffix or first
 
 
@@ -82,20 +86,25 @@ def texts(config: Config) -> Iterator[tuple[str, str, bool]]:
         yield text.domain(), piece, last
 
 
+def held_out(config: Config, data_hash: str) -> numpy.ndarray:
+    """Which of the `texts` of a run are held out, bool. Raises ExperimentError when the text is no longer that run's."""
+    pieces = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE)
+    if shards.data_hash(pieces) != data_hash:
+        raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. "
+                              "Give the text that it was trained on with --data")
+    deciding = shards.surveyed(pieces) if Text(config).hub else pieces
+    return pieces["hash"] <= shards.last_held_out(deciding, config.validation_fraction)
+
+
 def held_out_texts(config: Config, data_hash: str | None) -> Iterator[tuple[str, str, bool]]:
     """As `texts`, of what a run of this Config holds out. Raises ExperimentError when the text is no longer that run's, or
     when the model has not been trained here (data_hash None)."""
     if data_hash is None:
         raise ExperimentError("the checkpoint was imported and has not been trained on any text here, so nothing was held out. Give the "
                               "text to measure with --data")
-    pieces = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE)
-    if shards.data_hash(pieces) != data_hash:
-        raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. "
-                              "Give the text to measure with --data, all of which is read")
-    deciding = shards.surveyed(pieces) if Text(config).hub else pieces
-    held_out = pieces["hash"] <= shards.last_held_out(deciding, config.validation_fraction)
-    for chosen, (domain, text, last), following in zip(held_out, texts(config), [*held_out[1:], False]):
-        if chosen:
+    chosen = held_out(config, data_hash)
+    for mine, (domain, text, last), following in zip(chosen, texts(config), [*chosen[1:], False]):
+        if mine:
             yield domain, text, last or not following
 
 

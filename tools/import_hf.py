@@ -24,6 +24,7 @@ from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
 from precision import LossScaler, encode_master
 from run_experiment import add_config_options, config_options, exit_code, new_parser
+from tokenizer import vocabulary
 from tools.qwen3_moe import from_hugging_face, fused_name, places, their_rows
 from trainer import learning_rate_factor
 
@@ -75,7 +76,7 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
     weights = Weights(folder)
     with torch.device("meta"):
         model = MoETransformer(dataclasses.replace(config, activation_checkpointing="none"))
-    hidden, others = split_parameters(model)
+    hidden, others = split_parameters(model, config.optimizer)
     # the optimizers' own state, without storage: its names and types are theirs to decide
     muon = Muon(hidden, config.muon_momentum, config.weight_decay).state_dict()
     adamw = AdamW(others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay).state_dict()
@@ -83,6 +84,7 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
     parameters = {name: zeros(p) for name, p in model.named_parameters()}
     for name, p in parameters.items():
         fill(name, p, optimizer[name].get("residual"), weights, config)
+    parameters |= {name: zeros(bias) for name, bias in model.balancing_biases().items()}
     if config.tie_embeddings:
         weights.unread.discard("lm_head.weight")        # the embedding again
     if weights.unread:
@@ -150,7 +152,7 @@ def read_tokenizer(path: Path, config: Config) -> str:
         tokenizer, _ = data.load_tokenizer(text)
     except (OSError, UnicodeDecodeError, ExperimentError) as error:
         raise ExperimentError(f"cannot use the tokenizer {path}: {error}. Name the model's tokenizer.json with --tokenizer") from error
-    if (size := max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1) > config.vocab_size:
+    if (size := vocabulary(tokenizer)) > config.vocab_size:
         raise ExperimentError(f"the tokenizer {path} has {size} tokens and the model's vocabulary only {config.vocab_size}: it is "
                               "another model's. Name the right one with --tokenizer")
     return text
