@@ -184,8 +184,8 @@ def prune(folder, steps, keep: int) -> list[int]:
     return [s for s in steps if step_path(folder, s).exists()]
 
 
-def check_free_space(folder, bytes_needed: int):
-    """Creates `folder` if needed, and proves that it can be written to and has `bytes_needed` bytes free.
+def check_free_space(folder, bytes_needed: int, option: str = "--save_dir"):
+    """Creates `folder`, which `option` chose, if needed, and proves that it can be written to and has `bytes_needed` bytes free.
 
     Raises CheckpointError.
     """
@@ -196,7 +196,7 @@ def check_free_space(folder, bytes_needed: int):
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"x")
     except OSError as error:
-        raise CheckpointError(f"the folder {folder} cannot be written to: {_reason(error)}. Choose another --save_dir."
+        raise CheckpointError(f"the folder {folder} cannot be written to: {_reason(error)}. Choose another {option}."
                               ) from error
     if free < bytes_needed:
         raise CheckpointError(f"not enough disk space for checkpoints: {bytes_needed / 1e9:.2f} GB are needed, "

@@ -106,22 +106,27 @@ def train(argv: list[str]) -> None:
     import report
     import tracker
     import trainer
-    path = resume_path(args.resume, config)
-    state = None
-    if path is not None:
-        state = checkpoint.load(path)
-        if args.resume == "latest":
-            options["save_dir"] = config.save_dir       # the folder may have been moved since
-        config, changes = resumed_config(state["config"], options)
-        if config.max_steps < state["step"]:
-            raise ConfigError(f"max_steps={config.max_steps}: the checkpoint is at step {state['step']} already; give more, or "
-                              "resume an earlier checkpoint")
-        print(f"Resuming {path} at step {state['step']}" + (f", {args.preset} ignored: the checkpoint's configuration holds"
-              if args.preset else "") + (". Changed: " + "; ".join(changes) if changes else ""))
-    else:
-        print(f"Preset {name}: {why}." if name != "config.py" else f"Configuration of config.py: {why}.")
-    folder = Path(config.save_dir)
-    with removed_if_empty(folder), locked(folder, "--save_dir"):
+    named = args.resume not in (None, "latest")     # the folder may then be the one that the checkpoint names
+    with contextlib.ExitStack() as lock:
+        if not named:
+            lock.enter_context(locked(Path(config.save_dir), "--save_dir"))
+        path = resume_path(args.resume, config)
+        state = None
+        if path is not None:
+            state = checkpoint.load(path)
+            if args.resume == "latest":
+                options["save_dir"] = config.save_dir       # the folder may have been moved since
+            config, changes = resumed_config(state["config"], options)
+            if config.max_steps < state["step"]:
+                raise ConfigError(f"max_steps={config.max_steps}: the checkpoint is at step {state['step']} already; give more, or "
+                                  "resume an earlier checkpoint")
+            print(f"Resuming {path} at step {state['step']}" + (f", {args.preset} ignored: the checkpoint's configuration holds"
+                  if args.preset else "") + (". Changed: " + "; ".join(changes) if changes else ""))
+        else:
+            print(f"Preset {name}: {why}." if name != "config.py" else f"Configuration of config.py: {why}.")
+        folder = Path(config.save_dir)
+        if named:
+            lock.enter_context(locked(folder, "--save_dir"))
         if args.resume == "latest" and path is None:
             print(f"Nothing to resume: no checkpoint in {folder}. A new run starts.")
         found = report.run_files(folder)
@@ -142,41 +147,38 @@ def train(argv: list[str]) -> None:
         del state           # it is mapped from the checkpoint's file, whose disk space would stay taken
         if args.overwrite:      # only now that nothing can be wrong any more
             freed = sum(file.stat().st_size / file.stat().st_nlink for file in found)
-            checkpoint.check_free_space(folder, max(0, int(run.checkpoint_bytes_to_come() - freed)))
+            checkpoint.check_free_space(folder, int(run.checkpoint_bytes_to_come() - freed))
             for file in found:
                 file.unlink(missing_ok=True)
         run.run()
 
 
 @contextlib.contextmanager
-def removed_if_empty(folder: Path):
-    """Leaves no empty folder behind where a run made it and came to nothing."""
-    made = not folder.exists()
+def locked(folder: Path, option: str):
+    """Keeps other processes from writing to a folder, which is made where it is missing and removed again when nothing came into it. The
+    kernel takes the lock from a process that is killed; on a file system without locks there is none. Raises ConfigError or
+    CheckpointError, which name the `option` that chose the folder."""
+    import checkpoint
+    made, ours = not folder.exists(), False
+    while not ours:     # else it was removed by the process that had the lock
+        checkpoint.check_free_space(folder, 0, option)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder))
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ConfigError(f"another process is at work on {folder}: wait for it, or give another {option}") from error
+        except OSError:
+            ours = True
+        if not ours:
+            os.close(handle)
     try:
         yield
     finally:
         if made:
-            with contextlib.suppress(OSError):      # it holds something, or was never made
+            with contextlib.suppress(OSError):      # it holds something
                 folder.rmdir()
-
-
-@contextlib.contextmanager
-def locked(folder: Path, option: str):
-    """Keeps other processes from writing to a folder, which is made where it is missing. The kernel takes the lock from a process that
-    is killed; on a file system without locks there is none. Raises ConfigError, which names the `option` that chose the folder."""
-    import checkpoint
-    checkpoint.check_free_space(folder, 0)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise ConfigError(f"another process is at work on {folder}: wait for it, or give another {option}") from error
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
         os.close(handle)
 
 
@@ -224,11 +226,10 @@ def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory
           f"({memory.count(config.active_params)}) active for a token\n"
           f"tokens            {facts['tokens_per_step']:,} a step, {memory.count(facts['tokens_per_run'])} a run\n"
           f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file\n"
-          f"hours             " + (f"{facts['hours']:,.0f} at {facts['tokens_per_second']:,.0f} tokens/s, measured with\n"
-                                   f"                  {facts['measured_with']}\n                  "
-                                   + ("(the setup below)" if facts["measured_with"] == facts["options"] else
-                                      "(not the setup below, whose speed was not measured)")
-                                   if facts["hours"] else "not measured; training prints them after its first steps")
+          f"hours             " + ("" if facts["measured_with"] == facts["options"] else "not measured for the setup below; " if facts["hours"] else
+                                   "not measured; training prints them after its first steps")
+          + (f"{facts['hours']:,.0f} at {facts['tokens_per_second']:,.0f} tokens/s, measured with\n                  {facts['measured_with']}"
+             if facts["hours"] else "")
           + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB"
           + (" (assumed; --host_memory_gb N says what it has)" if facts["host_memory_assumed"] else "") + ": "
           + ("fits" if facts["fits"] and facts["as_configured"] else "fits, but not as configured" if facts["fits"]

@@ -208,12 +208,14 @@ class Text:
             while piece := stream.read(self.length):
                 if len(piece) == self.length:
                     piece += stream.readline(self.length)
-                self.rows += piece.count("\n") + (piece[-1] != "\n") if path else 0
+                rows = piece.count("\n") + (piece[-1] != "\n") if path else 0
                 if path and not _plain(piece):
                     lines = list(io.StringIO(piece, newline=""))
+                    rows = len(lines)       # a \r alone ends one too
                     plain = [line for line in lines if _plain(line)]
                     self._leave_out(path, lambda: _first_bad_byte(open(path, "rb")), len(lines) - len(plain))
                     piece = "".join(plain)
+                self.rows += rows
                 if piece:
                     return piece
             return ""

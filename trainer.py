@@ -434,7 +434,8 @@ class Trainer:
         c = self.config
         there = [path for step in self.saved_steps if (path := checkpoint.step_path(self.folder, step)).exists()]
         latest = checkpoint.latest_path(self.folder)
-        own = latest.exists() and not any(latest.samefile(path) for path in there)
+        own = bool(self.resumed_from and latest.exists() and latest.samefile(self.resumed_from)       # another run's or branch's is no room
+                   and not any(latest.samefile(path) for path in self.folder.glob("checkpoint_step_*.pt")))
         return int(checkpoint.files_to_come(c, self.step, len(there), own) * memory.checkpoint_gb(c) * memory.GB)
 
     def _take_over_folder(self) -> None:

@@ -89,8 +89,8 @@ def gpu_figures() -> str:
             beside = (f"{len(losses)} steps in {d['seconds_in_all']:.0f} s; training loss {losses[0]:.2f} to {losses[-1]:.2f}; unigram entropy "
                       f"{d['unigram_entropy']:.2f}; skipped, in search of the loss scale: {d['skipped_steps'][-1]} step")
         if r["name"] == "resume_18b":
-            beside = (f"steps {d['steps'][0]} to {d['steps'][-1]}; the first is {abs(d['whole'][0] - d['resumed'][0]):g} apart, and two runs resumed from "
-                      f"the same checkpoint are {d['between_resumed']:.1g} apart: the GPU adds in no fixed order")
+            beside = (f"steps {d['steps'][0]} to {d['steps'][-1]}; the first differs by {abs(d['whole'][0] - d['resumed'][0]):g}; two runs resumed from the same "
+                      f"checkpoint differ by {d['between_resumed']:.2g}: sums are not made in a fixed order on a GPU")
         if r["name"].startswith("moe_vs_dense"):
             beside = f"largest share of the pairs on one expert: {max(d['load']):.3f}"
         if r["name"] == "vs_transformers":

@@ -113,7 +113,7 @@ def domain(text: DomainText) -> str:
 
 def label(config: Config, corpus: data.Corpus) -> Labels:
     """Labels the corpus's held-out tokens. Raises ExperimentError when the text is no longer the one that was tokenized."""
-    chosen = held_out(config, corpus.data_hash)
+    chosen = held_out(config, corpus.data_hash, "Train it again on this text")
     places: list[str] = []
 
     def jobs():

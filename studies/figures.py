@@ -9,7 +9,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from config import Config, parse_value, resolve
+from config import Config, ExperimentError, parse_value, resolve
 from plot import BLUE, GREEN, ORANGE, PINK, RED, SKY, write_figure
 from studies.grids import ADAMW_RATES, EQUAL_TIME, LONG_WARMUPS, WEIGHTS
 
@@ -91,7 +91,11 @@ def of_kind(results: dict, kind: str) -> list[dict]:
 # ---------------------------------------------------------------- drawing
 
 def draw(results: dict, path: Path) -> None:
-    """Draws the study's figure into a PNG. Raises ExperimentError when it cannot be written."""
+    """Draws the study's figure into a PNG. Raises ExperimentError when it cannot be written, or when what it needs has diverged."""
+    whole = results["study"] in ("routing", "scaling")      # the others go without what diverged
+    lost = {run["group"] for run in results["runs"].values()} - {run["group"] for run in results["runs"].values() if run.get("failed") != "diverged"}
+    if lost and (whole or all("failed" in run for run in results["runs"].values())):
+        raise ExperimentError(f"the study has no answer, as {', '.join(sorted(lost))} diverged: begin it anew with lower rates and another --out")
     figure = Figure(figsize=(8, 3.4), dpi=160, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     PANELS[results["study"]](figure, results)

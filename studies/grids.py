@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import memory
-from config import Config
+from config import Config, ConfigError
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     that were measured."""
     timed, wanted, longer = [], [], []
     sizes = {(size["n_layers"], size["d_model"]): size for size in (sized(base, factor) | dict(moe_every=1) for factor in SIZES)}
+    if len(sizes) == 1:
+        raise ConfigError("this model is too small to have smaller ones of its shape: give a larger --preset, --n_layers or --n_heads")
     for size in sizes.values():     # of a small base some are alike
         kinds = dict(dense=size | dict(num_experts=0, d_ff=2 * size["d_ff"]), moe=size | dict(num_experts=8, top_k=2))
         name = f"{size['n_layers']} x {size['d_model']}"
@@ -162,7 +164,7 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
             timed.append(speed(f"{kind}, {name}", seeds[0], **changes))
             wanted += runs(base, f"{kind}, {name}", tokens, seeds, **changes)
         dense, moe = (found.get(run.label) for run in timed[-2:])
-        if dense and moe:
+        if dense and moe and "failed" not in dense | moe:
             more = dense["tokens_per_second"] / moe["tokens_per_second"]
             longer += runs(base, f"dense, {name}{EQUAL_TIME}", tokens * more, seeds, **kinds["dense"])
     return wanted + timed + longer

@@ -1,6 +1,7 @@
 """Writes the README's section "What it found" from studies/NAME/results.json, between the marks <!-- study NAME --> and <!-- end -->.
 
     python -m studies.report
+    python -m studies.report FOLDER     prints what a study in another folder found
 
 Every number in it, those in the sentences too, is computed here from a results.json; a study without one is said not to be run.
 A value of several seeds is their mean ± half of their spread.
@@ -9,6 +10,7 @@ import collections
 import functools
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +18,9 @@ import numpy as np
 from scipy.stats import studentized_range
 
 from benchmarks.tables import fill, rewrite
+from config import ConfigError
 from memory import count
+from run_experiment import exit_code, new_parser
 from studies.figures import MODES, base_config, best_runs, groups, mean_and_spread, of_kind, power_law, sharpest_layer, shorter, timed
 from studies.grids import ADAMW_RATES, EQUAL_TIME, MULTIPLES, STUDIES, WEIGHTS
 
@@ -71,8 +75,8 @@ def against(a: list[dict], b: list[dict], honest: float) -> str:
 def least(found: dict[str, list[dict]], honest: float) -> str:
     """A sentence on what a study cannot see."""
     several = [runs for runs in found.values() if len(runs) > 1]
-    if not several or honest == math.inf:
-        return "One seed decides nothing."
+    if honest == math.inf:
+        return "There are too few seeds to tell any difference."
     return f"Means of {len(several[0])} seeds that are less than {limit(several[0], several[0], honest):.3f} nats apart cannot be told from each other."
 
 
@@ -147,6 +151,7 @@ def optimizer(results: dict) -> str:
     bytes_each = {name: speeds[name]["state_bytes_per_parameter"] for name in speed}
     none, honest = "not reached", honest_difference(found)
     swept = [runs for group, runs in found.items() if "_lr" in group]
+    asked = [run["changes"] for run in results["runs"].values() if "_lr" in run["group"]]      # those that diverged too
 
     def rate(best: list[dict], field: str) -> str:
         """The best rate; which others of its sweep cannot be told from it, and whether the sweep ended there, so that a better one may lie beyond."""
@@ -154,21 +159,23 @@ def optimizer(results: dict) -> str:
         beside = dict(optimizer=mine["optimizer"])
         if mine["optimizer"] == "muon":     # its own rate was swept beside this one of AdamW
             beside |= dict(adamw_lr=ADAMW_RATES[1]) if field == "muon_lr" else dict(muon_lr=mine["muon_lr"])
-        tried = {runs[0]["changes"][field]: runs for runs in swept
-                 if (beside | dict(warmup_fraction=mine.get("warmup_fraction"))).items() <= (dict(warmup_fraction=None) | runs[0]["changes"]).items()}
+        beside |= dict(warmup_fraction=mine.get("warmup_fraction"))
+        rates = [c[field] for c in asked if beside.items() <= (dict(warmup_fraction=None) | c).items()]
+        tried = {runs[0]["changes"][field]: runs for runs in swept if beside.items() <= (dict(warmup_fraction=None) | runs[0]["changes"]).items()}
         nearest = tried[mine[field]]
         alike = [f"{other:g}" for other, runs in sorted(tried.items()) if runs is not nearest and
                  abs(mean_and_spread(runs)[0] - mean_and_spread(nearest)[0]) <= limit(runs, nearest, honest)]
-        notes = [f"undecided against {listed(alike)}"] * bool(alike)
-        notes += ["the sweep's end"] * (not min(tried) < mine[field] < max(tried))
+        notes = [f"within the noise: {listed(alike)}"] * bool(alike)
+        notes += ["the sweep's end"] * (not min(rates) < mine[field] < max(rates))
         return f"{mine[field]:g}" + (f" ({'; '.join(notes)})" if notes else "")
 
-    warmups = {runs[0]["changes"].get("warmup_fraction", base_config(results).warmup_fraction) for runs in swept if runs[0]["changes"]["optimizer"] == "adamw"}
-    warmup = {name: runs[0]["changes"].get("warmup_fraction", base_config(results).warmup_fraction) for name, runs in (("muon", muon), ("adamw", adamw))}
-    longest = " (the longest tried)" if len(warmups) > 1 and warmup["adamw"] == max(warmups) else ""
+    usual = base_config(results).warmup_fraction
+    warmups = [c.get("warmup_fraction", usual) for c in asked if c["optimizer"] == "adamw"]
+    warmup = adamw[0]["changes"].get("warmup_fraction", usual)
+    longest = " (the longest tried)" if usual < warmup == max(warmups) else ""
     table = rows(["", "Muon with AdamW", "AdamW alone"], [
         ["best peak rates of the sweeps", f"Muon {rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}", rate(adamw, "adamw_lr")],
-        ["warm-up", f"{warmup['muon']:.0%}", f"{warmup['adamw']:.0%}{longest}"],
+        ["warm-up", f"{usual:.0%}", f"{warmup:.0%}{longest}"],
         [f"validation loss after {count(tokens)} tokens", value(muon), value(adamw)],
         ["tokens to AdamW's loss", f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
@@ -209,21 +216,19 @@ def routing(results: dict) -> str:
 
 
 def balance(results: dict) -> str:
-    found = groups(results)
-    every = {"none": "none", **{f"{scope}, weight {weight:g}": f"loss {weight:g}, {scope}" for scope in ("batch", "sequence") for weight in WEIGHTS},
+    names = {"none": "none", **{f"{scope}, weight {weight:g}": f"loss {weight:g}, {scope}" for scope in ("batch", "sequence") for weight in WEIGHTS},
              "bias": "bias alone"}
-    names = {name: label for name, label in every.items() if name in found}      # the others diverged with every seed
+    found = {names[name]: runs for name, runs in groups(results).items() if name in names}
     honest = honest_difference(found)
-    best, sure = level({names[name]: runs for name, runs in found.items()}, honest)
+    best, sure = level(found, honest)
     table = rows(["balancing", "validation loss", f"against {best}", "1 - load entropy (0: even)", "largest share of an expert"], [
-        [label, value(found[name]), "" if label == best else against(found[name], next(found[n] for n in names if names[n] == best), honest),
-         f"{1 - mean_and_spread(found[name], 'load_entropy')[0]:.2g}", value(found[name], "worst_share", 2)] for name, label in names.items()])
-    as_low = {label: found[name] for name, label in names.items() if label == best or
-              undecided(found[name], next(found[n] for n in names if names[n] == best), honest)}
-    low, high = (pick(as_low, key=lambda label: mean_and_spread(as_low[label], "worst_share")[0]) for pick in (min, max))
-    return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Of it and those that cannot be told from it, the largest share is that of "
-            f"{high} ({value(as_low[high], 'worst_share', 2)}) and the smallest that of {low} ({value(as_low[low], 'worst_share', 2)}). Entropy and share "
-            f"are of the training batches in the last tenth of a run, the share that of the busiest expert of all layers. {least(found, honest)}")
+        [name, value(runs), "" if name == best else against(runs, found[best], honest), f"{1 - mean_and_spread(runs, 'load_entropy')[0]:.2g}",
+         value(runs, "worst_share", 2)] for name, runs in found.items()])
+    as_low = {name: runs for name, runs in found.items() if name == best or undecided(runs, found[best], honest)}
+    low, high = (pick(as_low, key=lambda name: mean_and_spread(as_low[name], "worst_share")[0]) for pick in (min, max))
+    return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Of it and those that cannot be told from it, the largest share of an "
+            f"expert goes from {value(as_low[low], 'worst_share', 2)} ({low}) to {value(as_low[high], 'worst_share', 2)} ({high}). Entropy and share are "
+            f"of the training batches in the last tenth of a run, the share that of the busiest expert of all layers. {least(found, honest)}")
 
 
 def specialization(results: dict) -> str:
@@ -273,7 +278,7 @@ def scaling(results: dict) -> str:
     gap, error = abs(fits[0].slope - fits[1].slope), math.hypot(fits[0].slope_error, fits[1].slope_error)
     sure = "inside two standard errors: undecided" if gap <= 2 * error else "of more than two standard errors"
     return (f"{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters used and FLOPs are those of the MoE; for equal "
-            f"time it was trained again, on as many more tokens as its higher speed allows. Loss falls with the FLOPs of a token to the power "
+            f"time it was trained again, on as many more tokens as its higher speed and 4 passes over the text allow. Loss falls with the FLOPs of a token to the power "
             f"{fits[0].slope:.3f} ± {fits[0].slope_error:.3f} (dense) and {fits[1].slope:.3f} ± {fits[1].slope_error:.3f} (MoE), a difference {sure}. "
             f"By the dense fit, a dense model needs {ratio:.2f} times the FLOPs a token to end where the largest MoE does{beyond}; that MoE "
             f"has {largest[0]['total_params'] / largest[0]['active_params']:.2f} times as many parameters as it uses (the brief: 4x capacity at the same "
@@ -330,9 +335,13 @@ def block(name: str, folder: Path) -> str:
     results = json.loads((folder / "results.json").read_text())
     if results["study"] != name:
         raise ValueError(f"{folder / 'results.json'} is of the study {results['study']}")
-    if not (folder / "figure.png").exists():
-        return f"{head}Begun, and not finished: `python -m studies.run {name} --tokens {results['tokens']:g} {' '.join(results['options'])}` goes on."
-    return f"{head}![{QUESTIONS[name]}](studies/{name}/figure.png)\n\n{BLOCKS[name](results)}\n\n{budget(results)}"
+    if not results["finished"]:
+        head += f"Not finished: `{shlex.join(['python', '-m', 'studies.run', name, '--tokens', format(results['tokens'], '.15g'), *results['options']])}` goes on.\n\n"
+    figure = folder / "figure.png"
+    if not figure.exists():
+        return head.strip()
+    shown = figure.relative_to(ROOT) if figure.is_relative_to(ROOT) else figure
+    return f"{head}![{QUESTIONS[name]}]({shown})\n\n{BLOCKS[name](results)}\n\n{budget(results)}"
 
 
 def filled(readme: str, folder: Path = ROOT / "studies") -> str:
@@ -340,5 +349,17 @@ def filled(readme: str, folder: Path = ROOT / "studies") -> str:
     return fill(readme, {f"study {name}": functools.partial(block, name, folder / name) for name in STUDIES})
 
 
+def main(argv: list[str]) -> None:
+    parser = new_parser("python -m studies.report [FOLDER]", __doc__)
+    parser.add_argument("folder", nargs="?", type=Path)
+    folder = parser.parse(argv).folder
+    if folder is None:
+        rewrite(filled)
+    elif not (folder / "results.json").exists():
+        raise ConfigError(f"there is no results.json in {folder}: name the folder of a study, its --out")
+    else:
+        print(block(json.loads((folder / "results.json").read_text())["study"], folder))
+
+
 if __name__ == "__main__":
-    print(__doc__) if sys.argv[1:] else rewrite(filled)
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -3,7 +3,7 @@
     python -m studies.run                                       list the studies
     python -m studies.run balance                               with `small`, on all visible GPUs, a run on each
     python -m studies.run balance --jobs 2                      two runs on each GPU at a time
-    python -m studies.run balance --preset tiny --tokens 2e5    the machinery, in minutes on a CPU
+    python -m studies.run balance --preset tiny --tokens 2e5    the machinery, in minutes on a CPU, in studies/balance-tiny
     python -m studies.run balance --minutes 8                   stop after 8 minutes; the same command goes on
 
 With `small` (65,536 tokens a step) on one H100, at 250,000 tokens/s and 25 s for each start, as estimated before any was run:
@@ -70,7 +70,7 @@ def perform(run: Run, base: list[str], folder: Path, environment: dict, stop: th
     commands = [[str(ROOT / "run_experiment.py"), *base, *options, "--save_dir", str(folder), "--resume", "latest"]]
     if run.analysed:
         commands.append(["-m", "studies.experts", str(folder)])
-    folder.mkdir(parents=True, exist_ok=True)
+    _wait_for(folder, stop)
     for command in commands:
         with open(folder / "log.txt", "a") as log, open(folder / "errors.txt", "w+") as errors:
             process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=errors, env=environment, preexec_fn=_end_with_study)
@@ -88,6 +88,20 @@ def perform(run: Run, base: list[str], folder: Path, environment: dict, stop: th
                                   "finished is kept." + (" With fewer --jobs each has more memory." if code == OutOfMemory.exit_code else ""))
     result = summary(json.loads((folder / "training_results.json").read_text()))
     return result | (json.loads((folder / "experts.json").read_text()) if run.analysed else {})
+
+
+def _wait_for(folder: Path, stop: threading.Event) -> None:
+    """Until a run that a killed study left has saved and ended. Raises ConfigError when it goes on."""
+    began = time.monotonic()
+    while True:
+        try:
+            with locked(folder, "--out"):
+                (folder / "log.txt").touch()    # else the folder would be removed again
+                return
+        except ConfigError:
+            if stop.is_set() or time.monotonic() - began > GRACE:
+                raise
+            time.sleep(0.2)
 
 
 def _end_with_study() -> None:
@@ -138,9 +152,8 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
     asked = dict(study=name, tokens=tokens, options=_without_cache(options), corpus=corpus)
     results = json.loads(path.read_text()) if path.exists() else asked | dict(budget=dict(tokens=0, gpu_minutes=0.0, cpu_minutes=0.0),
                                                                               commits=[], runs={})
-    if different := [key for key, value in asked.items() if results[key] != value]:
-        raise ConfigError(f"{path} is of another study: " + "; ".join(f"{key} was {_words(results[key])} and is {_words(asked[key])}"
-                          for key in different) + ". Give the same, or another --out")
+    if different := _differences(results, asked):
+        raise ConfigError(f"{path} is of another study: {'; '.join(different)}. Give the same, or another --out")
     found, began, kind = results["runs"], time.monotonic(), "cpu_minutes" if gpus == (CPU,) else "gpu_minutes"
     before, commit = results["budget"][kind], git_state()["commit"]
     running: dict[concurrent.futures.Future, tuple[Run, str]] = {}
@@ -158,7 +171,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
         temporary.write_text(json.dumps(results, indent=1) + "\n")
         temporary.replace(path)
 
-    with concurrent.futures.ThreadPoolExecutor(len(gpus) * jobs) as pool, _signals(stop):
+    with concurrent.futures.ThreadPoolExecutor(len(gpus) * jobs) as pool, _signals(stop) as signals:
         while True:
             if time.monotonic() - began >= seconds:
                 stop.set()
@@ -195,14 +208,16 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                 left = (time.monotonic() - began) / performed * (len(wanted) - len(found)) / 60
                 print(f"{run.label}: " + (result.get("failed") or f"validation loss {result['val_loss']:.4f}, {result['elapsed_seconds']:.0f} s")
                       + f"; about {left:.0f} minutes to go", flush=True)
-    if stop.is_set() or performed:
-        save()
+    results["finished"] = not missing and not failures
+    save()
     if failures:
         raise failures[0]
-    if missing:
-        return False
-    draw(results, folder / "figure.png")
-    return True
+    if signals:
+        print("Stopped; the same command goes on.")
+        raise SystemExit(128 + signals[0])
+    if not missing:
+        draw(results, folder / "figure.png")
+    return not missing
 
 
 def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str | None:
@@ -262,8 +277,13 @@ def _without_cache(options: list[str]) -> list[str]:
     return [word for name, value in zip(options[::2], options[1::2]) if name != "--cache_dir" for word in (name, value)]
 
 
-def _words(value) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)
+def _differences(before: dict, now: dict) -> list[str]:
+    """In words, what was asked for otherwise."""
+    given = [dict(zip(asked["options"][::2], asked["options"][1::2])) | {"study": asked["study"], "--tokens": f"{asked['tokens']:,.15g}"}
+             for asked in (before, now)]
+    found = [f"{name} was {given[0].get(name, 'not given')} and is {given[1].get(name, 'not given')}" for name in given[0] | given[1]
+             if given[0].get(name) != given[1].get(name)]
+    return found + ["the text or its tokenizer is another"] * (before["corpus"] != now["corpus"])
 
 
 def _place(folder: Path, run: Run) -> Path:
@@ -272,10 +292,11 @@ def _place(folder: Path, run: Run) -> Path:
 
 @contextlib.contextmanager
 def _signals(stop: threading.Event):
-    """Ctrl-C, SIGTERM and an error in here let the runs save and end."""
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Ctrl-C, SIGTERM and an error in here let the runs save and end. Yields a list that the signals are put into."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: (came.append(number), stop.set())) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield came
     except BaseException:
         stop.set()
         raise
@@ -315,7 +336,7 @@ def run_study(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, default=2, help="runs of each configuration that is compared by its loss [2]")
     parser.add_argument("--jobs", type=int, default=1, help="runs on each GPU at a time, but for those whose speed is measured [1]")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time; the same command goes on")
-    parser.add_argument("--out", type=Path, help="folder of the study [studies/NAME]")
+    parser.add_argument("--out", type=Path, help="folder of the study [studies/NAME, and studies/NAME-PRESET with another preset than small]")
     add_config_options(parser)
     args = parser.parse(argv)
     if args.name not in STUDIES:
@@ -329,14 +350,14 @@ def run_study(argv: list[str]) -> None:
     base, _, _ = resolve(given, args.preset, None)
     if visible_gpus(base) == (CPU,) and args.preset != "tiny":
         print(f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 takes minutes", file=sys.stderr)
-    folder = args.out or ROOT / "studies" / args.name
+    folder = args.out or ROOT / "studies" / (args.name if args.preset == "small" else f"{args.name}-{args.preset}")
     with locked(folder, "--out"):
         corpus = data.prepare(base)
         facts = dict(data=base.data, data_hash=corpus.data_hash, tokenizer_hash=corpus.tokenizer_hash, train_tokens=len(corpus.train),
                      validation_tokens=len(corpus.validation), unigram_entropy=corpus.unigram_entropy)
         done = study(args.name, base, _options(args.preset, given, base, tokens), tokens, list(range(1, args.seeds + 1)), folder, facts,
                      60 * args.minutes - (time.monotonic() - began), visible_gpus(base), args.jobs)
-    print(f"{folder / 'results.json'}, {folder / 'figure.png'}" if done else "Stopped; the same command goes on.")
+    print(f"{folder / 'results.json'}, {folder / 'figure.png'}" if done else "The time is over; the same command goes on.")
 
 
 def _options(preset: str, given: dict, base: Config, tokens: float) -> list[str]:

@@ -198,9 +198,9 @@ def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_pa
     assert planned(cli, *argv)["hours"] == pytest.approx(50_000 * 131_072 / 5000 / 3600)
     words = cli("plan", *argv)[1]
     assert "364 at 5,000 tokens/s, measured with\n                  --batch_size 2 --activation_checkpointing none --offload_optimizer true\n" in words
-    assert "(not the setup below" in words
+    assert "not measured for the setup below; 364" in words
     (results / "train_18b_fp16_h200.json").write_text(json.dumps(dict(value=5000.0, details=dict(options=planned(cli, *argv)["options"]))))
-    assert "(the setup below)" in cli("plan", *argv)[1]
+    assert "hours             364 at" in cli("plan", *argv)[1]
     for other in (("--preset", "5b", "--gpu", "h200"), ("--preset", "18b", "--gpu", "h100"), (*argv, "--precision", "bf16"), (*argv, "--d_ff", "1024"),
                   (*argv, "--max_seq_len", "8192"), (*argv, "--num_experts", "0")):
         assert planned(cli, *other)["hours"] is None
@@ -630,11 +630,45 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp
 def test_a_folder_in_use_is_left_alone(cli, base, finished):
     before = contents(finished)
     with run_experiment.locked(finished, "--save_dir"):
-        for how in (("--resume", "latest"), ("--overwrite",)):
+        for how in (("--resume", "latest"), ("--resume", finished / "checkpoint_step_4.pt"), ("--overwrite",)):
             assert_refused(cli(*arguments(base, save_dir=finished), *how), 2, "another process is at work", "--save_dir")
     assert contents(finished) == before
     with run_experiment.locked(finished, "--save_dir"):      # and it is free again
         pass
+
+
+def test_the_folder_is_looked_into_only_when_it_is_locked(cli, base, finished, monkeypatch):
+    def resume_path(*_):
+        with pytest.raises(ConfigError, match="another process"), run_experiment.locked(finished, "--save_dir"):
+            pass
+        raise ConfigError("seen")
+    monkeypatch.setattr(run_experiment, "resume_path", resume_path)
+    for how in ([], ["--resume", "latest"]):
+        assert_refused(cli(*arguments(base, save_dir=finished), *how), 2, "seen")
+
+
+def test_who_has_no_lock_removes_no_folder(tmp_path):
+    folder, exists = tmp_path / "run", Path.exists
+    with run_experiment.locked(folder, "--save_dir"):
+        class Late(type(folder)):      # as it was before the other process made it
+            def exists(self):
+                return False
+        with pytest.raises(ConfigError, match="another process"), run_experiment.locked(Late(folder), "--save_dir"):
+            pass
+        assert exists(folder)
+    assert not exists(folder), "nothing came into it"
+
+
+def test_a_disk_too_small_for_the_new_run_keeps_the_old_one(cli, base, finished, monkeypatch):
+    before, size = contents(finished), (finished / "checkpoint_step_8.pt").stat().st_size
+    usage = shutil.disk_usage(finished)
+    there = sum(path.stat().st_size for path in finished.glob("checkpoint_step_*"))
+    def disk_usage(folder):     # what is there and half a checkpoint
+        used = sum(path.stat().st_size for path in Path(folder).glob("checkpoint_step_*"))
+        return usage._replace(free=there + size // 2 - used)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_usage)
+    assert_refused(cli(*arguments(base, save_dir=finished, max_steps=40, save_every=8, keep_checkpoints=3), "--overwrite"), 1, "not enough disk space")
+    assert contents(finished) == before
 
 
 def test_a_file_system_without_locks_is_good_enough(monkeypatch, tmp_path):

@@ -160,6 +160,11 @@ def test_bad_rows_are_counted_and_left_out_up_to_the_stated_share(tmp_path, name
             fails(config, "2 of 1,000", "0.19%", "--max_bad_share", name, "UTF-8")
 
 
+def test_no_more_lines_are_bad_than_there_are(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xff\r\xff\r\xff\n" * 50)
+    fails(config_for(tmp_path, data=str(tmp_path / "x.txt")), "150 of 150 lines")
+
+
 def test_the_default_share_is_one_in_a_thousand(tmp_path):
     assert len(documents(config_for(tmp_path, data=str(spoiled(tmp_path, "rows.jsonl", 1998)[0])))) == 1998
     fails(config_for(tmp_path, data=str(spoiled(tmp_path, "rows.jsonl", 1997)[0])), "2 of 1,999", "rows.jsonl:4", "rows.jsonl:5",

@@ -128,7 +128,9 @@ def test_a_signal_lets_runs_save_and_end(monkeypatch, tmp_path):
         assert stop.wait(10)
         return result() if run.label == "none, seed 1" else None
     monkeypatch.setattr(runner, "perform", perform)
-    assert not go("balance", tmp_path, jobs=2) and list(loaded(tmp_path)["runs"]) == ["none, seed 1"], "one that ended all the same is kept"
+    with pytest.raises(SystemExit) as stop:
+        go("balance", tmp_path, jobs=2)
+    assert stop.value.code == 143 and list(loaded(tmp_path)["runs"]) == ["none, seed 1"], "one that ended all the same is kept"
 
 
 def test_metrics_of_all_runs_are_in_one_file(tmp_path):
@@ -199,8 +201,44 @@ def test_failures_that_are_results(monkeypatch, tmp_path, error, may_not_fit, ex
         assert runner.perform(run, [], tmp_path / "run", {}, threading.Event()) == expected
 
 
+def test_a_study_whose_runs_diverged_has_no_answer(performed, monkeypatch, tmp_path):
+    whole = runner.perform
+    monkeypatch.setattr(runner, "perform", lambda run, *rest: dict(failed="diverged") if run.group == "top-1, equal FLOPs" else whole(run, *rest))
+    with pytest.raises(ExperimentError, match="top-1, equal FLOPs diverged"):
+        go("routing", tmp_path)
+    assert len(loaded(tmp_path)["runs"]) == 18 and "| --- |" not in report.block("routing", tmp_path)
+    monkeypatch.setattr(runner, "perform", lambda *_: dict(failed="diverged"))
+    with pytest.raises(ExperimentError, match="none diverged|none, .* diverged"):
+        go("balance", tmp_path / "balance")
+    assert STUDIES["scaling"](BASE, TOKENS, [1], {run.label: dict(failed="diverged") for run in STUDIES["scaling"](BASE, TOKENS, [1], {})})
+
+
+def test_an_end_of_a_sweep_beyond_which_all_diverged_is_no_end(performed, monkeypatch, tmp_path):
+    """AdamW alone is best at 0.004 with 20%; 0.008, and all with 40%, diverge."""
+    whole = runner.perform
+    def perform(run, *rest):
+        c, found = run.changes, whole(run, *rest)
+        if "warmup_fraction" in c and (c["adamw_lr"] > 0.004 or c["warmup_fraction"] > 0.2):
+            return dict(failed="diverged")
+        best = 0.004 if "warmup_fraction" in c else 0.002
+        return found | dict(val_loss=5 - ("warmup_fraction" in c) + abs(math.log2(c.get("adamw_lr", best) / best)))
+    monkeypatch.setattr(runner, "perform", perform)
+    assert go("optimizer", tmp_path)
+    text = report.block("optimizer", tmp_path)
+    assert "| warm-up | 5% | 20% |" in text
+    assert "0.004" in text and "sweep's end" not in next(line for line in text.splitlines() if "best peak rates" in line).split("|")[-2]
+
+
+def test_a_study_waits_for_the_runs_of_one_that_was_killed(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "GRACE", 0.5)
+    began = time.monotonic()
+    with runner.locked(tmp_path, "--save_dir"), pytest.raises(ConfigError, match="another process"):
+        runner.perform(Run("a", dict(seed=1)), [], tmp_path, {}, threading.Event())
+    assert time.monotonic() - began > 0.5
+
+
 def test_a_rate_that_diverges_is_not_the_best():
-    found, rates = {}, []
+    found = {}
     for _ in range(9):
         for run in STUDIES["optimizer"](BASE, 100 * TOKENS, [1], found):
             rate = run.changes.get("adamw_lr", 0)
@@ -287,9 +325,9 @@ def test_speeds_of_two_kinds_of_gpu_are_not_mixed(monkeypatch, tmp_path):
 
 def test_a_study_of_something_else_is_not_gone_on_with(performed, tmp_path):
     go("routing", tmp_path)
-    with pytest.raises(ConfigError, match="tokens was.*--out"):
+    with pytest.raises(ConfigError, match="--tokens was.*--out"):
         runner.study("routing", BASE, ["--preset", "tiny"], 2 * TOKENS, [1], tmp_path, CORPUS)
-    with pytest.raises(ConfigError, match="corpus was"):
+    with pytest.raises(ConfigError, match="study: the text"):
         runner.study("routing", BASE, ["--preset", "tiny"], TOKENS, [1], tmp_path, CORPUS | dict(data_hash="e"))
 
 
@@ -534,7 +572,9 @@ def test_the_whole_command_with_the_analysis_of_experts(tmp_path, text, capsys):
         assert sorted(found["domains"]) == [".md", "package"] and found["steps"][-1]["domain"]["bits"][0] > 0
     assert "Layer" in report.block("specialization", tmp_path / "study")
     assert runner.exit_code(runner.run_study, [*command, "--grad_clip", "2"]) == 2
-    assert "is of another study: options was" in capsys.readouterr().err
+    assert "is of another study: --grad_clip was not given and is 2" in capsys.readouterr().err
+    assert runner.exit_code(report.main, [str(tmp_path / "study")]) == 0 and f"({tmp_path / 'study' / 'figure.png'})" in capsys.readouterr().out
+    assert runner.exit_code(report.main, [str(tmp_path)]) == 2
 
 
 @pytest.mark.parametrize("options, words", [(["balence"], "Did you mean balance"), (["balance", "--jobs", "0"], "must be positive"),

@@ -420,6 +420,16 @@ def test_free_space_is_checked_before_the_first_step(settings, monkeypatch):
     assert abs(asked[0][1] / 4 - size) < tokenizer_and_plain + 0.05 * size
 
 
+def test_a_branch_needs_room_beside_the_other(settings):
+    config = settings(max_steps=6, save_every=2, save_minutes=0, keep_checkpoints=3)
+    build(config).run()
+    first = checkpoint.step_path(config.save_dir, 2)
+    branch = Trainer(config, data.prepare(config), checkpoint.load(first), first)
+    assert branch.checkpoint_bytes_to_come() == pytest.approx(2 * memory.checkpoint_gb(config) * 1e9)
+    checkpoint.step_path(config.save_dir, 6).unlink()       # the latest is the only copy then, and is kept
+    assert branch.checkpoint_bytes_to_come() == pytest.approx(2 * memory.checkpoint_gb(config) * 1e9)
+
+
 def test_forecast_warns_above_four_passes(settings, capsys):
     trainer = build(settings(max_steps=5000))
     trainer._print_forecast()

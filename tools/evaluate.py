@@ -86,12 +86,11 @@ def texts(config: Config) -> Iterator[tuple[str, str, bool]]:
         yield text.domain(), piece, last
 
 
-def held_out(config: Config, data_hash: str) -> numpy.ndarray:
-    """Which of the `texts` of a run are held out, bool. Raises ExperimentError when the text is no longer that run's."""
+def held_out(config: Config, data_hash: str, remedy: str) -> numpy.ndarray:
+    """Which of the `texts` of a run are held out, bool. Raises ExperimentError with the remedy when the text is no longer that run's."""
     pieces = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE)
     if shards.data_hash(pieces) != data_hash:
-        raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. "
-                              "Give the text that it was trained on with --data")
+        raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. {remedy}")
     deciding = shards.surveyed(pieces) if Text(config).hub else pieces
     return pieces["hash"] <= shards.last_held_out(deciding, config.validation_fraction)
 
@@ -102,7 +101,7 @@ def held_out_texts(config: Config, data_hash: str | None) -> Iterator[tuple[str,
     if data_hash is None:
         raise ExperimentError("the checkpoint was imported and has not been trained on any text here, so nothing was held out. Give the "
                               "text to measure with --data")
-    chosen = held_out(config, data_hash)
+    chosen = held_out(config, data_hash, "Give the text to measure with --data, all of which is read")
     for mine, (domain, text, last), following in zip(chosen, texts(config), [*chosen[1:], False]):
         if mine:
             yield domain, text, last or not following
@@ -185,22 +184,22 @@ def main(argv: list[str]) -> None:
         raise ConfigError("--limit must not be negative")
     model, config, state = load_model(args.checkpoint, args.device, args.precision)
     given = {name: value for name in ("data", "text_field") if (value := getattr(args, name)) is not None}
-    held_out = args.data is None
-    if not held_out:
+    its_own = args.data is None
+    if not its_own:
         given["max_characters"] = 0     # where the run ended its own text says nothing about this one
     config, _ = resumed_config(state["config"], given)
     tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
-    pieces = held_out_texts(config, state["data"]["data_hash"]) if held_out else texts(config)
+    pieces = held_out_texts(config, state["data"]["data_hash"]) if its_own else texts(config)
     with attention_backends(model.norm.weight.device):
         domains = evaluate(model, pieces, tokenizer, end_of_text, args.limit)
     total = sum(domains.values(), Sums())
     if not total.bytes:
         raise ExperimentError(f"there is no text in {config.data}. Give --data a corpus with text")
     if args.json:
-        print(json.dumps(dict(checkpoint=args.checkpoint, step=state["step"], data=config.data, held_out=held_out, **total.figures(),
+        print(json.dumps(dict(checkpoint=args.checkpoint, step=state["step"], data=config.data, held_out=its_own, **total.figures(),
                               domains={name: sums.figures() for name, sums in domains.items()}), indent=1))
         return
-    print(f"{args.checkpoint}, step {state['step']}, on {'what its run held out of ' if held_out else ''}{config.data}")
+    print(f"{args.checkpoint}, step {state['step']}, on {'what its run held out of ' if its_own else ''}{config.data}")
     print(table(domains, total))
 
 
