@@ -216,6 +216,5 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
-# Tokens of a run by which a study of `small` takes about 20 minutes of one H100, at an assumed 250,000 tokens/s (500,000 at two
-# thirds of its width and depth) and 25 s for each start. checkpointing's runs are 8 steps whatever the tokens.
-TOKENS = dict(optimizer=16e6, routing=20e6, balance=16e6, specialization=80e6, scaling=20e6, checkpointing=1e6)
+# Tokens of a run, by which a study of `small` takes 8 to 35 minutes of one H200. checkpointing's runs are 8 steps whatever they are.
+TOKENS = dict(optimizer=16e6, routing=20e6, balance=16e6, specialization=50e6, scaling=20e6, checkpointing=1e6)

@@ -6,18 +6,19 @@
     python -m studies.run balance --preset tiny --tokens 2e5    the machinery, in minutes on a CPU, in studies/balance-tiny
     python -m studies.run balance --minutes 8                   stop after 8 minutes; the same command goes on
 
-With `small` (65,536 tokens a step) on one H100, at 250,000 tokens/s and 25 s for each start, as estimated before any was run:
+With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision bf16) and --jobs 4, in minutes of one
+H200; balance was measured, the others are estimated by it:
 
-    optimizer        22 runs or so of 16M tokens or less    28 minutes
-    routing          18 runs of 20M tokens or so            17
-    balance          20 runs of 16M tokens                  18
-    specialization    2 runs of 80M tokens, and analyses    14
-    scaling          32 runs of 20M tokens or more          30
-    checkpointing    22 runs of 8 steps                     11
+    optimizer        30 runs or so of 16M tokens or less    35
+    routing          18 runs of 20M tokens or so            11
+    balance          20 runs of 16M tokens                  13
+    specialization    2 runs of 50M tokens, and analyses     8
+    scaling          32 runs of 20M tokens or more          17
+    checkpointing    22 runs of 8 steps, one at a time      13
 
-Two GPUs take half as long; --jobs 2 saves some of the starts. What a study did take is in its results, as `budget`. Any option of
-run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own, and its output is in
-studies/NAME/runs until it has finished.
+Two GPUs take half as long. Each run of `small` needs 32 GB: on 80 GB give --jobs 2. What a study did take is in its results, as
+`budget`. Any option of run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own,
+and its output is in studies/NAME/runs until it has finished.
 
 What is kept is small: studies/NAME/results.json, written anew after each run, metrics.jsonl.gz, the metrics of all runs, and
 figure.png. With results.json a study goes on on another machine; only runs that were cut off begin again there, as their
