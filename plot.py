@@ -113,7 +113,7 @@ def plot_comparison(runs: dict[str, list[dict]], path, title: str = ""):
 
 def _expert_panel(axes, train: list[dict]):
     """Each layer's largest and smallest share of the tokens among its experts: the median layer, and the range."""
-    axes.set_title("Expert load (share of a layer's tokens)")
+    axes.set_title("Expert load (share of a layer's tokens; bands: all layers)")
     rows = [row for row in train if row.get("expert_load")]
     if not rows:
         return
