@@ -280,8 +280,8 @@ def refuse_what_cannot_fit(c: Config, machine: Machine) -> None:
     needed = sizes["total"] + sizes["host"]
     if choice and needed > machine.host_memory_gb:
         raise OutOfMemory(f"no memory for this run: {needed:.1f} GB are predicted and {machine.host_memory_gb:.1f} GB of this machine "
-                              f"are free.\n  {advice(choice, c, machine)}; if the machine has more than the operating system reports, say "
-                              "so with --host_memory_gb.")
+                          f"are free.\n  {advice(choice, c, machine)}; if the machine has more than the operating system reports, say "
+                          "so with --host_memory_gb.")
 
 
 # ---------------------------------------------------------------- machines

@@ -215,11 +215,19 @@ class _Encoder:
         return [np.concatenate(part).astype(self.dtype) for part in parts]
 
 
+LIBC = ctypes.CDLL(None)
+
+
+def signal_with_parent(number: int) -> None:
+    """Lets the kernel send this process a signal when the one that made it has ended (Linux alone can)."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, number)
+
+
 def die_with_parent() -> None:
     """Lets the kernel end this worker process when the one that made it is killed. Else it would wait for ever to hand
     over its work, and hold the lock of the folder that the killed build left."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_with_parent(signal.SIGKILL)
     if os.getppid() != multiprocessing.parent_process().pid:        # it was killed just before
         os._exit(1)
 

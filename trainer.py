@@ -473,8 +473,8 @@ class Trainer:
         needed, there = self.predicted["host"], self.machine.host_memory_gb
         if needed > there:
             raise OutOfMemory(f"no host memory for streaming: what is streamed takes {needed:.1f} GB and {there:.1f} GB "
-                                  "are free. Use a smaller preset or --offload_optimizer false; if the host has more than the "
-                                  "operating system reports, say so with --host_memory_gb.")
+                              "are free. Use a smaller preset or --offload_optimizer false; if the host has more than the "
+                              "operating system reports, say so with --host_memory_gb.")
 
     def _print_forecast(self) -> None:
         c, corpus = self.config, self.corpus

@@ -335,9 +335,9 @@ def block(name: str, folder: Path) -> str:
     results = json.loads((folder / "results.json").read_text())
     if results["study"] != name:
         raise ValueError(f"{folder / 'results.json'} is of the study {results['study']}")
-    if not results["finished"]:
-        head += f"Not finished: `{shlex.join(['python', '-m', 'studies.run', name, '--tokens', format(results['tokens'], '.15g'), *results['options']])}` goes on.\n\n"
     figure = folder / "figure.png"
+    if not (results["finished"] and figure.exists()):
+        head += f"Not finished: `{shlex.join(['python', '-m', 'studies.run', name, '--tokens', format(results['tokens'], '.15g'), *results['options']])}` goes on.\n\n"
     if not figure.exists():
         return head.strip()
     shown = figure.relative_to(ROOT) if figure.is_relative_to(ROOT) else figure

@@ -26,7 +26,6 @@ checkpoints are in studies/NAME/runs. `python -m studies.report` puts what was f
 """
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import gzip
 import json
@@ -47,7 +46,7 @@ from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory, 
 from memory import cores
 from report import git_state
 from run_experiment import add_config_options, config_options, exit_code, locked, new_parser
-from shards import PR_SET_PDEATHSIG
+from shards import signal_with_parent
 from studies.figures import draw
 from studies.grids import STUDIES, TOKENS, Run
 
@@ -59,7 +58,6 @@ GRACE = 45              # seconds in which a run that is told to stop saves
 LAST_START = 75         # seconds before the end of the time after which no run begins, as it would be stopped while it compiles
 CUT_OFF_CODES = (130, 143, -2, -15)     # of SIGINT and SIGTERM, handled or not
 CPU = "cpu"
-LIBC = ctypes.CDLL(None)
 
 
 # ---------------------------------------------------------------- one run
@@ -74,7 +72,8 @@ def perform(run: Run, base: list[str], folder: Path, environment: dict, stop: th
     _wait_for(folder, stop)
     for command in commands:
         with open(folder / "log.txt", "a") as log, open(folder / "errors.txt", "w+") as errors:
-            process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=errors, env=environment, preexec_fn=_end_with_study)
+            process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=errors, env=environment,
+                                       preexec_fn=lambda: signal_with_parent(signal.SIGTERM))      # it saves when the study is killed
             code = _wait(process, stop)
             errors.seek(0)
             words = errors.read()
@@ -103,12 +102,6 @@ def _wait_for(folder: Path, stop: threading.Event) -> None:
             if stop.is_set() or time.monotonic() - began > GRACE:
                 raise
             time.sleep(0.2)
-
-
-def _end_with_study() -> None:
-    """In the process of a run, before it begins: the kernel asks it to save and end when the study that waits for it is killed."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(process: subprocess.Popen, stop: threading.Event) -> int:

@@ -206,7 +206,8 @@ def test_a_study_whose_runs_diverged_has_no_answer(performed, monkeypatch, tmp_p
     monkeypatch.setattr(runner, "perform", lambda run, *rest: dict(failed="diverged") if run.group == "top-1, equal FLOPs" else whole(run, *rest))
     with pytest.raises(ExperimentError, match="top-1, equal FLOPs diverged"):
         go("routing", tmp_path)
-    assert len(loaded(tmp_path)["runs"]) == 18 and "| --- |" not in report.block("routing", tmp_path)
+    text = report.block("routing", tmp_path)
+    assert len(loaded(tmp_path)["runs"]) == 18 and "| --- |" not in text and "Not finished" in text
     monkeypatch.setattr(runner, "perform", lambda *_: dict(failed="diverged"))
     with pytest.raises(ExperimentError, match="none diverged|none, .* diverged"):
         go("balance", tmp_path / "balance")
