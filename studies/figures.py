@@ -1,6 +1,7 @@
 """One figure for each study, and the statistics that figures and tables share. Points are single runs and lines go through their
 means, so that the spread of the seeds shows."""
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from scipy.optimize import OptimizeWarning, curve_fit
 
 from config import Config, ExperimentError, parse_value, resolve
 from plot import BLUE, GREEN, ORANGE, PINK, RED, SKY, write_figure
@@ -59,32 +61,56 @@ def shorter(found: dict[str, list[dict]]) -> list[list[dict]]:
 
 
 @dataclass
-class PowerLaw:
-    """y = a x^slope, fitted by least squares of the logarithms; the slope's standard error is inf for two points."""
-    slope: float
-    intercept: float
-    slope_error: float
+class ScalingLaw:
+    """y = floor + rise (x / centre)^-exponent: Hoffmann et al. (2022), equation 2, with the tokens fixed, whose part is in the floor."""
+    floor: float
+    rise: float
+    exponent: float
+    centre: float
+    covariance: np.ndarray      # [3, 3] of floor, rise and exponent
 
-    def at(self, x: float) -> float:
-        return math.exp(self.slope * math.log(x) + self.intercept)
+    @property
+    def errors(self) -> np.ndarray:
+        """The standard errors of floor, rise and exponent."""
+        return np.sqrt(np.diag(self.covariance))
+
+    def at(self, x):
+        return self.floor + self.rise * (np.asarray(x, float) / self.centre) ** -self.exponent
 
     def inverse(self, y: float) -> float:
-        return math.exp((math.log(y) - self.intercept) / self.slope)
+        """The x at which the law has the value y; inf at the floor and below."""
+        return float(self.centre * ((y - self.floor) / self.rise) ** (-1 / self.exponent)) if y > self.floor else math.inf
+
+    def inverse_between(self, y: float, error: float) -> tuple[float, float]:
+        """The 95% interval of that x, by what the covariance, and the standard error of y, leave open."""
+        random = np.random.default_rng(0)
+        draws = random.multivariate_normal((self.floor, self.rise, self.exponent), self.covariance, 4000)
+        ys = random.normal(y, error, len(draws))
+        found = [ScalingLaw(*law, self.centre, self.covariance).inverse(v) for law, v in zip(draws, ys) if law[1] > 0 and law[2] > 0]
+        low, high = np.percentile(found, (2.5, 97.5), method="nearest")     # no mean of a number and inf
+        return float(low), float(high)
 
 
-def power_law(x: list[float], y: list[float]) -> PowerLaw:
-    if len(x) < 3:
-        slope, intercept = np.polyfit(np.log(x), np.log(y), 1)
-        return PowerLaw(slope, intercept, math.inf)
-    (slope, intercept), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
-    return PowerLaw(slope, intercept, math.sqrt(covariance[0, 0]))
+def scaling_law(x: list[float], y: list[float]) -> ScalingLaw | None:
+    """The law by least squares, or None when there are fewer than three different x, or no more than three points, or none fits."""
+    if len(set(x)) < 3 or len(x) < 4:
+        return None
+    centre = math.exp(np.mean(np.log(x)))
+
+    def law(x, floor, rise, exponent):
+        return floor + rise * (x / centre) ** -exponent
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OptimizeWarning)
+        try:
+            fit, covariance = curve_fit(law, np.array(x), np.array(y), p0=(min(y) - 0.1, np.mean(y) - min(y) + 0.1, 0.5), maxfev=10_000)
+        except (RuntimeError, OptimizeWarning):
+            return None
+    return ScalingLaw(*map(float, fit), centre, covariance) if fit[1] > 0 and fit[2] > 0 else None
 
 
 def of_kind(results: dict, kind: str) -> list[dict]:
-    """The scaling study's runs of a kind at equal tokens, with their FLOPs a token, and the seconds that their tokens take at the
-    speed measured alone."""
-    speeds = timed(results)
-    return [run | dict(flops_per_token=run["flops"] / run["tokens"], seconds=run["tokens"] / speeds[group]["tokens_per_second"])
+    """The scaling study's runs of a kind at equal tokens, with their FLOPs a token."""
+    return [run | dict(flops_per_token=run["flops"] / run["tokens"])
             for group, runs in groups(results).items() if group.startswith(kind) and not group.endswith(EQUAL_TIME) for run in runs]
 
 
@@ -200,31 +226,33 @@ def _balance(figure: Figure, results: dict) -> None:
 
 
 def _scaling(figure: Figure, results: dict) -> None:
-    for axes, key, label in zip(figure.subplots(1, 3, sharey=True), ("flops_per_token", "total_params", "seconds"),
-                                ("training FLOPs of a token", "all parameters", "seconds of training")):
+    *losses, differences = figure.subplots(1, 3)
+    for axes, key, label in zip(losses, ("flops_per_token", "total_params"), ("training FLOPs of a token", "all parameters")):
         for kind, (name, colour, marker) in DENSE_AND_MOE.items():
             runs = of_kind(results, kind)
-            if not runs:
-                continue
             x, y = [run[key] for run in runs], [run["val_loss"] for run in runs]
-            axes.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.8)
-            fit = power_law(x, y)
-            line = np.geomspace(min(x), max(x), 50)
-            axes.plot(line, [fit.at(v) for v in line], color=colour, linewidth=1.2,
-                      label=f"{name}: slope\n{fit.slope:.3f} ± {fit.slope_error:.3f}")
-        if key == "seconds":
-            speeds, (_, colour, marker) = timed(results), DENSE_AND_MOE["dense"]
-            for i, (group, run) in enumerate((group, run) for group, runs in groups(results).items() if group.endswith(EQUAL_TIME) for run in runs):
-                axes.plot(run["tokens"] / speeds[group.removesuffix(EQUAL_TIME)]["tokens_per_second"], run["val_loss"], marker, color=colour,
-                          markersize=4.5, fillstyle="none", label="dense, the MoE's time" if i == 0 else None)
-        axes.set(xscale="log", xlabel=label)
+            axes.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.8, label=name)
+            if law := scaling_law(x, y):
+                line = np.geomspace(min(x), max(x), 50)
+                axes.plot(line, law.at(line), color=colour, linewidth=1.2)
+        axes.set(xscale="log", xlabel=label, ylabel=LOSS)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(axis="x", labelsize=8)
+    found = groups(results)
+    sizes = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
+    for shift, ending, label, colour, marker in ((-0.08, "", "equal tokens and FLOPs", BLUE, "o"), (0.08, EQUAL_TIME, "equal time", GREEN, "^")):
+        pairs = {place + shift: [dict(difference=a["val_loss"] - b["val_loss"]) for a, b in zip(found[f"moe, {size}"], found[f"dense, {size}{ending}"])]
+                 for place, size in enumerate(sizes) if f"dense, {size}{ending}" in found}
+        _points(differences, pairs, "difference", label, colour, marker)
+    differences.axhline(0, color="0.4", linewidth=0.8)
+    differences.set_xticks(range(len(sizes)), [size.replace(" x ", "\n× ") for size in sizes])
+    differences.margins(y=0.3)
+    differences.set(xlabel="layers × width", ylabel="loss of the MoE - dense (nats)")
+    for axes in figure.axes:
+        axes.tick_params(labelsize=8)
         _grid(axes)
-    figure.axes[0].set_ylabel(LOSS)
-    figure.set_size_inches(9, 3.5)
+    figure.set_size_inches(9.5, 3.5)
 
 
 def _checkpointing(figure: Figure, results: dict) -> None:
@@ -285,7 +313,7 @@ def _specialization(figure: Figure, results: dict) -> None:
                           linewidth=1.1, label=label)
     by_layer.plot(layers, steps[-1]["kind"]["shuffled_most"], "--", color="0.4", linewidth=1, label="shuffled kinds")
     most = max(max(step["kind"]["bits"]) for run in runs for step in run["experts"]["steps"])
-    by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, 1.35 * most), title="By layer and training")
+    by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, 1.6 * most), title="By layer and training")
     by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     _grid(by_layer)
 

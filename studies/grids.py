@@ -2,7 +2,7 @@
 
 A study is a function of (base configuration, tokens of a run, seeds, results so far) that returns all runs that it wants by
 now: it may look at results to choose the next ones, and is done when it wants nothing new. How fast a configuration is, is
-measured in a short run that has the GPU for itself, so that the others may share it; those come last, when all is compiled.
+measured in a short run that has the machine for itself, as small models wait for the host; the others may share a GPU.
 """
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ class Run:
     """One training run. Runs of a `group` differ by their seed alone."""
     group: str
     changes: dict
-    alone: bool = False             # nothing else runs on its GPU
+    alone: bool = False             # nothing else of the study runs beside it
     may_not_fit: bool = False       # running out of memory is a result
     analysed: bool = False          # its checkpoints are kept and analysed by studies.experts
 
@@ -27,7 +27,7 @@ class Run:
         return f"{self.group}, seed {self.changes['seed']}"
 
 
-TIMED_STEPS = 16
+TIMED_TOKENS, TIMED_STEPS = 4e6, (5, 64)       # of a speed; steps within these
 
 
 def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
@@ -37,8 +37,10 @@ def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -
     return [Run(group, changes | dict(max_steps=steps, seed=seed)) for seed in seeds]
 
 
-def speed(name: str, seed: int, steps: int = TIMED_STEPS, **changes) -> Run:
-    """A few steps of a configuration alone on a GPU: tokens/s and memory."""
+def speed(base: Config, name: str, seed: int, **changes) -> Run:
+    """A few steps of a configuration alone on the machine: tokens/s and memory."""
+    fewest, most = TIMED_STEPS
+    steps = min(most, max(fewest, round(TIMED_TOKENS / dataclasses.replace(base, **changes).tokens_per_step)))
     return Run(f"speed of {name}", changes | dict(max_steps=steps, log_every=1, eval_steps=1, save_minutes=0, seed=seed), alone=True)
 
 
@@ -101,7 +103,7 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
         wanted += runs(base, name_of(changes), tokens, seeds[1:], **changes)
     if muon:
         wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **muon)]
-    return wanted + [speed(name, seeds[0], optimizer=name) for name in ("muon", "adamw")]
+    return wanted + [speed(base, name, seeds[0], optimizer=name) for name in ("muon", "adamw")]
 
 
 def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
@@ -112,7 +114,7 @@ def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     timed, wanted = [], []
     for k in (1, 2, 3, 4):
         changes = size | dict(top_k=k, norm_topk_prob=k > 1)
-        timed.append(speed(f"top-{k}", seeds[0], **changes))
+        timed.append(speed(base, f"top-{k}", seeds[0], **changes))
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
         if k != 2:
             wanted += runs(base, f"top-{k}, equal FLOPs", flops / dataclasses.replace(base, **changes).flops_per_token, seeds, **changes)
@@ -161,7 +163,7 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
         kinds = dict(dense=size | dict(num_experts=0, d_ff=2 * size["d_ff"]), moe=size | dict(num_experts=8, top_k=2))
         name = f"{size['n_layers']} x {size['d_model']}"
         for kind, changes in kinds.items():
-            timed.append(speed(f"{kind}, {name}", seeds[0], **changes))
+            timed.append(speed(base, f"{kind}, {name}", seeds[0], **changes))
             wanted += runs(base, f"{kind}, {name}", tokens, seeds, **changes)
         dense, moe = (found.get(run.label) for run in timed[-2:])
         if dense and moe and "failed" not in dense | moe:
@@ -170,7 +172,7 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     return wanted + timed + longer
 
 
-MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16)      # of the base's micro-batch, among which the largest that fits is sought
+MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)      # of the base's micro-batch, among which the largest that fits is sought
 
 
 @functools.cache        # a study asks what it wants several times a second, while speeds are measured
@@ -185,9 +187,8 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
     usable, sizes, wanted = usable_gb(base.device == "cpu"), [base.batch_size * multiple for multiple in MULTIPLES], []
     for layers in (base.n_layers, 2 * base.n_layers):
         def at(mode: str, batch: int) -> Run:
-            run = speed(f"{mode}, {layers} layers, micro-batch {batch}", seeds[0], TIMED_STEPS // 2, n_layers=layers,
-                        activation_checkpointing=mode, batch_size=batch, offload_optimizer="false",
-                        gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
+            run = speed(base, f"{mode}, {layers} layers, micro-batch {batch}", seeds[0], n_layers=layers, activation_checkpointing=mode,
+                        batch_size=batch, offload_optimizer="false", gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
             return dataclasses.replace(run, may_not_fit=True)
 
         def predicted(mode: str) -> int:
@@ -216,5 +217,6 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
-# Tokens of a run, by which a study of `small` takes 8 to 35 minutes of one H200. checkpointing's runs are 8 steps whatever they are.
+# Tokens of a run, by which a study of `small` takes 8 to 35 minutes of one H200. checkpointing's runs measure speed and
+# memory whatever they are.
 TOKENS = dict(optimizer=16e6, routing=20e6, balance=16e6, specialization=50e6, scaling=20e6, checkpointing=1e6)

@@ -4,7 +4,7 @@
     python -m studies.report FOLDER     prints what a study in another folder found
 
 Every number in it, those in the sentences too, is computed here from a results.json; a study without one is said not to be run.
-A value of several seeds is their mean ± half of their spread.
+A value of several seeds is their mean ± half of their spread, a speed the median of a run's steps ± its standard error.
 """
 import collections
 import functools
@@ -21,8 +21,8 @@ from benchmarks.tables import fill, rewrite
 from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
-from studies.figures import MODES, base_config, best_runs, groups, mean_and_spread, of_kind, power_law, sharpest_layer, shorter, timed
-from studies.grids import ADAMW_RATES, EQUAL_TIME, MULTIPLES, STUDIES, WEIGHTS
+from studies.figures import MODES, base_config, best_runs, groups, mean_and_spread, of_kind, scaling_law, sharpest_layer, shorter, timed
+from studies.grids import ADAMW_RATES, EQUAL_TIME, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = dict(optimizer="Is Muon worth it here?", routing="Is top-2 best, or top-1, top-3?", balance="What is the best load-balancing weight?",
@@ -38,15 +38,28 @@ def value(runs: list[dict], key: str = "val_loss", digits: int = 3) -> str:
     return f"{mean:.{digits}f}" + (f" ± {spread / 2:.{digits}f}" if len(runs) > 1 else " (one seed)")
 
 
+def speed(run: dict) -> str:
+    return f"{run['tokens_per_second']:,.0f} ± {run['tokens_per_second_error']:,.0f}"
+
+
+def relative_error(*runs: dict) -> float:
+    """The standard error of a ratio of speeds, as a part of it."""
+    return math.hypot(*(run["tokens_per_second_error"] / run["tokens_per_second"] for run in runs))
+
+
+def noise(found: dict[str, list[dict]]) -> float:
+    """The standard deviation of the loss over seeds, taken to be the same in all groups; inf without a group of two."""
+    losses = [[run["val_loss"] for run in runs] for runs in found.values() if len(runs) > 1]
+    if not losses:
+        return math.inf
+    return math.sqrt(sum(np.var(values) * len(values) for values in losses) / sum(len(values) - 1 for values in losses))
+
+
 def honest_difference(found: dict[str, list[dict]]) -> float:
     """The smallest difference of the means of two groups that Tukey's test (1949) finds at the 5% level among all groups of a study
-    with more than one seed, times the root of the seeds; inf without such groups. The noise is taken to be the same in all."""
-    losses = [[run["val_loss"] for run in runs] for runs in found.values() if len(runs) > 1]
-    freedom = sum(len(values) - 1 for values in losses)
-    if len(losses) < 2:
-        return math.inf
-    variance = sum(np.var(values) * len(values) for values in losses) / freedom
-    return _studentized_range(len(losses), freedom) * math.sqrt(variance)
+    with more than one seed, times the root of the seeds; inf without two such groups."""
+    seeds = [len(runs) for runs in found.values() if len(runs) > 1]
+    return _studentized_range(len(seeds), sum(seeds) - len(seeds)) * noise(found) if len(seeds) > 1 else math.inf
 
 
 @functools.cache        # a numerical integral
@@ -59,17 +72,17 @@ def limit(a: list[dict], b: list[dict], honest: float) -> float:
     return honest * math.sqrt((1 / len(a) + 1 / len(b)) / 2)
 
 
-def undecided(a: list[dict], b: list[dict], honest: float) -> bool:
+def undecided(a: list[dict], b: list[dict], honest: float, more: float = 0.0) -> bool:
     """Whether two groups have one seed only, or differ by no more than the spread of either's seeds or than the study's honest
-    difference."""
+    difference; than those and `more`, if there is another uncertainty."""
     (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a), mean_and_spread(b)
-    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b, limit(a, b, honest))
+    return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b, limit(a, b, honest)) + more
 
 
-def against(a: list[dict], b: list[dict], honest: float) -> str:
+def against(a: list[dict], b: list[dict], honest: float, more: float = 0.0) -> str:
     """How much lower or higher a ends than b, or that it is not decided."""
     difference = mean_and_spread(a)[0] - mean_and_spread(b)[0]
-    return f"{difference:+.3f}" + (", undecided" if undecided(a, b, honest) else "")
+    return f"{difference:+.3f}" + (", undecided" if undecided(a, b, honest, more) else "")
 
 
 def least(found: dict[str, list[dict]], honest: float) -> str:
@@ -147,8 +160,8 @@ def optimizer(results: dict) -> str:
     lengths = [(runs[0]["tokens"], mean_and_spread(runs)[0]) for runs in [*shorter(found), muon]]
     reached = tokens_to(lengths, target)
     per_step = tokens / adamw[0]["changes"]["max_steps"]
-    speed = {name: speeds[name]["tokens_per_second"] for name in ("muon", "adamw")}
-    bytes_each = {name: speeds[name]["state_bytes_per_parameter"] for name in speed}
+    rates = {name: speeds[name]["tokens_per_second"] for name in ("muon", "adamw")}
+    bytes_each = {name: speeds[name]["state_bytes_per_parameter"] for name in rates}
     none, honest = "not reached", honest_difference(found)
     swept = [runs for group, runs in found.items() if "_lr" in group]
     asked = [run["changes"] for run in results["runs"].values() if "_lr" in run["group"]]      # those that diverged too
@@ -160,13 +173,13 @@ def optimizer(results: dict) -> str:
         if mine["optimizer"] == "muon":     # its own rate was swept beside this one of AdamW
             beside |= dict(adamw_lr=ADAMW_RATES[1]) if field == "muon_lr" else dict(muon_lr=mine["muon_lr"])
         beside |= dict(warmup_fraction=mine.get("warmup_fraction"))
-        rates = [c[field] for c in asked if beside.items() <= (dict(warmup_fraction=None) | c).items()]
+        ends = [c[field] for c in asked if beside.items() <= (dict(warmup_fraction=None) | c).items()]
         tried = {runs[0]["changes"][field]: runs for runs in swept if beside.items() <= (dict(warmup_fraction=None) | runs[0]["changes"]).items()}
         nearest = tried[mine[field]]
         alike = [f"{other:g}" for other, runs in sorted(tried.items()) if runs is not nearest and
                  abs(mean_and_spread(runs)[0] - mean_and_spread(nearest)[0]) <= limit(runs, nearest, honest)]
         notes = [f"within the noise: {listed(alike)}"] * bool(alike)
-        notes += ["the sweep's end"] * (not min(rates) < mine[field] < max(rates))
+        notes += ["the sweep's end"] * (not min(ends) < mine[field] < max(ends))
         return f"{mine[field]:g}" + (f" ({'; '.join(notes)})" if notes else "")
 
     usual = base_config(results).warmup_fraction
@@ -179,10 +192,10 @@ def optimizer(results: dict) -> str:
         [f"validation loss after {count(tokens)} tokens", value(muon), value(adamw)],
         ["tokens to AdamW's loss", f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
-        ["seconds of training at that speed", f"{reached[1]}{reached[0] / speed['muon']:.0f}" if reached else none, f"{tokens / speed['adamw']:.0f}"],
-        [f"tokens/s, alone on {speeds['muon']['machine']['gpu'] or 'the machine'}", *(f"{speed[name]:,.0f}" for name in speed)],
-        ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in speed)],
-        ["peak memory of a run, GB", *(f"{speeds[name]['peak_gb']:.1f}" for name in speed)]])
+        ["seconds of training at that speed", f"{reached[1]}{reached[0] / rates['muon']:.0f}" if reached else none, f"{tokens / rates['adamw']:.0f}"],
+        [f"tokens/s, alone on {speeds['muon']['machine']['gpu'] or 'the machine'}", *(speed(speeds[name]) for name in rates)],
+        ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in rates)],
+        ["peak memory of a run, GB", *(f"{speeds[name]['peak_gb']:.1f}" for name in rates)]])
 
     gap = mean_and_spread(adamw)[0] - mean_and_spread(muon)[0]
     words = (f"With the best settings tried Muon ends {abs(gap):.3f} nats {'lower' if gap > 0 else 'higher'} than AdamW alone"
@@ -193,7 +206,7 @@ def optimizer(results: dict) -> str:
         words += (f"; with that rate, {adamw[0]['changes']['adamw_lr']:g}, for what AdamW trains beside Muon too, the difference is "
                   f"{adamw[0]['val_loss'] - min(same_rate):.3f} (one seed)")
     words += (". " + (f"Muon reaches AdamW's loss with {reached[1]}about {reached[0] / tokens:.0%} of the tokens and "
-                      f"{reached[0] / speed['muon'] * speed['adamw'] / tokens:.0%} of the time" if reached else "Muon does not reach AdamW's loss")
+                      f"{reached[0] / rates['muon'] * rates['adamw'] / tokens:.0%} of the time" if reached else "Muon does not reach AdamW's loss")
               + f", interpolated between runs of {listed([count(length) for length, _ in lengths])} tokens, each with a whole schedule. Weights, "
               f"gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the brief: 30%); Muon's momentum is kept in "
               "16 bits, and AdamW's moments in 32.")
@@ -209,7 +222,7 @@ def routing(results: dict) -> str:
     table = rows(["experts a token", "loss, equal tokens", "against top-2", "loss, equal FLOPs", "against top-2", "FLOPs a token", "tokens/s"], [
         [name, value(same[name]), against(same[name], same["top-2"], honest) if name != "top-2" else "", value(fair[name]),
          against(fair[name], fair["top-2"], honest) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
-         f"{speeds[name]['tokens_per_second']:,.0f}"] for name in same])
+         speed(speeds[name])] for name in same])
     (best, sure), (best_fair, sure_fair) = level(same, honest), level(fair, honest)
     return (f"{table}\n\nAt equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, "
             f"{sure_fair}. {least(found, honest)}")
@@ -262,27 +275,51 @@ def specialization(results: dict) -> str:
 
 def scaling(results: dict) -> str:
     found, speeds = groups(results), timed(results)
-    dense, moe = (of_kind(results, kind) for kind in ("dense", "moe"))
-    fits = [power_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs]) for runs in (dense, moe)]
-    body, honest = [], honest_difference(found)
-    for name, runs in ((group.removeprefix("moe, "), runs) for group, runs in found.items() if group.startswith("moe")):
-        others, longer = found[f"dense, {name}"], found[f"dense, {name}{EQUAL_TIME}"]
-        body.append([name, count(runs[0]["active_params"]), count(runs[0]["total_params"]), value(others), value(runs), against(runs, others, honest),
-                     against(runs, longer, honest), *(f"{speeds[f'{kind}, {name}']['tokens_per_second']:,.0f}" for kind in ("dense", "moe"))])
-    table = rows(["layers x width", "active", "all of the MoE", "dense loss", "MoE loss", "MoE - dense, equal tokens, FLOPs and active",
-                  "MoE - dense, equal time", "dense tokens/s", "MoE tokens/s"], body)
-    largest = [runs for group, runs in found.items() if group.startswith("moe")][-1]
-    needed, most = fits[0].inverse(mean_and_spread(largest)[0]), max(run["flops_per_token"] for run in dense)
-    ratio = needed / (largest[0]["flops"] / largest[0]["tokens"])
-    beyond = f", an extrapolation to {needed / most:.1f} times the largest dense model" if needed > most else ""
-    gap, error = abs(fits[0].slope - fits[1].slope), math.hypot(fits[0].slope_error, fits[1].slope_error)
-    sure = "inside two standard errors: undecided" if gap <= 2 * error else "of more than two standard errors"
+    honest, deviation = honest_difference(found), noise(found)
+    laws = [scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs])
+            for runs in (of_kind(results, "dense"), of_kind(results, "moe"))]
+    largest = max(run["flops_per_token"] for run in of_kind(results, "dense"))
+    sizes = {group.removeprefix("moe, "): (runs, found[f"dense, {group.removeprefix('moe, ')}"], found[f"dense, {group.removeprefix('moe, ')}{EQUAL_TIME}"])
+             for group, runs in found.items() if group.startswith("moe, ")}
+    pairs = {name: [speeds[f"{kind}, {name}"] for kind in ("dense", "moe")] for name in sizes}
+    longer = np.log([b[0]["tokens"] / a[0]["tokens"] for _, a, b in sizes.values()])
+    gains = [mean_and_spread(a)[0] - mean_and_spread(b)[0] for _, a, b in sizes.values()]
+    per_time = longer @ gains / (longer @ longer) if longer @ longer > 1e-4 else math.inf     # nats that a time e times as long gives
+
+    def dense_flops(runs: list[dict]) -> str:
+        """How many times the FLOPs a dense model needs for the same loss, no farther than dense models were trained."""
+        own = runs[0]["flops"] / runs[0]["tokens"]
+        mean = mean_and_spread(runs)[0]
+        needed = [x / own for x in (laws[0].inverse(mean), *laws[0].inverse_between(mean, deviation / math.sqrt(len(runs))))]
+        words = [f"{x:.2f}" if x * own <= largest else f"> {largest / own:.2f}" for x in needed]
+        return f"{words[0]} ({words[1]} to {words[2]})" if words[1][0] != ">" else "beyond those tried"
+
+    body, verdicts = [], dict(tokens=[], time=[])
+    for name, (moe, dense, timely) in sizes.items():
+        error = 2 * per_time * relative_error(*pairs[name])
+        for key, others, more in (("tokens", dense, 0.0), ("time", timely, error)):
+            lower = mean_and_spread(moe)[0] < mean_and_spread(others)[0]
+            verdicts[key].append("undecided" if undecided(moe, others, honest, more) else "lower" if lower else "higher")
+        ratio = pairs[name][1]["tokens_per_second"] / pairs[name][0]["tokens_per_second"]
+        body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), against(moe, dense, honest),
+                     dense_flops(moe) if laws[0] else "–", against(moe, timely, honest, error),
+                     f"{ratio:.2f} ± {ratio * relative_error(*pairs[name]):.2f}"])
+    table = rows(["layers x width", "parameters used", "of the MoE's", "dense loss", "MoE loss", "MoE - dense, equal tokens, FLOPs and parameters used",
+                  "FLOPs a token of a dense model with the MoE's loss, times", "MoE - dense, equal time", "MoE's speed, times the dense one's"], body)
+
+    def counted(verdict: list[str]) -> str:
+        return listed([f"{word} at {verdict.count(word)}" for word in ("lower", "higher", "undecided") if word in verdict])
+
+    fits = ("There are too few sizes for a fit." if None in laws else
+            "By fits of floor + rise x FLOPs^-exponent (Hoffmann et al. 2022, with the tokens fixed), "
+            + listed([f"{name} falls towards {law.floor:.2f} ± {law.errors[0]:.2f} with the exponent {law.exponent:.2f} ± {law.errors[2]:.2f}"
+                      for name, law in zip(("the dense model", "the MoE"), laws)]) + ": the floors are what so few tokens allow.")
+    extra = [runs[0]["total_params"] / runs[0]["active_params"] for runs, _, _ in sizes.values()]
     return (f"{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters used and FLOPs are those of the MoE; for equal "
-            f"time it was trained again, on as many more tokens as its higher speed and 4 passes over the text allow. Loss falls with the FLOPs of a token to the power "
-            f"{fits[0].slope:.3f} ± {fits[0].slope_error:.3f} (dense) and {fits[1].slope:.3f} ± {fits[1].slope_error:.3f} (MoE), a difference {sure}. "
-            f"By the dense fit, a dense model needs {ratio:.2f} times the FLOPs a token to end where the largest MoE does{beyond}; that MoE "
-            f"has {largest[0]['total_params'] / largest[0]['active_params']:.2f} times as many parameters as it uses (the brief: 4x capacity at the same "
-            "compute).")
+            f"time it was trained again, on as many more tokens as its higher speed and 4 passes over the text allow. Of the {len(sizes)} sizes the MoE "
+            f"ends {counted(verdicts['tokens'])} with equal tokens, and {counted(verdicts['time'])} with equal time. {fits} The MoE has "
+            f"{min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses; what that is worth are the times in the table, with 95% "
+            "intervals (the brief: 4x capacity at the same compute).")
 
 
 def checkpointing(results: dict) -> str:
@@ -291,8 +328,8 @@ def checkpointing(results: dict) -> str:
     for depth in sorted({run["changes"]["n_layers"] for run in runs}):
         fits = {mode: {run["changes"]["batch_size"]: run for run in runs if "failed" not in run and run["changes"]["n_layers"] == depth
                        and run["changes"]["activation_checkpointing"] == mode} for mode in MODES}
-        tried = {mode: max(run["changes"]["batch_size"] for run in runs if run["changes"]["n_layers"] == depth
-                           and run["changes"]["activation_checkpointing"] == mode) for mode in MODES}
+        too_large = {mode: min((run["changes"]["batch_size"] for run in runs if "failed" in run and run["changes"]["n_layers"] == depth
+                                and run["changes"]["activation_checkpointing"] == mode), default=None) for mode in MODES}
         batch = max(set.intersection(*(set(found) for found in fits.values())), default=None)
         if batch is None:
             body += [[str(depth), mode, *["–"] * 5, str(max(fits[mode], default=0))] for mode in MODES]
@@ -307,7 +344,7 @@ def checkpointing(results: dict) -> str:
                 saved += [] if less is None else [(mode, less)]
                 slower += [(mode, slow)]
             body.append([str(depth), mode, str(batch), f"{run['peak_gb']:.1f}", "–" if less is None else f"{less:.0%}",
-                         f"{run['tokens_per_second']:,.0f}", f"{slow:+.0%}", f"{most}" if most < tried[mode] else f"at least {most}"])
+                         speed(run), "" if mode == "none" else f"{slow:+.0%} ± {(1 + slow) * relative_error(run, none):.0%}", f"{most}, not {too_large[mode]}" if too_large[mode] else f"at least {most}"])
     table = rows(["layers", "checkpointing", "micro-batch", "peak GB", "of the activations saved", "tokens/s", "time a token",
                   "largest micro-batch that fits"], body)
 
@@ -318,8 +355,7 @@ def checkpointing(results: dict) -> str:
 
     return (f"{table}\n\nAt the largest micro-batch that all three fit, `selective` saves {span(saved, 'selective')} of the activations' memory and takes "
             f"{span(slower, 'selective')} more time a token, `full` {span(saved, 'full')} and {span(slower, 'full')} (the brief: 40 to 50% saved, 10 to "
-            "15% slower). The largest micro-batch was sought among "
-            f"{', '.join(map(str, MULTIPLES[:-1]))} and {MULTIPLES[-1]} times the smallest.")
+            "15% slower).")
 
 
 BLOCKS = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)

@@ -124,9 +124,10 @@ def summary(r: dict) -> dict:
     late = [layer for row in rows[-max(1, len(rows) // 10):] for layer in row.get("expert_load", [])]
     entropy = [-sum(p * math.log(p) for p in layer if p > 0) / math.log(len(layer)) for layer in late if len(layer) > 1]
     memory = r["memory_gb"]["measured"] or {}
+    rates = [row["tokens_per_second"] for row in rows[len(rows) // 4:]]     # the first ones compile
     state = sum(memory.get(k, 0) for k in ("weights", "gradients", "master", "momentum", "adamw")) * 1e9
     return dict(val_loss=r["final_metrics"]["val_loss"], tokens=totals["tokens"], flops=config.flops_per_token * totals["tokens"],
-                tokens_per_second=statistics.median(row["tokens_per_second"] for row in rows[len(rows) // 4:]),     # the first ones compile
+                tokens_per_second=statistics.median(rates), tokens_per_second_error=_median_error(rates),
                 train_seconds=totals["train_seconds"], elapsed_seconds=totals["elapsed_seconds"], skipped_steps=totals["skipped_steps"],
                 total_params=config.total_params, active_params=config.active_params,
                 load_entropy=statistics.mean(entropy) if entropy else None, worst_share=max(map(max, late)) if late else None,
@@ -134,6 +135,14 @@ def summary(r: dict) -> dict:
                 passes=totals["tokens"] / r["data"]["train_tokens"],
                 validation=[[row["step"] * config.tokens_per_step, row["val_loss"]] for row in r["history"] if "val_loss" in row],
                 machine={k: r["environment"][k] for k in ("gpu", "cpus", "torch", "python")})
+
+
+def _median_error(values: list[float]) -> float:
+    """The standard error of a median, by the values' quartiles, so that a step that was held up does not count for more."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, method="inclusive")
+    return math.sqrt(math.pi / 2 / len(values)) * (high - low) / 1.349       # 1.349: the normal distribution's, in deviations
 
 
 # ---------------------------------------------------------------- the study
@@ -216,10 +225,11 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
 
 def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str | None:
     """The GPU with the fewest runs, if this run may start on it now."""
-    on = {gpu: [other for other, place in running.values() if place == gpu] for gpu in gpus}
-    gpu = min(gpus, key=lambda gpu: (any(other.alone for other in on[gpu]), len(on[gpu])))
-    room = not on[gpu] if run.alone else len(on[gpu]) < jobs and not any(other.alone for other in on[gpu])
-    return gpu if room else None
+    if any(other.alone for other, _ in running.values()) or run.alone and running:
+        return None
+    on = {gpu: sum(place == gpu for _, place in running.values()) for gpu in gpus}
+    gpu = min(gpus, key=on.get)
+    return gpu if on[gpu] < jobs else None
 
 
 def _environment(gpu: str, processes: int) -> dict:

@@ -21,17 +21,18 @@ from studies import experts as experts_of
 from studies import grids, report
 from studies import run as runner
 from studies.experts import KINDS
-from studies.figures import mean_and_spread, power_law, timed
+from studies.figures import mean_and_spread, scaling_law, timed
 from studies.grids import STUDIES, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = tiny_config(batch_size=2, gradient_accumulation_steps=2, n_heads=4, num_experts=8, moe_every=1)
 TOKENS = 10 * BASE.tokens_per_step
-CORPUS = dict(data="python", data_hash="d", tokenizer_hash="t", train_tokens=100 * TOKENS, validation_tokens=1000, unigram_entropy=7.0)
+CORPUS = dict(data="python", data_hash="d", tokenizer_hash="t", train_tokens=1000 * TOKENS, validation_tokens=1000, unigram_entropy=7.0)
 
 
 def result(loss=5.0, **changes):
     return dict(val_loss=loss, tokens=TOKENS, flops=1e9 * loss, train_seconds=loss, elapsed_seconds=loss, tokens_per_second=100.0 * loss,
+                tokens_per_second_error=2.0,
                 total_params=1000 * loss, active_params=500 * loss, load_entropy=0.9 + loss / 1000, worst_share=0.3, state_bytes_per_parameter=8 * loss,
                 peak_gb=loss, memory_gb=dict(activations=loss), passes=0.1, validation=[[0, 6.0], [TOKENS, loss]],
                 machine=dict(gpu=None, cpus=2, torch="2", python="3")) | changes
@@ -58,7 +59,7 @@ def performed(monkeypatch):
     def perform(run, base, folder, environment, stop):
         seen.append((run.label, environment.get("CUDA_VISIBLE_DEVICES")))
         batch, mode = run.changes.get("batch_size", 0), run.changes.get("activation_checkpointing")
-        if run.may_not_fit and batch > dict(none=2, selective=8, full=32)[mode]:
+        if run.may_not_fit and batch > dict(none=2, selective=8, full=256)[mode]:
             return dict(failed="out of memory")
         config = dataclasses.replace(BASE, **run.changes)
         loss = 5 - 0.1 * math.log(config.active_params) + 0.02 * math.sin(7 * len(run.label) + run.changes["seed"])
@@ -271,10 +272,16 @@ def test_what_is_kept_of_a_run():
     kept = runner.summary(dict(config=dataclasses.asdict(config), history=history, final_metrics=dict(val_loss=3.0),
         totals=dict(tokens=800, train_seconds=8, elapsed_seconds=9, skipped_steps=0), data=dict(train_tokens=400),
         memory_gb=dict(measured=dict(weights=1e-3, momentum=2e-3, activations=5)), environment=dict(gpu=None, cpus=2, torch="2", python="3")))
-    assert kept["tokens_per_second"] == 100 and kept["peak_gb"] == 2 and kept["passes"] == 2 and kept["flops"] == 800 * config.flops_per_token
+    assert kept["tokens_per_second"] == 100 and kept["tokens_per_second_error"] == 0 and kept["peak_gb"] == 2 and kept["passes"] == 2 and kept["flops"] == 800 * config.flops_per_token
     assert kept["worst_share"] == 0.75 and kept["load_entropy"] == pytest.approx((1 + 0.8113) / 2, abs=1e-4)
     assert kept["state_bytes_per_parameter"] == pytest.approx(3e6 / config.total_params)
     assert kept["validation"] == [[8 * config.tokens_per_step, 3.0]]
+
+
+def test_the_error_of_a_median_is_that_of_its_samples():
+    samples = np.random.default_rng(0).normal(100, 5, (2000, 48))
+    errors = [runner._median_error(list(values)) for values in samples]
+    assert np.mean(errors) == pytest.approx(np.median(samples, 1).std(), rel=0.1) and runner._median_error([1.0]) == 0
 
 
 def test_kinds_of_characters():
@@ -303,9 +310,8 @@ def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_pat
         gpu = environment["CUDA_VISIBLE_DEVICES"]
         with lock:
             running.append((gpu, run.alone))
-            mine = [alone for other, alone in running if other == gpu]
-            most[gpu] = max(most.get(gpu, 0), len(mine))
-            together.append(any(mine) and len(mine) > 1)
+            most[gpu] = max(most.get(gpu, 0), sum(other == gpu for other, _ in running))
+            together.append(len(running) > 1 and any(alone for _, alone in running))
         time.sleep(0.02)
         with lock:
             running.remove((gpu, run.alone))
@@ -383,11 +389,11 @@ def test_a_run_that_is_wanted_later_is_no_longer_than_the_corpus_allows(performe
     whole = runner.perform
     monkeypatch.setattr(runner, "perform", lambda run, *rest: (found := whole(run, *rest)) | dict(
         tokens_per_second=found["tokens_per_second"] * (10 if "dense" in run.group else 1)))
-    monkeypatch.setitem(CORPUS, "train_tokens", TOKENS // 2)
+    monkeypatch.setitem(CORPUS, "train_tokens", 2 * TOKENS)
     assert go("scaling", tmp_path)
-    assert {run["tokens"] for run in loaded(tmp_path)["runs"].values() if run["group"].endswith("equal time")} == {2 * TOKENS}
+    assert {run["tokens"] for run in loaded(tmp_path)["runs"].values() if run["group"].endswith("equal time")} == {8 * TOKENS}
     with pytest.raises(ConfigError, match="would pass over the corpus"):
-        runner.study("balance", BASE, ["--preset", "tiny"], 3 * TOKENS, [1], tmp_path / "other", CORPUS)
+        runner.study("balance", BASE, ["--preset", "tiny"], 9 * TOKENS, [1], tmp_path / "other", CORPUS)
 
 
 def test_equal_flops_are_equal():
@@ -413,9 +419,12 @@ def test_dense_models_have_the_active_parameters_of_the_moe():
         assert all(c.d_ff % 64 == 0 for c in pair.values())
 
 
+LARGER = [6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+
+
 @pytest.mark.parametrize("gb, expected", [
-    (1000, dict(none=[2, 32, 24, 16, 12, 8, 6, 4], selective=[2, 32, 24, 16, 12, 8], full=[2, 32])),
-    (0.001, dict(none=[2, 4], selective=[2, 4, 6, 8, 12], full=[2, 4, 6, 8, 12, 16, 24, 32]))])
+    (1000, dict(none=[2, 4, *LARGER], selective=[2, *LARGER[1:]], full=[2, 256])),
+    (0.001, dict(none=[2, 4], selective=[2, 4, 6, 8, 12], full=[2, 4, *LARGER]))])
 def test_micro_batches_are_searched_to_the_end_of_memory(performed, tmp_path, monkeypatch, gb, expected):
     """Whether the prediction is too high or too low."""
     monkeypatch.setattr(grids, "usable_gb", lambda cpu: gb)
@@ -424,17 +433,18 @@ def test_micro_batches_are_searched_to_the_end_of_memory(performed, tmp_path, mo
                     and run["changes"]["n_layers"] == BASE.n_layers] for mode in ("none", "selective", "full")}
     assert {mode: sorted(batches) for mode, batches in tried.items()} == {mode: sorted(batches) for mode, batches in expected.items()}
     text = report.block("checkpointing", tmp_path)
-    assert "at least 32" in text
+    assert "| 8, not 12 |" in text and "| at least 256 |" in text
 
 
 def test_modes_are_compared_at_the_largest_micro_batch_that_all_fit(performed, tmp_path, monkeypatch):
     whole = runner.perform
     monkeypatch.setattr(grids, "usable_gb", lambda cpu: 1000)      # so that all are predicted to fit the largest
     monkeypatch.setattr(runner, "perform", lambda run, *rest: dict(failed="out of memory") if run.changes["batch_size"] > dict(
-        none=8, selective=16, full=32)[run.changes["activation_checkpointing"]] else whole(dataclasses.replace(run, may_not_fit=False), *rest))
+        none=8, selective=16, full=256)[run.changes["activation_checkpointing"]] else whole(dataclasses.replace(run, may_not_fit=False), *rest))
     assert go("checkpointing", tmp_path)
     rows = [row.split(" | ") for row in report.block("checkpointing", tmp_path).splitlines() if row.startswith(f"| {BASE.n_layers} |")]
-    assert [(row[1], row[2], row[-1].removesuffix(" |")) for row in rows] == [("none", "8", "8"), ("selective", "8", "16"), ("full", "8", "at least 32")]
+    assert [(row[1], row[2], row[-1].removesuffix(" |")) for row in rows] == [("none", "8", "8, not 12"), ("selective", "8", "16, not 24"),
+                                                                            ("full", "8", "at least 256")]
 
 
 # ---------------------------------------------------------------- how sure
@@ -461,14 +471,43 @@ def test_differences_by_chance_are_undecided_in_19_of_20_studies():
     assert report.honest_difference(dict(a=[result(3.0)], b=[result(3.0), result(3.1)])) == math.inf
 
 
-def test_power_law_finds_exponent_and_its_uncertainty():
-    x = [1e6, 1e7, 1e8, 1e9]
-    exact = power_law(x, [3 * v ** -0.07 for v in x])
-    assert exact.slope == pytest.approx(-0.07) and exact.slope_error < 1e-6
-    assert exact.at(1e5) == pytest.approx(3 * 1e5 ** -0.07) and exact.inverse(3 * 1e5 ** -0.07) == pytest.approx(1e5)
-    noisy = power_law(x, [3 * v ** -0.07 * (1 + 0.05 * (-1) ** i) for i, v in enumerate(x)])
-    assert noisy.slope_error > 0.005
-    assert power_law(x[:2], [1.0, 0.5]).slope_error == math.inf
+def test_scaling_law_finds_floor_exponent_and_their_uncertainty():
+    x = [1e6, 1e6, 1e7, 1e7, 1e8, 1e8]
+    exact = scaling_law(x, [2 + 3 * (v / 1e7) ** -0.4 for v in x])
+    assert (exact.floor, exact.rise, exact.exponent) == (pytest.approx(2), pytest.approx(3), pytest.approx(0.4)) and max(exact.errors) < 1e-6
+    assert exact.at(1e5) == pytest.approx(2 + 3 * 100 ** 0.4) and exact.inverse(exact.at(1e5)) == pytest.approx(1e5) and exact.inverse(1.99) == math.inf
+    assert scaling_law(x[:4], [4.0, 4.1, 3.0, 3.1]) is None, "three unknowns need three sizes"
+
+
+def test_intervals_of_a_scaling_law_hold_the_truth():
+    """In about 95% of experiments with noise as large as is said."""
+    random, x, held = np.random.default_rng(0), np.repeat([1e6, 3e6, 1e7, 3e7, 1e8], 4), 0
+    truth = 2 + (x / 1e7) ** -0.5
+    for _ in range(200):
+        law = scaling_law(list(x), list(truth + random.normal(0, 0.02, len(x))))
+        low, high = law.inverse_between(3 + random.normal(0, 0.01), 0.01)
+        held += low <= 1e7 <= high
+    assert 180 <= held <= 199
+
+
+def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
+    """A dense model whose loss follows a law, and MoEs that end as if they had twice the FLOPs, at the same speed and at half."""
+    whole = runner.perform
+
+    def perform(run, *rest):
+        found, moe = whole(run, *rest), run.changes.get("num_experts") == 8
+        flops, tokens = found["flops"] / found["tokens"], found["tokens"] / TOKENS
+        loss = 2 + (flops * (1 + moe) / 1e5) ** -0.5 + 0.001 * run.changes["seed"] - 2 * math.log(tokens) * (not run.alone)
+        return found | dict(val_loss=loss, tokens_per_second=100 - 50 * moe, tokens_per_second_error=1.0)
+    monkeypatch.setattr(runner, "perform", perform)
+    assert go("scaling", tmp_path)
+    text = report.block("scaling", tmp_path)
+    rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| ") and " x " in row.split(" | ")[0]][1:]
+    assert len(rows) > 2 and rows[0][6].startswith("2.0") and rows[-1][6] == "beyond those tried"
+    assert all(row[-1] == "0.50 ± 0.01 |" and row[5].startswith("-") and row[7].startswith("+") and "undecided" not in row[7] for row in rows)
+    assert f"lower at {len(rows)} with equal tokens, and higher at {len(rows)} with equal time" in text
+    monkeypatch.setattr(report, "relative_error", lambda *_: 0.5)
+    assert f"undecided at {len(rows)} with equal time" in report.block("scaling", tmp_path), "speeds that are not known decide nothing"
 
 
 def test_tokens_to_equal_loss_are_read_between_runs():
