@@ -29,6 +29,14 @@ from config import (PRESETS, Config, ConfigError, ExperimentError, OutOfMemory, 
                     resumed_config)  # noqa: E402
 
 
+ELSEWHERE = dict(learning_rate="--muon_lr and --adamw_lr", lr="--muon_lr and --adamw_lr", max_lr="--muon_lr and --adamw_lr",
+                 hidden_size="--d_model", n_embd="--d_model", intermediate_size="--d_ff", block_size="--max_seq_len",
+                 context_length="--max_seq_len", epochs="--max_steps", num_train_epochs="--max_steps", output_dir="--save_dir", out_dir="--save_dir",
+                 dtype="--precision", fp16="--precision fp16", bf16="--precision bf16", wandb="--tracker wandb", gpu="--device, or CUDA_VISIBLE_DEVICES",
+                 gradient_checkpointing="--activation_checkpointing")
+"""What other trainers call an option, where the names have little in common."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors as ConfigError, and the nearest option's name for one that does not exist."""
 
@@ -43,10 +51,14 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
             name = unknown[0].partition("=")[0]
+            bare = name.strip("-")
             if not name.startswith("-"):
                 raise ConfigError(f"unexpected argument {unknown[0]!r}: a command comes first, options are --NAME VALUE, and a value with "
                                   "spaces needs quotes")
-            within = [option for option in known if name.strip("-") in option]      # --tokens is --max_new_tokens rather than --top_k
+            same = ELSEWHERE.get(bare)
+            if same and re.match(r"--\w+", same)[0] in known:
+                raise ConfigError(f"unknown option {unknown[0]!r}. Here it is {same}. --help lists them all.")
+            within = [option for option in known if bare in option]     # --tokens is --max_new_tokens rather than --top_k
             raise ConfigError(f"unknown option {unknown[0]!r}.{nearest(name, within or known)} --help lists them all.")
         return args
 

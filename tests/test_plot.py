@@ -194,6 +194,9 @@ def test_command_line_errors(tmp_path, capsys):
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad + '{"step": 2}\n')
         assert plot.main([str(tmp_path)]) == 1
         assert "line 2" in capsys.readouterr().err
+    write_metrics(tmp_path, [], '{"ste')
+    assert plot.main([str(tmp_path)]) == 1
+    assert "has no rows yet" in capsys.readouterr().err and not (tmp_path / "training_curves.png").exists()
     write_metrics(tmp_path, run(2))
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "no" / "c.png")]) == 1
     assert "cannot be written" in capsys.readouterr().err

@@ -256,6 +256,7 @@ def assert_refused(result, code, *words):
     ("--tracker tensorbord --device cpu", ["--tracker: 'tensorbord'", "mean tensorboard?"]),
     ("sample --prompt a", ["--checkpoint"]),
     ("sample --checkpoint x --prompt a --tokens 5", ["'--tokens'", "mean --max_new_tokens?"]),
+    ("--learning_rate 1e-3", ["Here it is --muon_lr and --adamw_lr."]), ("--fp16", ["Here it is --precision fp16."]),
     ("sample --checkpoint x --prompt a --temperature warm", ["--temperature", "'warm'"]),
     ("sample --checkpoint x --prompt a --temperature -1", ["--temperature must lie between 0"]),
     ("sample --checkpoint x --prompt a --seed 99999999999999999999", ["--seed must lie between 0"]),
