@@ -1,5 +1,6 @@
 """One figure for each study, and the statistics that figures and tables share. Points are single runs and lines go through their
 means, so that the spread of the seeds shows."""
+import dataclasses
 import math
 import warnings
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class ScalingLaw:
     exponent: float
     centre: float
     covariance: np.ndarray      # [3, 3] of floor, rise and exponent
+    freedom: int                # points - 3
 
     @property
     def errors(self) -> np.ndarray:
@@ -79,20 +81,25 @@ class ScalingLaw:
 
     def inverse(self, y: float) -> float:
         """The x at which the law has the value y; inf at the floor and below."""
-        return float(self.centre * ((y - self.floor) / self.rise) ** (-1 / self.exponent)) if y > self.floor else math.inf
+        if y <= self.floor:
+            return math.inf
+        logarithm = math.log(self.centre) - math.log((y - self.floor) / self.rise) / self.exponent
+        return math.exp(logarithm) if logarithm < 700 else math.inf
 
     def inverse_between(self, y: float, error: float) -> tuple[float, float]:
-        """The 95% interval of that x, by what the covariance, and the standard error of y, leave open."""
+        """The 95% interval of that x, by what the covariance, and the standard error of y, leave open (Student's t)."""
         random = np.random.default_rng(0)
-        draws = random.multivariate_normal((self.floor, self.rise, self.exponent), self.covariance, 4000)
-        ys = random.normal(y, error, len(draws))
-        found = [ScalingLaw(*law, self.centre, self.covariance).inverse(v) for law, v in zip(draws, ys) if law[1] > 0 and law[2] > 0]
+        heavier = np.sqrt(self.freedom / random.chisquare(self.freedom, 4000))
+        draws = (self.floor, self.rise, self.exponent) + heavier[:, None] * random.multivariate_normal(np.zeros(3), self.covariance, 4000)
+        ys = y + heavier * random.normal(0, error, 4000)
+        found = [dataclasses.replace(self, floor=law[0], rise=law[1], exponent=law[2]).inverse(v) for law, v in zip(draws, ys) if min(law[1:]) > 0]
         low, high = np.percentile(found, (2.5, 97.5), method="nearest")     # no mean of a number and inf
         return float(low), float(high)
 
 
 def scaling_law(x: list[float], y: list[float]) -> ScalingLaw | None:
-    """The law by least squares, or None when there are fewer than three different x, or no more than three points, or none fits."""
+    """The law by least squares, or None when there are fewer than three different x, or no more than three points, or when none fits
+    with an exponent above twice its error: the covariance would say little then, and the law less."""
     if len(set(x)) < 3 or len(x) < 4:
         return None
     centre = math.exp(np.mean(np.log(x)))
@@ -105,7 +112,8 @@ def scaling_law(x: list[float], y: list[float]) -> ScalingLaw | None:
             fit, covariance = curve_fit(law, np.array(x), np.array(y), p0=(min(y) - 0.1, np.mean(y) - min(y) + 0.1, 0.5), maxfev=10_000)
         except (RuntimeError, OptimizeWarning):
             return None
-    return ScalingLaw(*map(float, fit), centre, covariance) if fit[1] > 0 and fit[2] > 0 else None
+    floor, rise, exponent = map(float, fit)
+    return ScalingLaw(floor, rise, exponent, centre, covariance, len(x) - 3) if min(floor, rise) > 0 and exponent > 2 * covariance[2, 2] ** 0.5 else None
 
 
 def of_kind(results: dict, kind: str) -> list[dict]:
@@ -114,14 +122,26 @@ def of_kind(results: dict, kind: str) -> list[dict]:
             for group, runs in groups(results).items() if group.startswith(kind) and not group.endswith(EQUAL_TIME) for run in runs]
 
 
+def _lost(results: dict) -> set[str]:
+    """The groups that failed, when what is left is no answer."""
+    runs = results["runs"].values()
+    left = {run["group"] for run in runs if "failed" not in run}
+    failed = {run["group"] for run in runs} - left
+    if results["study"] in ("routing", "scaling"):
+        return failed
+    if results["study"] == "optimizer" and failed:
+        needed = [group.startswith(SPEED) for group in failed] + [not any(group.startswith(f"{name}, ") for group in left) for name in ("muon", "adamw")]
+        return failed if any(needed) else set()
+    return failed if not left else set()
+
+
 # ---------------------------------------------------------------- drawing
 
 def draw(results: dict, path: Path) -> None:
     """Draws the study's figure into a PNG. Raises ExperimentError when it cannot be written, or when what it needs has diverged."""
-    whole = results["study"] in ("routing", "scaling")      # the others go without what diverged
-    lost = {run["group"] for run in results["runs"].values()} - {run["group"] for run in results["runs"].values() if run.get("failed") != "diverged"}
-    if lost and (whole or all("failed" in run for run in results["runs"].values())):
-        raise ExperimentError(f"the study has no answer, as {', '.join(sorted(lost))} diverged: begin it anew with lower rates and another --out")
+    if lost := _lost(results):
+        raise ExperimentError(f"the study has no answer, as {', '.join(sorted(lost))} diverged or did not fit: begin it anew with lower rates or "
+                              "a smaller base, and another --out")
     figure = Figure(figsize=(8, 3.4), dpi=160, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     PANELS[results["study"]](figure, results)
@@ -190,7 +210,8 @@ def _routing(figure: Figure, results: dict) -> None:
     for kind, colour, marker in (("equal tokens", BLUE, "o"), ("equal FLOPs", ORANGE, "s")):
         _points(loss, {k: found.get(f"top-{k}, {kind}" if k != 2 else "top-2, equal tokens", []) for k in (1, 2, 3, 4)}, "val_loss", kind, colour,
                 marker)
-    _points(speed, {k: [speeds[f"top-{k}"]] for k in (1, 2, 3, 4)}, "tokens_per_second", None, GREEN)
+    speed.errorbar((1, 2, 3, 4), [speeds[f"top-{k}"]["tokens_per_second"] for k in (1, 2, 3, 4)],
+                   [speeds[f"top-{k}"]["tokens_per_second_error"] for k in (1, 2, 3, 4)], color=GREEN, marker="o", markersize=4.5, linewidth=1.2, capsize=3)
     loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=[1, 2, 3, 4])
     speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=[1, 2, 3, 4], ylim=(0, 1.08 * speed.dataLim.ymax))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
@@ -242,9 +263,10 @@ def _scaling(figure: Figure, results: dict) -> None:
     found = groups(results)
     sizes = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
     for shift, ending, label, colour, marker in ((-0.08, "", "equal tokens and FLOPs", BLUE, "o"), (0.08, EQUAL_TIME, "equal time", GREEN, "^")):
-        pairs = {place + shift: [dict(difference=a["val_loss"] - b["val_loss"]) for a, b in zip(found[f"moe, {size}"], found[f"dense, {size}{ending}"])]
-                 for place, size in enumerate(sizes) if f"dense, {size}{ending}" in found}
-        _points(differences, pairs, "difference", label, colour, marker)
+        pairs = {place + shift: [dict(difference=a["val_loss"] - b["val_loss"]) for a in found[f"moe, {size}"] for b in found[f"dense, {size}{ending}"]
+                                 if a["changes"]["seed"] == b["changes"]["seed"]] for place, size in enumerate(sizes)}
+        differences.plot([x for x, runs in pairs.items() for _ in runs], [run["difference"] for runs in pairs.values() for run in runs], marker,
+                         color=colour, markersize=5, alpha=0.8, label=label)
     differences.axhline(0, color="0.4", linewidth=0.8)
     differences.set_xticks(range(len(sizes)), [size.replace(" x ", "\n× ") for size in sizes])
     differences.margins(y=0.3)
@@ -265,7 +287,8 @@ def _checkpointing(figure: Figure, results: dict) -> None:
             for axes, key in zip(row, ("peak_gb", "tokens_per_second")):
                 _points(axes, dict(sorted(mine.items())), key, mode, colour, marker)
         for axes, label in zip(row, ("peak memory (GB)", "tokens/s")):
-            sizes = sorted({run["changes"]["batch_size"] for run in runs if math.log2(run["changes"]["batch_size"]).is_integer()})
+            sizes = {run["changes"]["batch_size"] for run in runs}
+            sizes = sorted(size for size in sizes if math.log2(size / min(sizes)).is_integer())
             axes.set(xscale="log", ylabel=f"{depth} layers: {label}", ylim=(0, 1.08 * axes.dataLim.ymax))
             axes.set_xticks(sizes, map(str, sizes))
             axes.xaxis.set_minor_locator(NullLocator())
@@ -310,10 +333,10 @@ def _specialization(figure: Figure, results: dict) -> None:
         for n, run in enumerate(runs):
             label = ("before training" if step["step"] == 0 else f"{EngFormatter(sep='', places=0)(step['tokens'])} tokens") if n == 0 else None
             by_layer.plot(layers, run["experts"]["steps"][i]["kind"]["bits"], color=colormaps["viridis"](0.9 * i / (len(steps) - 1)),
-                          linewidth=1.1, label=label)
+                          linewidth=1.1, linestyle="-" if n == 0 else ":", label=label)
     by_layer.plot(layers, steps[-1]["kind"]["shuffled_most"], "--", color="0.4", linewidth=1, label="shuffled kinds")
     most = max(max(step["kind"]["bits"]) for run in runs for step in run["experts"]["steps"])
-    by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, 1.6 * most), title="By layer and training")
+    by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, 1.6 * most), title="By layer and training (second seed dotted)" if len(runs) > 1 else "By layer and training")
     by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     _grid(by_layer)
 

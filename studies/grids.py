@@ -27,7 +27,7 @@ class Run:
         return f"{self.group}, seed {self.changes['seed']}"
 
 
-TIMED_TOKENS, TIMED_STEPS = 4e6, (5, 64)       # of a speed; steps within these
+TIMED_TOKENS, TIMED_STEPS = 4e6, (5, 64)       # of a speed, at most those of a run; steps within these
 
 
 def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
@@ -37,11 +37,12 @@ def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -
     return [Run(group, changes | dict(max_steps=steps, seed=seed)) for seed in seeds]
 
 
-def speed(base: Config, name: str, seed: int, **changes) -> Run:
+def speed(base: Config, name: str, tokens: float, seed: int, **changes) -> Run:
     """A few steps of a configuration alone on the machine: tokens/s and memory."""
     fewest, most = TIMED_STEPS
-    steps = min(most, max(fewest, round(TIMED_TOKENS / dataclasses.replace(base, **changes).tokens_per_step)))
-    return Run(f"speed of {name}", changes | dict(max_steps=steps, log_every=1, eval_steps=1, save_minutes=0, seed=seed), alone=True)
+    steps = min(most, max(fewest, round(min(tokens, TIMED_TOKENS) / dataclasses.replace(base, **changes).tokens_per_step)))
+    own = dict(max_steps=steps, log_every=1, eval_every=steps, eval_steps=1, save_minutes=0, seed=seed)
+    return Run(f"speed of {name}", changes | own, alone=True)
 
 
 def sized(base: Config, factor: float) -> dict:
@@ -103,7 +104,7 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
         wanted += runs(base, name_of(changes), tokens, seeds[1:], **changes)
     if muon:
         wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **muon)]
-    return wanted + [speed(base, name, seeds[0], optimizer=name) for name in ("muon", "adamw")]
+    return wanted + [speed(base, name, tokens, seeds[0], optimizer=name) for name in ("muon", "adamw")]
 
 
 def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
@@ -114,7 +115,7 @@ def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     timed, wanted = [], []
     for k in (1, 2, 3, 4):
         changes = size | dict(top_k=k, norm_topk_prob=k > 1)
-        timed.append(speed(base, f"top-{k}", seeds[0], **changes))
+        timed.append(speed(base, f"top-{k}", tokens, seeds[0], **changes))
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
         if k != 2:
             wanted += runs(base, f"top-{k}, equal FLOPs", flops / dataclasses.replace(base, **changes).flops_per_token, seeds, **changes)
@@ -163,7 +164,7 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
         kinds = dict(dense=size | dict(num_experts=0, d_ff=2 * size["d_ff"]), moe=size | dict(num_experts=8, top_k=2))
         name = f"{size['n_layers']} x {size['d_model']}"
         for kind, changes in kinds.items():
-            timed.append(speed(base, f"{kind}, {name}", seeds[0], **changes))
+            timed.append(speed(base, f"{kind}, {name}", tokens, seeds[0], **changes))
             wanted += runs(base, f"{kind}, {name}", tokens, seeds, **changes)
         dense, moe = (found.get(run.label) for run in timed[-2:])
         if dense and moe and "failed" not in dense | moe:
@@ -172,7 +173,7 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     return wanted + timed + longer
 
 
-MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)      # of the base's micro-batch, among which the largest that fits is sought
+MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)      # of the base's micro-batch, among which the largest that fits is sought, as far as a run's tokens allow
 
 
 @functools.cache        # a study asks what it wants several times a second, while speeds are measured
@@ -184,11 +185,13 @@ def usable_gb(cpu: bool) -> float:
 def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """What does activation checkpointing cost? Each mode at two depths: at the base's micro-batch, at the largest that `none` is
     predicted to fit, and from the largest that itself is predicted to fit on, until one fits and the next does not."""
-    usable, sizes, wanted = usable_gb(base.device == "cpu"), [base.batch_size * multiple for multiple in MULTIPLES], []
+    usable, wanted, longest = usable_gb(base.device == "cpu"), [], tokens / TIMED_STEPS[0] / base.max_seq_len
+    sizes = [base.batch_size * multiple for multiple in MULTIPLES if multiple == 1 or base.batch_size * multiple <= longest]
     for layers in (base.n_layers, 2 * base.n_layers):
         def at(mode: str, batch: int) -> Run:
-            run = speed(base, f"{mode}, {layers} layers, micro-batch {batch}", seeds[0], n_layers=layers, activation_checkpointing=mode,
-                        batch_size=batch, offload_optimizer="false", gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
+            run = speed(base, f"{mode}, {layers} layers, micro-batch {batch}", tokens, seeds[0], n_layers=layers,
+                        activation_checkpointing=mode, batch_size=batch, offload_optimizer="false",
+                        gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
             return dataclasses.replace(run, may_not_fit=True)
 
         def predicted(mode: str) -> int:
@@ -217,6 +220,6 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
-# Tokens of a run, by which a study of `small` takes 8 to 35 minutes of one H200. checkpointing's runs measure speed and
-# memory whatever they are.
-TOKENS = dict(optimizer=16e6, routing=20e6, balance=16e6, specialization=50e6, scaling=20e6, checkpointing=1e6)
+# Tokens of a run, by which a study of `small` takes 8 to 35 minutes of one H200. checkpointing's measure speed and memory,
+# and are this long with the largest micro-batches alone.
+TOKENS = dict(optimizer=16e6, routing=20e6, balance=16e6, specialization=50e6, scaling=20e6, checkpointing=12e6)

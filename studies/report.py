@@ -21,7 +21,7 @@ from benchmarks.tables import fill, rewrite
 from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
-from studies.figures import MODES, base_config, best_runs, groups, mean_and_spread, of_kind, scaling_law, sharpest_layer, shorter, timed
+from studies.figures import MODES, SPEED, base_config, best_runs, groups, mean_and_spread, of_kind, scaling_law, sharpest_layer, shorter, timed
 from studies.grids import ADAMW_RATES, EQUAL_TIME, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,7 +124,10 @@ def machines(results: dict) -> str:
 
 def budget(results: dict) -> str:
     """What was trained on what, how much of it, and how long that took."""
-    b, corpus, runs, base = results["budget"], results["corpus"], [run for run in results["runs"].values() if "tokens" in run], base_config(results)
+    b, corpus, base = results["budget"], results["corpus"], base_config(results)
+    every = [run for run in results["runs"].values() if "tokens" in run]
+    runs = [run for run in every if not run["group"].startswith(SPEED)] or every      # speeds are no training
+    steps = sorted({round(run["tokens"] / run["changes"]["max_steps"]) for run in runs})
     seeds = collections.Counter(len({run["changes"]["seed"] for run in group}) for group in groups(results).values())
     replicas = listed([f"{n} configuration{'s' * (n > 1)} with {k} seed{'s' * (k > 1)}" for k, n in sorted(seeds.items(), reverse=True)])
     sizes = sorted({(run["active_params"], run["total_params"]) for run in runs})
@@ -134,7 +137,7 @@ def budget(results: dict) -> str:
     minutes = listed([f"{b[key]:.0f} {name} minutes" for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU")) if b[key]])
     return (f"The models have {size} parameters active and see at most {count(max(run['tokens'] for run in runs))} tokens ("
             f"{max(run['tokens'] / run['active_params'] for run in runs):.2g} for an active parameter, {max(run['passes'] for run in runs):.2f} passes "
-            f"over `{corpus['data']}`, {count(corpus['train_tokens'])} tokens) in steps of {base.tokens_per_step:,}, in {base.precision}"
+            f"over `{corpus['data']}`, {count(corpus['train_tokens'])} tokens) in steps of {' to '.join(f'{tokens:,}' for tokens in dict.fromkeys((steps[0], steps[-1])))}, in {base.precision}"
             + (f"; peak rates: {rates}" if rates else "") + f". {len(results['runs'])} runs" + (f", of them {replicas}" if replicas else "")
             + f"; {count(b['tokens'])} tokens, {minutes} on {machines(results)}.")
 
@@ -198,19 +201,24 @@ def optimizer(results: dict) -> str:
         ["peak memory of a run, GB", *(f"{speeds[name]['peak_gb']:.1f}" for name in rates)]])
 
     gap = mean_and_spread(adamw)[0] - mean_and_spread(muon)[0]
-    words = (f"With the best settings tried Muon ends {abs(gap):.3f} nats {'lower' if gap > 0 else 'higher'} than AdamW alone"
-             f"{' (undecided)' * undecided(muon, adamw, honest)}. AdamW alone has one rate for all parameters")
+    seeds = min(len(muon), len(adamw))
+    sure = "one seed so far" if seeds < 2 else "undecided" if undecided(muon, adamw, honest) else "decided"
+    cost = (f"Muon reaches AdamW's loss with {reached[1]}about {reached[0] / tokens:.0%} of the tokens and "
+            f"{reached[0] / rates['muon'] * rates['adamw'] / tokens:.0%} of the time" if reached else "Muon does not reach AdamW's loss")
+    answer = (f"{cost}. At the end of runs of {count(tokens)} tokens, with the best settings tried, it is {abs(gap):.3f} nats "
+              f"{'lower' if gap > 0 else 'higher'} ({sure}).")
+    words = "AdamW alone has one rate for all parameters"
     same_rate = [runs[0]["val_loss"] for runs in swept if runs[0]["changes"]["optimizer"] == "muon"
                  and runs[0]["changes"]["adamw_lr"] == adamw[0]["changes"]["adamw_lr"]]
     if same_rate:
         words += (f"; with that rate, {adamw[0]['changes']['adamw_lr']:g}, for what AdamW trains beside Muon too, the difference is "
                   f"{adamw[0]['val_loss'] - min(same_rate):.3f} (one seed)")
-    words += (". " + (f"Muon reaches AdamW's loss with {reached[1]}about {reached[0] / tokens:.0%} of the tokens and "
-                      f"{reached[0] / rates['muon'] * rates['adamw'] / tokens:.0%} of the time" if reached else "Muon does not reach AdamW's loss")
-              + f", interpolated between runs of {listed([count(length) for length, _ in lengths])} tokens, each with a whole schedule. Weights, "
-              f"gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the brief: 30%); Muon's momentum is kept in "
-              "16 bits, and AdamW's moments in 32.")
-    return f"{table}\n\n{words}"
+    peaks = {name: speeds[name]["peak_gb"] for name in rates}
+    words += (f". Its loss is interpolated between runs of {listed([count(length) for length, _ in lengths])} tokens, each with a whole schedule. "
+              f"Muon's own warm-up was not varied. Weights, gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the "
+              f"brief: 30%, or 8 bytes against 12), as Muon keeps one momentum, in 16 bits, and AdamW two moments, in 32; the peak of these runs, most "
+              f"of which is activations, falls by {1 - peaks['muon'] / peaks['adamw']:.0%}.")
+    return f"{answer}\n\n{table}\n\n{words}"
 
 
 def routing(results: dict) -> str:
@@ -224,8 +232,8 @@ def routing(results: dict) -> str:
          against(fair[name], fair["top-2"], honest) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
          speed(speeds[name])] for name in same])
     (best, sure), (best_fair, sure_fair) = level(same, honest), level(fair, honest)
-    return (f"{table}\n\nAt equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, "
-            f"{sure_fair}. {least(found, honest)}")
+    return (f"At equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, {sure_fair}.\n\n{table}"
+            f"\n\n{least(found, honest)} The weights of a token's experts sum to 1, but top-1's is the router's probability, from which it learns.")
 
 
 def balance(results: dict) -> str:
@@ -239,7 +247,7 @@ def balance(results: dict) -> str:
          value(runs, "worst_share", 2)] for name, runs in found.items()])
     as_low = {name: runs for name, runs in found.items() if name == best or undecided(runs, found[best], honest)}
     low, high = (pick(as_low, key=lambda name: mean_and_spread(as_low[name], "worst_share")[0]) for pick in (min, max))
-    return (f"{table}\n\nThe lowest loss is that of {best}, {sure}. Of it and those that cannot be told from it, the largest share of an "
+    return (f"The lowest loss is that of {best}, {sure}.\n\n{table}\n\nOf it and those that cannot be told from it, the largest share of an "
             f"expert goes from {value(as_low[low], 'worst_share', 2)} ({low}) to {value(as_low[high], 'worst_share', 2)} ({high}). Entropy and share are "
             f"of the training batches in the last tenth of a run, the share that of the busiest expert of all layers. {least(found, honest)}")
 
@@ -254,7 +262,7 @@ def specialization(results: dict) -> str:
     body = [["before training" if step["step"] == 0 else count(step["tokens"]),
              *(value(mean_bits(i, label, key), "bits") for label in ("kind", "domain") for key in ("bits", "shuffled_most"))]
             for i, step in enumerate(first["steps"])]
-    table = rows(["tokens of training", "bits of the kind", "shuffled", "bits of the package", "shuffled"], body)
+    table = rows(["tokens of training", "bits of the kind", "shuffled", "bits of the domain", "shuffled"], body)
     layer = sharpest_layer(first, "kind")
     kinds, share = np.array(first["kinds"]), np.array(first["kind_table"][layer], float)
     share /= share.sum(0).clip(1)
@@ -262,15 +270,17 @@ def specialization(results: dict) -> str:
         [str(e + 1), listed([f"{kinds[k]} ({share[e, k]:.0%})" for k in np.argsort(-share[e])[:2]]),
          " ".join(code(token) for token, _ in first["top_tokens"][layer][e][:SHOWN_TOKENS])] for e in range(len(share))])
     last = len(first["steps"]) - 1
-    kind, domain = (mean_and_spread(mean_bits(last, label, "bits"), "bits")[0] for label in ("kind", "domain"))
-    untrained = mean_and_spread(mean_bits(0, "kind", "bits"), "bits")[0]
-    real = {key: sum(bits > most for e in experts for bits, most in zip(e["steps"][-1][key]["bits"], e["steps"][-1][key]["shuffled_most"]))
-            for key in ("kind", "domain")}
-    return (f"{table}\n\nMeans over the MoE layers, of {count(first['tokens'])} held-out tokens; \"shuffled\" is the largest of ten. At the end the "
-            f"expert says {kind:.3f} of the kind's {first['kind_entropy']:.2f} bits and {domain:.3f} of the package's {first['domain_entropy']:.2f}; "
-            f"before training it was {untrained:.3f} of the kind, as equal tokens look alike to a router. The kind is above its shuffled "
-            f"baseline in {real['kind']} and the package in {real['domain']} of {sum(len(e['layers']) for e in experts)} layers. Layer {first['layers'][layer] + 1} says most; its experts "
-            f"(seed {next(iter(results['runs'].values()))['changes']['seed']}):\n\n{tokens}")
+    (kind, domain), (kind_before, domain_before) = ([mean_and_spread(mean_bits(i, label, "bits"), "bits")[0] for label in ("kind", "domain")]
+                                                    for i in (last, 0))
+    shuffled = mean_and_spread(mean_bits(last, "domain", "shuffled_most"), "bits")[0]
+    others = first["domain_tokens"][first["domains"].index("others")] / sum(first["domain_tokens"]) if "others" in first["domains"] else 0
+    seed = next(iter(results["runs"].values()))["changes"]["seed"]
+    return (f"What kind a token is of: the expert says {kind:.3f} of {first['kind_entropy']:.2f} bits ({kind / first['kind_entropy']:.0%}), before training "
+            f"{kind_before:.3f}, as equal tokens look alike to a router. What domain (package) its text is from: {domain:.3f} of {first['domain_entropy']:.2f} bits, of "
+            f"which {shuffled:.3f} are found with shuffled domains too, and {domain_before:.3f} before training.\n\n{table}\n\nMeans over the MoE layers, "
+            f"of {count(first['tokens'])} held-out tokens; \"shuffled\" is the largest of ten."
+            + (f" Of the tokens {others:.0%} are of packages too small to have a name of their own." if others else "")
+            + f" Layer {first['layers'][layer] + 1} says most of the kind; its experts (seed {seed}):\n\n{tokens}")
 
 
 def scaling(results: dict) -> str:
@@ -278,21 +288,25 @@ def scaling(results: dict) -> str:
     honest, deviation = honest_difference(found), noise(found)
     laws = [scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs])
             for runs in (of_kind(results, "dense"), of_kind(results, "moe"))]
-    largest = max(run["flops_per_token"] for run in of_kind(results, "dense"))
+    flops = [run["flops_per_token"] for run in of_kind(results, "dense")]
+    least_flops, most = min(flops), max(flops)
     sizes = {group.removeprefix("moe, "): (runs, found[f"dense, {group.removeprefix('moe, ')}"], found[f"dense, {group.removeprefix('moe, ')}{EQUAL_TIME}"])
              for group, runs in found.items() if group.startswith("moe, ")}
     pairs = {name: [speeds[f"{kind}, {name}"] for kind in ("dense", "moe")] for name in sizes}
-    longer = np.log([b[0]["tokens"] / a[0]["tokens"] for _, a, b in sizes.values()])
-    gains = [mean_and_spread(a)[0] - mean_and_spread(b)[0] for _, a, b in sizes.values()]
-    per_time = longer @ gains / (longer @ longer) if longer @ longer > 1e-4 else math.inf     # nats that a time e times as long gives
+    # nats that a time e times as long gains: the most that is seen within runs, and from runs to longer ones, where these are longer
+    per_time = max(0.0, *((float(np.interp(run["tokens"] / 2, *np.transpose(run["validation"]))) - run["val_loss"]) / math.log(2)
+                          for run in of_kind(results, "dense")),
+                   *((mean_and_spread(dense)[0] - mean_and_spread(timely)[0]) / math.log(timely[0]["tokens"] / dense[0]["tokens"])
+                     for _, dense, timely in sizes.values() if timely[0]["tokens"] > 1.05 * dense[0]["tokens"]))
 
     def dense_flops(runs: list[dict]) -> str:
-        """How many times the FLOPs a dense model needs for the same loss, no farther than dense models were trained."""
-        own = runs[0]["flops"] / runs[0]["tokens"]
-        mean = mean_and_spread(runs)[0]
-        needed = [x / own for x in (laws[0].inverse(mean), *laws[0].inverse_between(mean, deviation / math.sqrt(len(runs))))]
-        words = [f"{x:.2f}" if x * own <= largest else f"> {largest / own:.2f}" for x in needed]
-        return f"{words[0]} ({words[1]} to {words[2]})" if words[1][0] != ">" else "beyond those tried"
+        """How many times the FLOPs a token a dense model needs for the same loss, among those that were trained, with a 95% interval."""
+        own, mean = runs[0]["flops"] / runs[0]["tokens"], mean_and_spread(runs)[0]
+        needed = [laws[0].inverse(mean), *laws[0].inverse_between(mean, deviation / math.sqrt(len(runs)))]
+        words = [f"> {most / own:.2f}" if x > most else f"< {least_flops / own:.2f}" if x < least_flops else f"{x / own:.2f}" for x in needed]
+        if words[1][0] == ">" or words[2][0] == "<":
+            return "beyond those tried"
+        return f"{words[0]} ({words[1]} to {words[2]})"
 
     body, verdicts = [], dict(tokens=[], time=[])
     for name, (moe, dense, timely) in sizes.items():
@@ -302,7 +316,7 @@ def scaling(results: dict) -> str:
             verdicts[key].append("undecided" if undecided(moe, others, honest, more) else "lower" if lower else "higher")
         ratio = pairs[name][1]["tokens_per_second"] / pairs[name][0]["tokens_per_second"]
         body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), against(moe, dense, honest),
-                     dense_flops(moe) if laws[0] else "–", against(moe, timely, honest, error),
+                     dense_flops(moe) if laws[0] and deviation < math.inf else "–", against(moe, timely, honest, error),
                      f"{ratio:.2f} ± {ratio * relative_error(*pairs[name]):.2f}"])
     table = rows(["layers x width", "parameters used", "of the MoE's", "dense loss", "MoE loss", "MoE - dense, equal tokens, FLOPs and parameters used",
                   "FLOPs a token of a dense model with the MoE's loss, times", "MoE - dense, equal time", "MoE's speed, times the dense one's"], body)
@@ -310,16 +324,22 @@ def scaling(results: dict) -> str:
     def counted(verdict: list[str]) -> str:
         return listed([f"{word} at {verdict.count(word)}" for word in ("lower", "higher", "undecided") if word in verdict])
 
-    fits = ("There are too few sizes for a fit." if None in laws else
-            "By fits of floor + rise x FLOPs^-exponent (Hoffmann et al. 2022, with the tokens fixed), "
+    fits = ("There are too few sizes for a fit, or none fits well." if None in laws else
+            "By fits of floor + rise x (FLOPs a token)^-exponent (Hoffmann et al. 2022, with the tokens fixed), ± standard errors, "
             + listed([f"{name} falls towards {law.floor:.2f} ± {law.errors[0]:.2f} with the exponent {law.exponent:.2f} ± {law.errors[2]:.2f}"
-                      for name, law in zip(("the dense model", "the MoE"), laws)]) + ": the floors are what so few tokens allow.")
+                      for name, law in zip(("the dense model", "the MoE"), laws)]) + "; the floors are those of so few tokens, at these rates.")
+    totals = scaling_law([run["total_params"] for run in of_kind(results, "dense")], [run["val_loss"] for run in of_kind(results, "dense")])
+    largest = max(run["total_params"] for run in of_kind(results, "dense"))
+    beside = [mean_and_spread(moe)[0] - float(totals.at(moe[0]["total_params"])) for moe, _, _ in sizes.values()
+              if moe[0]["total_params"] <= largest] if totals else []
     extra = [runs[0]["total_params"] / runs[0]["active_params"] for runs, _, _ in sizes.values()]
-    return (f"{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters used and FLOPs are those of the MoE; for equal "
-            f"time it was trained again, on as many more tokens as its higher speed and 4 passes over the text allow. Of the {len(sizes)} sizes the MoE "
-            f"ends {counted(verdicts['tokens'])} with equal tokens, and {counted(verdicts['time'])} with equal time. {fits} The MoE has "
-            f"{min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses; what that is worth are the times in the table, with 95% "
-            "intervals (the brief: 4x capacity at the same compute).")
+    return (f"Of the {len(sizes)} sizes the MoE ends {counted(verdicts['tokens'])} with equal tokens, FLOPs and parameters used, and "
+            f"{counted(verdicts['time'])} with equal time.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters used and FLOPs "
+            "are those of the MoE; for equal time it was trained again, on as many more tokens as its higher speed and 4 passes over the text allow. "
+            f"{least(found, honest)} With equal time, twice the speeds' errors are added to that, in nats that so much time is worth. {fits} The MoE has "
+            f"{min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses" + ("; what that is worth is in the table, with 95% intervals by the "
+            "dense model's fit" if laws[0] else "") + " (the brief: 4x capacity at the same compute)."
+            + (f" Beside a dense model of as many parameters in all, by its fit, the MoE ends {min(beside):+.3f} to {max(beside):+.3f} nats." if beside else ""))
 
 
 def checkpointing(results: dict) -> str:
@@ -328,34 +348,33 @@ def checkpointing(results: dict) -> str:
     for depth in sorted({run["changes"]["n_layers"] for run in runs}):
         fits = {mode: {run["changes"]["batch_size"]: run for run in runs if "failed" not in run and run["changes"]["n_layers"] == depth
                        and run["changes"]["activation_checkpointing"] == mode} for mode in MODES}
-        too_large = {mode: min((run["changes"]["batch_size"] for run in runs if "failed" in run and run["changes"]["n_layers"] == depth
-                                and run["changes"]["activation_checkpointing"] == mode), default=None) for mode in MODES}
-        batch = max(set.intersection(*(set(found) for found in fits.values())), default=None)
-        if batch is None:
-            body += [[str(depth), mode, *["–"] * 5, str(max(fits[mode], default=0))] for mode in MODES]
-            continue
-        none = fits["none"][batch]
-        for mode, found in fits.items():
-            run, most = found[batch], max(found)
+        too_large = {mode: min((run["changes"]["batch_size"] for run in runs if run.get("failed") == "out of memory"
+                                and (run["changes"]["n_layers"], run["changes"]["activation_checkpointing"]) == (depth, mode)), default=None) for mode in MODES}
+        common = sorted(set.intersection(*map(set, fits.values())))
+        largest = {mode: f"{max(fits[mode], default=0)}, not {too_large[mode]}" if too_large[mode] else f"at least {max(fits[mode], default=0)}"
+                   for mode in MODES}
+        body += [[str(depth), mode, *["–"] * 5, largest[mode]] for mode in MODES if not common]
+        for batch, mode in ((batch, mode) for batch in common for mode in MODES):
+            none, run = fits["none"][batch], fits[mode][batch]
             activations = [r["memory_gb"].get("activations") for r in (run, none)]
             less = None if None in activations or not activations[1] else 1 - activations[0] / activations[1]
             slow = none["tokens_per_second"] / run["tokens_per_second"] - 1
-            if mode != "none":
+            if mode != "none" and batch == common[-1]:
                 saved += [] if less is None else [(mode, less)]
                 slower += [(mode, slow)]
-            body.append([str(depth), mode, str(batch), f"{run['peak_gb']:.1f}", "–" if less is None else f"{less:.0%}",
-                         speed(run), "" if mode == "none" else f"{slow:+.0%} ± {(1 + slow) * relative_error(run, none):.0%}", f"{most}, not {too_large[mode]}" if too_large[mode] else f"at least {most}"])
+            body.append([str(depth), mode, str(batch), f"{run['peak_gb']:.1f}", "–" if less is None else f"{less:.0%}", speed(run),
+                         "" if mode == "none" else f"{round(100 * slow):+d}% ± {(1 + slow) * relative_error(run, none):.0%}", largest[mode]])
     table = rows(["layers", "checkpointing", "micro-batch", "peak GB", "of the activations saved", "tokens/s", "time a token",
                   "largest micro-batch that fits"], body)
 
     def span(found: list, mode: str) -> str:
         values = [v for m, v in found if m == mode]
-        ends = sorted({f"{v:.0%}" for v in (min(values), max(values))}, key=lambda text: int(text[:-1])) if values else ["an unknown share"]
-        return " to ".join(ends)
+        ends = sorted({round(100 * v) for v in values})
+        return " to ".join(f"{v}%" for v in dict.fromkeys((ends[0], ends[-1]))) if ends else "an unknown share"
 
-    return (f"{table}\n\nAt the largest micro-batch that all three fit, `selective` saves {span(saved, 'selective')} of the activations' memory and takes "
-            f"{span(slower, 'selective')} more time a token, `full` {span(saved, 'full')} and {span(slower, 'full')} (the brief: 40 to 50% saved, 10 to "
-            "15% slower).")
+    return (f"At the largest micro-batch that all three fit, `selective` saves {span(saved, 'selective')} of the activations' memory for "
+            f"{span(slower, 'selective')} more time a token, `full` {span(saved, 'full')} for {span(slower, 'full')} (the brief: 40 to 50% saved, 10 to "
+            f"15% slower).\n\n{table}\n\nThe ± of a time is the standard error over the steps of one run.")
 
 
 BLOCKS = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
@@ -373,7 +392,10 @@ def block(name: str, folder: Path) -> str:
         raise ValueError(f"{folder / 'results.json'} is of the study {results['study']}")
     figure = folder / "figure.png"
     if not (results["finished"] and figure.exists()):
-        head += f"Not finished: `{shlex.join(['python', '-m', 'studies.run', name, '--tokens', format(results['tokens'], '.15g'), *results['options']])}` goes on.\n\n"
+        seeds = max((run["changes"]["seed"] for run in results["runs"].values()), default=1)
+        own = [*(["--seeds", str(seeds)] if seeds > 2 else []), *(["--out", str(folder)] if folder != ROOT / "studies" / name else [])]
+        command = ["python", "-m", "studies.run", name, "--tokens", format(results["tokens"], ".15g"), *own, *results["options"]]
+        head += f"Not finished: `{shlex.join(command)}` goes on.\n\n"
     if not figure.exists():
         return head.strip()
     shown = figure.relative_to(ROOT) if figure.is_relative_to(ROOT) else figure

@@ -6,17 +6,17 @@
     python -m studies.run balance --preset tiny --tokens 2e5    the machinery, in minutes on a CPU, in studies/balance-tiny
     python -m studies.run balance --minutes 8                   stop after 8 minutes; the same command goes on
 
-With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision bf16) and --jobs 4, in minutes of one
-H200; balance was measured, the others are estimated by it:
+With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision bf16) and --jobs 4, in about so many
+minutes of one H200:
 
-    optimizer        30 runs or so of 16M tokens or less    35
-    routing          18 runs of 20M tokens or so            11
+    optimizer        40 runs or so of 16M tokens or less    45
+    routing          18 runs of 20M tokens or so            12
     balance          20 runs of 16M tokens                  13
-    specialization    2 runs of 50M tokens, and analyses     8
-    scaling          32 runs of 20M tokens or more          17
-    checkpointing    22 runs of 8 steps, one at a time      13
+    specialization    2 runs of 50M tokens, and analyses     7
+    scaling          32 runs of 20M tokens or more          22
+    checkpointing    25 runs or so of 5 to 64 steps         18
 
-Two GPUs take half as long. Each run of `small` needs 32 GB: on 80 GB give --jobs 2. What a study did take is in its results, as
+Two GPUs take half as long, but not where a speed is measured, all of checkpointing: such a run has the machine for itself. Each run of `small` needs 32 GB: on 80 GB give --jobs 2. What a study did take is in its results, as
 `budget`. Any option of run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own,
 and its output is in studies/NAME/runs until it has finished.
 
@@ -154,7 +154,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
     path = folder / "results.json"
     asked = dict(study=name, tokens=tokens, options=_without_cache(options), corpus=corpus)
     results = json.loads(path.read_text()) if path.exists() else asked | dict(budget=dict(tokens=0, gpu_minutes=0.0, cpu_minutes=0.0),
-                                                                              commits=[], runs={})
+                                                                              commits=[], finished=False, runs={})
     if different := _differences(results, asked):
         raise ConfigError(f"{path} is of another study: {'; '.join(different)}. Give the same, or another --out")
     found, began, kind = results["runs"], time.monotonic(), "cpu_minutes" if gpus == (CPU,) else "gpu_minutes"
@@ -162,6 +162,9 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
     running: dict[concurrent.futures.Future, tuple[Run, str]] = {}
     stop, failures, performed = threading.Event(), [], 0
     _check_passes(STUDIES[name](base, tokens, seeds, {}), base, corpus["train_tokens"])
+
+    def grid(results: dict[str, dict]) -> list[Run]:
+        return [_within(run, base, MOST_PASSES * corpus["train_tokens"]) for run in STUDIES[name](base, tokens, seeds, results)]
 
     def save() -> None:
         order = {run.label: place for place, run in enumerate(wanted)}      # runs end in any order; tables go by the study's
@@ -178,16 +181,19 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
         while True:
             if time.monotonic() - began >= seconds:
                 stop.set()
-            wanted = [_within(run, base, MOST_PASSES * corpus["train_tokens"]) for run in STUDIES[name](base, tokens, seeds, found)]
+            wanted = grid(_up_to_date(found, grid(found)))      # which hears nothing of results that are to be made again
+            current = _up_to_date(found, wanted)
             busy = [run.label for run, _ in running.values()]
-            missing = [run for run in wanted if run.label not in found and run.label not in busy]
+            missing = [run for run in wanted if run.label not in current and run.label not in busy]
+            outstanding = sum(run.label not in current for run in wanted)
             late = stop.is_set() or time.monotonic() - began >= seconds - min(LAST_START, seconds / 4)
             for run in [] if late else missing:
                 gpu = free_gpu(run, running, gpus, jobs)
                 if gpu is None:
                     break
-                print(f"[{len(found)} of {len(wanted)} finished] {run.label}", flush=True)
-                environment = _environment(gpu, len(gpus) * jobs)
+                again = ", again, as the study has changed since" * (run.label in found)
+                print(f"[{len(wanted) - outstanding} of {len(wanted)} finished] {run.label}{again}", flush=True)
+                environment = _environment(gpu, 1 if run.alone else len(gpus) * jobs)
                 running[pool.submit(perform, run, options, _place(folder, run), environment, stop)] = run, gpu
             if not running:
                 break
@@ -196,19 +202,19 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                 run, _ = running.pop(future)
                 try:
                     result = future.result()
-                    _check_timed(run, result, found)
+                    _check_timed(run, result, current)
                 except Exception as error:      # of whatever kind: what runs beside it is saved
                     failures.append(error)
                     result = None
                 if result is None:      # stopped, from here or elsewhere, or failed: the others save and end too
                     stop.set()
                     continue
-                performed += 1
+                performed, outstanding = performed + 1, outstanding - 1
                 found[run.label] = dict(group=run.group, changes=run.changes, **result)
                 keep_metrics(run.label, _place(folder, run), folder / "metrics.jsonl.gz")
                 save()
                 shutil.rmtree(_place(folder, run), ignore_errors=True)      # its checkpoints; what it found is kept
-                left = (time.monotonic() - began) / performed * (len(wanted) - len(found)) / 60
+                left = (time.monotonic() - began) / performed * outstanding / 60
                 print(f"{run.label}: " + (result.get("failed") or f"validation loss {result['val_loss']:.4f}, {result['elapsed_seconds']:.0f} s")
                       + f"; about {left:.0f} minutes to go", flush=True)
     results["finished"] = not missing and not failures
@@ -253,6 +259,8 @@ def visible_gpus(config: Config) -> tuple[str, ...]:
 def _check_passes(wanted: list[Run], base: Config, train_tokens: int) -> None:
     assert len({run.label for run in wanted}) == len(wanted), "two runs of a study have one name"
     for run in wanted:
+        if run.alone:       # it measures no loss
+            continue
         config = dataclasses.replace(base, **run.changes)
         passes = config.max_steps * config.tokens_per_step / train_tokens
         if passes > MOST_PASSES:
@@ -260,10 +268,16 @@ def _check_passes(wanted: list[Run], base: Config, train_tokens: int) -> None:
                               f"{MOST_PASSES}: give fewer --tokens, or more --data")
 
 
+def _up_to_date(found: dict[str, dict], wanted: list[Run]) -> dict[str, dict]:
+    """Results without those of runs that are now wanted with other changes."""
+    changes = {run.label: run.changes for run in wanted}
+    return {label: result for label, result in found.items() if result["changes"] == changes.get(label, result["changes"])}
+
+
 def _within(run: Run, base: Config, most_tokens: float) -> Run:
     """A run that a study came to want, such as one for another's time, made no longer than its corpus allows."""
     steps = int(most_tokens / dataclasses.replace(base, **run.changes).tokens_per_step)
-    return run if run.changes["max_steps"] <= steps else dataclasses.replace(run, changes=run.changes | dict(max_steps=steps))
+    return run if run.alone or run.changes["max_steps"] <= steps else dataclasses.replace(run, changes=run.changes | dict(max_steps=steps))
 
 
 def _check_timed(run: Run, result: dict | None, found: dict[str, dict]) -> None:
@@ -310,13 +324,14 @@ def _signals(stop: threading.Event):
 
 
 def keep_metrics(label: str, place: Path, kept: Path) -> None:
-    """Adds a run's metrics, each row with the run's name, as a further member of the gzip file `kept`."""
+    """Adds a run's metrics, each row with the run's name, to the gzip file `kept`, in place of an earlier run's of that name."""
     metrics = place / "metrics.jsonl"
     if not metrics.exists():
         return
-    rows = [json.dumps(dict(run=label) | json.loads(row)) + "\n" for row in metrics.read_text().splitlines()]
-    there = kept.read_bytes() if kept.exists() else b""
-    packed = there + gzip.compress("".join(rows).encode(), mtime=0)
+    rows = [json.dumps(dict(run=label) | json.loads(row)) for row in metrics.read_text().splitlines()]
+    there = gzip.decompress(kept.read_bytes()).decode().splitlines() if kept.exists() else []
+    mine = json.dumps(dict(run=label))[:-1] + ","
+    packed = gzip.compress("".join(row + "\n" for row in [*(row for row in there if not row.startswith(mine)), *rows]).encode(), mtime=0)
     if len(packed) > MOST_METRICS:
         print(f"the metrics of '{label}' are not kept: {kept} would be larger than {MOST_METRICS / 1e6:g} MB")
         return

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory
 from conftest import tiny_config
 from studies import experts as experts_of
-from studies import grids, report
+from studies import figures, grids, report
 from studies import run as runner
 from studies.experts import KINDS
 from studies.figures import mean_and_spread, scaling_law, timed
@@ -27,7 +28,7 @@ from studies.grids import STUDIES, Run
 ROOT = Path(__file__).resolve().parent.parent
 BASE = tiny_config(batch_size=2, gradient_accumulation_steps=2, n_heads=4, num_experts=8, moe_every=1)
 TOKENS = 10 * BASE.tokens_per_step
-CORPUS = dict(data="python", data_hash="d", tokenizer_hash="t", train_tokens=1000 * TOKENS, validation_tokens=1000, unigram_entropy=7.0)
+CORPUS = dict(data="python", data_hash="d", tokenizer_hash="t", train_tokens=100 * TOKENS, validation_tokens=1000, unigram_entropy=7.0)
 
 
 def result(loss=5.0, **changes):
@@ -71,9 +72,10 @@ def performed(monkeypatch):
     return seen
 
 
-def go(name, folder, seconds=math.inf, seeds=(1, 2), **options):
+def go(name, folder, seconds=math.inf, seeds=(1, 2), tokens=None, **options):
     folder.mkdir(exist_ok=True)
-    return runner.study(name, BASE, ["--preset", "tiny", "--cache_dir", "/somewhere"], TOKENS, list(seeds), folder, CORPUS, seconds, **options)
+    tokens = tokens or (1e6 if name == "checkpointing" else TOKENS)
+    return runner.study(name, BASE, ["--preset", "tiny", "--cache_dir", "/somewhere"], tokens, list(seeds), folder, CORPUS, seconds, **options)
 
 
 def loaded(folder):
@@ -99,7 +101,7 @@ def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
     whole = runner.perform
     monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 3 else whole(*a))
     assert not go("routing", tmp_path) and len(performed) == 3 and not (tmp_path / "figure.png").exists()
-    assert f"`python -m studies.run routing --tokens {TOKENS:g} --preset tiny` goes on" in report.block("routing", tmp_path)
+    assert f"`python -m studies.run routing --tokens {TOKENS:g} --out {tmp_path} --preset tiny` goes on" in report.block("routing", tmp_path)
     monkeypatch.setattr(runner, "perform", whole)
     assert go("routing", tmp_path) and len(performed) == len(set(performed)) == 18
     assert not go("balance", tmp_path / "late", seconds=0)
@@ -140,6 +142,10 @@ def test_metrics_of_all_runs_are_in_one_file(tmp_path):
         runner.keep_metrics(label, tmp_path, tmp_path / "kept.gz")
     rows = [json.loads(row) for row in gzip.open(tmp_path / "kept.gz", "rt")]
     assert [(row["run"], row["step"]) for row in rows] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)] and rows[2]["train_loss"] == 2.0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+    runner.keep_metrics("a", tmp_path, tmp_path / "kept.gz")
+    rows = [json.loads(row) for row in gzip.open(tmp_path / "kept.gz", "rt")]
+    assert [(row["run"], row["step"]) for row in rows] == [("b", 1), ("b", 2), ("a", 3)], "a run that was made again"
 
 
 def test_what_finished_beside_a_failed_run_is_kept(performed, tmp_path, monkeypatch):
@@ -322,6 +328,32 @@ def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_pat
     assert loaded(tmp_path)["budget"]["gpu_minutes"] > 0
 
 
+def test_nothing_starts_beside_a_run_whose_speed_is_measured():
+    timed_run, other = Run("speed of x", dict(seed=1), alone=True), Run("y", dict(seed=1))
+    assert runner.free_gpu(other, {0: (timed_run, "0")}, ("0", "1"), 4) is None is runner.free_gpu(timed_run, {0: (other, "0")}, ("0", "1"), 4)
+    assert runner.free_gpu(timed_run, {}, ("0", "1"), 4) == "0" and runner.free_gpu(other, {0: (other, "0")}, ("0", "1"), 2) == "1"
+    assert runner.free_gpu(other, {0: (other, "0"), 1: (other, "0")}, ("0",), 2) is None
+
+
+def test_runs_that_a_study_has_changed_are_made_again(performed, monkeypatch, tmp_path, capsys):
+    """Speeds of other steps, and what follows from them, and nothing else; their metrics are replaced too."""
+    monkeypatch.setattr(grids, "TIMED_STEPS", (5, 8))
+    assert go("scaling", tmp_path)
+    before, labels = loaded(tmp_path), [label for label, _ in performed]
+    monkeypatch.setattr(grids, "TIMED_STEPS", (5, 10))
+    performed.clear()
+    whole = runner.perform
+    monkeypatch.setattr(runner, "perform", lambda run, *rest: (found := whole(run, *rest)) | dict(
+        tokens_per_second=found["tokens_per_second"] * (2 if "dense" in run.group else 1)))
+    assert go("scaling", tmp_path)
+    again = [label for label, _ in performed]
+    assert again == [label for label in labels if label.startswith("speed of")] + [label for label in labels if "equal time" in label]
+    after = loaded(tmp_path)
+    assert after["runs"].keys() == before["runs"].keys() and after["finished"]
+    assert {run["changes"]["max_steps"] for label, run in after["runs"].items() if label in again and run["group"].startswith("speed")} == {10}
+    assert "again, as the study has changed since" in capsys.readouterr().out
+
+
 def test_speeds_of_two_kinds_of_gpu_are_not_mixed(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "perform", lambda run, *_: result(machine=dict(
         gpu="H200" if run.group in ("speed of top-3", "top-3, equal tokens") else "H100", cpus=2)))
@@ -389,11 +421,11 @@ def test_a_run_that_is_wanted_later_is_no_longer_than_the_corpus_allows(performe
     whole = runner.perform
     monkeypatch.setattr(runner, "perform", lambda run, *rest: (found := whole(run, *rest)) | dict(
         tokens_per_second=found["tokens_per_second"] * (10 if "dense" in run.group else 1)))
-    monkeypatch.setitem(CORPUS, "train_tokens", 2 * TOKENS)
+    monkeypatch.setitem(CORPUS, "train_tokens", TOKENS // 2)
     assert go("scaling", tmp_path)
-    assert {run["tokens"] for run in loaded(tmp_path)["runs"].values() if run["group"].endswith("equal time")} == {8 * TOKENS}
+    assert {run["tokens"] for run in loaded(tmp_path)["runs"].values() if run["group"].endswith("equal time")} == {2 * TOKENS}
     with pytest.raises(ConfigError, match="would pass over the corpus"):
-        runner.study("balance", BASE, ["--preset", "tiny"], 9 * TOKENS, [1], tmp_path / "other", CORPUS)
+        runner.study("balance", BASE, ["--preset", "tiny"], 3 * TOKENS, [1], tmp_path / "other", CORPUS)
 
 
 def test_equal_flops_are_equal():
@@ -443,8 +475,39 @@ def test_modes_are_compared_at_the_largest_micro_batch_that_all_fit(performed, t
         none=8, selective=16, full=256)[run.changes["activation_checkpointing"]] else whole(dataclasses.replace(run, may_not_fit=False), *rest))
     assert go("checkpointing", tmp_path)
     rows = [row.split(" | ") for row in report.block("checkpointing", tmp_path).splitlines() if row.startswith(f"| {BASE.n_layers} |")]
-    assert [(row[1], row[2], row[-1].removesuffix(" |")) for row in rows] == [("none", "8", "8, not 12"), ("selective", "8", "16, not 24"),
-                                                                            ("full", "8", "at least 256")]
+    ends = ("none", "8, not 12"), ("selective", "16, not 24"), ("full", "at least 256")
+    assert [(row[1], row[2], row[-1].removesuffix(" |")) for row in rows] == [(mode, batch, end) for batch in "28" for mode, end in ends]
+
+
+def test_what_checkpointing_costs_is_read_from_each_run(tmp_path):
+    """Speeds 100, 80 and 50, activations of 10, 6 and 1 GB at a micro-batch of 4; 8 does not fit one, and another diverged there."""
+    runs = {}
+    for mode, speed, gb in (("none", 100.0, 10), ("selective", 80.0, 6), ("full", 50.0, 1)):
+        changes = dict(n_layers=2, activation_checkpointing=mode, seed=1, max_steps=5)
+        runs[f"{mode} 4"] = result(tokens_per_second=speed, tokens_per_second_error=speed / 50, memory_gb=dict(activations=gb), peak_gb=gb + 1) | dict(
+            group=f"speed of {mode} 4", changes=changes | dict(batch_size=4))
+        failed = dict(none="out of memory", selective="diverged").get(mode)
+        runs[f"{mode} 8"] = (dict(failed=failed) if failed else result()) | dict(group=f"speed of {mode} 8", changes=changes | dict(batch_size=8))
+    text = report.checkpointing(dict(runs=runs))
+    assert "`selective` saves 40% of the activations' memory for 25% more time a token, `full` 90% for 100% (the brief" in text
+    assert [row for row in text.splitlines() if row.startswith("| 2 |")] == [
+        "| 2 | none | 4 | 11.0 | 0% | 100 ± 2 |  | 4, not 8 |", "| 2 | selective | 4 | 7.0 | 40% | 80 ± 2 | +25% ± 4% | at least 4 |",
+        "| 2 | full | 4 | 2.0 | 90% | 50 ± 1 | +100% ± 6% | at least 8 |"]
+
+
+def test_a_speed_is_measured_over_enough_steps_and_not_too_many():
+    def steps(tokens=1e9, **changes):
+        run = grids.speed(dataclasses.replace(BASE, max_seq_len=64), "x", tokens, 1, **changes)
+        assert run.alone and run.changes["eval_every"] == run.changes["max_steps"]
+        return run.changes["max_steps"]
+    assert steps(batch_size=1) == 64 and steps(batch_size=1024) == round(4e6 / 1024 / 64 / 2) and steps(batch_size=2 ** 15) == 5
+    assert steps(1e6, batch_size=1024) == round(1e6 / 1024 / 64 / 2), "no more than a run's tokens"
+
+
+def test_micro_batches_are_no_longer_than_a_run(performed, tmp_path, monkeypatch):
+    monkeypatch.setattr(grids, "usable_gb", lambda cpu: 1000)
+    assert go("checkpointing", tmp_path, tokens=5 * 16 * BASE.max_seq_len)
+    assert max(run["changes"]["batch_size"] for run in loaded(tmp_path)["runs"].values()) == 16
 
 
 # ---------------------------------------------------------------- how sure
@@ -479,6 +542,12 @@ def test_scaling_law_finds_floor_exponent_and_their_uncertainty():
     assert scaling_law(x[:4], [4.0, 4.1, 3.0, 3.1]) is None, "three unknowns need three sizes"
 
 
+@pytest.mark.parametrize("y", [[3.0, 3.0, 3.0, 3.0], [5.0, 4.0, 3.0, 2.0], [5.0, 4.9, 4.0, 2.0], [3.0, 3.1, 2.9, 3.05]])
+def test_a_scaling_law_that_nothing_determines_is_none(y):
+    """Constant, straight in the logarithm, ever steeper, and noise alone."""
+    assert scaling_law([1e6, 1e6, 1e7, 1e7, 1e8, 1e8, 1e9, 1e9], [value + noise for value in y for noise in (-0.01, 0.01)]) is None
+
+
 def test_intervals_of_a_scaling_law_hold_the_truth():
     """In about 95% of experiments with noise as large as is said."""
     random, x, held = np.random.default_rng(0), np.repeat([1e6, 3e6, 1e7, 3e7, 1e8], 4), 0
@@ -505,9 +574,25 @@ def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| ") and " x " in row.split(" | ")[0]][1:]
     assert len(rows) > 2 and rows[0][6].startswith("2.0") and rows[-1][6] == "beyond those tried"
     assert all(row[-1] == "0.50 ± 0.01 |" and row[5].startswith("-") and row[7].startswith("+") and "undecided" not in row[7] for row in rows)
-    assert f"lower at {len(rows)} with equal tokens, and higher at {len(rows)} with equal time" in text
+    assert f"lower at {len(rows)} with equal tokens, FLOPs and parameters used, and higher at {len(rows)} with equal time" in text
     monkeypatch.setattr(report, "relative_error", lambda *_: 0.5)
     assert f"undecided at {len(rows)} with equal time" in report.block("scaling", tmp_path), "speeds that are not known decide nothing"
+
+
+def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
+    assert go("scaling", tmp_path)
+    results = loaded(tmp_path)
+    runs = results["runs"]
+    for run in runs.values():
+        equal_time = run["group"].endswith("equal time")
+        run["val_loss"] = 3 + 0.1 * run["changes"]["seed"] * (1 if "moe" in run["group"] else 2 if equal_time else 3)
+    del runs["dense, 2 x 16, seed 1"]
+    figure = Figure()
+    figures._scaling(figure, results)
+    tokens, time = ([list(map(float, np.round(line.get_ydata(), 9))) for line in figure.axes[2].lines if line.get_label() == f"equal {name}"][0]
+                    for name in ("tokens and FLOPs", "time"))
+    assert tokens == [-0.2, -0.4, -0.4, -0.2, -0.4, -0.2, -0.4] and time == [-0.1, -0.2] * 4
+    assert [len(axes.lines) for axes in figure.axes[:2]] != [0, 0]
 
 
 def test_tokens_to_equal_loss_are_read_between_runs():
