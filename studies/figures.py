@@ -69,7 +69,6 @@ class ScalingLaw:
     exponent: float
     centre: float
     covariance: np.ndarray      # [3, 3] of floor, rise and exponent
-    freedom: int                # points - 3
 
     @property
     def errors(self) -> np.ndarray:
@@ -87,11 +86,11 @@ class ScalingLaw:
         return math.exp(logarithm) if logarithm < 700 else math.inf
 
     def inverse_between(self, y: float, error: float) -> tuple[float, float]:
-        """The 95% interval of that x, by what the covariance, and the standard error of y, leave open (Student's t)."""
+        """The 95% interval of that x, by what the covariance, and the standard error of y, leave open. (Normal draws: with two points
+        at each of four sizes a simulation finds the truth in 95% of such intervals, and in nearly all with Student's t.)"""
         random = np.random.default_rng(0)
-        heavier = np.sqrt(self.freedom / random.chisquare(self.freedom, 4000))
-        draws = (self.floor, self.rise, self.exponent) + heavier[:, None] * random.multivariate_normal(np.zeros(3), self.covariance, 4000)
-        ys = y + heavier * random.normal(0, error, 4000)
+        draws = random.multivariate_normal((self.floor, self.rise, self.exponent), self.covariance, 4000)
+        ys = random.normal(y, error, 4000)
         found = [dataclasses.replace(self, floor=law[0], rise=law[1], exponent=law[2]).inverse(v) for law, v in zip(draws, ys) if min(law[1:]) > 0]
         low, high = np.percentile(found, (2.5, 97.5), method="nearest")     # no mean of a number and inf
         return float(low), float(high)
@@ -113,7 +112,7 @@ def scaling_law(x: list[float], y: list[float]) -> ScalingLaw | None:
         except (RuntimeError, OptimizeWarning):
             return None
     floor, rise, exponent = map(float, fit)
-    return ScalingLaw(floor, rise, exponent, centre, covariance, len(x) - 3) if min(floor, rise) > 0 and exponent > 2 * covariance[2, 2] ** 0.5 else None
+    return ScalingLaw(floor, rise, exponent, centre, covariance) if min(floor, rise) > 0 and exponent > 2 * covariance[2, 2] ** 0.5 else None
 
 
 def of_kind(results: dict, kind: str) -> list[dict]:

@@ -181,7 +181,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
         while True:
             if time.monotonic() - began >= seconds:
                 stop.set()
-            wanted = grid(_up_to_date(found, grid(found)))      # which hears nothing of results that are to be made again
+            wanted = grid(found)
             current = _up_to_date(found, wanted)
             busy = [run.label for run, _ in running.values()]
             missing = [run for run in wanted if run.label not in current and run.label not in busy]

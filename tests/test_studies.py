@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory
 from conftest import tiny_config
+from memory import count
 from studies import experts as experts_of
 from studies import figures, grids, report
 from studies import run as runner
@@ -94,6 +95,8 @@ def test_a_study_performs_each_run_once_draws_and_is_reported(performed, tmp_pat
     assert go(name, tmp_path) and len(performed) == len(labels), "nothing is performed again"
     assert "/somewhere" not in results["options"] and results["budget"]["cpu_minutes"] > 0 == results["budget"]["gpu_minutes"]
     text = report.block(name, tmp_path)
+    training = [run["tokens"] for run in results["runs"].values() if "tokens" in run and (name == "checkpointing" or "speed" not in run["group"])]
+    assert f"see at most {count(max(training))} tokens" in text, "speeds are no training"
     assert "minutes on 2 CPU cores" in text and "| --- |" in text and "nan" not in text and "inf" not in text.replace("information", "")
 
 
@@ -214,6 +217,12 @@ def test_a_study_whose_runs_diverged_has_no_answer(performed, monkeypatch, tmp_p
     with pytest.raises(ExperimentError, match="top-1, equal FLOPs diverged"):
         go("routing", tmp_path)
     text = report.block("routing", tmp_path)
+    with pytest.raises(ExperimentError, match="speed of adamw diverged"):
+        monkeypatch.setattr(runner, "perform", lambda run, *rest: dict(failed="diverged") if run.group == "speed of adamw" else whole(run, *rest))
+        go("optimizer", tmp_path / "optimizer")
+    with pytest.raises(ExperimentError, match="adamw, adamw_lr 0.001.* diverged"):
+        monkeypatch.setattr(runner, "perform", lambda run, *rest: dict(failed="diverged") if run.group.startswith("adamw, ") else whole(run, *rest))
+        go("optimizer", tmp_path / "adamw")
     assert len(loaded(tmp_path)["runs"]) == 18 and "| --- |" not in text and "Not finished" in text
     monkeypatch.setattr(runner, "perform", lambda *_: dict(failed="diverged"))
     with pytest.raises(ExperimentError, match="none diverged|none, .* diverged"):
@@ -274,11 +283,12 @@ def test_an_error_in_the_study_ends_its_runs(monkeypatch, tmp_path):
 def test_what_is_kept_of_a_run():
     config = tiny_config(num_experts=2, moe_every=1, n_layers=2)
     row = dict(tokens_per_second=100.0, memory_peak_gb=1.0, train_loss=1.0, expert_load=[[0.5, 0.5], [0.75, 0.25]])
-    history = [row | dict(step=1, tokens_per_second=1.0, memory_peak_gb=2.0), *(row | dict(step=step) for step in range(2, 9)), dict(step=8, val_loss=3.0)]
+    rates = [1.0, 1.0, 70.0, 90.0, 95.0, 105.0, 110.0, 150.0]       # the first ones compile
+    history = [*(row | dict(step=step, tokens_per_second=rate, memory_peak_gb=2.0 / step) for step, rate in enumerate(rates, 1)), dict(step=8, val_loss=3.0)]
     kept = runner.summary(dict(config=dataclasses.asdict(config), history=history, final_metrics=dict(val_loss=3.0),
         totals=dict(tokens=800, train_seconds=8, elapsed_seconds=9, skipped_steps=0), data=dict(train_tokens=400),
         memory_gb=dict(measured=dict(weights=1e-3, momentum=2e-3, activations=5)), environment=dict(gpu=None, cpus=2, torch="2", python="3")))
-    assert kept["tokens_per_second"] == 100 and kept["tokens_per_second_error"] == 0 and kept["peak_gb"] == 2 and kept["passes"] == 2 and kept["flops"] == 800 * config.flops_per_token
+    assert kept["tokens_per_second"] == 100 and 0 < kept["tokens_per_second_error"] < 15 and kept["peak_gb"] == 2 and kept["passes"] == 2 and kept["flops"] == 800 * config.flops_per_token
     assert kept["worst_share"] == 0.75 and kept["load_entropy"] == pytest.approx((1 + 0.8113) / 2, abs=1e-4)
     assert kept["state_bytes_per_parameter"] == pytest.approx(3e6 / config.total_params)
     assert kept["validation"] == [[8 * config.tokens_per_step, 3.0]]
@@ -310,7 +320,8 @@ def test_information_of_experts_that_read_the_kind():
 
 
 def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_path):
-    lock, running, most, together = threading.Lock(), [], {}, []
+    lock, running, most, together, threads = threading.Lock(), [], {}, [], set()
+    monkeypatch.setattr(runner, "cores", lambda: 16)
 
     def perform(run, base, folder, environment, stop):
         gpu = environment["CUDA_VISIBLE_DEVICES"]
@@ -318,6 +329,7 @@ def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_pat
             running.append((gpu, run.alone))
             most[gpu] = max(most.get(gpu, 0), sum(other == gpu for other, _ in running))
             together.append(len(running) > 1 and any(alone for _, alone in running))
+            threads.add((run.alone, int(environment["TORCHINDUCTOR_COMPILE_THREADS"])))
         time.sleep(0.02)
         with lock:
             running.remove((gpu, run.alone))
@@ -325,6 +337,7 @@ def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_pat
     monkeypatch.setattr(runner, "perform", perform)
     assert go("routing", tmp_path, gpus=("3", "GPU-7"), jobs=2)
     assert most == {"3": 2, "GPU-7": 2} and not any(together)
+    assert threads == {(True, 16), (False, 4)}, "a share of the cores, or all"
     assert loaded(tmp_path)["budget"]["gpu_minutes"] > 0
 
 
@@ -338,13 +351,14 @@ def test_nothing_starts_beside_a_run_whose_speed_is_measured():
 def test_runs_that_a_study_has_changed_are_made_again(performed, monkeypatch, tmp_path, capsys):
     """Speeds of other steps, and what follows from them, and nothing else; their metrics are replaced too."""
     monkeypatch.setattr(grids, "TIMED_STEPS", (5, 8))
+    whole = runner.perform
+    monkeypatch.setattr(runner, "perform", lambda run, *rest: whole(run, *rest) | dict(machine=dict(gpu="H100", cpus=2)))
     assert go("scaling", tmp_path)
     before, labels = loaded(tmp_path), [label for label, _ in performed]
     monkeypatch.setattr(grids, "TIMED_STEPS", (5, 10))
     performed.clear()
-    whole = runner.perform
     monkeypatch.setattr(runner, "perform", lambda run, *rest: (found := whole(run, *rest)) | dict(
-        tokens_per_second=found["tokens_per_second"] * (2 if "dense" in run.group else 1)))
+        machine=dict(gpu="H200", cpus=2), tokens_per_second=found["tokens_per_second"] * (2 if "dense" in run.group else 1)))
     assert go("scaling", tmp_path)
     again = [label for label, _ in performed]
     assert again == [label for label in labels if label.startswith("speed of")] + [label for label in labels if "equal time" in label]
@@ -423,6 +437,7 @@ def test_a_run_that_is_wanted_later_is_no_longer_than_the_corpus_allows(performe
         tokens_per_second=found["tokens_per_second"] * (10 if "dense" in run.group else 1)))
     monkeypatch.setitem(CORPUS, "train_tokens", TOKENS // 2)
     assert go("scaling", tmp_path)
+    assert {run["changes"]["max_steps"] for run in loaded(tmp_path)["runs"].values() if run["group"].startswith("speed")} == {10}
     assert {run["tokens"] for run in loaded(tmp_path)["runs"].values() if run["group"].endswith("equal time")} == {2 * TOKENS}
     with pytest.raises(ConfigError, match="would pass over the corpus"):
         runner.study("balance", BASE, ["--preset", "tiny"], 3 * TOKENS, [1], tmp_path / "other", CORPUS)
@@ -484,13 +499,14 @@ def test_what_checkpointing_costs_is_read_from_each_run(tmp_path):
     runs = {}
     for mode, speed, gb in (("none", 100.0, 10), ("selective", 80.0, 6), ("full", 50.0, 1)):
         changes = dict(n_layers=2, activation_checkpointing=mode, seed=1, max_steps=5)
+        runs[f"{mode} 2"] = result(memory_gb=dict(activations=1)) | dict(group=f"speed of {mode} 2", changes=changes | dict(batch_size=2))
         runs[f"{mode} 4"] = result(tokens_per_second=speed, tokens_per_second_error=speed / 50, memory_gb=dict(activations=gb), peak_gb=gb + 1) | dict(
             group=f"speed of {mode} 4", changes=changes | dict(batch_size=4))
         failed = dict(none="out of memory", selective="diverged").get(mode)
         runs[f"{mode} 8"] = (dict(failed=failed) if failed else result()) | dict(group=f"speed of {mode} 8", changes=changes | dict(batch_size=8))
     text = report.checkpointing(dict(runs=runs))
     assert "`selective` saves 40% of the activations' memory for 25% more time a token, `full` 90% for 100% (the brief" in text
-    assert [row for row in text.splitlines() if row.startswith("| 2 |")] == [
+    assert [row for row in text.splitlines() if row.startswith("| 2 |") and " | 4 | " in row] == [
         "| 2 | none | 4 | 11.0 | 0% | 100 ± 2 |  | 4, not 8 |", "| 2 | selective | 4 | 7.0 | 40% | 80 ± 2 | +25% ± 4% | at least 4 |",
         "| 2 | full | 4 | 2.0 | 90% | 50 ± 1 | +100% ± 6% | at least 8 |"]
 
@@ -548,15 +564,23 @@ def test_a_scaling_law_that_nothing_determines_is_none(y):
     assert scaling_law([1e6, 1e6, 1e7, 1e7, 1e8, 1e8, 1e9, 1e9], [value + noise for value in y for noise in (-0.01, 0.01)]) is None
 
 
+def test_a_scaling_law_needs_a_positive_floor_and_a_fit_that_ends(monkeypatch):
+    x = [1e6, 1e6, 1e7, 1e7, 1e8, 1e8, 1e9, 1e9]
+    assert scaling_law(x, [-5 + 8 * (v / 3e7) ** -0.02 for v in x]) is None
+    assert scaling_law(x, [1 + 8 * (v / 3e7) ** -0.02 for v in x]).inverse(1.000001) == math.inf, "a number too large to write"
+    monkeypatch.setattr(figures, "curve_fit", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no convergence")))
+    assert scaling_law(x, [2 + (v / 1e7) ** -0.5 for v in x]) is None
+
+
 def test_intervals_of_a_scaling_law_hold_the_truth():
-    """In about 95% of experiments with noise as large as is said."""
-    random, x, held = np.random.default_rng(0), np.repeat([1e6, 3e6, 1e7, 3e7, 1e8], 4), 0
+    """In about 95% of experiments, with as few points as a study has."""
+    random, x, held = np.random.default_rng(0), np.repeat([1e6, 4e6, 2e7, 1e8], 2), 0
     truth = 2 + (x / 1e7) ** -0.5
-    for _ in range(200):
+    for _ in range(300):
         law = scaling_law(list(x), list(truth + random.normal(0, 0.02, len(x))))
         low, high = law.inverse_between(3 + random.normal(0, 0.01), 0.01)
         held += low <= 1e7 <= high
-    assert 180 <= held <= 199
+    assert 0.92 <= held / 300 <= 0.98
 
 
 def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
