@@ -237,9 +237,8 @@ def main(argv=None) -> int:
     out = options.out or (runs[0] / "training_curves.png" if len(runs) == 1 else runs[0].resolve().parent / "comparison.png")
     try:
         histories = [read_metrics(run / "metrics.jsonl") for run in runs]
-        for run, history in zip(runs, histories):
-            if not history:
-                raise ExperimentError(f"{run / 'metrics.jsonl'} has no rows yet: the first is written after log_every steps.")
+        if not any(histories):
+            raise ExperimentError(f"{' and '.join(str(run / 'metrics.jsonl') for run in runs)}: no rows yet, the first is written after log_every steps.")
         if len(runs) == 1:
             plot_training_curves(histories[0], out)
         else:

@@ -196,7 +196,7 @@ def test_command_line_errors(tmp_path, capsys):
         assert "line 2" in capsys.readouterr().err
     write_metrics(tmp_path, [], '{"ste')
     assert plot.main([str(tmp_path)]) == 1
-    assert "has no rows yet" in capsys.readouterr().err and not (tmp_path / "training_curves.png").exists()
+    assert "no rows yet" in capsys.readouterr().err and not (tmp_path / "training_curves.png").exists()
     write_metrics(tmp_path, run(2))
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "no" / "c.png")]) == 1
     assert "cannot be written" in capsys.readouterr().err
@@ -273,5 +273,6 @@ def test_the_comparison_is_written_beside_the_first_run(runs, tmp_path, capsys):
     assert plot.main([*map(str, folders), "--out", str(tmp_path / "mine.png")]) == 0 and (tmp_path / "mine.png").exists()
     assert plot.main([str(folders[0]), str(tmp_path / "missing")]) == 1 and "missing" in capsys.readouterr().err
     write_metrics(folders[0], [])
+    assert plot.main(list(map(str, folders[:2]))) == 0, "one has nothing to draw yet"
     write_metrics(folders[1], [])
-    assert plot.main(list(map(str, folders[:2]))) == 0      # nothing to draw yet
+    assert plot.main(list(map(str, folders[:2]))) == 1
