@@ -1,6 +1,7 @@
 """One figure for each study, and the statistics that figures and tables share. Points are single runs and lines go through their
 means, so that the spread of the seeds shows."""
 import dataclasses
+import functools
 import math
 import warnings
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from scipy.optimize import OptimizeWarning, curve_fit
+from scipy.stats import studentized_range
 
 from config import Config, ExperimentError, parse_value, resolve
 from plot import BLUE, GREEN, ORANGE, PINK, RED, SKY, write_figure
@@ -49,6 +51,31 @@ def mean_and_spread(runs: list[dict], key: str = "val_loss") -> tuple[float, flo
     """The mean over seeds, and largest minus smallest."""
     values = [run[key] for run in runs]
     return sum(values) / len(values), max(values) - min(values)
+
+
+def noise(found: dict[str, list[dict]]) -> float:
+    """The standard deviation of the loss over seeds, taken to be the same in all groups; inf without a group of two."""
+    losses = [[run["val_loss"] for run in runs] for runs in found.values() if len(runs) > 1]
+    if not losses:
+        return math.inf
+    return math.sqrt(sum(np.var(values) * len(values) for values in losses) / sum(len(values) - 1 for values in losses))
+
+
+def honest_difference(found: dict[str, list[dict]]) -> float:
+    """The smallest difference of the means of two groups that Tukey's test (1949) finds at the 5% level among all groups of a study
+    with more than one seed, times the root of the seeds; inf without two such groups."""
+    seeds = [len(runs) for runs in found.values() if len(runs) > 1]
+    return _studentized_range(len(seeds), sum(seeds) - len(seeds)) * noise(found) if len(seeds) > 1 else math.inf
+
+
+@functools.cache        # a numerical integral
+def _studentized_range(means: int, freedom: int) -> float:
+    return float(studentized_range.ppf(0.95, means, freedom))
+
+
+def limit(a: list[dict], b: list[dict], honest: float) -> float:
+    """The smallest difference of the means of two groups that is decided (Tukey and Kramer's form for groups of unequal size)."""
+    return honest * math.sqrt((1 / len(a) + 1 / len(b)) / 2)
 
 
 def best_runs(found: dict[str, list[dict]], optimizer: str) -> list[dict]:
@@ -161,6 +188,15 @@ def _points(axes, named: dict[float, list[dict]], key: str, label: str | None, c
               markersize=4.5, alpha=0.8, label=label)
 
 
+def _undecided(axes, found: dict[str, list[dict]], middle: float | None, words: str) -> None:
+    """Shades what lies within the study's honest difference: above the lowest loss of `found`, or on both sides of `middle`."""
+    several = [runs for runs in found.values() if len(runs) > 1]
+    least = limit(several[0], several[0], honest_difference(found)) if several else math.inf
+    if least < math.inf:
+        low = min(mean_and_spread(runs)[0] for runs in found.values()) if middle is None else middle - least
+        axes.axhspan(low, low + least if middle is None else middle + least, color="0.93", linewidth=0, zorder=0, label=words)
+
+
 def _grid(axes) -> None:
     axes.grid(color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
@@ -212,6 +248,10 @@ def _routing(figure: Figure, results: dict) -> None:
     speed.errorbar((1, 2, 3, 4), [speeds[f"top-{k}"]["tokens_per_second"] for k in (1, 2, 3, 4)],
                    [speeds[f"top-{k}"]["tokens_per_second_error"] for k in (1, 2, 3, 4)], color=GREEN, marker="o", markersize=4.5, linewidth=1.2, capsize=3)
     loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=[1, 2, 3, 4])
+    least = limit(found["top-2, equal tokens"], found["top-2, equal tokens"], honest_difference(found))
+    if least < math.inf:
+        loss.errorbar(3.6, np.mean(loss.get_ylim()), least / 2, color="0.4", capsize=3)
+        loss.text(3.5, np.mean(loss.get_ylim()), "undecided\nbelow this", fontsize=7, color="0.4", ha="right", va="center")
     speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=[1, 2, 3, 4], ylim=(0, 1.08 * speed.dataLim.ymax))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, speed):
@@ -234,6 +274,7 @@ def _balance(figure: Figure, results: dict) -> None:
         _grid(axes)
     figure.set_size_inches(9, 3.3)
     loss, unevenness, share = figure.axes
+    _undecided(loss, found, None, "not told from the lowest")
     unevenness.set_yscale("log")
     even = 1 / base_config(results).num_experts
     share.axhline(even, color="0.5", linewidth=0.8, linestyle="--")
@@ -267,8 +308,10 @@ def _scaling(figure: Figure, results: dict) -> None:
         differences.plot([x for x, runs in pairs.items() for _ in runs], [run["difference"] for runs in pairs.values() for run in runs], marker,
                          color=colour, markersize=5, alpha=0.8, label=label)
     differences.axhline(0, color="0.4", linewidth=0.8)
+    _undecided(differences, found, 0.0, "undecided")
     differences.set_xticks(range(len(sizes)), [size.replace(" x ", "\n× ") for size in sizes])
-    differences.margins(y=0.3)
+    low, high = differences.get_ylim()
+    differences.set_ylim(low, high + 0.55 * (high - low))       # room for the legend
     differences.set(xlabel="layers × width", ylabel="loss of the MoE - dense (nats)")
     for axes in figure.axes:
         axes.tick_params(labelsize=8)

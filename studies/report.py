@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import studentized_range
 
 from benchmarks.tables import fill, rewrite
 from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
-from studies.figures import MODES, SPEED, base_config, best_runs, groups, mean_and_spread, of_kind, scaling_law, sharpest_layer, shorter, timed
+from studies.figures import (MODES, SPEED, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, noise, of_kind, scaling_law,
+                             sharpest_layer, shorter, timed)
 from studies.grids import ADAMW_RATES, EQUAL_TIME, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,31 +45,6 @@ def speed(run: dict) -> str:
 def relative_error(*runs: dict) -> float:
     """The standard error of a ratio of speeds, as a part of it."""
     return math.hypot(*(run["tokens_per_second_error"] / run["tokens_per_second"] for run in runs))
-
-
-def noise(found: dict[str, list[dict]]) -> float:
-    """The standard deviation of the loss over seeds, taken to be the same in all groups; inf without a group of two."""
-    losses = [[run["val_loss"] for run in runs] for runs in found.values() if len(runs) > 1]
-    if not losses:
-        return math.inf
-    return math.sqrt(sum(np.var(values) * len(values) for values in losses) / sum(len(values) - 1 for values in losses))
-
-
-def honest_difference(found: dict[str, list[dict]]) -> float:
-    """The smallest difference of the means of two groups that Tukey's test (1949) finds at the 5% level among all groups of a study
-    with more than one seed, times the root of the seeds; inf without two such groups."""
-    seeds = [len(runs) for runs in found.values() if len(runs) > 1]
-    return _studentized_range(len(seeds), sum(seeds) - len(seeds)) * noise(found) if len(seeds) > 1 else math.inf
-
-
-@functools.cache        # a numerical integral
-def _studentized_range(means: int, freedom: int) -> float:
-    return float(studentized_range.ppf(0.95, means, freedom))
-
-
-def limit(a: list[dict], b: list[dict], honest: float) -> float:
-    """The smallest difference of the means of two groups that is decided (Tukey and Kramer's form for groups of unequal size)."""
-    return honest * math.sqrt((1 / len(a) + 1 / len(b)) / 2)
 
 
 def undecided(a: list[dict], b: list[dict], honest: float, more: float = 0.0) -> bool:
