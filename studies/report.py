@@ -189,7 +189,7 @@ def optimizer(results: dict) -> str:
         words += (f"; with that rate, {adamw[0]['changes']['adamw_lr']:g}, for what AdamW trains beside Muon too, the difference is "
                   f"{adamw[0]['val_loss'] - min(same_rate):.3f} (one seed)")
     peaks = {name: speeds[name]["peak_gb"] for name in rates}
-    words += (f". Its loss is interpolated between runs of {listed([count(length) for length, _ in lengths])} tokens, each with a whole schedule. "
+    words += (f". Muon's loss is interpolated between runs of {listed([count(length) for length, _ in lengths])} tokens, each with a whole schedule. "
               f"Muon's own warm-up was not varied. Weights, gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the "
               f"brief: 30%, or 8 bytes against 12), as Muon keeps one momentum, in 16 bits, and AdamW two moments, in 32; the peak of these runs, most "
               f"of which is activations, falls by {1 - peaks['muon'] / peaks['adamw']:.0%}.")
