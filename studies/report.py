@@ -214,7 +214,7 @@ def routing(results: dict) -> str:
 def balance(results: dict) -> str:
     names = {"none": "none", **{f"{scope}, weight {weight:g}": f"loss {weight:g}, {scope}" for scope in ("batch", "sequence") for weight in WEIGHTS},
              "bias": "bias alone"}
-    found = {names[name]: runs for name, runs in groups(results).items() if name in names}
+    found = {f"`{names[name]}`": runs for name, runs in groups(results).items() if name in names}
     honest = honest_difference(found)
     best, sure = level(found, honest)
     table = rows(["balancing", "validation loss", f"against {best}", "1 - load entropy (0: even)", "largest share of an expert"], [
@@ -222,7 +222,7 @@ def balance(results: dict) -> str:
          value(runs, "worst_share", 2)] for name, runs in found.items()])
     as_low = {name: runs for name, runs in found.items() if name == best or undecided(runs, found[best], honest)}
     low, high = (pick(as_low, key=lambda name: mean_and_spread(as_low[name], "worst_share")[0]) for pick in (min, max))
-    return (f"The lowest loss is that of {best}, {sure}.\n\n{table}\n\nOf it and those that cannot be told from it, the largest share of an "
+    return (f"{best} ends lowest, {sure}; of what cannot be told from it, {low} keeps the busiest expert's share smallest.\n\n{table}\n\nOf it and those that cannot be told from it, the largest share of an "
             f"expert goes from {value(as_low[low], 'worst_share', 2)} ({low}) to {value(as_low[high], 'worst_share', 2)} ({high}). Entropy and share are "
             f"of the training batches in the last tenth of a run, the share that of the busiest expert of all layers. {least(found, honest)}")
 
