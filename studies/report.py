@@ -20,7 +20,7 @@ from benchmarks.tables import fill, rewrite
 from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
-from studies.figures import (MODES, SPEED, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, noise, of_kind, scaling_law,
+from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, noise, of_kind, scaling_law,
                              sharpest_layer, shorter, timed)
 from studies.grids import ADAMW_RATES, EQUAL_TIME, STUDIES, WEIGHTS
 
@@ -103,6 +103,7 @@ def budget(results: dict) -> str:
     every = [run for run in results["runs"].values() if "tokens" in run]
     runs = [run for run in every if not run["group"].startswith(SPEED)] or every      # speeds are no training
     steps = sorted({round(run["tokens"] / run["changes"]["max_steps"]) for run in runs})
+    per_step = " to ".join(f"{tokens:,}" for tokens in dict.fromkeys((steps[0], steps[-1])))
     seeds = collections.Counter(len({run["changes"]["seed"] for run in group}) for group in groups(results).values())
     replicas = listed([f"{n} configuration{'s' * (n > 1)} with {k} seed{'s' * (k > 1)}" for k, n in sorted(seeds.items(), reverse=True)])
     sizes = sorted({(run["active_params"], run["total_params"]) for run in runs})
@@ -112,7 +113,7 @@ def budget(results: dict) -> str:
     minutes = listed([f"{b[key]:.0f} {name} minutes" for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU")) if b[key]])
     return (f"The models have {size} parameters active and see at most {count(max(run['tokens'] for run in runs))} tokens ("
             f"{max(run['tokens'] / run['active_params'] for run in runs):.2g} for an active parameter, {max(run['passes'] for run in runs):.2f} passes "
-            f"over `{corpus['data']}`, {count(corpus['train_tokens'])} tokens) in steps of {' to '.join(f'{tokens:,}' for tokens in dict.fromkeys((steps[0], steps[-1])))}, in {base.precision}"
+            f"over `{corpus['data']}`, {count(corpus['train_tokens'])} tokens) in steps of {per_step}, in {base.precision}"
             + (f"; peak rates: {rates}" if rates else "") + f". {len(results['runs'])} runs" + (f", of them {replicas}" if replicas else "")
             + f"; {count(b['tokens'])} tokens, {minutes} on {machines(results)}.")
 
@@ -222,8 +223,9 @@ def balance(results: dict) -> str:
          value(runs, "worst_share", 2)] for name, runs in found.items()])
     as_low = {name: runs for name, runs in found.items() if name == best or undecided(runs, found[best], honest)}
     low, high = (pick(as_low, key=lambda name: mean_and_spread(as_low[name], "worst_share")[0]) for pick in (min, max))
-    return (f"{best} ends lowest, {sure}; of what cannot be told from it, {low} keeps the busiest expert's share smallest.\n\n{table}\n\nOf it and those that cannot be told from it, the largest share of an "
-            f"expert goes from {value(as_low[low], 'worst_share', 2)} ({low}) to {value(as_low[high], 'worst_share', 2)} ({high}). Entropy and share are "
+    return (f"{best} ends lowest, {sure}; of what cannot be told from it, {low} keeps the busiest expert's share smallest.\n\n{table}"
+            "\n\nOf it and those that cannot be told from it, the largest share of an expert goes "
+            f"from {value(as_low[low], 'worst_share', 2)} ({low}) to {value(as_low[high], 'worst_share', 2)} ({high}). Entropy and share are "
             f"of the training batches in the last tenth of a run, the share that of the busiest expert of all layers. {least(found, honest)}")
 
 
@@ -258,63 +260,68 @@ def specialization(results: dict) -> str:
             + f" Layer {first['layers'][layer] + 1} says most of the kind; its experts (seed {seed}):\n\n{tokens}")
 
 
+def worth_of_time(dense: list[dict], longer: list[tuple[list[dict], list[dict]]]) -> float:
+    """Nats that e times the time gains a dense model, rather too many than too few: the most that is seen in the second half of a run,
+    and from groups of runs to the longer ones beside them."""
+    within = [(float(np.interp(run["tokens"] / 2, *np.transpose(run["validation"]))) - run["val_loss"]) / math.log(2) for run in dense]
+    between = [(mean_and_spread(short)[0] - mean_and_spread(long)[0]) / math.log(long[0]["tokens"] / short[0]["tokens"])
+               for short, long in longer if long[0]["tokens"] > 1.05 * short[0]["tokens"]]
+    return max(0.0, *within, *between)
+
+
+def equal_loss_flops(law: ScalingLaw, runs: list[dict], deviation: float, tried: list[float]) -> str:
+    """How many times the FLOPs a token of `runs` a model that follows the law needs for their loss, whose deviation over seeds is
+    given, with a 95% interval; no farther than models were tried."""
+    own, mean = runs[0]["flops"] / runs[0]["tokens"], mean_and_spread(runs)[0]
+    needed = [law.inverse(mean), *law.inverse_between(mean, deviation / math.sqrt(len(runs)))]
+    words = [f"> {max(tried) / own:.2f}" if x > max(tried) else f"< {min(tried) / own:.2f}" if x < min(tried) else f"{x / own:.2f}" for x in needed]
+    return "beyond those tried" if words[1][0] == ">" or words[2][0] == "<" else f"{words[0]} ({words[1]} to {words[2]})"
+
+
 def scaling(results: dict) -> str:
     found, speeds = groups(results), timed(results)
     honest, deviation = honest_difference(found), noise(found)
-    laws = [scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs])
-            for runs in (of_kind(results, "dense"), of_kind(results, "moe"))]
-    flops = [run["flops_per_token"] for run in of_kind(results, "dense")]
-    least_flops, most = min(flops), max(flops)
-    sizes = {group.removeprefix("moe, "): (runs, found[f"dense, {group.removeprefix('moe, ')}"], found[f"dense, {group.removeprefix('moe, ')}{EQUAL_TIME}"])
-             for group, runs in found.items() if group.startswith("moe, ")}
-    pairs = {name: [speeds[f"{kind}, {name}"] for kind in ("dense", "moe")] for name in sizes}
-    # nats that a time e times as long gains: the most that is seen within runs, and from runs to longer ones, where these are longer
-    per_time = max(0.0, *((float(np.interp(run["tokens"] / 2, *np.transpose(run["validation"]))) - run["val_loss"]) / math.log(2)
-                          for run in of_kind(results, "dense")),
-                   *((mean_and_spread(dense)[0] - mean_and_spread(timely)[0]) / math.log(timely[0]["tokens"] / dense[0]["tokens"])
-                     for _, dense, timely in sizes.values() if timely[0]["tokens"] > 1.05 * dense[0]["tokens"]))
-
-    def dense_flops(runs: list[dict]) -> str:
-        """How many times the FLOPs a token a dense model needs for the same loss, among those that were trained, with a 95% interval."""
-        own, mean = runs[0]["flops"] / runs[0]["tokens"], mean_and_spread(runs)[0]
-        needed = [laws[0].inverse(mean), *laws[0].inverse_between(mean, deviation / math.sqrt(len(runs)))]
-        words = [f"> {most / own:.2f}" if x > most else f"< {least_flops / own:.2f}" if x < least_flops else f"{x / own:.2f}" for x in needed]
-        if words[1][0] == ">" or words[2][0] == "<":
-            return "beyond those tried"
-        return f"{words[0]} ({words[1]} to {words[2]})"
-
-    body, verdicts = [], dict(tokens=[], time=[])
+    dense_runs, moe_runs = (of_kind(results, kind) for kind in ("dense", "moe"))
+    by_flops = [scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs]) for runs in (dense_runs, moe_runs)]
+    by_parameters = scaling_law([run["total_params"] for run in dense_runs], [run["val_loss"] for run in dense_runs])
+    names = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
+    sizes = {name: (found[f"moe, {name}"], found[f"dense, {name}"], found[f"dense, {name}{EQUAL_TIME}"]) for name in names}
+    per_time = worth_of_time(dense_runs, [(dense, timely) for _, dense, timely in sizes.values()])
+    body, differences = [], dict(tokens=[], time=[])
     for name, (moe, dense, timely) in sizes.items():
-        error = 2 * per_time * relative_error(*pairs[name])
-        for key, others, more in (("tokens", dense, 0.0), ("time", timely, error)):
-            lower = mean_and_spread(moe)[0] < mean_and_spread(others)[0]
-            verdicts[key].append("undecided" if undecided(moe, others, honest, more) else "lower" if lower else "higher")
-        ratio = pairs[name][1]["tokens_per_second"] / pairs[name][0]["tokens_per_second"]
-        body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), against(moe, dense, honest),
-                     dense_flops(moe) if laws[0] and deviation < math.inf else "–", against(moe, timely, honest, error),
-                     f"{ratio:.2f} ± {ratio * relative_error(*pairs[name]):.2f}"])
-    table = rows(["layers x width", "parameters used", "of the MoE's", "dense loss", "MoE loss", "MoE - dense, equal tokens, FLOPs and parameters used",
-                  "FLOPs a token of a dense model with the MoE's loss, times", "MoE - dense, equal time", "MoE's speed, times the dense one's"], body)
+        pair = [speeds[f"{kind}, {name}"] for kind in ("dense", "moe")]
+        ratio = pair[1]["tokens_per_second"] / pair[0]["tokens_per_second"]
+        differences["tokens"].append(against(moe, dense, honest))
+        differences["time"].append(against(moe, timely, honest, 2 * per_time * relative_error(*pair)))
+        worth = (equal_loss_flops(by_flops[0], moe, deviation, [run["flops_per_token"] for run in dense_runs])
+                 if by_flops[0] and deviation < math.inf else "–")
+        body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), differences["tokens"][-1], worth,
+                     differences["time"][-1], f"{ratio:.2f} ± {ratio * relative_error(*pair):.2f}"])
+    table = rows(["layers x width", "parameters used", "of the MoE's", "dense loss", "MoE loss",
+                  "MoE - dense, equal tokens, FLOPs and parameters used", "FLOPs a token of a dense model with the MoE's loss, times",
+                  "MoE - dense, equal time", "MoE's speed, times the dense one's"], body)
 
-    def counted(verdict: list[str]) -> str:
-        return listed([f"{word} at {verdict.count(word)}" for word in ("lower", "higher", "undecided") if word in verdict])
+    def counted(words: list[str]) -> str:
+        verdicts = ["undecided" if "undecided" in text else "lower" if text[0] == "-" else "higher" for text in words]
+        return listed([f"{word} at {verdicts.count(word)}" for word in ("lower", "higher", "undecided") if word in verdicts])
 
-    fits = ("There are too few sizes for a fit, or none fits well." if None in laws else
+    fits = ("There are too few sizes for a fit, or none fits well." if None in by_flops else
             "By fits of floor + rise x (FLOPs a token)^-exponent (Hoffmann et al. 2022, with the tokens fixed), ± standard errors, "
             + listed([f"{name} falls towards {law.floor:.2f} ± {law.errors[0]:.2f} with the exponent {law.exponent:.2f} ± {law.errors[2]:.2f}"
-                      for name, law in zip(("the dense model", "the MoE"), laws)]) + "; the floors are those of so few tokens, at these rates.")
-    totals = scaling_law([run["total_params"] for run in of_kind(results, "dense")], [run["val_loss"] for run in of_kind(results, "dense")])
-    largest = max(run["total_params"] for run in of_kind(results, "dense"))
-    beside = [mean_and_spread(moe)[0] - float(totals.at(moe[0]["total_params"])) for moe, _, _ in sizes.values()
-              if moe[0]["total_params"] <= largest] if totals else []
+                      for name, law in zip(("the dense model", "the MoE"), by_flops)]) + "; the floors are those of so few tokens, at these rates.")
+    largest = max(run["total_params"] for run in dense_runs)
+    beside = [mean_and_spread(moe)[0] - float(by_parameters.at(moe[0]["total_params"])) for moe, _, _ in sizes.values()
+              if moe[0]["total_params"] <= largest] if by_parameters else []
     extra = [runs[0]["total_params"] / runs[0]["active_params"] for runs, _, _ in sizes.values()]
-    return (f"Of the {len(sizes)} sizes the MoE ends {counted(verdicts['tokens'])} with equal tokens, FLOPs and parameters used, and "
-            f"{counted(verdicts['time'])} with equal time.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters used and FLOPs "
-            "are those of the MoE; for equal time it was trained again, on as many more tokens as its higher speed and 4 passes over the text allow. "
-            f"{least(found, honest)} With equal time, twice the speeds' errors are added to that, in nats that so much time is worth. {fits} The MoE has "
-            f"{min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses" + ("; what that is worth is in the table, with 95% intervals by the "
-            "dense model's fit" if laws[0] else "") + " (the brief: 4x capacity at the same compute)."
-            + (f" Beside a dense model of as many parameters in all, by its fit, the MoE ends {min(beside):+.3f} to {max(beside):+.3f} nats." if beside else ""))
+    return (f"Of the {len(sizes)} sizes the MoE ends {counted(differences['tokens'])} with equal tokens, FLOPs and parameters used, and "
+            f"{counted(differences['time'])} with equal time.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters "
+            "used and FLOPs are those of the MoE; for equal time it was trained again, on as many more tokens as its higher speed and 4 passes over "
+            f"the text allow. {least(found, honest)} With equal time, twice the speeds' errors are added to that, in nats that so much time is "
+            f"worth. {fits} The MoE has {min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses"
+            + ("; what that is worth is in the table, with 95% intervals by the dense model's fit" if by_flops[0] else "")
+            + " (the brief: 4x capacity at the same compute)."
+            + (f" Beside a dense model of as many parameters in all, by its fit, the MoE ends {min(beside):+.3f} to {max(beside):+.3f} nats."
+               if beside else ""))
 
 
 def checkpointing(results: dict) -> str:

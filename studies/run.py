@@ -16,9 +16,10 @@ minutes of one H200:
     scaling          32 runs of 20M tokens or more          22
     checkpointing    25 runs or so of 5 to 64 steps         18
 
-Two GPUs take half as long, but not where a speed is measured, all of checkpointing: such a run has the machine for itself. Each run of `small` needs 32 GB: on 80 GB give --jobs 2. What a study did take is in its results, as
-`budget`. Any option of run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own,
-and its output is in studies/NAME/runs until it has finished.
+Two GPUs take half as long, but not where a speed is measured, all of checkpointing: such a run has the machine for itself. Each
+run of `small` needs 32 GB: on 80 GB give --jobs 2. What a study did take is in its results, as `budget`. Any option of
+run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own, and its output is in
+studies/NAME/runs until it has finished.
 
 What is kept is small: studies/NAME/results.json, written anew after each run, metrics.jsonl.gz, the metrics of all runs, and
 figure.png. With results.json a study goes on on another machine; only runs that were cut off begin again there, as their

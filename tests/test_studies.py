@@ -603,6 +603,25 @@ def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
     assert f"undecided at {len(rows)} with equal time" in report.block("scaling", tmp_path), "speeds that are not known decide nothing"
 
 
+def test_equal_loss_flops_are_told_within_those_tried():
+    """A law that falls from 3 at 1e7, and models of 1e7 that end where the law does with 2 times, half, or far from what was tried."""
+    law = scaling_law([1e6, 1e6, 1e7, 1e7, 1e8, 1e8], [2 + (v / 1e7) ** -0.5 for v in [1e6, 1e6, 1e7, 1e7, 1e8, 1e8]])
+    def told(flops, deviation=0.0):
+        return report.equal_loss_flops(law, [result(float(law.at(flops)), flops=1e7, tokens=1)] * 2, deviation, [5e6, 1e7, 3e7])
+    assert told(2e7) == "2.00 (2.00 to 2.00)" and told(6e6) == "0.60 (0.60 to 0.60)"
+    assert told(1e8) == told(1e6) == "beyond those tried"
+    assert told(2.8e7, 0.05).endswith("to > 3.00)") and "(< 0.50 to" in told(5.5e6, 0.2), told(5.5e6, 0.2)
+
+
+def test_what_time_is_worth_is_the_most_that_was_seen():
+    run = result(3.0, tokens=100, validation=[[0, 7.0], [50, 4.0], [100, 3.0]])
+    assert report.worth_of_time([run], []) == pytest.approx(1 / math.log(2))
+    longer = [result(1.0, tokens=200)]
+    assert report.worth_of_time([run], [([run], longer)]) == pytest.approx(2 / math.log(2)) and report.worth_of_time([run], [([run], [run])]) < 2
+    worse = result(3.0, tokens=100, validation=[[0, 2.0], [100, 3.0]])
+    assert report.worth_of_time([worse], [([run], [result(4.0, tokens=200)])]) == 0, "never less than nothing"
+
+
 def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
     assert go("scaling", tmp_path)
     results = loaded(tmp_path)
