@@ -636,6 +636,10 @@ def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
                     for name in ("tokens and FLOPs", "time"))
     assert tokens == [-0.2, -0.4, -0.4, -0.2, -0.4, -0.2, -0.4] and time == [-0.1, -0.2] * 4
     assert [len(axes.lines) for axes in figure.axes[:2]] != [0, 0]
+    found = figures.groups(results)
+    least = figures.limit(found["moe, 1 x 8"], found["moe, 1 x 8"], figures.honest_difference(found))
+    shade, = figure.axes[2].patches
+    assert (shade.get_y(), shade.get_height()) == (pytest.approx(-least), pytest.approx(2 * least)), "what is undecided"
 
 
 def test_tokens_to_equal_loss_are_read_between_runs():
