@@ -64,11 +64,14 @@ class Record:
             values.update({k: v for k, v in row.items() if k not in ("expert_load", "grad_norm_spike", "sample")})
         return values
 
-    def write_results(self, facts: dict, title: str, unigram_entropy: float) -> None:
-        """Rewrites training_results.json (the facts, final metrics, history) and the curves, each whole or not at all."""
+    def write_results(self, facts: dict) -> None:
+        """Rewrites training_results.json: the facts, final metrics and history; whole or not at all."""
         temporary = self.folder / f".{RESULTS}.tmp"
         temporary.write_text(json.dumps(facts | dict(final_metrics=self.latest(), history=self.history), indent=1))
         os.replace(temporary, self.folder / RESULTS)
+
+    def draw_curves(self, title: str, unigram_entropy: float) -> None:
+        """Draws training_curves.png anew; whole or not at all."""
         plot_training_curves(self.history, self.folder / CURVES, title=title, unigram_entropy=unigram_entropy)
 
 

@@ -30,6 +30,7 @@ from sampling import generate
 from streaming import HostGradients
 
 RESULTS_MINUTES = 5         # results and curves are rewritten at least this often
+CURVES_SECONDS = 60         # curves take a second or two, in which the GPU waits: they are drawn at most this often
 MEASURED_STEPS = 3          # steps after the first whose speed gives the first forecast
 SPIKE = 4.0                 # a gradient norm this many times its running mean is a spike
 STUCK_STEPS = 10            # overflows in a row at the smallest loss scale that end the run
@@ -76,7 +77,7 @@ class Trainer:
 
         self.bar = tqdm(disable=True)
         self.stop_signal: int | None = None         # the signal that asked to stop
-        self.last_save = self.last_results = time.monotonic()
+        self.last_save = self.last_results = self.last_curves = time.monotonic()
         self.elapsed_before = self.record.latest().get("elapsed_seconds", 0)
         self.speeds: list[float] = []               # seconds of each step in this process
         self.meter = MemoryMeter(self.device, self.predicted, self.machine.memory_gb)
@@ -194,7 +195,7 @@ class Trainer:
         """After a signal: save, unless this step is on disk already, and leave with the signal's customary exit code."""
         if self._saving() and self.last_saved_step != self.step:
             self._save(latest_only=True)
-        self._write_results()
+        self._write_results(last=True)
         print(f"\nStopped at step {self.step}. " + (f"Go on with: python run_experiment.py --save_dir {self.folder} --resume latest"
               if self._saving() else "Saving is off (save_every=0, save_minutes=0), so nothing was saved."), flush=True)
         raise SystemExit(128 + self.stop_signal)
@@ -204,7 +205,7 @@ class Trainer:
         if self.config.sample_tokens:
             sample = self._sample(self.config.sample_tokens)
             print(f"\nA sample (prompt | continuation):\n{sample['prompt']}|{sample['text']}\n")
-        self._write_results(sample)
+        self._write_results(sample, last=True)
         final = self.record.latest()
         print(f"Done: {self.step} steps, {memory.count(self.tokens_seen)} tokens, validation loss "
               f"{final.get('val_loss', float('nan')):.4f} (unigram entropy {self.corpus.unigram_entropy:.4f}).\n"
@@ -344,8 +345,8 @@ class Trainer:
                    f"accuracy {correct.item() / tokens:.4f}", file=sys.stdout)
         self._write_results()
 
-    def _write_results(self, sample: dict | None = None) -> None:
-        """Rewrites training_results.json and training_curves.png, each whole or not at all."""
+    def _write_results(self, sample: dict | None = None, last: bool = False) -> None:
+        """Rewrites training_results.json and, at the end or when they are CURVES_SECONDS old, training_curves.png."""
         c = self.config
         facts = dict(
             config=dataclasses.asdict(c), environment=environment(self.device),
@@ -357,8 +358,11 @@ class Trainer:
                         tokens_per_second=self.tokens_seen / self.train_seconds if self.train_seconds else None,
                         seconds_to_first_step=self.seconds_to_first_step),
             sample=sample)
-        title = f"{memory.count(c.total_params)} parameters, {memory.count(c.active_params)} active"
-        self.record.write_results(facts, title, self.corpus.unigram_entropy)
+        self.record.write_results(facts)
+        if last or time.monotonic() - self.last_curves > CURVES_SECONDS:
+            title = f"{memory.count(c.total_params)} parameters, {memory.count(c.active_params)} active"
+            self.record.draw_curves(title, self.corpus.unigram_entropy)
+            self.last_curves = time.monotonic()
         self.last_results = time.monotonic()
 
     # ------------------------------------------------------------ checkpoints

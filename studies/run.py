@@ -10,10 +10,10 @@ With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_step
 minutes of one H200:
 
     optimizer        40 runs or so of 16M tokens or less    45
-    routing          18 runs of 20M tokens or so            12
+    routing          18 runs of 16M tokens or so            12
     balance          20 runs of 16M tokens                  13
     specialization    2 runs of 50M tokens, and analyses     7
-    scaling          32 runs of 20M tokens or more          22
+    scaling          32 runs of 16M tokens or more          22
     checkpointing    25 runs or so of 5 to 64 steps         18
 
 Two GPUs take half as long, but not where a speed is measured, all of checkpointing: such a run has the machine for itself. Each
@@ -54,7 +54,7 @@ from studies.grids import STUDIES, TOKENS, Run
 ROOT = Path(__file__).resolve().parent.parent
 MOST_PASSES = 4         # over the corpus; more is worth much less than new text (Muennighoff et al. 2023)
 MOST_METRICS = 12e6     # bytes of metrics that are kept
-VALIDATIONS = 10        # of a run; each also draws its curves, while the GPU waits
+VALIDATIONS = 10        # of a run, which waits for them
 GRACE = 45              # seconds in which a run that is told to stop saves
 LAST_START = 75         # seconds before the end of the time after which no run begins, as it would be stopped while it compiles
 CUT_OFF_CODES = (130, 143, -2, -15)     # of SIGINT and SIGTERM, handled or not

@@ -350,6 +350,16 @@ def test_metrics_results_and_curves(settings, tmp_path):
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "plot_training_curves", lambda history, *args, **kwargs: drawn.append(history[-1]["step"]))
+    build(settings(max_steps=6, eval_every=2)).run()
+    assert drawn == [6], "in less than a minute, at the end alone"
+    monkeypatch.setattr("trainer.CURVES_SECONDS", 0)
+    build(settings(max_steps=6, eval_every=2)).run()
+    assert drawn == [6, 0, 2, 4, 6, 6]
+
+
 def test_validation_loss_is_the_mean_over_its_windows(settings):
     config = settings(max_steps=1, eval_every=1, eval_steps=3)
     trainer = build(config)
