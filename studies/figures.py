@@ -303,10 +303,9 @@ def _scaling(figure: Figure, results: dict) -> None:
     found = groups(results)
     sizes = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
     for shift, ending, label, colour, marker in ((-0.08, "", "equal tokens and FLOPs", BLUE, "o"), (0.08, EQUAL_TIME, "equal time", GREEN, "^")):
-        pairs = {place + shift: [dict(difference=a["val_loss"] - b["val_loss"]) for a in found[f"moe, {size}"] for b in found[f"dense, {size}{ending}"]
-                                 if a["changes"]["seed"] == b["changes"]["seed"]] for place, size in enumerate(sizes)}
-        differences.plot([x for x, runs in pairs.items() for _ in runs], [run["difference"] for runs in pairs.values() for run in runs], marker,
-                         color=colour, markersize=5, alpha=0.8, label=label)
+        pairs = [(place + shift, a["val_loss"] - b["val_loss"]) for place, size in enumerate(sizes) for a in found[f"moe, {size}"]
+                 for b in found.get(f"dense, {size}{ending}", []) if a["changes"]["seed"] == b["changes"]["seed"]]
+        differences.plot([x for x, _ in pairs], [y for _, y in pairs], marker, color=colour, markersize=5, alpha=0.8, label=label)
     differences.axhline(0, color="0.4", linewidth=0.8)
     _undecided(differences, found, 0.0, "undecided")
     differences.set_xticks(range(len(sizes)), [size.replace(" x ", "\n× ") for size in sizes])

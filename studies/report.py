@@ -285,14 +285,14 @@ def scaling(results: dict) -> str:
     by_flops = [scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs]) for runs in (dense_runs, moe_runs)]
     by_parameters = scaling_law([run["total_params"] for run in dense_runs], [run["val_loss"] for run in dense_runs])
     names = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
-    sizes = {name: (found[f"moe, {name}"], found[f"dense, {name}"], found[f"dense, {name}{EQUAL_TIME}"]) for name in names}
-    per_time = worth_of_time(dense_runs, [(dense, timely) for _, dense, timely in sizes.values()])
+    sizes = {name: (found[f"moe, {name}"], found[f"dense, {name}"], found.get(f"dense, {name}{EQUAL_TIME}")) for name in names}
+    per_time = worth_of_time(dense_runs, [(dense, timely) for _, dense, timely in sizes.values() if timely])
     body, differences = [], dict(tokens=[], time=[])
     for name, (moe, dense, timely) in sizes.items():
         pair = [speeds[f"{kind}, {name}"] for kind in ("dense", "moe")]
         ratio = pair[1]["tokens_per_second"] / pair[0]["tokens_per_second"]
         differences["tokens"].append(against(moe, dense, honest))
-        differences["time"].append(against(moe, timely, honest, 2 * per_time * relative_error(*pair)))
+        differences["time"].append(against(moe, timely, honest, 2 * per_time * relative_error(*pair)) if timely else "not run yet")
         worth = (equal_loss_flops(by_flops[0], moe, deviation, [run["flops_per_token"] for run in dense_runs])
                  if by_flops[0] and deviation < math.inf else "–")
         body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), differences["tokens"][-1], worth,
@@ -302,8 +302,8 @@ def scaling(results: dict) -> str:
                   "MoE - dense, equal time", "MoE's speed, times the dense one's"], body)
 
     def counted(words: list[str]) -> str:
-        verdicts = ["undecided" if "undecided" in text else "lower" if text[0] == "-" else "higher" for text in words]
-        return listed([f"{word} at {verdicts.count(word)}" for word in ("lower", "higher", "undecided") if word in verdicts])
+        verdicts = [{"-": "lower", "+": "higher"}.get(text[0], "unknown") if "undecided" not in text else "undecided" for text in words]
+        return listed([f"{word} at {verdicts.count(word)}" for word in ("lower", "higher", "undecided", "unknown") if word in verdicts])
 
     fits = ("There are too few sizes for a fit, or none fits well." if None in by_flops else
             "By fits of floor + rise x (FLOPs a token)^-exponent (Hoffmann et al. 2022, with the tokens fixed), ± standard errors, "

@@ -150,9 +150,9 @@ def _median_error(values: list[float]) -> float:
 
 def study(name: str, base: Config, options: list[str], tokens: float, seeds: list[int], folder: Path, corpus: dict,
           seconds: float = math.inf, gpus: tuple[str, ...] = (CPU,), jobs: int = 1) -> bool:
-    """Performs what the study still wants, `jobs` runs at a time on each of the GPUs, and draws; False when it was stopped before
-    the end. What `asked` holds must be the same each time."""
-    path = folder / "results.json"
+    """Performs what the study still wants, `jobs` runs at a time on each of the GPUs, and draws what there is; False when it was
+    stopped before the end. What `asked` holds must be the same each time."""
+    path, figure = folder / "results.json", folder / "figure.png"
     asked = dict(study=name, tokens=tokens, options=_without_cache(options), corpus=corpus)
     results = json.loads(path.read_text()) if path.exists() else asked | dict(budget=dict(tokens=0, gpu_minutes=0.0, cpu_minutes=0.0),
                                                                               commits=[], finished=False, runs={})
@@ -220,13 +220,16 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                       + f"; about {left:.0f} minutes to go", flush=True)
     results["finished"] = not missing and not failures
     save()
+    drawable = {run.group for run in grid({})} <= {run["group"] for run in found.values()}     # what is missing are runs that others led to
+    if not drawable:
+        figure.unlink(missing_ok=True)      # it is of other results
     if failures:
         raise failures[0]
+    if drawable:
+        draw(results, figure)
     if signals:
         print("Stopped; the same command goes on.")
         raise SystemExit(128 + signals[0])
-    if not missing:
-        draw(results, folder / "figure.png")
     return not missing
 
 

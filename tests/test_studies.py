@@ -110,6 +110,19 @@ def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
     assert not go("balance", tmp_path / "late", seconds=0)
 
 
+def test_a_study_is_drawn_when_only_runs_that_others_led_to_are_missing(performed, tmp_path, monkeypatch):
+    """Here one model's runs for equal time, and then those at equal tokens too, of which an earlier study's figure tells."""
+    whole = runner.perform
+    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 29 else whole(*a))
+    assert not go("scaling", tmp_path) and (tmp_path / "figure.png").stat().st_size > 10_000
+    text = report.block("scaling", tmp_path)
+    assert "Not finished" in text and "figure.png" in text and "and unknown at 1 with equal time" in text and "| not run yet |" in text
+    (tmp_path / "results.json").unlink()
+    performed.clear()
+    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 12 else whole(*a))
+    assert not go("scaling", tmp_path) and not (tmp_path / "figure.png").exists() and "| --- |" not in report.block("scaling", tmp_path)
+
+
 def test_runs_are_kept_in_the_order_of_the_study(performed, tmp_path, monkeypatch, capsys):
     whole = runner.perform
 
