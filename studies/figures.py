@@ -16,7 +16,7 @@ from scipy.stats import studentized_range
 
 from config import Config, ExperimentError, parse_value, resolve
 from plot import BLUE, GREEN, ORANGE, PINK, RED, SKY, write_figure
-from studies.grids import ADAMW_RATES, EQUAL_TIME, LONG_WARMUPS, WEIGHTS
+from studies.grids import ADAMW_RATES, EQUAL_TIME, LONG_WARMUPS, QUARTER, WEIGHTS
 
 SPEED = "speed of "
 LOSS = "validation loss (nats per token)"
@@ -78,9 +78,14 @@ def limit(a: list[dict], b: list[dict], honest: float) -> float:
     return honest * math.sqrt((1 / len(a) + 1 / len(b)) / 2)
 
 
+def swept(found: dict[str, list[dict]], optimizer: str) -> list[list[dict]]:
+    """The optimizer study's groups with one of its optimizers at some rates, in steps of the whole batch or after the words QUARTER."""
+    return [runs for group, runs in found.items() if group.startswith(f"{optimizer}, ") and "_lr" in group]
+
+
 def best_runs(found: dict[str, list[dict]], optimizer: str) -> list[dict]:
-    """The runs of the optimizer study at the rates that its sweep chose: those that end lowest by their first seed."""
-    return min((runs for group, runs in found.items() if group.startswith(f"{optimizer}, ") and "_lr" in group), key=lambda runs: runs[0]["val_loss"])
+    """Those of them at the rates that the sweep chose: they end lowest by their first seed."""
+    return min(swept(found, optimizer), key=lambda runs: runs[0]["val_loss"])
 
 
 def shorter(found: dict[str, list[dict]]) -> list[list[dict]]:
@@ -104,6 +109,12 @@ class ScalingLaw:
 
     def at(self, x):
         return self.floor + self.rise * (np.asarray(x, float) / self.centre) ** -self.exponent
+
+    def error_at(self, x: float) -> float:
+        """The standard error of that, to first order."""
+        power = (x / self.centre) ** -self.exponent
+        slope = np.array([1, power, -self.rise * power * math.log(x / self.centre)])
+        return math.sqrt(slope @ self.covariance @ slope)
 
     def inverse(self, y: float) -> float:
         """The x at which the law has the value y; inf at the floor and below."""
@@ -205,7 +216,7 @@ def _grid(axes) -> None:
 def _optimizer(figure: Figure, results: dict) -> None:
     rates, curves = figure.subplots(1, 2)
     found = groups(results)
-    sweeps = [runs for group, runs in found.items() if "_lr" in group]
+    sweeps = swept(found, "muon") + swept(found, "adamw")
     muon = best_runs(found, "muon")[0]["changes"]
     lines = (("adamw", "adamw_lr", dict(warmup_fraction=None), "AdamW alone", ORANGE, "s"),
              *(("adamw", "adamw_lr", dict(warmup_fraction=warmup), f"AdamW alone, warm-up {warmup:.0%}", colour, marker)
@@ -226,6 +237,10 @@ def _optimizer(figure: Figure, results: dict) -> None:
         curves.plot([run["tokens"] for run in runs], [run["val_loss"] for run in runs], "o", color=BLUE, markersize=4.5, alpha=0.8)
     if shorter(found):
         curves.plot([], [], "o", color=BLUE, markersize=4.5, label="Muon, a shorter run's end")
+    for name, colour in (("muon", BLUE), ("adamw", ORANGE)):
+        ends = best_runs(found, QUARTER + name) if swept(found, QUARTER + name) else []
+        curves.plot([run["tokens"] for run in ends], [run["val_loss"] for run in ends], "x", color=colour, markersize=5,
+                    label="with 4 times the steps" if ends and name == "muon" else None)
     low = min(run["val_loss"] for runs in found.values() for run in runs)
     curves.set(xlabel="tokens", ylabel=LOSS, ylim=(low - 0.1, target + 2.5 * max(0.4, target - low)))
     curves.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -250,8 +265,9 @@ def _routing(figure: Figure, results: dict) -> None:
     loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=[1, 2, 3, 4])
     least = limit(found["top-2, equal tokens"], found["top-2, equal tokens"], honest_difference(found))
     if least < math.inf:
-        loss.errorbar(3.6, np.mean(loss.get_ylim()), least / 2, color="0.4", capsize=3)
-        loss.text(3.5, np.mean(loss.get_ylim()), "undecided\nbelow this", fontsize=7, color="0.4", ha="right", va="center")
+        place = loss.get_ylim()[0] + 0.02 * np.ptp(loss.get_ylim()) + least / 2       # where no run is: with more experts equal FLOPs end higher
+        loss.errorbar(3.6, place, least / 2, color="0.4", capsize=3)
+        loss.text(3.5, place, "undecided\nbelow this", fontsize=7, color="0.4", ha="right", va="center")
     speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=[1, 2, 3, 4], ylim=(0, 1.08 * speed.dataLim.ymax))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, speed):

@@ -57,21 +57,31 @@ MUON_RATES, ADAMW_RATES = (0.01, 0.02, 0.04), (0.001, 0.002, 0.004)
 MOST_RATES = 6
 LONG_WARMUPS = (0.2, 0.4, 0.6)
 FRACTIONS = (0.25, 0.5)
+QUARTER, QUARTER_RATES = "a quarter of the batch: ", (0.25, 0.5, 1)         # the rates as shares of the best at the whole batch
+
+
+def quarter(base: Config) -> dict:
+    """The changes that make a step a quarter as long; none when its sequences cannot be divided so."""
+    steps = math.gcd(4, base.gradient_accumulation_steps)
+    if base.batch_size % (4 // steps):
+        return {}
+    return dict(batch_size=base.batch_size * steps // 4, gradient_accumulation_steps=base.gradient_accumulation_steps // steps)
 
 
 def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """Is Muon worth it? Muon with AdamW against AdamW alone: the learning rates of each are swept with one seed (Muon's first, then
     that of the AdamW beside it), on past the first three when the best is at an end; AdamW alone, which a short warm-up may hold
-    back, also with longer ones, as long as they help; the best get the other seeds. Muon also for a quarter and half of the tokens, each with a whole
-    schedule: with how many does it reach AdamW's loss?"""
+    back, also with longer ones, as long as they help; the best get the other seeds. Muon also for a quarter and half of the tokens, each
+    with a whole schedule: with how many does it reach AdamW's loss? And both in 4 times as many steps of a quarter of the batch, at
+    these rates and lower ones, AdamW also with the shortest of the long warm-ups: is Muon better because the steps are few?"""
     wanted: list[Run] = []
 
     def name_of(changes: dict) -> str:
         return ", ".join([changes["optimizer"], *(f"{field} {changes[field]:g}" for field in ("muon_lr", "adamw_lr", "warmup_fraction") if field in changes)])
 
-    def losses(tried: dict[float, dict]) -> dict[float, float] | None:
+    def losses(tried: dict[float, dict], of: str = "") -> dict[float, float] | None:
         """Wants a run with each of the changes, and returns where they ended when all have."""
-        those = {rate: runs(base, name_of(changes), tokens, seeds[:1], **changes)[0] for rate, changes in tried.items()}
+        those = {rate: runs(base, of + name_of(changes), tokens, seeds[:1], **changes)[0] for rate, changes in tried.items()}
         wanted.extend(run for run in those.values() if run not in wanted)
         if not all(run.label in found for run in those.values()):
             return None
@@ -102,6 +112,14 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
     muon = muon and sweep("adamw_lr", ADAMW_RATES, **{field: value for field, value in muon.items() if field != "adamw_lr"})
     for changes in filter(None, (adamw, muon)):
         wanted += runs(base, name_of(changes), tokens, seeds[1:], **changes)
+        if not (smaller := quarter(base)):
+            continue
+        warmups = [dict(warmup_fraction=warmup) for warmup in {LONG_WARMUPS[0], changes["warmup_fraction"]}] if "warmup_fraction" in changes else [{}]
+        tried = [changes | smaller | {field: share * changes[field] for field in ("muon_lr", "adamw_lr") if field in changes} | warmup
+                 for warmup in warmups for share in QUARTER_RATES]
+        if ends := losses(dict(enumerate(tried)), QUARTER):
+            best = tried[min(ends, key=ends.get)]
+            wanted += runs(base, QUARTER + name_of(best), tokens, seeds[1:], **best)
     if muon:
         wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **muon)]
     return wanted + [speed(base, name, tokens, seeds[0], optimizer=name) for name in ("muon", "adamw")]

@@ -21,8 +21,8 @@ from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
 from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, noise, of_kind, scaling_law,
-                             sharpest_layer, shorter, timed)
-from studies.grids import ADAMW_RATES, EQUAL_TIME, STUDIES, WEIGHTS
+                             sharpest_layer, shorter, swept, timed)
+from studies.grids import ADAMW_RATES, EQUAL_TIME, QUARTER, QUARTER_RATES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTIONS = dict(optimizer="Is Muon worth it here?", routing="Is top-2 best, or top-1, top-3?", balance="What is the best load-balancing weight?",
@@ -142,8 +142,8 @@ def optimizer(results: dict) -> str:
     rates = {name: speeds[name]["tokens_per_second"] for name in ("muon", "adamw")}
     bytes_each = {name: speeds[name]["state_bytes_per_parameter"] for name in rates}
     none, honest = "not reached", honest_difference(found)
-    swept = [runs for group, runs in found.items() if "_lr" in group]
-    asked = [run["changes"] for run in results["runs"].values() if "_lr" in run["group"]]      # those that diverged too
+    sweeps = swept(found, "muon") + swept(found, "adamw")
+    asked = [run["changes"] for run in results["runs"].values() if "_lr" in run["group"] and not run["group"].startswith(QUARTER)]      # those that diverged too
 
     def rate(best: list[dict], field: str) -> str:
         """The best rate; which others of its sweep cannot be told from it, and whether the sweep ended there, so that a better one may lie beyond."""
@@ -153,7 +153,7 @@ def optimizer(results: dict) -> str:
             beside |= dict(adamw_lr=ADAMW_RATES[1]) if field == "muon_lr" else dict(muon_lr=mine["muon_lr"])
         beside |= dict(warmup_fraction=mine.get("warmup_fraction"))
         ends = [c[field] for c in asked if beside.items() <= (dict(warmup_fraction=None) | c).items()]
-        tried = {runs[0]["changes"][field]: runs for runs in swept if beside.items() <= (dict(warmup_fraction=None) | runs[0]["changes"]).items()}
+        tried = {runs[0]["changes"][field]: runs for runs in sweeps if beside.items() <= (dict(warmup_fraction=None) | runs[0]["changes"]).items()}
         nearest = tried[mine[field]]
         alike = [f"{other:g}" for other, runs in sorted(tried.items()) if runs is not nearest and
                  abs(mean_and_spread(runs)[0] - mean_and_spread(nearest)[0]) <= limit(runs, nearest, honest)]
@@ -165,10 +165,22 @@ def optimizer(results: dict) -> str:
     warmups = [c.get("warmup_fraction", usual) for c in asked if c["optimizer"] == "adamw"]
     warmup = adamw[0]["changes"].get("warmup_fraction", usual)
     longest = " (the longest tried)" if usual < warmup == max(warmups) else ""
+    smaller = {name: best_runs(found, QUARTER + name) for name in rates if swept(found, QUARTER + name)}
+    smaller = smaller if len(smaller) == 2 else {}
+
+    def times(name: str) -> str:
+        """At which share of the rates above, and with which warm-up, the smaller steps did best."""
+        whole, mine = (muon if name == "muon" else adamw)[0]["changes"], smaller[name][0]["changes"]
+        share = mine["adamw_lr"] / whole["adamw_lr"]
+        end = {min(QUARTER_RATES): ", the lowest tried", max(QUARTER_RATES): ", the highest tried"}.get(share, "")
+        other = f"; warm-up {mine['warmup_fraction']:.0%}" if mine.get("warmup_fraction") != whole.get("warmup_fraction") else ""
+        return f" (rates x {share:g}{end}{other})"
+
     table = rows(["", "Muon with AdamW", "AdamW alone"], [
         ["best peak rates of the sweeps", f"Muon {rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}", rate(adamw, "adamw_lr")],
         ["warm-up", f"{usual:.0%}", f"{warmup:.0%}{longest}"],
         [f"validation loss after {count(tokens)} tokens", value(muon), value(adamw)],
+        *([["with 4 times as many steps, of a quarter", *(value(smaller[name]) + times(name) for name in rates)]] if smaller else []),
         ["tokens to AdamW's loss", f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
         ["seconds of training at that speed", f"{reached[1]}{reached[0] / rates['muon']:.0f}" if reached else none, f"{tokens / rates['adamw']:.0f}"],
@@ -176,15 +188,17 @@ def optimizer(results: dict) -> str:
         ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in rates)],
         ["peak memory of a run, GB", *(f"{speeds[name]['peak_gb']:.1f}" for name in rates)]])
 
-    gap = mean_and_spread(adamw)[0] - mean_and_spread(muon)[0]
-    seeds = min(len(muon), len(adamw))
-    sure = "one seed so far" if seeds < 2 else "undecided" if undecided(muon, adamw, honest) else "decided"
+    def lead(muon: list[dict], adamw: list[dict]) -> str:
+        gap = mean_and_spread(adamw)[0] - mean_and_spread(muon)[0]
+        sure = "one seed so far" if min(len(muon), len(adamw)) < 2 else "undecided" if undecided(muon, adamw, honest) else "decided"
+        return f"{abs(gap):.3f} nats {'lower' if gap > 0 else 'higher'} ({sure})"
+
     cost = (f"Muon reaches AdamW's loss with {reached[1]}about {reached[0] / tokens:.0%} of the tokens and "
             f"{reached[0] / rates['muon'] * rates['adamw'] / tokens:.0%} of the time" if reached else "Muon does not reach AdamW's loss")
-    answer = (f"{cost}. At the end of runs of {count(tokens)} tokens, with the best settings tried, it is {abs(gap):.3f} nats "
-              f"{'lower' if gap > 0 else 'higher'} ({sure}).")
+    answer = (f"{cost}. At the end of runs of {count(tokens)} tokens, with the best settings tried, it is {lead(muon, adamw)}"
+              + (f"; with a quarter of the batch, and so 4 times the steps, {lead(*smaller.values())}" if smaller else "") + ".")
     words = "AdamW alone has one rate for all parameters"
-    same_rate = [runs[0]["val_loss"] for runs in swept if runs[0]["changes"]["optimizer"] == "muon"
+    same_rate = [runs[0]["val_loss"] for runs in sweeps if runs[0]["changes"]["optimizer"] == "muon"
                  and runs[0]["changes"]["adamw_lr"] == adamw[0]["changes"]["adamw_lr"]]
     if same_rate:
         words += (f"; with that rate, {adamw[0]['changes']['adamw_lr']:g}, for what AdamW trains beside Muon too, the difference is "
@@ -208,8 +222,10 @@ def routing(results: dict) -> str:
          against(fair[name], fair["top-2"], honest) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
          speed(speeds[name])] for name in same])
     (best, sure), (best_fair, sure_fair) = level(same, honest), level(fair, honest)
+    more, gain = fair["top-1"][0]["tokens"] / same["top-1"][0]["tokens"], mean_and_spread(same["top-1"])[0] - mean_and_spread(fair["top-1"])[0]
     return (f"At equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, {sure_fair}.\n\n{table}"
-            f"\n\n{least(found, honest)} The weights of a token's experts sum to 1, but top-1's is the router's probability, from which it learns.")
+            f"\n\n{least(found, honest)} At equal FLOPs fewer experts see more tokens: top-1 {more:.2f} times as many, which alone changes its loss by "
+            f"{-gain:+.3f} nats, in runs so short. The weights of a token's experts sum to 1, but top-1's is the router's probability, from which it learns.")
 
 
 def balance(results: dict) -> str:
@@ -305,13 +321,17 @@ def scaling(results: dict) -> str:
         verdicts = [{"-": "lower", "+": "higher"}.get(text[0], "unknown") if "undecided" not in text else "undecided" for text in words]
         return listed([f"{word} at {verdicts.count(word)}" for word in ("lower", "higher", "undecided", "unknown") if word in verdicts])
 
-    fits = ("There are too few sizes for a fit, or none fits well." if None in by_flops else
-            "By fits of floor + rise x (FLOPs a token)^-exponent (Hoffmann et al. 2022, with the tokens fixed), ± standard errors, "
-            + listed([f"{name} falls towards {law.floor:.2f} ± {law.errors[0]:.2f} with the exponent {law.exponent:.2f} ± {law.errors[2]:.2f}"
-                      for name, law in zip(("the dense model", "the MoE"), by_flops)]) + "; the floors are those of so few tokens, at these rates.")
+    laws = dict(zip(("the dense model", "the MoE"), by_flops))
+    fits = ("By fits of floor + rise x (FLOPs a token)^-exponent (Hoffmann et al. 2022, with the tokens fixed), ± standard errors, "
+            + listed([f"{name} falls towards {law.floor:.2f} ± {law.errors[0]:.2f} with the exponent {law.exponent:.2f} ± {law.errors[2]:.2f}" if law else
+                      f"{name} has none that these losses determine" for name, law in laws.items()]) + "; a floor is that of so few tokens, at these rates.")
     largest = max(run["total_params"] for run in dense_runs)
-    beside = [mean_and_spread(moe)[0] - float(by_parameters.at(moe[0]["total_params"])) for moe, _, _ in sizes.values()
-              if moe[0]["total_params"] <= largest] if by_parameters else []
+    beside = []
+    for name, (moe, _, _) in sizes.items():
+        total = moe[0]["total_params"]
+        if by_parameters and total <= largest:
+            difference, error = mean_and_spread(moe)[0] - by_parameters.at(total), math.hypot(by_parameters.error_at(total), deviation / math.sqrt(len(moe)))
+            beside.append(f"{difference:+.3f} ± {error:.3f} at {name}")
     extra = [runs[0]["total_params"] / runs[0]["active_params"] for runs, _, _ in sizes.values()]
     return (f"Of the {len(sizes)} sizes the MoE ends {counted(differences['tokens'])} with equal tokens, FLOPs and parameters used, and "
             f"{counted(differences['time'])} with equal time.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters "
@@ -320,8 +340,7 @@ def scaling(results: dict) -> str:
             f"worth. {fits} The MoE has {min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses"
             + ("; what that is worth is in the table, with 95% intervals by the dense model's fit" if by_flops[0] else "")
             + " (the brief: 4x capacity at the same compute)."
-            + (f" Beside a dense model of as many parameters in all, by its fit, the MoE ends {min(beside):+.3f} to {max(beside):+.3f} nats."
-               if beside else ""))
+            + (f" Against a dense model of as many parameters in all, by its fit, the MoE ends, ± standard errors, {listed(beside)} (nats)." if beside else ""))
 
 
 def checkpointing(results: dict) -> str:
