@@ -100,6 +100,14 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
             times = 0.5 if best == min(rates) else 2        # two at once, as each round takes as long as a run
             rates += [best * times, best * times ** 2][:MOST_RATES - len(rates)]
 
+    def in_smaller_steps(best: dict) -> dict | None:
+        """Wants the best of an optimizer in steps of a quarter, and returns the changes with which it did best there when that is known."""
+        warmups = [dict(warmup_fraction=w) for w in sorted({LONG_WARMUPS[0], best["warmup_fraction"]})] if "warmup_fraction" in best else [{}]
+        tried = [best | quarter(base) | warmup | {field: share * best[field] for field in ("muon_lr", "adamw_lr") if field in best}
+                 for warmup in warmups for share in QUARTER_RATES if quarter(base)]
+        ends = losses(dict(enumerate(tried)), QUARTER)
+        return tried[min(ends, key=ends.get)] if ends else None
+
     adamw, longest = sweep("adamw_lr", ADAMW_RATES, optimizer="adamw"), None
     for warmup in LONG_WARMUPS:
         if adamw is None or adamw.get("warmup_fraction") != longest:      # not known yet, or a longer one did not help
@@ -112,14 +120,8 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
     muon = muon and sweep("adamw_lr", ADAMW_RATES, **{field: value for field, value in muon.items() if field != "adamw_lr"})
     for changes in filter(None, (adamw, muon)):
         wanted += runs(base, name_of(changes), tokens, seeds[1:], **changes)
-        if not (smaller := quarter(base)):
-            continue
-        warmups = [dict(warmup_fraction=warmup) for warmup in {LONG_WARMUPS[0], changes["warmup_fraction"]}] if "warmup_fraction" in changes else [{}]
-        tried = [changes | smaller | {field: share * changes[field] for field in ("muon_lr", "adamw_lr") if field in changes} | warmup
-                 for warmup in warmups for share in QUARTER_RATES]
-        if ends := losses(dict(enumerate(tried)), QUARTER):
-            best = tried[min(ends, key=ends.get)]
-            wanted += runs(base, QUARTER + name_of(best), tokens, seeds[1:], **best)
+        if smaller := in_smaller_steps(changes):
+            wanted += runs(base, QUARTER + name_of(smaller), tokens, seeds[1:], **smaller)
     if muon:
         wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **muon)]
     return wanted + [speed(base, name, tokens, seeds[0], optimizer=name) for name in ("muon", "adamw")]
