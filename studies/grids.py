@@ -240,6 +240,6 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
-# Tokens of a run, by which a study of `small` takes 8 to 45 minutes of one GPU; as many where the rates that the first found best
+# Tokens of a run, by which a study of `small` takes 7 to 60 minutes of one GPU; as many where the rates that the first found best
 # are used. checkpointing's runs measure speed and memory, and are this long with the largest micro-batches alone.
 TOKENS = dict(optimizer=16e6, routing=16e6, balance=16e6, specialization=50e6, scaling=16e6, checkpointing=12e6)
