@@ -459,6 +459,14 @@ def test_both_optimizers_are_tried_in_more_and_smaller_steps():
         batch_size=3, gradient_accumulation_steps=2)
     wide = {name: run | dict(val_loss=run["val_loss"] - 9 * (name.startswith(grids.QUARTER) and run["changes"].get("adamw_lr") == 0.002)) for name, run in found.items()}
     assert "(rates x 1, the highest tried)" in report.optimizer(results | dict(runs=wide))
+    one = {name: run for name, run in found.items() if not name.startswith(f"{grids.QUARTER}adamw")}
+    assert "4 times" not in report.optimizer(results | dict(runs=one)), "not before both have been tried"
+    higher = {name: run for name, run in found.items() if not name.startswith(("adamw, adamw_lr 0.001, warmup_fraction 0.4", "adamw, adamw_lr 0.0005, warmup"))}
+    assert "| 0.002 (the sweep's end) |" in report.optimizer(results | dict(runs=higher)), "lower rates of smaller steps are not of the sweep"
+    figure = Figure()
+    figures._optimizer(figure, results)
+    ends = {line.get_color(): list(np.round(line.get_ydata(), 3)) for line in figure.axes[1].lines if line.get_marker() == "x"}
+    assert ends == {figures.BLUE: [3.01, 3.02], figures.ORANGE: [4.01, 4.02]}
 
 
 def test_scaling_of_a_base_with_dense_blocks_or_few_heads():

@@ -358,6 +358,16 @@ def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     monkeypatch.setattr("trainer.CURVES_SECONDS", 0)
     build(settings(max_steps=6, eval_every=2)).run()
     assert drawn == [6, 0, 2, 4, 6, 6]
+    monkeypatch.setattr("trainer.CURVES_SECONDS", 60)
+    trainer = build(settings(max_steps=6, eval_every=2))
+    trainer.last_curves -= 61
+    trainer.run()
+    assert drawn[6:] == [0, 6], "and then not for a minute"
+    trainer = build(settings(max_steps=6, eval_every=2))
+    monkeypatch.setattr(trainer, "train_step", lambda batches: setattr(trainer, "stop_signal", 15) or False)
+    with pytest.raises(SystemExit):
+        trainer.run()
+    assert len(drawn) == 9, "also when a signal ends the run"
 
 
 def test_validation_loss_is_the_mean_over_its_windows(settings):
