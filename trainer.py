@@ -159,7 +159,7 @@ class Trainer:
         checkpoint.check_free_space(self.folder, self.checkpoint_bytes_to_come())
         checkpoint.remove_leftovers(self.folder)
         self._take_over_folder()
-        with self._signals(), attention_backends(self.device), self._out_of_memory_advice(), \
+        with self._signals(), attention_backends(self.device), self._last_results(), self._out_of_memory_advice(), \
                 tracker.tracking(c, self.run_id, self.step) as self.record.track:
             write_run_file(self.folder, self.device, run_id=self.run_id, step=self.step, config=dataclasses.asdict(c),
                            resumed_from=self.resumed_from and str(self.resumed_from), data=self._data_facts())
@@ -187,6 +187,15 @@ class Trainer:
             if self.stop_signal is not None:
                 self._stop()
             self._finish()
+
+    @contextlib.contextmanager
+    def _last_results(self):
+        """Results and curves of a run that ends in an error show how it came to it."""
+        try:
+            yield
+        except (Diverged, OutOfMemory):
+            self._write_results(last=True)
+            raise
 
     def _evaluation_due(self) -> bool:
         return self.step % self.config.eval_every == 0 or self.step == self.config.max_steps

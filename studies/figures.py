@@ -237,10 +237,10 @@ def _optimizer(figure: Figure, results: dict) -> None:
         curves.plot([run["tokens"] for run in runs], [run["val_loss"] for run in runs], "o", color=BLUE, markersize=4.5, alpha=0.8)
     if shorter(found):
         curves.plot([], [], "o", color=BLUE, markersize=4.5, label="Muon, a shorter run's end")
-    for name, colour in (("muon", BLUE), ("adamw", ORANGE)):
-        ends = best_runs(found, QUARTER + name) if swept(found, QUARTER + name) else []
+    smaller = [(best_runs(found, QUARTER + name), colour) for name, colour in (("muon", BLUE), ("adamw", ORANGE)) if swept(found, QUARTER + name)]
+    for i, (ends, colour) in enumerate(smaller):
         curves.plot([run["tokens"] for run in ends], [run["val_loss"] for run in ends], "x", color=colour, markersize=5,
-                    label="with 4 times the steps" if ends and name == "muon" else None)
+                    label="with 4 times the steps" if i == 0 else None)
     low = min(run["val_loss"] for runs in found.values() for run in runs)
     curves.set(xlabel="tokens", ylabel=LOSS, ylim=(low - 0.1, target + 2.5 * max(0.4, target - low)))
     curves.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -323,7 +323,7 @@ def _scaling(figure: Figure, results: dict) -> None:
                  for b in found.get(f"dense, {size}{ending}", []) if a["changes"]["seed"] == b["changes"]["seed"]]
         differences.plot([x for x, _ in pairs], [y for _, y in pairs], marker, color=colour, markersize=5, alpha=0.8, label=label)
     differences.axhline(0, color="0.4", linewidth=0.8)
-    _undecided(differences, found, 0.0, "undecided")
+    _undecided(differences, found, 0.0, "means undecided at equal tokens")
     differences.set_xticks(range(len(sizes)), [size.replace(" x ", "\n× ") for size in sizes])
     low, high = differences.get_ylim()
     differences.set_ylim(low, high + 0.55 * (high - low))       # room for the legend

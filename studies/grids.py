@@ -61,11 +61,14 @@ QUARTER, QUARTER_RATES = "a quarter of the batch: ", (0.25, 0.5, 1)         # th
 
 
 def quarter(base: Config) -> dict:
-    """The changes that make a step a quarter as long; none when its sequences cannot be divided so."""
+    """The changes that make a step a quarter as long, and leave what is validated, and how often a token, as it is; none when the
+    step's sequences cannot be divided so."""
     steps = math.gcd(4, base.gradient_accumulation_steps)
-    if base.batch_size % (4 // steps):
+    batches = 4 // steps
+    if base.batch_size % batches:
         return {}
-    return dict(batch_size=base.batch_size * steps // 4, gradient_accumulation_steps=base.gradient_accumulation_steps // steps)
+    return dict(batch_size=base.batch_size // batches, gradient_accumulation_steps=base.gradient_accumulation_steps // steps,
+                eval_steps=base.eval_steps * batches, eval_every=4 * base.eval_every)
 
 
 def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
@@ -240,6 +243,7 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
-# Tokens of a run, by which a study of `small` takes 7 to 60 minutes of one GPU; as many where the rates that the first found best
-# are used. checkpointing's runs measure speed and memory, and are this long with the largest micro-batches alone.
+# Tokens of a run, by which a study of `small` takes 7 to 60 minutes of one GPU. Routing and scaling, which use the rates that the
+# optimizer study finds best, have as many as that. checkpointing's runs measure speed and memory, and are this long with the
+# largest micro-batches alone.
 TOKENS = dict(optimizer=16e6, routing=16e6, balance=16e6, specialization=50e6, scaling=16e6, checkpointing=12e6)

@@ -154,7 +154,9 @@ def optimizer(results: dict) -> str:
         beside |= dict(warmup_fraction=mine.get("warmup_fraction"))
         ends = [c[field] for c in asked if beside.items() <= (dict(warmup_fraction=None) | c).items()]
         tried = {runs[0]["changes"][field]: runs for runs in sweeps if beside.items() <= (dict(warmup_fraction=None) | runs[0]["changes"]).items()}
-        nearest = tried[mine[field]]
+        nearest = tried.get(mine[field])
+        if nearest is None:
+            return f"{mine[field]:g} (swept beside another rate)"
         alike = [f"{other:g}" for other, runs in sorted(tried.items()) if runs is not nearest and
                  abs(mean_and_spread(runs)[0] - mean_and_spread(nearest)[0]) <= limit(runs, nearest, honest)]
         notes = [f"within the noise: {listed(alike)}"] * bool(alike)
@@ -165,8 +167,10 @@ def optimizer(results: dict) -> str:
     warmups = [c.get("warmup_fraction", usual) for c in asked if c["optimizer"] == "adamw"]
     warmup = adamw[0]["changes"].get("warmup_fraction", usual)
     longest = " (the longest tried)" if usual < warmup == max(warmups) else ""
-    smaller = {name: best_runs(found, QUARTER + name) for name in rates if swept(found, QUARTER + name)}
-    smaller = smaller if len(smaller) == 2 else {}
+    tried = {name: {run["changes"]["adamw_lr"] / best[0]["changes"]["adamw_lr"] for run in results["runs"].values()
+                    if run["group"].startswith(f"{QUARTER}{name}, ")} for name, best in (("muon", muon), ("adamw", adamw))}
+    smaller = ({name: best_runs(found, QUARTER + name) for name in rates}
+               if all(set(QUARTER_RATES) <= shares for shares in tried.values()) and all(swept(found, QUARTER + name) for name in rates) else {})
 
     def times(name: str) -> str:
         """At which share of the rates above, and with which warm-up, the smaller steps did best."""
@@ -294,9 +298,20 @@ def equal_loss_flops(law: ScalingLaw, runs: list[dict], deviation: float, tried:
     return "beyond those tried" if words[1][0] == ">" or words[2][0] == "<" else f"{words[0]} ({words[1]} to {words[2]})"
 
 
+def _lengths(sizes: dict[str, tuple]) -> str:
+    """A sentence on dense models that end farther apart than their seeds, though one sees hardly more tokens."""
+    odd = []
+    for name, (_, dense, longer) in sizes.items():
+        more = longer[0]["tokens"] / dense[0]["tokens"] - 1 if longer else 0
+        (mean, spread), (mean_longer, spread_longer) = mean_and_spread(dense), mean_and_spread(longer or dense)
+        if 0 < abs(more) < 0.1 and abs(mean_longer - mean) > 3 * max(spread, spread_longer):
+            odd.append(f"{mean_longer - mean:+.3f} nats with {more:+.0%} tokens at {name}")
+    return f" The dense model ends {listed(odd)}, much farther away than its seeds differ: such runs vary with their length too." if odd else ""
+
+
 def scaling(results: dict) -> str:
     found, speeds = groups(results), timed(results)
-    honest, deviation = honest_difference(found), noise(found)
+    honest, deviation = honest_difference(found), noise({group: runs for group, runs in found.items() if group.startswith("moe, ")})
     dense_runs, moe_runs = (of_kind(results, kind) for kind in ("dense", "moe"))
     by_flops = [scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs]) for runs in (dense_runs, moe_runs)]
     by_parameters = scaling_law([run["total_params"] for run in dense_runs], [run["val_loss"] for run in dense_runs])
@@ -329,18 +344,19 @@ def scaling(results: dict) -> str:
     beside = []
     for name, (moe, _, _) in sizes.items():
         total = moe[0]["total_params"]
-        if by_parameters and total <= largest:
+        if by_parameters and total <= largest and deviation < math.inf:
             difference, error = mean_and_spread(moe)[0] - by_parameters.at(total), math.hypot(by_parameters.error_at(total), deviation / math.sqrt(len(moe)))
             beside.append(f"{difference:+.3f} ± {error:.3f} at {name}")
     extra = [runs[0]["total_params"] / runs[0]["active_params"] for runs, _, _ in sizes.values()]
     return (f"Of the {len(sizes)} sizes the MoE ends {counted(differences['tokens'])} with equal tokens, FLOPs and parameters used, and "
             f"{counted(differences['time'])} with equal time.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters "
-            "used and FLOPs are those of the MoE; for equal time it was trained again, on as many more tokens as its higher speed and 4 passes over "
-            f"the text allow. {least(found, honest)} With equal time, twice the speeds' errors are added to that, in nats that so much time is "
+            "used and FLOPs are those of the MoE; for equal time it was trained again, on as many tokens as take it the MoE's time, of at most 4 passes "
+            f"over the text. {least(found, honest)} With equal time, twice the speeds' errors are added to that, in nats that so much time is "
             f"worth. {fits} The MoE has {min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses"
             + ("; what that is worth is in the table, with 95% intervals by the dense model's fit" if by_flops[0] else "")
             + " (the brief: 4x capacity at the same compute)."
-            + (f" Against a dense model of as many parameters in all, by its fit, the MoE ends, ± standard errors, {listed(beside)} (nats)." if beside else ""))
+            + (f" Against a dense model of as many parameters in all, by its fit, the MoE ends, ± standard errors, {listed(beside)} nats"
+               + ("; larger ones lie beyond the fit." if len(beside) < len(sizes) else ".") if beside else "") + _lengths(sizes))
 
 
 def checkpointing(results: dict) -> str:

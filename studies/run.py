@@ -211,6 +211,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                     stop.set()
                     continue
                 performed, outstanding = performed + 1, outstanding - 1
+                results["finished"] = False     # until the end, which a kill may keep from coming
                 found[run.label] = dict(group=run.group, changes=run.changes, **result)
                 keep_metrics(run.label, _place(folder, run), folder / "metrics.jsonl.gz")
                 save()
@@ -218,14 +219,13 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                 left = (time.monotonic() - began) / performed * outstanding / 60
                 print(f"{run.label}: " + (result.get("failed") or f"validation loss {result['val_loss']:.4f}, {result['elapsed_seconds']:.0f} s")
                       + f"; about {left:.0f} minutes to go", flush=True)
-    results["finished"] = not missing and not failures
-    save()
-    drawable = {run.group for run in grid({})} <= {run["group"] for run in found.values()}     # what is missing are runs that others led to
-    if not drawable:
+    if performed or not missing or not path.exists():       # else all is as it was, but for the time
+        results["finished"] = not missing and not failures
         figure.unlink(missing_ok=True)      # it is of other results
+    save()
     if failures:
         raise failures[0]
-    if drawable:
+    if {run.group for run in grid({})} <= {run["group"] for run in current.values()}:      # what is missing are runs that others led to
         draw(results, figure)
     if signals:
         print("Stopped; the same command goes on.")
@@ -371,6 +371,8 @@ def run_study(argv: list[str]) -> None:
     if "save_dir" in given:
         raise ConfigError("--save_dir: each run has a folder of its own; the study's is --out")
     base, _, _ = resolve(given, args.preset, None)
+    own = {name: value for name, value in _own_settings(base, tokens).items() if name not in given}
+    base = dataclasses.replace(base, **own)
     if visible_gpus(base) == (CPU,) and args.preset != "tiny":
         print(f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 takes minutes", file=sys.stderr)
     folder = args.out or ROOT / "studies" / (args.name if args.preset == "small" else f"{args.name}-{args.preset}")
@@ -378,15 +380,18 @@ def run_study(argv: list[str]) -> None:
         corpus = data.prepare(base)
         facts = dict(data=base.data, data_hash=corpus.data_hash, tokenizer_hash=corpus.tokenizer_hash, train_tokens=len(corpus.train),
                      validation_tokens=len(corpus.validation), unigram_entropy=corpus.unigram_entropy)
-        done = study(args.name, base, _options(args.preset, given, base, tokens), tokens, list(range(1, args.seeds + 1)), folder, facts,
+        done = study(args.name, base, _options(args.preset, own | given), tokens, list(range(1, args.seeds + 1)), folder, facts,
                      60 * args.minutes - (time.monotonic() - began), visible_gpus(base), args.jobs)
     print(f"{folder / 'results.json'}, {folder / 'figure.png'}" if done else "The time is over; the same command goes on.")
 
 
-def _options(preset: str, given: dict, base: Config, tokens: float) -> list[str]:
-    """What all runs of a study are given: a few validations, no checkpoints but to go on with, and no samples."""
-    own = dict(sample_tokens=0, save_every=0, save_minutes=5.0, eval_every=max(1, round(tokens / base.tokens_per_step / VALIDATIONS)))
-    return ["--preset", preset, *(word for name, value in (own | given).items()
+def _own_settings(base: Config, tokens: float) -> dict:
+    """What a study sets for all runs: a few validations, no checkpoints but to go on with, and no samples."""
+    return dict(sample_tokens=0, save_every=0, save_minutes=5.0, eval_every=max(1, round(tokens / base.tokens_per_step / VALIDATIONS)))
+
+
+def _options(preset: str, settings: dict) -> list[str]:
+    return ["--preset", preset, *(word for name, value in settings.items()
                                   for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)))]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+import data
 from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory
 from conftest import tiny_config
 from memory import count
@@ -110,6 +111,13 @@ def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
     assert not go("balance", tmp_path / "late", seconds=0)
 
 
+@pytest.mark.parametrize("name", ["optimizer", "routing", "balance", "specialization", "scaling"])
+def test_one_seed_is_reported_without_numbers_that_need_two(performed, tmp_path, name):
+    assert go(name, tmp_path, seeds=(1,))
+    text = report.block(name, tmp_path).replace("information", "")
+    assert "| --- |" in text and "inf" not in text and "nan" not in text
+
+
 def test_a_study_is_drawn_when_only_runs_that_others_led_to_are_missing(performed, tmp_path, monkeypatch):
     """Here one model's runs for equal time, and then those at equal tokens too, of which an earlier study's figure tells."""
     whole = runner.perform
@@ -121,6 +129,40 @@ def test_a_study_is_drawn_when_only_runs_that_others_led_to_are_missing(performe
     performed.clear()
     monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 12 else whole(*a))
     assert not go("scaling", tmp_path) and not (tmp_path / "figure.png").exists() and "| --- |" not in report.block("scaling", tmp_path)
+
+
+def test_what_did_not_run_changes_nothing_that_was_found(performed, tmp_path, monkeypatch):
+    """Another machine, whose memory lets checkpointing want other runs, refuses; a study that was changed is drawn when its runs were."""
+    def machine(gb, gpu=None):
+        monkeypatch.setattr(grids, "usable_gb", lambda cpu: gb)
+    machine(139)
+    assert go("checkpointing", tmp_path)
+    before, picture = loaded(tmp_path), (tmp_path / "figure.png").read_bytes()
+    machine(0.02)
+    whole = runner.perform
+    monkeypatch.setattr(runner, "perform", lambda *a: whole(*a) | dict(machine=dict(gpu="another", cpus=1)))
+    with contextlib.suppress(ConfigError):
+        go("checkpointing", tmp_path)
+    assert loaded(tmp_path)["runs"] == before["runs"] and loaded(tmp_path)["finished"] and (tmp_path / "figure.png").read_bytes() == picture
+
+    monkeypatch.setattr(runner, "perform", whole)
+    folder = tmp_path / "routing"
+    assert go("routing", folder)
+    sized = grids.sized
+    monkeypatch.setattr(grids, "sized", lambda *a: sized(*a) | dict(d_ff=48))
+    done = len(performed)
+    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == done + 4 else whole(*a))
+    assert not go("routing", folder) and not (folder / "figure.png").exists() and not loaded(folder)["finished"], "two models are not one figure"
+
+
+def test_equal_time_that_diverged_is_no_answer(performed, monkeypatch, tmp_path):
+    whole = runner.perform
+    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 24 else whole(*a))
+    assert not go("scaling", tmp_path) and (tmp_path / "figure.png").exists()
+    monkeypatch.setattr(runner, "perform", lambda *_: dict(failed="diverged"))
+    with pytest.raises(ExperimentError, match="equal time diverged"):
+        go("scaling", tmp_path)
+    assert not (tmp_path / "figure.png").exists() and "not run yet" not in report.block("scaling", tmp_path)
 
 
 def test_runs_are_kept_in_the_order_of_the_study(performed, tmp_path, monkeypatch, capsys):
@@ -454,9 +496,13 @@ def test_both_optimizers_are_tried_in_more_and_smaller_steps():
     text = report.optimizer(results)
     assert "it is 1.000 nats lower (decided); with a quarter of the batch, and so 4 times the steps, 1.000 nats lower (decided)." in text
     assert "| with 4 times as many steps, of a quarter | 3.015 ± 0.005 (rates x 0.5) | 4.015 ± 0.005 (rates x 0.5; warm-up 20%) |" in text
-    assert grids.quarter(base) == dict(batch_size=4, gradient_accumulation_steps=1)
-    assert grids.quarter(dataclasses.replace(base, batch_size=3)) == {} and grids.quarter(dataclasses.replace(base, batch_size=3, gradient_accumulation_steps=8)) == dict(
-        batch_size=3, gradient_accumulation_steps=2)
+    assert grids.quarter(base) == dict(batch_size=4, gradient_accumulation_steps=1, eval_steps=2 * base.eval_steps, eval_every=4 * base.eval_every)
+    assert grids.quarter(dataclasses.replace(base, batch_size=3)) == {}
+    assert grids.quarter(dataclasses.replace(base, batch_size=3, gradient_accumulation_steps=8)).items() >= dict(
+        batch_size=3, gradient_accumulation_steps=2, eval_steps=base.eval_steps).items()
+    held_out = np.arange(100_000, dtype=np.uint16)
+    windows = [np.concatenate([inputs for inputs, _ in data.validation_batches(held_out, dataclasses.replace(base, **c))]) for c in ({}, grids.quarter(base))]
+    assert np.array_equal(*windows), "what is compared is validated on the same text"
     wide = {name: run | dict(val_loss=run["val_loss"] - 9 * (name.startswith(grids.QUARTER) and run["changes"].get("adamw_lr") == 0.002)) for name, run in found.items()}
     assert "(rates x 1, the highest tried)" in report.optimizer(results | dict(runs=wide))
     one = {name: run for name, run in found.items() if not name.startswith(f"{grids.QUARTER}adamw")}
@@ -677,6 +723,15 @@ def test_what_time_is_worth_is_the_most_that_was_seen():
     assert report.worth_of_time([run], [([run], longer)]) == pytest.approx(2 / math.log(2)) and report.worth_of_time([run], [([run], [run])]) < 2
     worse = result(3.0, tokens=100, validation=[[0, 2.0], [100, 3.0]])
     assert report.worth_of_time([worse], [([run], [result(4.0, tokens=200)])]) == 0, "never less than nothing"
+
+
+def test_lengths_that_change_more_than_seeds_are_told():
+    def sizes(longer):
+        return {"4 x 256": ([], [result(3.03, tokens=100), result(3.04, tokens=100)], longer)}
+    assert report._lengths(sizes([result(2.9, tokens=104), result(2.91, tokens=104)])) == (
+        " The dense model ends -0.130 nats with +4% tokens at 4 x 256, much farther away than its seeds differ: such runs vary with their length too.")
+    assert not report._lengths(sizes(None)) and not report._lengths(sizes([result(3.02, tokens=104), result(3.03, tokens=104)]))
+    assert not report._lengths(sizes([result(2.9, tokens=140)])), "that is what more tokens do"
 
 
 def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
