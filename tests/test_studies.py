@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -151,8 +152,9 @@ def test_what_did_not_run_changes_nothing_that_was_found(performed, tmp_path, mo
     sized = grids.sized
     monkeypatch.setattr(grids, "sized", lambda *a: sized(*a) | dict(d_ff=48))
     done = len(performed)
-    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == done + 4 else whole(*a))
-    assert not go("routing", folder) and not (folder / "figure.png").exists() and not loaded(folder)["finished"], "two models are not one figure"
+    finished = []
+    monkeypatch.setattr(runner, "perform", lambda *a: finished.append(loaded(folder)["finished"]) or (None if len(performed) == done + 4 else whole(*a)))
+    assert not go("routing", folder) and finished == [True, False, False, False, False] and not (folder / "figure.png").exists() and not loaded(folder)["finished"], "two models are not one figure"
 
 
 def test_equal_time_that_diverged_is_no_answer(performed, monkeypatch, tmp_path):
@@ -445,6 +447,18 @@ def test_no_run_passes_over_its_corpus_too_often(performed, tmp_path):
     assert not performed
 
 
+def test_a_study_knows_what_it_sets_for_its_runs(monkeypatch, tmp_path):
+    corpus = types.SimpleNamespace(data_hash="d", tokenizer_hash="t", train=range(10 ** 7), validation=range(1000), unigram_entropy=7.0)
+    monkeypatch.setattr(data, "prepare", lambda config: corpus)
+    seen = []
+    monkeypatch.setattr(runner, "study", lambda name, base, options, *rest: seen.append((base, dict(zip(options[::2], options[1::2])))) or True)
+    for more in ([], ["--eval_every", "7"]):
+        assert runner.exit_code(runner.run_study, ["routing", "--preset", "tiny", "--tokens", "1e6", "--out", str(tmp_path / "out"), *more]) == 0
+    (base, options), (other, given) = seen
+    assert base.eval_every == int(options["--eval_every"]) == round(1e6 / base.tokens_per_step / runner.VALIDATIONS) and base.sample_tokens == 0
+    assert other.eval_every == int(given["--eval_every"]) == 7 and given["--save_every"] == "0"
+
+
 def test_one_process_at_a_time(tmp_path):
     with runner.locked(tmp_path, "--out"):
         assert runner.exit_code(runner.run_study, ["balance", *OPTIONS, "--out", str(tmp_path)]) == 2
@@ -506,7 +520,10 @@ def test_both_optimizers_are_tried_in_more_and_smaller_steps():
     wide = {name: run | dict(val_loss=run["val_loss"] - 9 * (name.startswith(grids.QUARTER) and run["changes"].get("adamw_lr") == 0.002)) for name, run in found.items()}
     assert "(rates x 1, the highest tried)" in report.optimizer(results | dict(runs=wide))
     one = {name: run for name, run in found.items() if not name.startswith(f"{grids.QUARTER}adamw")}
-    assert "4 times" not in report.optimizer(results | dict(runs=one)), "not before both have been tried"
+    few = {name: run for name, run in found.items() if not (name.startswith(f"{grids.QUARTER}muon") and run["changes"]["adamw_lr"] == 0.0005)}
+    assert all("4 times" not in report.optimizer(results | dict(runs=runs)) for runs in (one, few)), "not before all have been tried"
+    other = {name: run for name, run in found.items() if not (name.startswith("muon, muon_lr") and "adamw_lr 0.002" in name)}
+    assert "Muon 0.02 (swept beside another rate)" in report.optimizer(results | dict(runs=other))
     higher = {name: run for name, run in found.items() if not name.startswith(("adamw, adamw_lr 0.001, warmup_fraction 0.4", "adamw, adamw_lr 0.0005, warmup"))}
     assert "| 0.002 (the sweep's end) |" in report.optimizer(results | dict(runs=higher)), "lower rates of smaller steps are not of the sweep"
     figure = Figure()
