@@ -113,7 +113,8 @@ def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["optimizer", "routing", "balance", "specialization", "scaling"])
-def test_one_seed_is_reported_without_numbers_that_need_two(performed, tmp_path, name):
+def test_one_seed_is_reported_without_numbers_that_need_two(performed, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(runner, "draw", lambda results, path: path.touch())
     assert go(name, tmp_path, seeds=(1,))
     text = report.block(name, tmp_path).replace("information", "")
     assert "| --- |" in text and "inf" not in text and "nan" not in text
@@ -696,11 +697,11 @@ def test_intervals_of_a_scaling_law_hold_the_truth():
     """In about 95% of experiments, with as few points as a study has."""
     random, x, held = np.random.default_rng(0), np.repeat([1e6, 4e6, 2e7, 1e8], 2), 0
     truth = 2 + (x / 1e7) ** -0.5
-    for _ in range(300):
+    for _ in range(200):
         law = scaling_law(list(x), list(truth + random.normal(0, 0.02, len(x))))
         low, high = law.inverse_between(3 + random.normal(0, 0.01), 0.01)
         held += low <= 1e7 <= high
-    assert 0.92 <= held / 300 <= 0.98
+    assert 0.92 <= held / 200 <= 0.98
 
 
 def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
