@@ -194,7 +194,8 @@ class Trainer:
         try:
             yield
         except (Diverged, OutOfMemory):
-            self._write_results(last=True)
+            with contextlib.suppress(OSError, ExperimentError):     # a full disk must not hide what went wrong
+                self._write_results(last=True)
             raise
 
     def _evaluation_due(self) -> bool:

@@ -167,10 +167,10 @@ def optimizer(results: dict) -> str:
     warmups = [c.get("warmup_fraction", usual) for c in asked if c["optimizer"] == "adamw"]
     warmup = adamw[0]["changes"].get("warmup_fraction", usual)
     longest = " (the longest tried)" if usual < warmup == max(warmups) else ""
-    tried = {name: {run["changes"]["adamw_lr"] / best[0]["changes"]["adamw_lr"] for run in results["runs"].values()
+    shares = {name: {run["changes"]["adamw_lr"] / best[0]["changes"]["adamw_lr"] for run in results["runs"].values()
                     if run["group"].startswith(f"{QUARTER}{name}, ")} for name, best in (("muon", muon), ("adamw", adamw))}
     smaller = ({name: best_runs(found, QUARTER + name) for name in rates}
-               if all(set(QUARTER_RATES) <= shares for shares in tried.values()) and all(swept(found, QUARTER + name) for name in rates) else {})
+               if all(set(QUARTER_RATES) <= tried for tried in shares.values()) and all(swept(found, QUARTER + name) for name in rates) else {})
 
     def times(name: str) -> str:
         """At which share of the rates above, and with which warm-up, the smaller steps did best."""

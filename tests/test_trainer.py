@@ -373,6 +373,11 @@ def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     with pytest.raises(Diverged):
         trainer.run()
     assert drawn[9:] == [4], "and when it diverges"
+    monkeypatch.setattr(report, "plot_training_curves", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space")))
+    trainer = build(settings(max_steps=6, eval_every=2, precision="fp16", loss_scale=1.0))
+    poison(trainer, math.inf, when=lambda n: True)
+    with pytest.raises(Diverged):
+        trainer.run()
 
 
 def test_validation_loss_is_the_mean_over_its_windows(settings):
