@@ -3,6 +3,7 @@ means, so that the spread of the seeds shows."""
 import dataclasses
 import functools
 import math
+import statistics
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,9 +43,20 @@ def groups(results: dict) -> dict[str, list[dict]]:
     return found
 
 
-def timed(results: dict) -> dict[str, dict]:
-    """{configuration: the run that measured its speed}, failed ones too."""
-    return {run["group"].removeprefix(SPEED): run for run in results["runs"].values() if run["group"].startswith(SPEED)}
+def timed(results: dict) -> dict[str, list[dict]]:
+    """{configuration: the runs that measured its speed}, without those that failed."""
+    found: dict[str, list[dict]] = {}
+    for run in results["runs"].values():
+        if "failed" not in run and run["group"].startswith(SPEED):
+            found.setdefault(run["group"].removeprefix(SPEED), []).append(run)
+    return found
+
+
+def mean_speed(runs: list[dict]) -> tuple[float, float]:
+    """Tokens/s, the mean of the runs' medians, and its standard error: by the steps of each run, and by how far the runs differ."""
+    rates, n = [run["tokens_per_second"] for run in runs], len(runs)
+    within = math.hypot(*(run["tokens_per_second_error"] for run in runs)) / n
+    return statistics.mean(rates), math.hypot(within, statistics.stdev(rates) / math.sqrt(n) if n > 1 else 0)
 
 
 def mean_and_spread(runs: list[dict], key: str = "val_loss") -> tuple[float, float]:
@@ -238,9 +250,10 @@ def _optimizer(figure: Figure, results: dict) -> None:
     if shorter(found):
         curves.plot([], [], "o", color=BLUE, markersize=4.5, label="Muon, a shorter run's end")
     smaller = [(best_runs(found, QUARTER + name), colour) for name, colour in (("muon", BLUE), ("adamw", ORANGE)) if swept(found, QUARTER + name)]
-    for i, (ends, colour) in enumerate(smaller):
-        curves.plot([run["tokens"] for run in ends], [run["val_loss"] for run in ends], "x", color=colour, markersize=5,
-                    label="with 4 times the steps" if i == 0 else None)
+    for ends, colour in smaller:
+        curves.plot([run["tokens"] for run in ends], [run["val_loss"] for run in ends], "x", color=colour, markersize=5)
+    if smaller:
+        curves.plot([], [], "x", color="0.4", markersize=5, label="either's end in 4 times the steps")
     low = min(run["val_loss"] for runs in found.values() for run in runs)
     curves.set(xlabel="tokens", ylabel=LOSS, ylim=(low - 0.1, target + 2.5 * max(0.4, target - low)))
     curves.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -260,8 +273,7 @@ def _routing(figure: Figure, results: dict) -> None:
     for kind, colour, marker in (("equal tokens", BLUE, "o"), ("equal FLOPs", ORANGE, "s")):
         _points(loss, {k: found.get(f"top-{k}, {kind}" if k != 2 else "top-2, equal tokens", []) for k in (1, 2, 3, 4)}, "val_loss", kind, colour,
                 marker)
-    speed.errorbar((1, 2, 3, 4), [speeds[f"top-{k}"]["tokens_per_second"] for k in (1, 2, 3, 4)],
-                   [speeds[f"top-{k}"]["tokens_per_second_error"] for k in (1, 2, 3, 4)], color=GREEN, marker="o", markersize=4.5, linewidth=1.2, capsize=3)
+    _points(speed, {k: speeds[f"top-{k}"] for k in (1, 2, 3, 4)}, "tokens_per_second", None, GREEN)
     loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=[1, 2, 3, 4])
     least = limit(found["top-2, equal tokens"], found["top-2, equal tokens"], honest_difference(found))
     if least < math.inf:
@@ -335,12 +347,14 @@ def _scaling(figure: Figure, results: dict) -> None:
 
 
 def _checkpointing(figure: Figure, results: dict) -> None:
-    runs = [run for run in timed(results).values() if "failed" not in run]
+    runs = [run for runs in timed(results).values() for run in runs]
     depths = sorted({run["changes"]["n_layers"] for run in runs})
     for row, depth in zip(figure.subplots(len(depths), 2, squeeze=False, sharex=True), depths):
         for mode, (colour, marker) in MODES.items():
-            mine = {run["changes"]["batch_size"]: [run] for run in runs
-                    if (run["changes"]["activation_checkpointing"], run["changes"]["n_layers"]) == (mode, depth)}
+            mine: dict[int, list[dict]] = {}
+            for run in runs:
+                if (run["changes"]["activation_checkpointing"], run["changes"]["n_layers"]) == (mode, depth):
+                    mine.setdefault(run["changes"]["batch_size"], []).append(run)
             for axes, key in zip(row, ("peak_gb", "tokens_per_second")):
                 _points(axes, dict(sorted(mine.items())), key, mode, colour, marker)
         for axes, label in zip(row, ("peak memory (GB)", "tokens/s")):

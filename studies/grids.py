@@ -2,7 +2,7 @@
 
 A study is a function of (base configuration, tokens of a run, seeds, results so far) that returns all runs that it wants by
 now: it may look at results to choose the next ones, and is done when it wants nothing new. How fast a configuration is, is
-measured in a short run that has the machine for itself, as small models wait for the host; the others may share a GPU.
+measured in short runs that have the machine for themselves, as small models wait for the host; the others may share a GPU.
 """
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ class Run:
         return f"{self.group}, seed {self.changes['seed']}"
 
 
-TIMED_TOKENS, TIMED_STEPS = 4e6, (5, 64)       # of a speed, at most those of a run; steps within these
+TIMED_TOKENS, TIMED_STEPS = 2e6, (5, 64)       # of a speed, at most those of a run; steps within these
 
 
 def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
@@ -37,12 +37,18 @@ def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -
     return [Run(group, changes | dict(max_steps=steps, seed=seed)) for seed in seeds]
 
 
-def speed(base: Config, name: str, tokens: float, seed: int, **changes) -> Run:
-    """A few steps of a configuration alone on the machine: tokens/s and memory."""
+def speeds(base: Config, name: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
+    """A few steps of a configuration alone on the machine, with each seed: tokens/s and memory. A host that others use too is slower
+    at one time than at another, which steps that follow each other do not show."""
     fewest, most = TIMED_STEPS
     steps = min(most, max(fewest, round(min(tokens, TIMED_TOKENS) / dataclasses.replace(base, **changes).tokens_per_step)))
-    own = dict(max_steps=steps, log_every=1, eval_every=steps, eval_steps=1, save_minutes=0, seed=seed)
-    return Run(f"speed of {name}", changes | own, alone=True)
+    own = dict(max_steps=steps, log_every=1, eval_every=steps, eval_steps=1, save_minutes=0)
+    return [Run(f"speed of {name}", changes | own | dict(seed=seed), alone=True) for seed in seeds]
+
+
+def in_rounds(timed: list[Run]) -> list[Run]:
+    """All with the first seed, then all with the second ...: what is compared runs soon after each other, what is repeated does not."""
+    return sorted(timed, key=lambda run: run.changes["seed"])
 
 
 def sized(base: Config, factor: float) -> dict:
@@ -57,7 +63,7 @@ MUON_RATES, ADAMW_RATES = (0.01, 0.02, 0.04), (0.001, 0.002, 0.004)
 MOST_RATES = 6
 LONG_WARMUPS = (0.2, 0.4, 0.6)
 FRACTIONS = (0.25, 0.5)
-QUARTER, QUARTER_RATES = "a quarter of the batch: ", (0.25, 0.5, 1)         # the rates as shares of the best at the whole batch
+QUARTER, QUARTER_RATES = "a quarter of the batch: ", (0.25, 0.5, 1, 2)         # the rates as shares of the best at the whole batch
 
 
 def quarter(base: Config) -> dict:
@@ -76,7 +82,7 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
     that of the AdamW beside it), on past the first three when the best is at an end; AdamW alone, which a short warm-up may hold
     back, also with longer ones, as long as they help; the best get the other seeds. Muon also for a quarter and half of the tokens, each
     with a whole schedule: with how many does it reach AdamW's loss? And both in 4 times as many steps of a quarter of the batch, at
-    these rates and lower ones, AdamW also with the shortest of the long warm-ups: is Muon better because the steps are few?"""
+    these rates, lower and higher ones, AdamW also with the shortest of the long warm-ups: is Muon better because the steps are few?"""
     wanted: list[Run] = []
 
     def name_of(changes: dict) -> str:
@@ -127,7 +133,7 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
             wanted += runs(base, QUARTER + name_of(smaller), tokens, seeds[1:], **smaller)
     if muon:
         wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **muon)]
-    return wanted + [speed(base, name, tokens, seeds[0], optimizer=name) for name in ("muon", "adamw")]
+    return wanted + in_rounds([run for name in ("muon", "adamw") for run in speeds(base, name, tokens, seeds, optimizer=name)])
 
 
 def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
@@ -138,11 +144,11 @@ def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     timed, wanted = [], []
     for k in (1, 2, 3, 4):
         changes = size | dict(top_k=k, norm_topk_prob=k > 1)
-        timed.append(speed(base, f"top-{k}", tokens, seeds[0], **changes))
+        timed += speeds(base, f"top-{k}", tokens, seeds, **changes)
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
         if k != 2:
             wanted += runs(base, f"top-{k}, equal FLOPs", flops / dataclasses.replace(base, **changes).flops_per_token, seeds, **changes)
-    return wanted + timed
+    return wanted + in_rounds(timed)
 
 
 WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
@@ -187,13 +193,13 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
         kinds = dict(dense=size | dict(num_experts=0, d_ff=2 * size["d_ff"]), moe=size | dict(num_experts=8, top_k=2))
         name = f"{size['n_layers']} x {size['d_model']}"
         for kind, changes in kinds.items():
-            timed.append(speed(base, f"{kind}, {name}", tokens, seeds[0], **changes))
+            timed += speeds(base, f"{kind}, {name}", tokens, seeds, **changes)
             wanted += runs(base, f"{kind}, {name}", tokens, seeds, **changes)
-        dense, moe = (found.get(run.label) for run in timed[-2:])
-        if dense and moe and "failed" not in dense | moe:
-            more = dense["tokens_per_second"] / moe["tokens_per_second"]
+        dense, moe = ([found.get(run.label, {}).get("tokens_per_second") for run in timed if run.group == f"speed of {kind}, {name}"] for kind in kinds)
+        if None not in dense + moe:     # all were measured, and none failed
+            more = sum(dense) / sum(moe)
             longer += runs(base, f"dense, {name}{EQUAL_TIME}", tokens * more, seeds, **kinds["dense"])
-    return wanted + timed + longer
+    return wanted + in_rounds(timed) + longer
 
 
 MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)      # of the base's micro-batch, among which the largest that fits is sought, as far as a run's tokens allow
@@ -206,16 +212,16 @@ def usable_gb(cpu: bool) -> float:
 
 
 def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """What does activation checkpointing cost? Each mode at two depths: at the base's micro-batch, at the largest that `none` is
-    predicted to fit, and from the largest that itself is predicted to fit on, until one fits and the next does not."""
+    """What does activation checkpointing cost? Each mode at two depths: at the base's micro-batch, from the largest that it is predicted
+    to fit on, until one fits and the next does not, and at the largest that all fit; what fits again with the other seeds."""
     usable, wanted, longest = usable_gb(base.device == "cpu"), [], tokens / TIMED_STEPS[0] / base.max_seq_len
     sizes = [base.batch_size * multiple for multiple in MULTIPLES if multiple == 1 or base.batch_size * multiple <= longest]
     for layers in (base.n_layers, 2 * base.n_layers):
-        def at(mode: str, batch: int) -> Run:
-            run = speed(base, f"{mode}, {layers} layers, micro-batch {batch}", tokens, seeds[0], n_layers=layers,
-                        activation_checkpointing=mode, batch_size=batch, offload_optimizer="false",
-                        gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
-            return dataclasses.replace(run, may_not_fit=True)
+        def at(mode: str, batch: int) -> list[Run]:
+            runs = speeds(base, f"{mode}, {layers} layers, micro-batch {batch}", tokens, seeds, n_layers=layers,
+                          activation_checkpointing=mode, batch_size=batch, offload_optimizer="false",
+                          gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
+            return [dataclasses.replace(run, may_not_fit=True) for run in runs]
 
         def predicted(mode: str) -> int:
             """The place in `sizes` of the largest micro-batch that should fit."""
@@ -224,21 +230,23 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
             return max(0, sum(total <= usable for total in totals) - 1)
 
         for mode in ("none", "selective", "full"):
-            wanted += [at(mode, base.batch_size), at(mode, sizes[predicted("none")])]
+            wanted += at(mode, base.batch_size)
             place, step = predicted(mode), 0
             while 0 <= place < len(sizes):
-                wanted.append(at(mode, sizes[place]))
-                result = found.get(wanted[-1].label)
+                wanted += at(mode, sizes[place])
+                result = found.get(at(mode, sizes[place])[0].label)
                 if result is None:
                     break
                 towards = -1 if "failed" in result else 1
                 if step not in (0, towards):        # it fitted here and not there, or the other way round
                     break
                 step, place = towards, place + towards
-        fits = [batch for batch in sizes if "failed" not in found.get(at("none", batch).label, dict(failed=True))]
+        fits = [batch for batch in sizes if "failed" not in found.get(at("none", batch)[0].label, dict(failed=True))]
         if fits:        # where the three are compared
-            wanted += [at(mode, max(fits)) for mode in ("selective", "full")]
-    return list({run.label: run for run in wanted}.values())
+            wanted += [run for mode in ("selective", "full") for run in at(mode, max(fits))]
+    first = {run.group: found.get(run.label) for run in wanted if run.changes["seed"] == seeds[0]}
+    again = [run for run in wanted if run.changes["seed"] == seeds[0] or "failed" not in (first[run.group] or dict(failed="not run yet"))]
+    return in_rounds(list({run.label: run for run in again}.values()))
 
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)

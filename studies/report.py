@@ -4,7 +4,7 @@
     python -m studies.report FOLDER     prints what a study in another folder found
 
 Every number in it, those in the sentences too, is computed here from a results.json; a study without one is said not to be run.
-A value of several seeds is their mean ± half of their spread, a speed the median of a run's steps ± its standard error.
+A value of several seeds is their mean ± half of their spread, a speed the mean of runs' medians ± its standard error.
 """
 import collections
 import functools
@@ -20,7 +20,7 @@ from benchmarks.tables import fill, rewrite
 from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
-from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, noise, of_kind, scaling_law,
+from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, mean_speed, noise, of_kind, scaling_law,
                              sharpest_layer, shorter, swept, timed)
 from studies.grids import ADAMW_RATES, EQUAL_TIME, QUARTER, QUARTER_RATES, STUDIES, WEIGHTS
 
@@ -38,13 +38,15 @@ def value(runs: list[dict], key: str = "val_loss", digits: int = 3) -> str:
     return f"{mean:.{digits}f}" + (f" ± {spread / 2:.{digits}f}" if len(runs) > 1 else " (one seed)")
 
 
-def speed(run: dict) -> str:
-    return f"{run['tokens_per_second']:,.0f} ± {run['tokens_per_second_error']:,.0f}"
+def speed(runs: list[dict]) -> str:
+    mean, error = mean_speed(runs)
+    return f"{mean:,.0f} ± {error:,.0f}"
 
 
-def relative_error(*runs: dict) -> float:
-    """The standard error of a ratio of speeds, as a part of it."""
-    return math.hypot(*(run["tokens_per_second_error"] / run["tokens_per_second"] for run in runs))
+def speed_ratio(a: list[dict], b: list[dict]) -> tuple[float, float]:
+    """How many times as fast a is as b, and the standard error of that."""
+    (mean_a, error_a), (mean_b, error_b) = mean_speed(a), mean_speed(b)
+    return mean_a / mean_b, mean_a / mean_b * math.hypot(error_a / mean_a, error_b / mean_b)
 
 
 def undecided(a: list[dict], b: list[dict], honest: float, more: float = 0.0) -> bool:
@@ -139,8 +141,9 @@ def optimizer(results: dict) -> str:
     lengths = [(runs[0]["tokens"], mean_and_spread(runs)[0]) for runs in [*shorter(found), muon]]
     reached = tokens_to(lengths, target)
     per_step = tokens / adamw[0]["changes"]["max_steps"]
-    rates = {name: speeds[name]["tokens_per_second"] for name in ("muon", "adamw")}
-    bytes_each = {name: speeds[name]["state_bytes_per_parameter"] for name in rates}
+    rates = {name: mean_speed(speeds[name])[0] for name in ("muon", "adamw")}
+    bytes_each = {name: speeds[name][0]["state_bytes_per_parameter"] for name in rates}
+    peaks = {name: mean_and_spread(speeds[name], "peak_gb")[0] for name in rates}
     none, honest = "not reached", honest_difference(found)
     sweeps = swept(found, "muon") + swept(found, "adamw")
     asked = [run["changes"] for run in results["runs"].values() if "_lr" in run["group"] and not run["group"].startswith(QUARTER)]      # those that diverged too
@@ -188,9 +191,9 @@ def optimizer(results: dict) -> str:
         ["tokens to AdamW's loss", f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
         ["seconds of training at that speed", f"{reached[1]}{reached[0] / rates['muon']:.0f}" if reached else none, f"{tokens / rates['adamw']:.0f}"],
-        [f"tokens/s, alone on {speeds['muon']['machine']['gpu'] or 'the machine'}", *(speed(speeds[name]) for name in rates)],
+        [f"tokens/s, alone on {speeds['muon'][0]['machine']['gpu'] or 'the machine'}", *(speed(speeds[name]) for name in rates)],
         ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in rates)],
-        ["peak memory of a run, GB", *(f"{speeds[name]['peak_gb']:.1f}" for name in rates)]])
+        ["peak memory of a run, GB", *(f"{peaks[name]:.1f}" for name in rates)]])
 
     def lead(muon: list[dict], adamw: list[dict]) -> str:
         gap = mean_and_spread(adamw)[0] - mean_and_spread(muon)[0]
@@ -207,7 +210,6 @@ def optimizer(results: dict) -> str:
     if same_rate:
         words += (f"; with that rate, {adamw[0]['changes']['adamw_lr']:g}, for what AdamW trains beside Muon too, the difference is "
                   f"{adamw[0]['val_loss'] - min(same_rate):.3f} (one seed)")
-    peaks = {name: speeds[name]["peak_gb"] for name in rates}
     words += (f". Muon's loss is interpolated between runs of {listed([count(length) for length, _ in lengths])} tokens, each with a whole schedule. "
               f"Muon's own warm-up was not varied. Weights, gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the "
               f"brief: 30%, or 8 bytes against 12), as Muon keeps one momentum, in 16 bits, and AdamW two moments, in 32; the peak of these runs, most "
@@ -320,14 +322,13 @@ def scaling(results: dict) -> str:
     per_time = worth_of_time(dense_runs, [(dense, timely) for _, dense, timely in sizes.values() if timely])
     body, differences = [], dict(tokens=[], time=[])
     for name, (moe, dense, timely) in sizes.items():
-        pair = [speeds[f"{kind}, {name}"] for kind in ("dense", "moe")]
-        ratio = pair[1]["tokens_per_second"] / pair[0]["tokens_per_second"]
+        ratio, error = speed_ratio(*(speeds[f"{kind}, {name}"] for kind in ("moe", "dense")))
         differences["tokens"].append(against(moe, dense, honest))
-        differences["time"].append(against(moe, timely, honest, 2 * per_time * relative_error(*pair)) if timely else "not run yet")
+        differences["time"].append(against(moe, timely, honest, 2 * per_time * error / ratio) if timely else "not run yet")
         worth = (equal_loss_flops(by_flops[0], moe, deviation, [run["flops_per_token"] for run in dense_runs])
                  if by_flops[0] and deviation < math.inf else "–")
         body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), differences["tokens"][-1], worth,
-                     differences["time"][-1], f"{ratio:.2f} ± {ratio * relative_error(*pair):.2f}"])
+                     differences["time"][-1], f"{ratio:.2f} ± {error:.2f}"])
     table = rows(["layers x width", "parameters used", "of the MoE's", "dense loss", "MoE loss",
                   "MoE - dense, equal tokens, FLOPs and parameters used", "FLOPs a token of a dense model with the MoE's loss, times",
                   "MoE - dense, equal time", "MoE's speed, times the dense one's"], body)
@@ -360,27 +361,27 @@ def scaling(results: dict) -> str:
 
 
 def checkpointing(results: dict) -> str:
-    runs = timed(results).values()
     body, saved, slower = [], [], []
-    for depth in sorted({run["changes"]["n_layers"] for run in runs}):
-        fits = {mode: {run["changes"]["batch_size"]: run for run in runs if "failed" not in run and run["changes"]["n_layers"] == depth
-                       and run["changes"]["activation_checkpointing"] == mode} for mode in MODES}
-        too_large = {mode: min((run["changes"]["batch_size"] for run in runs if run.get("failed") == "out of memory"
-                                and (run["changes"]["n_layers"], run["changes"]["activation_checkpointing"]) == (depth, mode)), default=None) for mode in MODES}
+    speeds = {_setting(runs[0]): runs for runs in timed(results).values()}
+    failed = {_setting(run) for run in results["runs"].values() if run.get("failed") == "out of memory"}
+    for depth in sorted({layers for layers, _, _ in speeds.keys() | failed}):
+        fits = {mode: {batch: runs for (*where, batch), runs in speeds.items() if where == [depth, mode] and (depth, mode, batch) not in failed}
+                for mode in MODES}
+        too_large = {mode: min((batch for *where, batch in failed if where == [depth, mode]), default=None) for mode in MODES}
         common = sorted(set.intersection(*map(set, fits.values())))
         largest = {mode: f"{max(fits[mode], default=0)}, not {too_large[mode]}" if too_large[mode] else f"at least {max(fits[mode], default=0)}"
                    for mode in MODES}
         body += [[str(depth), mode, *["–"] * 5, largest[mode]] for mode in MODES if not common]
         for batch, mode in ((batch, mode) for batch in common for mode in MODES):
-            none, run = fits["none"][batch], fits[mode][batch]
-            activations = [r["memory_gb"].get("activations") for r in (run, none)]
+            none, runs = fits["none"][batch], fits[mode][batch]
+            activations = [r[0]["memory_gb"].get("activations") for r in (runs, none)]
             less = None if None in activations or not activations[1] else 1 - activations[0] / activations[1]
-            slow = none["tokens_per_second"] / run["tokens_per_second"] - 1
+            times, error = speed_ratio(none, runs)
             if mode != "none" and batch == common[-1]:
                 saved += [] if less is None else [(mode, less)]
-                slower += [(mode, slow)]
-            body.append([str(depth), mode, str(batch), f"{run['peak_gb']:.1f}", "–" if less is None else f"{less:.0%}", speed(run),
-                         "" if mode == "none" else f"{round(100 * slow):+d}% ± {(1 + slow) * relative_error(run, none):.0%}", largest[mode]])
+                slower += [(mode, times - 1)]
+            body.append([str(depth), mode, str(batch), f"{mean_and_spread(runs, 'peak_gb')[0]:.1f}", "–" if less is None else f"{less:.0%}", speed(runs),
+                         "" if mode == "none" else f"{round(100 * (times - 1)):+d}% ± {error:.0%}", largest[mode]])
     table = rows(["layers", "checkpointing", "micro-batch", "peak GB", "of the activations saved", "tokens/s", "time a token",
                   "largest micro-batch that fits"], body)
 
@@ -391,7 +392,12 @@ def checkpointing(results: dict) -> str:
 
     return (f"At the largest micro-batch that all three fit, `selective` saves {span(saved, 'selective')} of the activations' memory for "
             f"{span(slower, 'selective')} more time a token, `full` {span(saved, 'full')} for {span(slower, 'full')} (the brief: 40 to 50% saved, 10 to "
-            f"15% slower).\n\n{table}\n\nThe ± of a time is the standard error over the steps of one run.")
+            f"15% slower).\n\n{table}")
+
+
+def _setting(run: dict) -> tuple[int, str, int]:
+    """The layers, the checkpointing and the micro-batch of a run."""
+    return tuple(run["changes"][field] for field in ("n_layers", "activation_checkpointing", "batch_size"))
 
 
 BLOCKS = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)

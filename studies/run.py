@@ -9,12 +9,12 @@
 With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision bf16) and --jobs 4, in about so many
 minutes of one H100 or H200:
 
-    optimizer        50 runs or so of 16M tokens or less    60
-    routing          18 runs of 16M tokens or so            14
+    optimizer        55 runs or so of 16M tokens or less    70
+    routing          22 runs of 16M tokens or so            16
     balance          20 runs of 16M tokens                  13
     specialization    2 runs of 50M tokens, and analyses     7
-    scaling          32 runs of 16M tokens or more          28
-    checkpointing    22 runs or so of 5 to 64 steps         22
+    scaling          40 runs of 16M tokens or more          30
+    checkpointing    42 runs or so of 5 to 31 steps         24
 
 Two GPUs take half as long, but not where a speed is measured, all of checkpointing: such a run has the machine for itself. Each
 run of `small` needs 32 GB: on 80 GB give --jobs 2. What a study did take is in its results, as `budget`. Any option of

@@ -87,7 +87,7 @@ def loaded(folder):
 
 # ---------------------------------------------------------------- what is run
 
-@pytest.mark.parametrize("name, least", [("optimizer", 16), ("routing", 18), ("balance", 20), ("specialization", 2), ("scaling", 24),
+@pytest.mark.parametrize("name, least", [("optimizer", 16), ("routing", 22), ("balance", 20), ("specialization", 2), ("scaling", 32),
                                          ("checkpointing", 32)])
 def test_a_study_performs_each_run_once_draws_and_is_reported(performed, tmp_path, name, least):
     assert go(name, tmp_path, jobs=3)
@@ -108,7 +108,7 @@ def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
     assert not go("routing", tmp_path) and len(performed) == 3 and not (tmp_path / "figure.png").exists()
     assert f"`python -m studies.run routing --tokens {TOKENS:g} --out {tmp_path} --preset tiny` goes on" in report.block("routing", tmp_path)
     monkeypatch.setattr(runner, "perform", whole)
-    assert go("routing", tmp_path) and len(performed) == len(set(performed)) == 18
+    assert go("routing", tmp_path) and len(performed) == len(set(performed)) == 22
     assert not go("balance", tmp_path / "late", seconds=0)
 
 
@@ -123,7 +123,7 @@ def test_one_seed_is_reported_without_numbers_that_need_two(performed, tmp_path,
 def test_a_study_is_drawn_when_only_runs_that_others_led_to_are_missing(performed, tmp_path, monkeypatch):
     """Here one model's runs for equal time, and then those at equal tokens too, of which an earlier study's figure tells."""
     whole = runner.perform
-    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 29 else whole(*a))
+    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 37 else whole(*a))
     assert not go("scaling", tmp_path) and (tmp_path / "figure.png").stat().st_size > 10_000
     text = report.block("scaling", tmp_path)
     assert "Not finished" in text and "figure.png" in text and "and unknown at 1 with equal time" in text and "| not run yet |" in text
@@ -160,7 +160,7 @@ def test_what_did_not_run_changes_nothing_that_was_found(performed, tmp_path, mo
 
 def test_equal_time_that_diverged_is_no_answer(performed, monkeypatch, tmp_path):
     whole = runner.perform
-    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 24 else whole(*a))
+    monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 32 else whole(*a))
     assert not go("scaling", tmp_path) and (tmp_path / "figure.png").exists()
     monkeypatch.setattr(runner, "perform", lambda *_: dict(failed="diverged"))
     with pytest.raises(ExperimentError, match="equal time diverged"):
@@ -179,7 +179,7 @@ def test_runs_are_kept_in_the_order_of_the_study(performed, tmp_path, monkeypatc
     assert go("scaling", tmp_path, jobs=2)
     found = loaded(tmp_path)["runs"]
     wanted = [run.label for run in STUDIES["scaling"](BASE, TOKENS, [1, 2], found)]
-    assert list(found) == wanted and all(run.startswith("speed of") for run in wanted[16:24]) and all("equal time" in run for run in wanted[24:])
+    assert list(found) == wanted and all(run.startswith("speed of") for run in wanted[16:32]) and all("equal time" in run for run in wanted[32:])
     dense, longer = found["dense, 1 x 8, seed 1"], found["dense, 1 x 8, equal time, seed 1"]
     assert longer["tokens"] == 1.5 * dense["tokens"], "the dense model is that much faster here"
     assert longer["changes"] == dense["changes"] | dict(max_steps=longer["changes"]["max_steps"])
@@ -281,7 +281,7 @@ def test_a_study_whose_runs_diverged_has_no_answer(performed, monkeypatch, tmp_p
     with pytest.raises(ExperimentError, match="adamw, adamw_lr 0.001.* diverged"):
         monkeypatch.setattr(runner, "perform", lambda run, *rest: dict(failed="diverged") if run.group.startswith("adamw, ") else whole(run, *rest))
         go("optimizer", tmp_path / "adamw")
-    assert len(loaded(tmp_path)["runs"]) == 18 and "| --- |" not in text and "Not finished" in text
+    assert len(loaded(tmp_path)["runs"]) == 22 and "| --- |" not in text and "Not finished" in text
     monkeypatch.setattr(runner, "perform", lambda *_: dict(failed="diverged"))
     with pytest.raises(ExperimentError, match="none diverged|none, .* diverged"):
         go("balance", tmp_path / "balance")
@@ -485,7 +485,8 @@ def test_the_optimizers_rates_go_on_until_the_best_is_inside():
         + [f"muon, muon_lr 0.08, adamw_lr {rate:g}" for rate in (0.001, 0.004)])
     ends = "adamw, adamw_lr 0.002, warmup_fraction 0.2", "muon, muon_lr 0.08, adamw_lr 0.002"
     assert sorted(name for name in found if "seed 1" not in name and "of the tokens" not in name) == sorted(
-        f"{of}{best}, seed {seed}" for best in ends for of in ("", grids.QUARTER) for seed in (2, 3))
+        [f"{of}{best}, seed {seed}" for best in ends for of in ("", grids.QUARTER) for seed in (2, 3)]
+        + [f"speed of {name}, seed {seed}" for name in ("muon", "adamw") for seed in (2, 3)])
     shorter = [run for run in STUDIES["optimizer"](BASE, 100 * TOKENS, [1], found) if "of the tokens" in run.group]
     assert sorted(run.changes["max_steps"] for run in shorter) == [250, 500]
     assert all((run.changes["muon_lr"], run.changes["adamw_lr"]) == (0.08, 0.002) for run in shorter)
@@ -504,9 +505,10 @@ def test_both_optimizers_are_tried_in_more_and_smaller_steps():
             found[run.label] = result(loss, group=run.group, changes=c, passes=0.1, tokens=c["max_steps"] * dataclasses.replace(base, **c).tokens_per_step)
     smaller = {name: run["changes"] for name, run in found.items() if name.startswith(grids.QUARTER)}
     assert all((c["batch_size"], c["gradient_accumulation_steps"], c["max_steps"]) == (4, 1, 80) for c in smaller.values())
-    assert [(c["adamw_lr"], c["muon_lr"]) for c in smaller.values() if c["optimizer"] == "muon"] == [(0.0005, 0.005), (0.001, 0.01), (0.002, 0.02), (0.001, 0.01)]
+    assert [(c["adamw_lr"], c["muon_lr"]) for c in smaller.values() if c["optimizer"] == "muon"] == [
+        (0.0005, 0.005), (0.001, 0.01), (0.002, 0.02), (0.004, 0.04), (0.001, 0.01)]
     assert sorted((c["warmup_fraction"], c["adamw_lr"]) for c in smaller.values() if c["optimizer"] == "adamw" and c["seed"] == 1) == [
-        (warmup, rate) for warmup in (0.2, 0.4) for rate in (0.0005, 0.001, 0.002)]
+        (warmup, rate) for warmup in (0.2, 0.4) for rate in (0.0005, 0.001, 0.002, 0.004)]
     results = dict(study="optimizer", tokens=tokens, options=["--preset", "tiny"], runs=found)
     text = report.optimizer(results)
     assert "it is 1.000 nats lower (decided); with a quarter of the batch, and so 4 times the steps, 1.000 nats lower (decided)." in text
@@ -518,8 +520,8 @@ def test_both_optimizers_are_tried_in_more_and_smaller_steps():
     held_out = np.arange(100_000, dtype=np.uint16)
     windows = [np.concatenate([inputs for inputs, _ in data.validation_batches(held_out, dataclasses.replace(base, **c))]) for c in ({}, grids.quarter(base))]
     assert np.array_equal(*windows), "what is compared is validated on the same text"
-    wide = {name: run | dict(val_loss=run["val_loss"] - 9 * (name.startswith(grids.QUARTER) and run["changes"].get("adamw_lr") == 0.002)) for name, run in found.items()}
-    assert "(rates x 1, the highest tried)" in report.optimizer(results | dict(runs=wide))
+    wide = {name: run | dict(val_loss=run["val_loss"] - 9 * (name.startswith(grids.QUARTER) and run["changes"].get("adamw_lr") == 0.004)) for name, run in found.items()}
+    assert "(rates x 2, the highest tried)" in report.optimizer(results | dict(runs=wide))
     one = {name: run for name, run in found.items() if not name.startswith(f"{grids.QUARTER}adamw")}
     few = {name: run for name, run in found.items() if not (name.startswith(f"{grids.QUARTER}muon") and run["changes"]["adamw_lr"] == 0.0005)}
     assert all("4 times" not in report.optimizer(results | dict(runs=runs)) for runs in (one, few)), "not before all have been tried"
@@ -589,9 +591,13 @@ def test_micro_batches_are_searched_to_the_end_of_memory(performed, tmp_path, mo
     """Whether the prediction is too high or too low."""
     monkeypatch.setattr(grids, "usable_gb", lambda cpu: gb)
     assert go("checkpointing", tmp_path)
-    tried = {mode: [run["changes"]["batch_size"] for run in timed(loaded(tmp_path)).values() if run["changes"]["activation_checkpointing"] == mode
-                    and run["changes"]["n_layers"] == BASE.n_layers] for mode in ("none", "selective", "full")}
-    assert {mode: sorted(batches) for mode, batches in tried.items()} == {mode: sorted(batches) for mode, batches in expected.items()}
+    runs = [run for run in loaded(tmp_path)["runs"].values() if run["changes"]["n_layers"] == BASE.n_layers]
+
+    def tried(mode, seed, failed):
+        return {run["changes"]["batch_size"] for run in runs if (run["changes"]["activation_checkpointing"], run["changes"]["seed"]) == (mode, seed)
+                and ("failed" in run) <= failed}
+    assert {mode: sorted(tried(mode, 1, failed=True)) for mode in expected} == expected
+    assert all(tried(mode, 2, failed=True) == tried(mode, 1, failed=False) for mode in expected), "what fits, and only that, runs with the second seed"
     text = report.block("checkpointing", tmp_path)
     assert "| 8, not 12 |" in text and "| at least 256 |" in text
 
@@ -626,10 +632,11 @@ def test_what_checkpointing_costs_is_read_from_each_run(tmp_path):
 
 def test_a_speed_is_measured_over_enough_steps_and_not_too_many():
     def steps(tokens=1e9, **changes):
-        run = grids.speed(dataclasses.replace(BASE, max_seq_len=64), "x", tokens, 1, **changes)
+        run, again = grids.speeds(dataclasses.replace(BASE, max_seq_len=64), "x", tokens, [3, 5], **changes)
         assert run.alone and run.changes["eval_every"] == run.changes["max_steps"]
+        assert again == dataclasses.replace(run, changes=run.changes | dict(seed=5)) and run.changes["seed"] == 3
         return run.changes["max_steps"]
-    assert steps(batch_size=1) == 64 and steps(batch_size=1024) == round(4e6 / 1024 / 64 / 2) and steps(batch_size=2 ** 15) == 5
+    assert steps(batch_size=1) == 64 and steps(batch_size=1024) == round(2e6 / 1024 / 64 / 2) and steps(batch_size=2 ** 15) == 5
     assert steps(1e6, batch_size=1024) == round(1e6 / 1024 / 64 / 2), "no more than a run's tokens"
 
 
@@ -640,6 +647,15 @@ def test_micro_batches_are_no_longer_than_a_run(performed, tmp_path, monkeypatch
 
 
 # ---------------------------------------------------------------- how sure
+
+def test_the_error_of_a_speed_holds_what_repeats_differ_by():
+    """Runs of 90 and 110 tokens/s, each known to 2: the mean of two that are 20 apart is known to 10, and a little less by their own errors."""
+    runs = [result(tokens_per_second=rate, tokens_per_second_error=2.0) for rate in (90.0, 110.0)]
+    assert figures.mean_speed(runs) == (100, pytest.approx(math.hypot(10, math.sqrt(2)))) and figures.mean_speed(runs[:1]) == (90, 2)
+    assert report.speed(runs) == "100 ± 10"
+    ratio, error = report.speed_ratio(runs[1:], runs)
+    assert ratio == 1.1 and error == pytest.approx(1.1 * math.hypot(2 / 110, 0.101), rel=1e-3)
+
 
 def test_a_difference_inside_the_spread_is_undecided():
     a, b = [result(5.0), result(5.2)], [result(5.1), result(5.15)]
@@ -720,7 +736,7 @@ def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
     assert len(rows) > 2 and rows[0][6].startswith("2.0") and rows[-1][6] == "beyond those tried"
     assert all(row[-1] == "0.50 ± 0.01 |" and row[5].startswith("-") and row[7].startswith("+") and "undecided" not in row[7] for row in rows)
     assert f"lower at {len(rows)} with equal tokens, FLOPs and parameters used, and higher at {len(rows)} with equal time" in text
-    monkeypatch.setattr(report, "relative_error", lambda *_: 0.5)
+    monkeypatch.setattr(report, "speed_ratio", lambda a, b: (0.5, 0.25))
     assert f"undecided at {len(rows)} with equal time" in report.block("scaling", tmp_path), "speeds that are not known decide nothing"
 
 
