@@ -531,7 +531,8 @@ def test_both_optimizers_are_tried_in_more_and_smaller_steps():
     assert "| 0.002 (the sweep's end) |" in report.optimizer(results | dict(runs=higher)), "lower rates of smaller steps are not of the sweep"
     figure = Figure()
     figures._optimizer(figure, results)
-    ends = {line.get_color(): list(np.round(line.get_ydata(), 3)) for line in figure.axes[1].lines if line.get_marker() == "x"}
+    ends = {line.get_color(): list(np.round(line.get_ydata(), 3)) for line in figure.axes[1].lines
+            if line.get_marker() == "x" and len(line.get_ydata())}
     assert ends == {figures.BLUE: [3.01, 3.02], figures.ORANGE: [4.01, 4.02]}
 
 
