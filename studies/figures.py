@@ -3,7 +3,6 @@ means, so that the spread of the seeds shows."""
 import dataclasses
 import functools
 import math
-import statistics
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import studentized_range
+from scipy.stats import t as student
 
 from config import Config, ExperimentError, parse_value, resolve
 from plot import BLUE, GREEN, ORANGE, PINK, RED, SKY, write_figure
@@ -52,11 +52,21 @@ def timed(results: dict) -> dict[str, list[dict]]:
     return found
 
 
-def mean_speed(runs: list[dict]) -> tuple[float, float]:
-    """Tokens/s, the mean of the runs' medians, and its standard error: by the steps of each run, and by how far the runs differ."""
-    rates, n = [run["tokens_per_second"] for run in runs], len(runs)
-    within = math.hypot(*(run["tokens_per_second_error"] for run in runs)) / n
-    return statistics.mean(rates), math.hypot(within, statistics.stdev(rates) / math.sqrt(n) if n > 1 else 0)
+def speed_ratios(a: list[dict], b: list[dict]) -> list[dict]:
+    """How many times as fast a is as b, in each round of measurements that has both, as runs with the value `ratio`."""
+    rounds = [{run["changes"]["seed"]: run["tokens_per_second"] for run in runs} for runs in (a, b)]
+    return [dict(ratio=rate / rounds[1][seed]) for seed, rate in rounds[0].items() if seed in rounds[1]]
+
+
+def ratio_error(pairs: list[list[dict]]) -> float:
+    """Half the 95% interval (Student's) of the mean of such ratios, as a part of it, by how far the rounds of all of `pairs` differ; inf
+    when none was measured twice."""
+    twice = [np.log([pair["ratio"] for pair in ratios]) for ratios in pairs if len(ratios) > 1]
+    freedom = sum(len(logs) - 1 for logs in twice)
+    if not freedom:
+        return math.inf
+    deviation = math.sqrt(sum(np.var(logs) * len(logs) for logs in twice) / freedom)
+    return float(student.ppf(0.975, freedom)) * deviation / math.sqrt(min(map(len, pairs)))
 
 
 def mean_and_spread(runs: list[dict], key: str = "val_loss") -> tuple[float, float]:
@@ -177,7 +187,9 @@ def _lost(results: dict) -> set[str]:
     left = {run["group"] for run in runs if "failed" not in run}
     failed = {run["group"] for run in runs} - left
     if results["study"] in ("routing", "scaling"):
-        return failed
+        return failed | {run["group"] for run in runs if "failed" in run and run["group"].startswith(SPEED)}     # one of its repeats
+    if results["study"] == "checkpointing":
+        return {run["group"] for run in runs if run.get("failed") == "diverged"}        # what does not fit is a result
     if results["study"] == "optimizer" and failed:
         needed = [group.startswith(SPEED) for group in failed] + [not any(group.startswith(f"{name}, ") for group in left) for name in ("muon", "adamw")]
         return failed if any(needed) else set()
@@ -279,7 +291,7 @@ def _routing(figure: Figure, results: dict) -> None:
     if least < math.inf:
         place = loss.get_ylim()[0] + 0.02 * np.ptp(loss.get_ylim()) + least / 2       # where no run is: with more experts equal FLOPs end higher
         loss.errorbar(3.6, place, least / 2, color="0.4", capsize=3)
-        loss.text(3.5, place, "undecided\nbelow this", fontsize=7, color="0.4", ha="right", va="center")
+        loss.text(3.5, place, "a smaller difference\nis undecided", fontsize=7, color="0.4", ha="right", va="center")
     speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=[1, 2, 3, 4], ylim=(0, 1.08 * speed.dataLim.ymax))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, speed):

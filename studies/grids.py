@@ -27,7 +27,8 @@ class Run:
         return f"{self.group}, seed {self.changes['seed']}"
 
 
-TIMED_TOKENS, TIMED_STEPS = 2e6, (5, 64)       # of a speed, at most those of a run; steps within these
+TIMED_TOKENS, TIMED_STEPS = 4e6, (5, 64)       # of a speed, at most those of a run; steps within these
+REPEATS = (1, 2)        # of a speed, the seeds
 
 
 def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
@@ -37,17 +38,17 @@ def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -
     return [Run(group, changes | dict(max_steps=steps, seed=seed)) for seed in seeds]
 
 
-def speeds(base: Config, name: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
-    """A few steps of a configuration alone on the machine, with each seed: tokens/s and memory. A host that others use too is slower
-    at one time than at another, which steps that follow each other do not show."""
+def speeds(base: Config, name: str, tokens: float, **changes) -> list[Run]:
+    """A few steps of a configuration alone on the machine, twice: tokens/s and memory. A host that others use too is slower at one time
+    than at another, by more than steps that follow each other differ."""
     fewest, most = TIMED_STEPS
     steps = min(most, max(fewest, round(min(tokens, TIMED_TOKENS) / dataclasses.replace(base, **changes).tokens_per_step)))
     own = dict(max_steps=steps, log_every=1, eval_every=steps, eval_steps=1, save_minutes=0)
-    return [Run(f"speed of {name}", changes | own | dict(seed=seed), alone=True) for seed in seeds]
+    return [Run(f"speed of {name}", changes | own | dict(seed=seed), alone=True) for seed in REPEATS]
 
 
 def in_rounds(timed: list[Run]) -> list[Run]:
-    """All with the first seed, then all with the second ...: what is compared runs soon after each other, what is repeated does not."""
+    """Each once, then each again: what is compared runs at about the same time, what is repeated at another."""
     return sorted(timed, key=lambda run: run.changes["seed"])
 
 
@@ -133,7 +134,7 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
             wanted += runs(base, QUARTER + name_of(smaller), tokens, seeds[1:], **smaller)
     if muon:
         wanted += [run for share in FRACTIONS for run in runs(base, f"muon, {share:g} of the tokens", tokens * share, seeds, **muon)]
-    return wanted + in_rounds([run for name in ("muon", "adamw") for run in speeds(base, name, tokens, seeds, optimizer=name)])
+    return wanted + in_rounds([run for name in ("muon", "adamw") for run in speeds(base, name, tokens, optimizer=name)])
 
 
 def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
@@ -144,7 +145,7 @@ def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     timed, wanted = [], []
     for k in (1, 2, 3, 4):
         changes = size | dict(top_k=k, norm_topk_prob=k > 1)
-        timed += speeds(base, f"top-{k}", tokens, seeds, **changes)
+        timed += speeds(base, f"top-{k}", tokens, **changes)
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
         if k != 2:
             wanted += runs(base, f"top-{k}, equal FLOPs", flops / dataclasses.replace(base, **changes).flops_per_token, seeds, **changes)
@@ -193,11 +194,11 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
         kinds = dict(dense=size | dict(num_experts=0, d_ff=2 * size["d_ff"]), moe=size | dict(num_experts=8, top_k=2))
         name = f"{size['n_layers']} x {size['d_model']}"
         for kind, changes in kinds.items():
-            timed += speeds(base, f"{kind}, {name}", tokens, seeds, **changes)
+            timed += speeds(base, f"{kind}, {name}", tokens, **changes)
             wanted += runs(base, f"{kind}, {name}", tokens, seeds, **changes)
-        dense, moe = ([found.get(run.label, {}).get("tokens_per_second") for run in timed if run.group == f"speed of {kind}, {name}"] for kind in kinds)
-        if None not in dense + moe:     # all were measured, and none failed
-            more = sum(dense) / sum(moe)
+        dense, moe = ([found.get(run.label) for run in timed if run.group == f"speed of {kind}, {name}"] for kind in kinds)
+        if all(dense + moe) and not any("failed" in run for run in dense + moe):
+            more = sum(run["tokens_per_second"] for run in dense) / sum(run["tokens_per_second"] for run in moe)
             longer += runs(base, f"dense, {name}{EQUAL_TIME}", tokens * more, seeds, **kinds["dense"])
     return wanted + in_rounds(timed) + longer
 
@@ -212,13 +213,14 @@ def usable_gb(cpu: bool) -> float:
 
 
 def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """What does activation checkpointing cost? Each mode at two depths: at the base's micro-batch, from the largest that it is predicted
-    to fit on, until one fits and the next does not, and at the largest that all fit; what fits again with the other seeds."""
+    """What does checkpointing cost? Each mode at two depths: at the base's micro-batch, from the largest that it is predicted to fit
+    on, until one fits and the next does not, and at the largest that `none` fits; what fits once is tried again, and fits when it does
+    both times."""
     usable, wanted, longest = usable_gb(base.device == "cpu"), [], tokens / TIMED_STEPS[0] / base.max_seq_len
     sizes = [base.batch_size * multiple for multiple in MULTIPLES if multiple == 1 or base.batch_size * multiple <= longest]
     for layers in (base.n_layers, 2 * base.n_layers):
         def at(mode: str, batch: int) -> list[Run]:
-            runs = speeds(base, f"{mode}, {layers} layers, micro-batch {batch}", tokens, seeds, n_layers=layers,
+            runs = speeds(base, f"{mode}, {layers} layers, micro-batch {batch}", tokens, n_layers=layers,
                           activation_checkpointing=mode, batch_size=batch, offload_optimizer="false",
                           gradient_accumulation_steps=max(1, base.sequences_per_step // batch))
             return [dataclasses.replace(run, may_not_fit=True) for run in runs]
@@ -229,29 +231,32 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
             totals = [memory.memory(deep, mode, batch, offload=False, cpu=base.device == "cpu")["total"] for batch in sizes]
             return max(0, sum(total <= usable for total in totals) - 1)
 
+        def fits(mode: str, batch: int) -> bool | None:
+            """None: it was not tried yet."""
+            tried = [found[run.label] for run in at(mode, batch) if run.label in found]
+            return all("failed" not in result for result in tried) if tried else None
+
         for mode in ("none", "selective", "full"):
             wanted += at(mode, base.batch_size)
             place, step = predicted(mode), 0
             while 0 <= place < len(sizes):
                 wanted += at(mode, sizes[place])
-                result = found.get(at(mode, sizes[place])[0].label)
-                if result is None:
+                if fits(mode, sizes[place]) is None:
                     break
-                towards = -1 if "failed" in result else 1
+                towards = 1 if fits(mode, sizes[place]) else -1
                 if step not in (0, towards):        # it fitted here and not there, or the other way round
                     break
                 step, place = towards, place + towards
-        fits = [batch for batch in sizes if "failed" not in found.get(at("none", batch)[0].label, dict(failed=True))]
-        if fits:        # where the three are compared
-            wanted += [run for mode in ("selective", "full") for run in at(mode, max(fits))]
-    first = {run.group: found.get(run.label) for run in wanted if run.changes["seed"] == seeds[0]}
-    again = [run for run in wanted if run.changes["seed"] == seeds[0] or "failed" not in (first[run.group] or dict(failed="not run yet"))]
-    return in_rounds(list({run.label: run for run in again}.values()))
+        if largest := max((batch for batch in sizes if fits("none", batch)), default=None):       # where the three are compared
+            wanted += [run for mode in ("selective", "full") for run in at(mode, largest)]
+    once = {run.group for run in wanted if run.changes["seed"] == REPEATS[0] and "failed" not in found.get(run.label, dict(failed="not run yet"))}
+    wanted = [run for run in {run.label: run for run in wanted}.values() if run.changes["seed"] == REPEATS[0] or run.group in once]
+    return sorted(wanted, key=lambda run: [run.changes[field] for field in ("seed", "n_layers", "batch_size")])     # what is compared, side by side
 
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
-# Tokens of a run, by which a study of `small` takes 7 to 60 minutes of one GPU. Routing and scaling, which use the rates that the
+# Tokens of a run, by which a study of `small` takes 7 to 70 minutes of one GPU. Routing and scaling, which use the rates that the
 # optimizer study finds best, have as many as that. checkpointing's runs measure speed and memory, and are this long with the
 # largest micro-batches alone.
 TOKENS = dict(optimizer=16e6, routing=16e6, balance=16e6, specialization=50e6, scaling=16e6, checkpointing=12e6)

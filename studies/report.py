@@ -4,7 +4,7 @@
     python -m studies.report FOLDER     prints what a study in another folder found
 
 Every number in it, those in the sentences too, is computed here from a results.json; a study without one is said not to be run.
-A value of several seeds is their mean ± half of their spread, a speed the mean of runs' medians ± its standard error.
+A value of several runs is their mean ± half of their spread; a run's speed is the median of its steps.
 """
 import collections
 import functools
@@ -20,8 +20,8 @@ from benchmarks.tables import fill, rewrite
 from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
-from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, mean_speed, noise, of_kind, scaling_law,
-                             sharpest_layer, shorter, swept, timed)
+from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, noise, of_kind, ratio_error, scaling_law,
+                             sharpest_layer, shorter, speed_ratios, swept, timed)
 from studies.grids import ADAMW_RATES, EQUAL_TIME, QUARTER, QUARTER_RATES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,18 +35,7 @@ SHOWN_TOKENS = 8
 
 def value(runs: list[dict], key: str = "val_loss", digits: int = 3) -> str:
     mean, spread = mean_and_spread(runs, key)
-    return f"{mean:.{digits}f}" + (f" ± {spread / 2:.{digits}f}" if len(runs) > 1 else " (one seed)")
-
-
-def speed(runs: list[dict]) -> str:
-    mean, error = mean_speed(runs)
-    return f"{mean:,.0f} ± {error:,.0f}"
-
-
-def speed_ratio(a: list[dict], b: list[dict]) -> tuple[float, float]:
-    """How many times as fast a is as b, and the standard error of that."""
-    (mean_a, error_a), (mean_b, error_b) = mean_speed(a), mean_speed(b)
-    return mean_a / mean_b, mean_a / mean_b * math.hypot(error_a / mean_a, error_b / mean_b)
+    return f"{mean:,.{digits}f}" + (f" ± {spread / 2:,.{digits}f}" if len(runs) > 1 else " (one run)")
 
 
 def undecided(a: list[dict], b: list[dict], honest: float, more: float = 0.0) -> bool:
@@ -141,7 +130,7 @@ def optimizer(results: dict) -> str:
     lengths = [(runs[0]["tokens"], mean_and_spread(runs)[0]) for runs in [*shorter(found), muon]]
     reached = tokens_to(lengths, target)
     per_step = tokens / adamw[0]["changes"]["max_steps"]
-    rates = {name: mean_speed(speeds[name])[0] for name in ("muon", "adamw")}
+    rates = {name: mean_and_spread(speeds[name], "tokens_per_second")[0] for name in ("muon", "adamw")}
     bytes_each = {name: speeds[name][0]["state_bytes_per_parameter"] for name in rates}
     peaks = {name: mean_and_spread(speeds[name], "peak_gb")[0] for name in rates}
     none, honest = "not reached", honest_difference(found)
@@ -191,7 +180,7 @@ def optimizer(results: dict) -> str:
         ["tokens to AdamW's loss", f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
         ["seconds of training at that speed", f"{reached[1]}{reached[0] / rates['muon']:.0f}" if reached else none, f"{tokens / rates['adamw']:.0f}"],
-        [f"tokens/s, alone on {speeds['muon'][0]['machine']['gpu'] or 'the machine'}", *(speed(speeds[name]) for name in rates)],
+        [f"tokens/s, alone on {speeds['muon'][0]['machine']['gpu'] or 'the machine'}", *(value(speeds[name], "tokens_per_second", 0) for name in rates)],
         ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in rates)],
         ["peak memory of a run, GB", *(f"{peaks[name]:.1f}" for name in rates)]])
 
@@ -226,7 +215,7 @@ def routing(results: dict) -> str:
     table = rows(["experts a token", "loss, equal tokens", "against top-2", "loss, equal FLOPs", "against top-2", "FLOPs a token", "tokens/s"], [
         [name, value(same[name]), against(same[name], same["top-2"], honest) if name != "top-2" else "", value(fair[name]),
          against(fair[name], fair["top-2"], honest) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
-         speed(speeds[name])] for name in same])
+         value(speeds[name], "tokens_per_second", 0)] for name in same])
     (best, sure), (best_fair, sure_fair) = level(same, honest), level(fair, honest)
     more, gain = fair["top-1"][0]["tokens"] / same["top-1"][0]["tokens"], mean_and_spread(same["top-1"])[0] - mean_and_spread(fair["top-1"])[0]
     return (f"At equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, {sure_fair}.\n\n{table}"
@@ -320,15 +309,16 @@ def scaling(results: dict) -> str:
     names = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
     sizes = {name: (found[f"moe, {name}"], found[f"dense, {name}"], found.get(f"dense, {name}{EQUAL_TIME}")) for name in names}
     per_time = worth_of_time(dense_runs, [(dense, timely) for _, dense, timely in sizes.values() if timely])
+    ratios = {name: speed_ratios(speeds[f"moe, {name}"], speeds[f"dense, {name}"]) for name in sizes}
+    speed_error = ratio_error(list(ratios.values()))
     body, differences = [], dict(tokens=[], time=[])
     for name, (moe, dense, timely) in sizes.items():
-        ratio, error = speed_ratio(*(speeds[f"{kind}, {name}"] for kind in ("moe", "dense")))
         differences["tokens"].append(against(moe, dense, honest))
-        differences["time"].append(against(moe, timely, honest, 2 * per_time * error / ratio) if timely else "not run yet")
+        differences["time"].append(against(moe, timely, honest, per_time * speed_error if speed_error < math.inf else math.inf) if timely else "not run yet")
         worth = (equal_loss_flops(by_flops[0], moe, deviation, [run["flops_per_token"] for run in dense_runs])
                  if by_flops[0] and deviation < math.inf else "–")
         body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), differences["tokens"][-1], worth,
-                     differences["time"][-1], f"{ratio:.2f} ± {error:.2f}"])
+                     differences["time"][-1], value(ratios[name], "ratio", 2)])
     table = rows(["layers x width", "parameters used", "of the MoE's", "dense loss", "MoE loss",
                   "MoE - dense, equal tokens, FLOPs and parameters used", "FLOPs a token of a dense model with the MoE's loss, times",
                   "MoE - dense, equal time", "MoE's speed, times the dense one's"], body)
@@ -352,8 +342,8 @@ def scaling(results: dict) -> str:
     return (f"Of the {len(sizes)} sizes the MoE ends {counted(differences['tokens'])} with equal tokens, FLOPs and parameters used, and "
             f"{counted(differences['time'])} with equal time.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters "
             "used and FLOPs are those of the MoE; for equal time it was trained again, on as many tokens as take it the MoE's time, of at most 4 passes "
-            f"over the text. {least(found, honest)} With equal time, twice the speeds' errors are added to that, in nats that so much time is "
-            f"worth. {fits} The MoE has {min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses"
+            f"over the text. {least(found, honest)} With equal time, half the speeds' 95% interval is added to that, in nats that so much "
+            f"time is worth. {fits} The MoE has {min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses"
             + ("; what that is worth is in the table, with 95% intervals by the dense model's fit" if by_flops[0] else "")
             + " (the brief: 4x capacity at the same compute)."
             + (f" Against a dense model of as many parameters in all, by its fit, the MoE ends, ± standard errors, {listed(beside)} nats"
@@ -364,6 +354,10 @@ def checkpointing(results: dict) -> str:
     body, saved, slower = [], [], []
     speeds = {_setting(runs[0]): runs for runs in timed(results).values()}
     failed = {_setting(run) for run in results["runs"].values() if run.get("failed") == "out of memory"}
+    def slowdown(times: list[dict]) -> str:
+        mean, spread = mean_and_spread(times, "ratio")
+        return f"{round(100 * (mean - 1)):+d}%" + (f" ± {spread / 2:.0%}" if len(times) > 1 else " (one run)")
+
     for depth in sorted({layers for layers, _, _ in speeds.keys() | failed}):
         fits = {mode: {batch: runs for (*where, batch), runs in speeds.items() if where == [depth, mode] and (depth, mode, batch) not in failed}
                 for mode in MODES}
@@ -376,12 +370,12 @@ def checkpointing(results: dict) -> str:
             none, runs = fits["none"][batch], fits[mode][batch]
             activations = [r[0]["memory_gb"].get("activations") for r in (runs, none)]
             less = None if None in activations or not activations[1] else 1 - activations[0] / activations[1]
-            times, error = speed_ratio(none, runs)
+            times = speed_ratios(none, runs)
             if mode != "none" and batch == common[-1]:
                 saved += [] if less is None else [(mode, less)]
-                slower += [(mode, times - 1)]
-            body.append([str(depth), mode, str(batch), f"{mean_and_spread(runs, 'peak_gb')[0]:.1f}", "–" if less is None else f"{less:.0%}", speed(runs),
-                         "" if mode == "none" else f"{round(100 * (times - 1)):+d}% ± {error:.0%}", largest[mode]])
+                slower += [(mode, mean_and_spread(times, "ratio")[0] - 1)]
+            body.append([str(depth), mode, str(batch), f"{mean_and_spread(runs, 'peak_gb')[0]:.1f}", "–" if less is None else f"{less:.0%}", value(runs, "tokens_per_second", 0),
+                         "" if mode == "none" else slowdown(times), largest[mode]])
     table = rows(["layers", "checkpointing", "micro-batch", "peak GB", "of the activations saved", "tokens/s", "time a token",
                   "largest micro-batch that fits"], body)
 

@@ -128,22 +128,13 @@ def summary(r: dict) -> dict:
     rates = [row["tokens_per_second"] for row in rows[len(rows) // 4:]]     # the first ones compile
     state = sum(memory.get(k, 0) for k in ("weights", "gradients", "master", "momentum", "adamw")) * 1e9
     return dict(val_loss=r["final_metrics"]["val_loss"], tokens=totals["tokens"], flops=config.flops_per_token * totals["tokens"],
-                tokens_per_second=statistics.median(rates), tokens_per_second_error=_median_error(rates),
-                train_seconds=totals["train_seconds"], elapsed_seconds=totals["elapsed_seconds"], skipped_steps=totals["skipped_steps"],
+                tokens_per_second=statistics.median(rates), train_seconds=totals["train_seconds"], elapsed_seconds=totals["elapsed_seconds"], skipped_steps=totals["skipped_steps"],
                 total_params=config.total_params, active_params=config.active_params,
                 load_entropy=statistics.mean(entropy) if entropy else None, worst_share=max(map(max, late)) if late else None,
                 state_bytes_per_parameter=state / config.total_params if memory else None, peak_gb=max(row["memory_peak_gb"] for row in rows), memory_gb=memory,
                 passes=totals["tokens"] / r["data"]["train_tokens"],
                 validation=[[row["step"] * config.tokens_per_step, row["val_loss"]] for row in r["history"] if "val_loss" in row],
                 machine={k: r["environment"][k] for k in ("gpu", "cpus", "torch", "python")})
-
-
-def _median_error(values: list[float]) -> float:
-    """The standard error of a median, by the values' quartiles, so that a step that was held up does not count for more."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, method="inclusive")
-    return math.sqrt(math.pi / 2 / len(values)) * (high - low) / 1.349       # 1.349: the normal distribution's, in deviations
 
 
 # ---------------------------------------------------------------- the study
