@@ -269,7 +269,16 @@ def settle(c: Config, machine: Machine) -> tuple[Config, dict, Choice | None]:
 
 
 def advice(choice: Choice, c: Config, machine: Machine) -> str:
-    return f"This would fit: {choice.options(c)}" if choice.fits(machine) else "No choice for this model would fit: use a smaller --preset"
+    """What would fit instead of `c`: the `choice` for it, or the gradients of as few more blocks as need be on the host, or another preset."""
+    if choice.fits(machine):
+        return f"This would fit: {choice.options(c)}"
+    for blocks in range(c.host_gradient_blocks + 1, c.n_layers + 1) if machine.name else ():
+        more = dataclasses.replace(c, host_gradient_blocks=blocks, offload_optimizer="true")
+        choice, _ = choose(more, machine, fixed_batch=False)
+        if choice.fits(machine):
+            return f"This would fit: --host_gradient_blocks {blocks} {choice.options(more)}"
+    fitting = [name for name, preset in PRESETS.items() if choose(Config(**preset), machine, fixed_batch=False)[0].fits(machine)]
+    return "No choice for this model would fit: use a smaller --preset" + (f"; these fit: {' '.join(fitting)}" if fitting else "")
 
 
 def refuse_what_cannot_fit(c: Config, machine: Machine) -> None:

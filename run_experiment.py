@@ -245,7 +245,7 @@ def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory
           + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB"
           + (" (assumed; --host_memory_gb N says what it has)" if facts["host_memory_assumed"] else "") + ": "
           + ("fits" if facts["fits"] and facts["as_configured"] else "fits, but not as configured" if facts["fits"]
-             else f"does not fit ({choice.shortage(machine)}); the smallest choice is") + f"\n  {facts['options']}\n")
+             else f"does not fit ({choice.shortage(machine)}).\n{memory.advice(choice, config, machine)}\nThe smallest choice, whose memory follows:") + f"\n  {facts['options']}\n")
     print(memory.table(choice.memory_gb, capacity_gb=machine.memory_gb or machine.host_memory_gb))
     print("\nAll sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside them.")
 

@@ -100,6 +100,12 @@ def limit(a: list[dict], b: list[dict], honest: float) -> float:
     return honest * math.sqrt((1 / len(a) + 1 / len(b)) / 2)
 
 
+def smallest_decided(found: dict[str, list[dict]]) -> float:
+    """The smallest difference that is decided between groups of as many seeds as the first one with several."""
+    several = [runs for runs in found.values() if len(runs) > 1]
+    return limit(several[0], several[0], honest_difference(found)) if several else math.inf
+
+
 def swept(found: dict[str, list[dict]], optimizer: str) -> list[list[dict]]:
     """The optimizer study's groups with one of its optimizers at some rates, in steps of the whole batch or after the words QUARTER."""
     return [runs for group, runs in found.items() if group.startswith(f"{optimizer}, ") and "_lr" in group]
@@ -205,7 +211,7 @@ def draw(results: dict, path: Path) -> None:
                               "a smaller base, and another --out")
     figure = Figure(figsize=(8, 3.4), dpi=160, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-    PANELS[results["study"]](figure, results)
+    PANELS.get(results["study"], _losses)(figure, results)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
@@ -225,8 +231,7 @@ def _points(axes, named: dict[float, list[dict]], key: str, label: str | None, c
 
 def _undecided(axes, found: dict[str, list[dict]], middle: float | None, words: str) -> None:
     """Shades what lies within the study's honest difference: above the lowest loss of `found`, or on both sides of `middle`."""
-    several = [runs for runs in found.values() if len(runs) > 1]
-    least = limit(several[0], several[0], honest_difference(found)) if several else math.inf
+    least = smallest_decided(found)
     if least < math.inf:
         low = min(mean_and_spread(runs)[0] for runs in found.values()) if middle is None else middle - least
         axes.axhspan(low, low + least if middle is None else middle + least, color="0.93", linewidth=0, zorder=0, label=words)
@@ -235,6 +240,22 @@ def _undecided(axes, found: dict[str, list[dict]], middle: float | None, words: 
 def _grid(axes) -> None:
     axes.grid(color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
+
+
+def _losses(figure: Figure, results: dict) -> None:
+    """A study that has no figure of its own."""
+    axes, found = figure.subplots(), groups(results)
+    for place, runs in enumerate(found.values()):
+        axes.plot([run["val_loss"] for run in runs], [place] * len(runs), "o", color=BLUE, markersize=4.5, alpha=0.8)
+        axes.plot(mean_and_spread(runs)[0], place, "|", color=BLUE, markersize=14)
+    least = smallest_decided(found)
+    if least < math.inf:
+        low = min(mean_and_spread(runs)[0] for runs in found.values())
+        axes.axvspan(low, low + least, color="0.93", linewidth=0, zorder=0, label="means not told from the lowest")
+    axes.set_yticks(range(len(found)), list(found))
+    axes.set(xlabel=LOSS, ylim=(len(found) - 0.5, -0.5))
+    figure.set_size_inches(8, 1.2 + 0.3 * len(found))
+    _grid(axes)
 
 
 def _optimizer(figure: Figure, results: dict) -> None:
@@ -287,7 +308,7 @@ def _routing(figure: Figure, results: dict) -> None:
                 marker)
     _points(speed, {k: speeds[f"top-{k}"] for k in (1, 2, 3, 4)}, "tokens_per_second", None, GREEN)
     loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=[1, 2, 3, 4])
-    least = limit(found["top-2, equal tokens"], found["top-2, equal tokens"], honest_difference(found))
+    least = smallest_decided(found)
     if least < math.inf:
         place = loss.get_ylim()[0] + 0.02 * np.ptp(loss.get_ylim()) + least / 2       # where no run is: with more experts equal FLOPs end higher
         loss.errorbar(3.6, place, least / 2, color="0.4", capsize=3)

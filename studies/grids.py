@@ -1,8 +1,9 @@
 """What each study runs: lists of changes to one base configuration, with the question that they answer.
 
-A study is a function of (base configuration, tokens of a run, seeds, results so far) that returns all runs that it wants by
-now: it may look at results to choose the next ones, and is done when it wants nothing new. How fast a configuration is, is
-measured in short runs that have the machine for themselves, as small models wait for the host; the others may share a GPU.
+A study is a function of (base configuration, tokens of a run, seeds, results so far) that returns all runs that it wants by now: it
+may look at results to choose the next ones, and is done when it wants nothing new. Its name in STUDIES is all that it needs: it is
+then drawn and told as its groups' losses, under its docstring's first sentence. How fast a configuration is, is measured in short
+runs that have the machine for themselves, as small models wait for the host; the others may share a GPU.
 """
 import dataclasses
 import functools
@@ -79,7 +80,7 @@ def quarter(base: Config) -> dict:
 
 
 def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """Is Muon worth it? Muon with AdamW against AdamW alone: the learning rates of each are swept with one seed (Muon's first, then
+    """Is Muon worth it here? Muon with AdamW against AdamW alone: the learning rates of each are swept with one seed (Muon's first, then
     that of the AdamW beside it), on past the first three when the best is at an end; AdamW alone, which a short warm-up may hold
     back, also with longer ones, as long as they help; the best get the other seeds. Muon also for a quarter and half of the tokens, each
     with a whole schedule: with how many does it reach AdamW's loss? And both in 4 times as many steps of a quarter of the batch, at
@@ -138,13 +139,13 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
 
 
 def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """How many experts a token? k = 1 to 4 of 8 at equal tokens, and at the FLOPs of k = 2; two thirds of the base's width and depth."""
+    """Is top-2 best, or top-1, top-3? k = 1 to 4 of 8 at equal tokens, and at the FLOPs of k = 2; two thirds of the base's width and depth."""
     size = sized(base, 2 / 3)
     base = dataclasses.replace(base, **size)
     flops = dataclasses.replace(base, top_k=2, norm_topk_prob=True).flops_per_token * tokens
     timed, wanted = [], []
     for k in (1, 2, 3, 4):
-        changes = size | dict(top_k=k, norm_topk_prob=k > 1)
+        changes = size | dict(top_k=k, norm_topk_prob=k > 1)        # the base's is decided already, for its own top_k
         timed += speeds(base, f"top-{k}", tokens, **changes)
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
         if k != 2:
@@ -156,7 +157,7 @@ WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 def balance(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """How much load balancing? Weights of the loss in either scope, none, and a bias instead; two thirds of the base's width and
+    """What is the best load-balancing weight? Weights of the loss in either scope, none, and a bias instead; two thirds of the base's width and
     depth."""
     size = sized(base, 2 / 3)
     wanted = runs(base, "none", tokens, seeds, **size, load_balancing_weight=0.0)
@@ -183,7 +184,7 @@ EQUAL_TIME = ", equal time"
 
 
 def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
-    """MoE against dense: top-2 of 8, and a dense model with feed-forward networks twice as wide, so that it has as many active
+    """How does MoE scale compared with dense? Top-2 of 8, and a dense model with feed-forward networks twice as wide, so that it has as many active
     parameters and FLOPs, at four sizes and equal tokens; and the dense one with as many tokens as take the MoE's time, by the speeds
     that were measured."""
     timed, wanted, longer = [], [], []
@@ -214,8 +215,8 @@ def usable_gb(cpu: bool) -> float:
 
 def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """What does checkpointing cost? Each mode at two depths: at the base's micro-batch, from the largest that it is predicted to fit
-    on, until one fits and the next does not, and at the largest that `none` fits; what fits once is tried again, and fits when it does
-    both times."""
+    on, until one fits and the next does not, and at the largest that all fit; what fits once is tried again, and fits when it does both
+    times."""
     usable, wanted, longest = usable_gb(base.device == "cpu"), [], tokens / TIMED_STEPS[0] / base.max_seq_len
     sizes = [base.batch_size * multiple for multiple in MULTIPLES if multiple == 1 or base.batch_size * multiple <= longest]
     for layers in (base.n_layers, 2 * base.n_layers):
@@ -236,19 +237,24 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
             tried = [found[run.label] for run in at(mode, batch) if run.label in found]
             return all("failed" not in result for result in tried) if tried else None
 
-        for mode in ("none", "selective", "full"):
-            wanted += at(mode, base.batch_size)
+        def largest(mode: str) -> int | None:
+            """Wants what finds the largest micro-batch that fits, and returns it when it is known; 0 when none does."""
             place, step = predicted(mode), 0
             while 0 <= place < len(sizes):
-                wanted += at(mode, sizes[place])
+                wanted.extend(at(mode, sizes[place]))
                 if fits(mode, sizes[place]) is None:
-                    break
+                    return None
                 towards = 1 if fits(mode, sizes[place]) else -1
-                if step not in (0, towards):        # it fitted here and not there, or the other way round
-                    break
+                if step == -towards:        # it fits here and not there, or the other way round
+                    return sizes[place if towards == 1 else place - 1]
                 step, place = towards, place + towards
-        if largest := max((batch for batch in sizes if fits("none", batch)), default=None):       # where the three are compared
-            wanted += [run for mode in ("selective", "full") for run in at(mode, largest)]
+            return sizes[-1] if place > 0 else 0
+
+        modes = "none", "selective", "full"
+        wanted += [run for mode in modes for run in at(mode, base.batch_size)]
+        most = [largest(mode) for mode in modes]
+        if None not in most and min(most):      # where the three are compared
+            wanted += [run for mode in modes for run in at(mode, min(most))]
     once = {run.group for run in wanted if run.changes["seed"] == REPEATS[0] and "failed" not in found.get(run.label, dict(failed="not run yet"))}
     wanted = [run for run in {run.label: run for run in wanted}.values() if run.changes["seed"] == REPEATS[0] or run.group in once]
     return sorted(wanted, key=lambda run: [run.changes[field] for field in ("seed", "n_layers", "batch_size")])     # what is compared, side by side
@@ -256,7 +262,8 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
-# Tokens of a run, by which a study of `small` takes 7 to 70 minutes of one GPU. Routing and scaling, which use the rates that the
+# Tokens of a run by which a study of `small` takes 7 to 70 minutes of one GPU. Routing and scaling, which use the rates that the
 # optimizer study finds best, have as many as that. checkpointing's runs measure speed and memory, and are this long with the
 # largest micro-batches alone.
-TOKENS = dict(optimizer=16e6, routing=16e6, balance=16e6, specialization=50e6, scaling=16e6, checkpointing=12e6)
+USUAL_TOKENS = 16e6
+TOKENS = dict.fromkeys(STUDIES, USUAL_TOKENS) | dict(specialization=50e6, checkpointing=12e6)

@@ -1,7 +1,7 @@
 """Writes the README's section "What it found" from studies/NAME/results.json, between the marks <!-- study NAME --> and <!-- end -->.
 
     python -m studies.report
-    python -m studies.report FOLDER     prints what a study in another folder found
+    python -m studies.report FOLDER     prints what a study in another folder, or one without such marks, found
 
 Every number in it, those in the sentences too, is computed here from a results.json; a study without one is said not to be run.
 A value of several runs is their mean ± half of their spread; a run's speed is the median of its steps.
@@ -10,6 +10,7 @@ import collections
 import functools
 import json
 import math
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -21,13 +22,10 @@ from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
 from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, noise, of_kind, ratio_error, scaling_law,
-                             sharpest_layer, shorter, speed_ratios, swept, timed)
+                             sharpest_layer, shorter, smallest_decided, speed_ratios, swept, timed)
 from studies.grids import ADAMW_RATES, EQUAL_TIME, QUARTER, QUARTER_RATES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
-QUESTIONS = dict(optimizer="Is Muon worth it here?", routing="Is top-2 best, or top-1, top-3?", balance="What is the best load-balancing weight?",
-                 specialization="Do experts learn different patterns?", scaling="How does MoE scale compared with dense?",
-                 checkpointing="What does checkpointing cost?")
 SHOWN_TOKENS = 8
 
 
@@ -51,12 +49,13 @@ def against(a: list[dict], b: list[dict], honest: float, more: float = 0.0) -> s
     return f"{difference:+.3f}" + (", undecided" if undecided(a, b, honest, more) else "")
 
 
-def least(found: dict[str, list[dict]], honest: float) -> str:
+def least(found: dict[str, list[dict]]) -> str:
     """A sentence on what a study cannot see."""
-    several = [runs for runs in found.values() if len(runs) > 1]
-    if honest == math.inf:
+    smallest = smallest_decided(found)
+    if smallest == math.inf:
         return "There are too few seeds to tell any difference."
-    return f"Means of {len(several[0])} seeds that are less than {limit(several[0], several[0], honest):.3f} nats apart cannot be told from each other."
+    seeds = next(len(runs) for runs in found.values() if len(runs) > 1)
+    return f"Means of {seeds} seeds that are less than {smallest:.3f} nats apart cannot be told from each other."
 
 
 def rows(head: list[str], body: list[list[str]]) -> str:
@@ -217,10 +216,12 @@ def routing(results: dict) -> str:
          against(fair[name], fair["top-2"], honest) if name != "top-2" else "", f"{flops[name] / flops['top-2']:.2f}x",
          value(speeds[name], "tokens_per_second", 0)] for name in same])
     (best, sure), (best_fair, sure_fair) = level(same, honest), level(fair, honest)
+    off = max(abs(runs[0]["flops"] / fair["top-2"][0]["flops"] - 1) for runs in fair.values())
     more, gain = fair["top-1"][0]["tokens"] / same["top-1"][0]["tokens"], mean_and_spread(same["top-1"])[0] - mean_and_spread(fair["top-1"])[0]
     return (f"At equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, {sure_fair}.\n\n{table}"
-            f"\n\n{least(found, honest)} At equal FLOPs fewer experts see more tokens: top-1 {more:.2f} times as many, which alone changes its loss by "
-            f"{-gain:+.3f} nats, in runs so short. The weights of a token's experts sum to 1, but top-1's is the router's probability, from which it learns.")
+            f"\n\n{least(found)} At equal FLOPs fewer experts see more tokens: top-1 {more:.2f} times as many, which alone changes its loss by "
+            f"{-gain:+.3f} nats, in runs so short. The weights of a token's experts sum to 1, but top-1's is the router's probability, from which it learns."
+            + (f" In whole steps the FLOPs are equal but for {off:.0%}: give more --tokens." if off > 0.02 else ""))
 
 
 def balance(results: dict) -> str:
@@ -237,7 +238,7 @@ def balance(results: dict) -> str:
     return (f"{best} ends lowest, {sure}; of what cannot be told from it, {low} keeps the busiest expert's share smallest.\n\n{table}"
             "\n\nOf it and those that cannot be told from it, the largest share of an expert goes "
             f"from {value(as_low[low], 'worst_share', 2)} ({low}) to {value(as_low[high], 'worst_share', 2)} ({high}). Entropy and share are "
-            f"of the training batches in the last tenth of a run, the share that of the busiest expert of all layers. {least(found, honest)}")
+            f"of the training batches in the last tenth of a run, the share that of the busiest expert of all layers. {least(found)}")
 
 
 def specialization(results: dict) -> str:
@@ -342,7 +343,7 @@ def scaling(results: dict) -> str:
     return (f"Of the {len(sizes)} sizes the MoE ends {counted(differences['tokens'])} with equal tokens, FLOPs and parameters used, and "
             f"{counted(differences['time'])} with equal time.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters "
             "used and FLOPs are those of the MoE; for equal time it was trained again, on as many tokens as take it the MoE's time, of at most 4 passes "
-            f"over the text. {least(found, honest)} With equal time, half the speeds' 95% interval is added to that, in nats that so much "
+            f"over the text. {least(found)} With equal time, half the speeds' 95% interval is added to that, in nats that so much "
             f"time is worth. {fits} The MoE has {min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses"
             + ("; what that is worth is in the table, with 95% intervals by the dense model's fit" if by_flops[0] else "")
             + " (the brief: 4x capacity at the same compute)."
@@ -394,14 +395,32 @@ def _setting(run: dict) -> tuple[int, str, int]:
     return tuple(run["changes"][field] for field in ("n_layers", "activation_checkpointing", "batch_size"))
 
 
+def losses(results: dict) -> str:
+    """A study that has no words of its own."""
+    found, speeds = groups(results), timed(results)
+    honest = honest_difference(found)
+    best, sure = level(found, honest) if len(found) > 1 else (next(iter(found), ""), "")
+    body = [[name, value(found[name]) if name in found else "–", against(found[name], found[best], honest) if name in found and name != best else "",
+             count(found[name][0]["tokens"]) if name in found else "–", value(speeds[name], "tokens_per_second", 0) if name in speeds else "–"]
+            for name in [*found, *(name for name in speeds if name not in found)]]
+    table = rows(["configuration", "validation loss", f"against {best}", "tokens", "tokens/s, alone"], body)
+    return (f"{best} ends lowest, {sure}.\n\n" if sure else "") + f"{table}\n\n{least(found)}"
+
+
 BLOCKS = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
 
 # ---------------------------------------------------------------- the README
 
+def question(name: str) -> str:
+    """The first sentence of a study's docstring."""
+    words = " ".join((getattr(STUDIES.get(name), "__doc__", None) or name).split())
+    return re.match(r".*?(?:[.?](?= |$)|$)", words)[0]
+
+
 def block(name: str, folder: Path) -> str:
     """A study's part of the section."""
-    head = f"### {QUESTIONS[name]}\n\n"
+    head = f"### {question(name)}\n\n"
     if not (folder / "results.json").exists():
         return f"{head}Not run yet: `python -m studies.run {name}`."
     results = json.loads((folder / "results.json").read_text())
@@ -412,11 +431,11 @@ def block(name: str, folder: Path) -> str:
         seeds = max((run["changes"]["seed"] for run in results["runs"].values()), default=1)
         own = [*(["--seeds", str(seeds)] if seeds > 2 else []), *(["--out", str(folder)] if folder != ROOT / "studies" / name else [])]
         command = ["python", "-m", "studies.run", name, "--tokens", format(results["tokens"], ".15g"), *own, *results["options"]]
-        head += f"Not finished: `{shlex.join(command)}` goes on.\n\n"
+        head += f"Not finished ({len(results['runs'])} runs so far): `{shlex.join(command)}` goes on.\n\n"
     if not figure.exists():
         return head.strip()
     shown = figure.relative_to(ROOT) if figure.is_relative_to(ROOT) else figure
-    return f"{head}![{QUESTIONS[name]}]({shown})\n\n{BLOCKS[name](results)}\n\n{budget(results)}"
+    return f"{head}![{question(name)}]({shown})\n\n{BLOCKS.get(name, losses)(results)}\n\n{budget(results)}"
 
 
 def filled(readme: str, folder: Path = ROOT / "studies") -> str:
@@ -431,7 +450,9 @@ def main(argv: list[str]) -> None:
     if folder is None:
         rewrite(filled)
     elif not (folder / "results.json").exists():
-        raise ConfigError(f"there is no results.json in {folder}: name the folder of a study, its --out")
+        beside = ROOT / "studies" / folder
+        raise ConfigError(f"there is no results.json in {folder}: name the folder of a study, its --out"
+                          + (f", such as {beside}" if (beside / "results.json").exists() else ""))
     else:
         print(block(json.loads((folder / "results.json").read_text())["study"], folder))
 

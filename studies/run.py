@@ -147,8 +147,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
     asked = dict(study=name, tokens=tokens, options=_without_cache(options), corpus=corpus)
     results = json.loads(path.read_text()) if path.exists() else asked | dict(budget=dict(tokens=0, gpu_minutes=0.0, cpu_minutes=0.0),
                                                                               commits=[], finished=False, runs={})
-    if different := _differences(results, asked):
-        raise ConfigError(f"{path} is of another study: {'; '.join(different)}. Give the same, or another --out")
+    _refuse_another(path, asked)
     found, began, kind = results["runs"], time.monotonic(), "cpu_minutes" if gpus == (CPU,) else "gpu_minutes"
     before, commit = results["budget"][kind], git_state()["commit"]
     running: dict[concurrent.futures.Future, tuple[Run, str]] = {}
@@ -208,8 +207,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                 save()
                 shutil.rmtree(_place(folder, run), ignore_errors=True)      # its checkpoints; what it found is kept
                 left = (time.monotonic() - began) / performed * outstanding / 60
-                print(f"{run.label}: " + (result.get("failed") or f"validation loss {result['val_loss']:.4f}, {result['elapsed_seconds']:.0f} s")
-                      + f"; about {left:.0f} minutes to go", flush=True)
+                print(f"{run.label}: {in_words(run, result)}; about {left:.0f} minutes to go", flush=True)
     if performed or not missing or not path.exists():       # else all is as it was, but for the time
         results["finished"] = not missing and not failures
         figure.unlink(missing_ok=True)      # it is of other results
@@ -222,6 +220,14 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
         print("Stopped; the same command goes on.")
         raise SystemExit(128 + signals[0])
     return not missing
+
+
+def in_words(run: Run, result: dict) -> str:
+    """What a run found out."""
+    if "failed" in result:
+        return result["failed"]
+    found = f"{result['tokens_per_second']:,.0f} tokens/s" if run.alone else f"validation loss {result['val_loss']:.4f}"
+    return f"{found}, {result['elapsed_seconds']:.0f} s"
 
 
 def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str | None:
@@ -252,7 +258,8 @@ def visible_gpus(config: Config) -> tuple[str, ...]:
 
 
 def _check_passes(wanted: list[Run], base: Config, train_tokens: int) -> None:
-    assert len({run.label for run in wanted}) == len(wanted), "two runs of a study have one name"
+    labels = [run.label for run in wanted]
+    assert len(set(labels)) == len(labels), f"two runs of the study have one name: {max(labels, key=labels.count)}"
     for run in wanted:
         if run.alone:       # it measures no loss
             continue
@@ -290,13 +297,21 @@ def _without_cache(options: list[str]) -> list[str]:
     return [word for name, value in zip(options[::2], options[1::2]) if name != "--cache_dir" for word in (name, value)]
 
 
+def _refuse_another(path: Path, asked: dict) -> None:
+    """Raises ConfigError when the results at `path` are of another study than is `asked` for, of which the corpus may not be known yet."""
+    if path.exists() and (different := _differences(json.loads(path.read_text()), asked)):
+        raise ConfigError(f"{path} is of another study: {'; '.join(different)}. Give the same to go on with it, or another --out to begin anew")
+
+
 def _differences(before: dict, now: dict) -> list[str]:
     """In words, what was asked for otherwise."""
     given = [dict(zip(asked["options"][::2], asked["options"][1::2])) | {"study": asked["study"], "--tokens": f"{asked['tokens']:,.15g}"}
              for asked in (before, now)]
     found = [f"{name} was {given[0].get(name, 'not given')} and is {given[1].get(name, 'not given')}" for name in given[0] | given[1]
              if given[0].get(name) != given[1].get(name)]
-    return found + ["the text or its tokenizer is another"] * (before["corpus"] != now["corpus"])
+    return found + [
+        "the text or its tokenizer is another" + ", as `installed` is what a machine has" * (before["corpus"]["data"] == "installed")] * (
+        "corpus" in now and before["corpus"] != now["corpus"])
 
 
 def _place(folder: Path, run: Run) -> Path:
@@ -356,22 +371,27 @@ def run_study(argv: list[str]) -> None:
     if args.name not in STUDIES:
         raise ConfigError(f"unknown study {args.name!r}.{nearest(args.name, STUDIES)} Studies: {', '.join(STUDIES)}")
     tokens = TOKENS[args.name] if args.tokens is None else args.tokens
-    if not (tokens >= 1 and args.seeds >= 1 and args.jobs >= 1 and args.minutes > 0):
-        raise ConfigError("--tokens, --seeds, --jobs and --minutes must be positive")
+    numbers = dict(tokens=tokens, seeds=args.seeds, jobs=args.jobs, minutes=args.minutes)
+    if wrong := [f"--{name} {number:g}" for name, number in numbers.items() if not number > 0]:
+        raise ConfigError(f"{', '.join(wrong)}: must be positive")
     given = config_options(args)
-    if "save_dir" in given:
-        raise ConfigError("--save_dir: each run has a folder of its own; the study's is --out")
+    for name, instead in dict(save_dir="each run has a folder of its own; the study's is --out", max_steps="the study sets it, by --tokens",
+                              seed="the study sets it, 1 to --seeds").items():
+        if name in given:
+            raise ConfigError(f"--{name}: {instead}")
     base, _, _ = resolve(given, args.preset, None)
     own = {name: value for name, value in _own_settings(base, tokens).items() if name not in given}
     base = dataclasses.replace(base, **own)
     if visible_gpus(base) == (CPU,) and args.preset != "tiny":
         print(f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 takes minutes", file=sys.stderr)
     folder = args.out or ROOT / "studies" / (args.name if args.preset == "small" else f"{args.name}-{args.preset}")
+    options = _options(args.preset, own | given)
+    _refuse_another(folder / "results.json", dict(study=args.name, tokens=tokens, options=_without_cache(options)))     # before minutes of tokenizing
     with locked(folder, "--out"):
         corpus = data.prepare(base)
         facts = dict(data=base.data, data_hash=corpus.data_hash, tokenizer_hash=corpus.tokenizer_hash, train_tokens=len(corpus.train),
                      validation_tokens=len(corpus.validation), unigram_entropy=corpus.unigram_entropy)
-        done = study(args.name, base, _options(args.preset, own | given), tokens, list(range(1, args.seeds + 1)), folder, facts,
+        done = study(args.name, base, options, tokens, list(range(1, args.seeds + 1)), folder, facts,
                      60 * args.minutes - (time.monotonic() - began), visible_gpus(base), args.jobs)
     print(f"{folder / 'results.json'}, {folder / 'figure.png'}" if done else "The time is over; the same command goes on.")
 

@@ -187,6 +187,19 @@ def test_plan_says_what_is_short(cli):
     assert "does not fit" in on_cpu and "--offload_optimizer false" in on_cpu, "streaming frees no host memory"
 
 
+def test_plan_says_what_would_fit(cli):
+    """Of 5b with the gradients of some blocks on the host, what is printed does fit; of 18b nothing does, but smaller presets."""
+    out = cli("plan", "--preset", "5b", "--gpu", "rtx4090")[1]
+    options = re.search(r"This would fit: (--host_gradient_blocks \d+ .*)\n", out)[1].split()
+    fits = planned(cli, "--preset", "5b", "--gpu", "rtx4090", *options)
+    assert fits["fits"] and fits["as_configured"] and int(options[1]) > 1
+    fewer = planned(cli, "--preset", "5b", "--gpu", "rtx4090", *options[:1], str(int(options[1]) - 1), *options[2:])
+    assert not fewer["fits"], "as few as need be"
+    out = cli("plan", "--preset", "18b", "--gpu", "rtx4090")[1]
+    assert "No choice for this model would fit: use a smaller --preset; these fit: 2b small tiny\n" in out
+    assert all(planned(cli, "--preset", preset, "--gpu", "rtx4090")["fits"] is (preset == "2b") for preset in ("2b", "25b"))
+
+
 def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "__file__", str(tmp_path / "memory.py"))
     argv = ("--preset", "18b", "--gpu", "h200")

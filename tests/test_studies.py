@@ -445,6 +445,31 @@ def test_no_run_passes_over_its_corpus_too_often(performed, tmp_path):
     assert not performed
 
 
+def test_another_study_is_refused_before_its_text_is_read(performed, monkeypatch, tmp_path, capsys):
+    go("routing", tmp_path)
+    monkeypatch.setattr(data, "prepare", lambda config: pytest.fail("minutes of tokenizing"))
+    assert runner.exit_code(runner.run_study, ["routing", "--preset", "tiny", "--out", str(tmp_path), "--grad_clip", "2"]) == 2
+    assert "--grad_clip was not given and is 2" in (words := capsys.readouterr().err) and "another --out to begin anew" in words and "text" not in words
+
+
+def test_a_study_of_your_own_needs_a_function_and_its_name(performed, monkeypatch, tmp_path, capsys):
+    def experts(base, tokens, seeds, found):
+        """Are more experts better? Four of them against eight."""
+        return [run for n in (4, 8) for run in grids.runs(base, f"{n} experts", tokens, seeds, num_experts=n)] + grids.speeds(base, "4 experts", tokens, num_experts=4)
+    monkeypatch.setitem(STUDIES, "experts", experts)
+    assert go("experts", tmp_path) and (tmp_path / "figure.png").stat().st_size > 10_000
+    said, text = capsys.readouterr().out, report.block("experts", tmp_path)
+    assert said.count(" tokens/s, 4 s") == 2 and said.count(": validation loss 3.") == 4
+    assert text.startswith("### Are more experts better?\n\n![Are more experts better?]") and "ends lowest, undecided against each of the others." in text
+    rates = [run["tokens_per_second"] for run in loaded(tmp_path)["runs"].values() if run["group"] == "speed of 4 experts"]
+    head, line, four, eight = [row for row in text.splitlines() if row.startswith("| ")]
+    assert four.startswith("| 4 experts | 3.") and four.endswith(f" | {count(TOKENS)} | {sum(rates) / 2:,.0f} ± {(rates[1] - rates[0]) / 2:,.0f} |")
+    assert eight.startswith("| 8 experts | 3.") and eight.endswith(f" | {count(TOKENS)} | – |") and (four + eight).count("undecided") == 1
+    assert go("experts", tmp_path / "one", seeds=(1,)) and "too few seeds" in report.block("experts", tmp_path / "one")
+    monkeypatch.setitem(STUDIES, "alone", lambda *arguments: experts(*arguments)[:2])
+    assert go("alone", tmp_path / "alone") and report.block("alone", tmp_path / "alone").startswith("### alone\n")
+
+
 def test_a_study_knows_what_it_sets_for_its_runs(monkeypatch, tmp_path):
     corpus = types.SimpleNamespace(data_hash="d", tokenizer_hash="t", train=range(10 ** 7), validation=range(1000), unigram_entropy=7.0)
     monkeypatch.setattr(data, "prepare", lambda config: corpus)
@@ -614,7 +639,7 @@ def test_modes_are_compared_at_the_largest_micro_batch_that_all_fit(performed, t
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_a_micro_batch_that_does_not_fit_the_second_time_does_not_fit(performed, tmp_path, monkeypatch, mode):
     whole = runner.perform
-    monkeypatch.setattr(grids, "usable_gb", lambda cpu: 0.001)
+    monkeypatch.setattr(grids, "usable_gb", lambda cpu: 1000)
 
     def perform(run, *rest):
         c = run.changes
@@ -623,7 +648,7 @@ def test_a_micro_batch_that_does_not_fit_the_second_time_does_not_fit(performed,
     monkeypatch.setattr(runner, "perform", perform)
     assert go("checkpointing", tmp_path)
     rows = [row.split(" | ") for row in report.block("checkpointing", tmp_path).splitlines() if row.startswith(f"| {BASE.n_layers} | {mode} |")]
-    assert (rows[-1][2], rows[-1][-1]) == ("6", "6, not 8 |"), "6 was tried, and is where the three are compared"
+    assert [(row[2], row[-1]) for row in rows] == [("2", "6, not 8 |"), ("6", "6, not 8 |")], "6 was tried, and is where the three are compared"
 
 
 def test_a_speed_that_failed_once_is_no_answer(performed, tmp_path, monkeypatch):
@@ -928,8 +953,10 @@ def test_the_whole_command_with_the_analysis_of_experts(tmp_path, text, capsys):
     assert runner.exit_code(report.main, [str(tmp_path)]) == 2
 
 
-@pytest.mark.parametrize("options, words", [(["balence"], "Did you mean balance"), (["balance", "--jobs", "0"], "must be positive"),
-                                            (["balance", "--save_dir", "x"], "the study's is --out")])
+@pytest.mark.parametrize("options, words", [(["balence"], "Did you mean balance"), (["balance", "--jobs", "0"], "--jobs 0: must be positive"),
+                                            (["balance", "--save_dir", "x"], "the study's is --out"),
+                                            (["balance", "--max_steps", "9"], "--max_steps: the study sets it, by --tokens"),
+                                            (["balance", "--seed", "9"], "--seed: the study sets it")])
 def test_wrong_options_are_said(capsys, options, words):
     assert runner.exit_code(runner.run_study, options) == 2
     assert words in capsys.readouterr().err
