@@ -134,6 +134,9 @@ def train(argv: list[str]) -> None:
                                   "resume an earlier checkpoint")
             print(f"Resuming {path} at step {state['step']}" + (f", {args.preset} ignored: the checkpoint's configuration holds"
                   if args.preset else "") + (". Changed: " + "; ".join(changes) if changes else ""))
+            here = [trainer.learning_rate_factor(state["step"], c) for c in (resumed_config(state["config"], {})[0], config)]
+            if here[0] != here[1]:
+                print(f"The schedule is another: learning rates go on at {here[1]:.3g} of their peaks, where they were at {here[0]:.3g}.")
         else:
             print(f"Preset {name}: {why}." if name != "config.py" else f"Configuration of config.py: {why}.")
         folder = Path(config.save_dir)
