@@ -3,7 +3,7 @@
     python -m studies.run                                       list the studies
     python -m studies.run balance                               with `small`, on all visible GPUs, a run on each
     python -m studies.run balance --jobs 2                      two runs on each GPU at a time
-    python -m studies.run balance --preset tiny --tokens 2e5    the machinery, in minutes on a CPU, in studies/balance-tiny
+    python -m studies.run balance --preset tiny --tokens 2e5    the machinery, on a CPU in less than an hour, in studies/balance-tiny
     python -m studies.run balance --minutes 8                   stop after 8 minutes; the same command goes on
 
 With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision bf16) and --jobs 4, in about so many
@@ -383,7 +383,7 @@ def run_study(argv: list[str]) -> None:
     own = {name: value for name, value in _own_settings(base, tokens).items() if name not in given}
     base = dataclasses.replace(base, **own)
     if visible_gpus(base) == (CPU,) and args.preset != "tiny":
-        print(f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 takes minutes", file=sys.stderr)
+        print(f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 takes less than an hour", file=sys.stderr)
     folder = args.out or ROOT / "studies" / (args.name if args.preset == "small" else f"{args.name}-{args.preset}")
     options = _options(args.preset, own | given)
     _refuse_another(folder / "results.json", dict(study=args.name, tokens=tokens, options=_without_cache(options)))     # before minutes of tokenizing
