@@ -535,6 +535,10 @@ def test_both_optimizers_are_tried_in_more_and_smaller_steps():
     text = report.optimizer(results)
     assert "it is 1.000 nats lower (decided); with a quarter of the batch, and so 4 times the steps, 1.000 nats lower (decided)." in text
     assert "| with 4 times as many steps, of a quarter | 3.015 ± 0.005 (rates x 0.5) | 4.015 ± 0.005 (rates x 0.5; warm-up 20%) |" in text
+    rates = [found[f"speed of adamw, seed {seed}"]["tokens_per_second"] for seed in (1, 2)]
+    found["speed of adamw, seed 2"]["tokens_per_second"] = 3 * rates[0]
+    row = next(row for row in report.optimizer(results).splitlines() if row.startswith("| seconds of training at that speed"))
+    assert row.endswith(f" | {tokens / (2 * rates[0]):.0f} |"), "the mean of both times that it was measured"
     assert grids.quarter(base) == dict(batch_size=4, gradient_accumulation_steps=1, eval_steps=2 * base.eval_steps, eval_every=4 * base.eval_every)
     assert grids.quarter(dataclasses.replace(base, batch_size=3)) == {}
     assert grids.quarter(dataclasses.replace(base, batch_size=3, gradient_accumulation_steps=8)).items() >= dict(
