@@ -14,7 +14,7 @@ minutes of one H100 or H200:
     balance          20 runs of 16M tokens                  13
     specialization    2 runs of 50M tokens, and analyses     7
     scaling          40 runs of 16M tokens or more          30
-    checkpointing    42 runs or so of 5 to 31 steps         24
+    checkpointing    42 runs or so of 5 to 64 steps         30
 
 Two GPUs take half as long, but not where a speed is measured, all of checkpointing: such a run has the machine for itself. Each
 run of `small` needs 32 GB: on 80 GB give --jobs 2. What a study did take is in its results, as `budget`. Any option of
