@@ -134,9 +134,9 @@ def train(argv: list[str]) -> None:
                                   "resume an earlier checkpoint")
             print(f"Resuming {path} at step {state['step']}" + (f", {args.preset} ignored: the checkpoint's configuration holds"
                   if args.preset else "") + (". Changed: " + "; ".join(changes) if changes else ""))
-            here = [trainer.learning_rate_factor(state["step"], c) for c in (resumed_config(state["config"], {})[0], config)]
-            if here[0] != here[1]:
-                print(f"The schedule is another: learning rates go on at {here[1]:.3g} of their peaks, where they were at {here[0]:.3g}.")
+            factors = [trainer.learning_rate_factor(state["step"], c) for c in (resumed_config(state["config"], {})[0], config)]
+            if factors[0] != factors[1]:
+                print(f"The schedule is another: learning rates go on at {factors[1]:.3g} of their peaks, where they were at {factors[0]:.3g}.")
         else:
             print(f"Preset {name}: {why}." if name != "config.py" else f"Configuration of config.py: {why}.")
         folder = Path(config.save_dir)
@@ -248,7 +248,8 @@ def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory
           + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB"
           + (" (assumed; --host_memory_gb N says what it has)" if facts["host_memory_assumed"] else "") + ": "
           + ("fits" if facts["fits"] and facts["as_configured"] else "fits, but not as configured" if facts["fits"]
-             else f"does not fit ({choice.shortage(machine)}).\n{memory.advice(choice, config, machine)}\nThe smallest choice, whose memory follows:") + f"\n  {facts['options']}\n")
+             else f"does not fit ({choice.shortage(machine)}).\n{memory.advice(choice, config, machine)}\n"
+                  "The smallest choice, whose memory follows:") + f"\n  {facts['options']}\n")
     print(memory.table(choice.memory_gb, capacity_gb=machine.memory_gb or machine.host_memory_gb))
     print("\nAll sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside them.")
 

@@ -36,20 +36,38 @@ def base_config(results: dict) -> Config:
 
 def groups(results: dict) -> dict[str, list[dict]]:
     """{group: its runs that did not fail}, in the order of the study, without those that only measured speed."""
-    found: dict[str, list[dict]] = {}
-    for run in results["runs"].values():
-        if "failed" not in run and not run["group"].startswith(SPEED):
-            found.setdefault(run["group"], []).append(run)
-    return found
+    return _grouped(run for run in results["runs"].values() if not run["group"].startswith(SPEED))
 
 
 def timed(results: dict) -> dict[str, list[dict]]:
     """{configuration: the runs that measured its speed}, without those that failed."""
+    found = _grouped(run for run in results["runs"].values() if run["group"].startswith(SPEED))
+    return {group.removeprefix(SPEED): runs for group, runs in found.items()}
+
+
+def _grouped(runs) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
-    for run in results["runs"].values():
-        if "failed" not in run and run["group"].startswith(SPEED):
-            found.setdefault(run["group"].removeprefix(SPEED), []).append(run)
+    for run in runs:
+        if "failed" not in run:
+            found.setdefault(run["group"], []).append(run)
     return found
+
+
+def micro_batches(results: dict) -> tuple[dict[tuple, dict[int, list[dict]]], dict[tuple, int]]:
+    """Of the checkpointing study, by (layers, mode): {micro-batch that always fitted: its runs}, and the smallest that once did not."""
+    def where(run: dict) -> tuple[int, str]:
+        return run["changes"]["n_layers"], run["changes"]["activation_checkpointing"]
+
+    fitted: dict[tuple, dict[int, list[dict]]] = {}
+    too_large: dict[tuple, int] = {}
+    for run in results["runs"].values():
+        if run.get("failed") == "out of memory":
+            too_large[where(run)] = min(run["changes"]["batch_size"], too_large.get(where(run), math.inf))
+    for runs in timed(results).values():
+        place, batch = where(runs[0]), runs[0]["changes"]["batch_size"]
+        if batch < too_large.get(place, math.inf):
+            fitted.setdefault(place, {})[batch] = runs
+    return fitted, too_large
 
 
 def speed_ratios(a: list[dict], b: list[dict]) -> list[dict]:
@@ -229,12 +247,13 @@ def _points(axes, named: dict[float, list[dict]], key: str, label: str | None, c
               markersize=4.5, alpha=0.8, label=label)
 
 
-def _undecided(axes, found: dict[str, list[dict]], middle: float | None, words: str) -> None:
-    """Shades what lies within the study's honest difference: above the lowest loss of `found`, or on both sides of `middle`."""
+def _undecided(span, found: dict[str, list[dict]], middle: float | None, words: str) -> None:
+    """Shades, with axhspan or axvspan, what lies within the study's honest difference: above the lowest loss of `found`, or on both sides
+    of `middle`."""
     least = smallest_decided(found)
     if least < math.inf:
         low = min(mean_and_spread(runs)[0] for runs in found.values()) if middle is None else middle - least
-        axes.axhspan(low, low + least if middle is None else middle + least, color="0.93", linewidth=0, zorder=0, label=words)
+        span(low, low + least if middle is None else middle + least, color="0.93", linewidth=0, zorder=0, label=words)
 
 
 def _grid(axes) -> None:
@@ -248,10 +267,7 @@ def _losses(figure: Figure, results: dict) -> None:
     for place, runs in enumerate(found.values()):
         axes.plot([run["val_loss"] for run in runs], [place] * len(runs), "o", color=BLUE, markersize=4.5, alpha=0.8)
         axes.plot(mean_and_spread(runs)[0], place, "|", color=BLUE, markersize=14)
-    least = smallest_decided(found)
-    if least < math.inf:
-        low = min(mean_and_spread(runs)[0] for runs in found.values())
-        axes.axvspan(low, low + least, color="0.93", linewidth=0, zorder=0, label="means not told from the lowest")
+    _undecided(axes.axvspan, found, None, "means not told from the lowest")
     axes.set_yticks(range(len(found)), list(found))
     axes.set(xlabel=LOSS, ylim=(len(found) - 0.5, -0.5))
     figure.set_size_inches(8, 1.2 + 0.3 * len(found))
@@ -335,7 +351,7 @@ def _balance(figure: Figure, results: dict) -> None:
         _grid(axes)
     figure.set_size_inches(9, 3.3)
     loss, unevenness, share = figure.axes
-    _undecided(loss, found, None, "not told from the lowest")
+    _undecided(loss.axhspan, found, None, "not told from the lowest")
     unevenness.set_yscale("log")
     even = 1 / base_config(results).num_experts
     share.axhline(even, color="0.5", linewidth=0.8, linestyle="--")
@@ -368,7 +384,7 @@ def _scaling(figure: Figure, results: dict) -> None:
                  for b in found.get(f"dense, {size}{ending}", []) if a["changes"]["seed"] == b["changes"]["seed"]]
         differences.plot([x for x, _ in pairs], [y for _, y in pairs], marker, color=colour, markersize=5, alpha=0.8, label=label)
     differences.axhline(0, color="0.4", linewidth=0.8)
-    _undecided(differences, found, 0.0, "means undecided at equal tokens")
+    _undecided(differences.axhspan, found, 0.0, "means undecided at equal tokens")
     differences.set_xticks(range(len(sizes)), [size.replace(" x ", "\n× ") for size in sizes])
     low, high = differences.get_ylim()
     differences.set_ylim(low, high + 0.55 * (high - low))       # room for the legend
@@ -380,18 +396,14 @@ def _scaling(figure: Figure, results: dict) -> None:
 
 
 def _checkpointing(figure: Figure, results: dict) -> None:
-    runs = [run for runs in timed(results).values() for run in runs]
-    depths = sorted({run["changes"]["n_layers"] for run in runs})
+    fitted, _ = micro_batches(results)
+    depths = sorted({layers for layers, _ in fitted})
     for row, depth in zip(figure.subplots(len(depths), 2, squeeze=False, sharex=True), depths):
         for mode, (colour, marker) in MODES.items():
-            mine: dict[int, list[dict]] = {}
-            for run in runs:
-                if (run["changes"]["activation_checkpointing"], run["changes"]["n_layers"]) == (mode, depth):
-                    mine.setdefault(run["changes"]["batch_size"], []).append(run)
             for axes, key in zip(row, ("peak_gb", "tokens_per_second")):
-                _points(axes, dict(sorted(mine.items())), key, mode, colour, marker)
+                _points(axes, dict(sorted(fitted.get((depth, mode), {}).items())), key, mode, colour, marker)
         for axes, label in zip(row, ("peak memory (GB)", "tokens/s")):
-            sizes = {run["changes"]["batch_size"] for run in runs}
+            sizes = {batch for batches in fitted.values() for batch in batches}
             sizes = sorted(size for size in sizes if math.log2(size / min(sizes)).is_integer())
             axes.set(xscale="log", ylabel=f"{depth} layers: {label}", ylim=(0, 1.08 * axes.dataLim.ymax))
             axes.set_xticks(sizes, map(str, sizes))

@@ -262,8 +262,6 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
 
 STUDIES = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)
 
-# Tokens of a run by which a study of `small` takes 7 to 70 minutes of one GPU. Routing and scaling, which use the rates that the
-# optimizer study finds best, have as many as that. checkpointing's runs measure speed and memory, and are this long with the
-# largest micro-batches alone.
-USUAL_TOKENS = 16e6
-TOKENS = dict.fromkeys(STUDIES, USUAL_TOKENS) | dict(specialization=50e6, checkpointing=12e6)
+# Tokens of a run. Routing and scaling, which use the rates that the optimizer study finds best, have as many as that. checkpointing's
+# runs measure speed and memory, and are this long with the largest micro-batches alone.
+TOKENS = dict.fromkeys(STUDIES, 16e6) | dict(specialization=50e6, checkpointing=12e6)

@@ -21,8 +21,8 @@ from benchmarks.tables import fill, rewrite
 from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
-from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, noise, of_kind, ratio_error, scaling_law,
-                             sharpest_layer, shorter, smallest_decided, speed_ratios, swept, timed)
+from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, micro_batches, noise,
+                             of_kind, ratio_error, scaling_law, sharpest_layer, shorter, smallest_decided, speed_ratios, swept, timed)
 from studies.grids import ADAMW_RATES, EQUAL_TIME, QUARTER, QUARTER_RATES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -312,10 +312,11 @@ def scaling(results: dict) -> str:
     per_time = worth_of_time(dense_runs, [(dense, timely) for _, dense, timely in sizes.values() if timely])
     ratios = {name: speed_ratios(speeds[f"moe, {name}"], speeds[f"dense, {name}"]) for name in sizes}
     speed_error = ratio_error(list(ratios.values()))
+    nats_of_speeds = per_time * speed_error if speed_error < math.inf else math.inf
     body, differences = [], dict(tokens=[], time=[])
     for name, (moe, dense, timely) in sizes.items():
         differences["tokens"].append(against(moe, dense, honest))
-        differences["time"].append(against(moe, timely, honest, per_time * speed_error if speed_error < math.inf else math.inf) if timely else "not run yet")
+        differences["time"].append(against(moe, timely, honest, nats_of_speeds) if timely else "not run yet")
         worth = (equal_loss_flops(by_flops[0], moe, deviation, [run["flops_per_token"] for run in dense_runs])
                  if by_flops[0] and deviation < math.inf else "–")
         body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), differences["tokens"][-1], worth,
@@ -353,18 +354,16 @@ def scaling(results: dict) -> str:
 
 def checkpointing(results: dict) -> str:
     body, saved, slower = [], [], []
-    speeds = {_setting(runs[0]): runs for runs in timed(results).values()}
-    failed = {_setting(run) for run in results["runs"].values() if run.get("failed") == "out of memory"}
+    fitted, too_large = micro_batches(results)
+
     def slowdown(times: list[dict]) -> str:
         mean, spread = mean_and_spread(times, "ratio")
         return f"{round(100 * (mean - 1)):+d}%" + (f" ± {spread / 2:.0%}" if len(times) > 1 else " (one run)")
 
-    for depth in sorted({layers for layers, _, _ in speeds.keys() | failed}):
-        fits = {mode: {batch: runs for (*where, batch), runs in speeds.items() if where == [depth, mode] and (depth, mode, batch) not in failed}
-                for mode in MODES}
-        too_large = {mode: min((batch for *where, batch in failed if where == [depth, mode]), default=None) for mode in MODES}
+    for depth in sorted({layers for layers, _ in fitted.keys() | too_large.keys()}):
+        fits = {mode: fitted.get((depth, mode), {}) for mode in MODES}
         common = sorted(set.intersection(*map(set, fits.values())))
-        largest = {mode: f"{max(fits[mode], default=0)}, not {too_large[mode]}" if too_large[mode] else f"at least {max(fits[mode], default=0)}"
+        largest = {mode: f"{max(fits[mode], default=0)}, not {too_large[depth, mode]}" if (depth, mode) in too_large else f"at least {max(fits[mode], default=0)}"
                    for mode in MODES}
         body += [[str(depth), mode, *["–"] * 5, largest[mode]] for mode in MODES if not common]
         for batch, mode in ((batch, mode) for batch in common for mode in MODES):
@@ -375,8 +374,8 @@ def checkpointing(results: dict) -> str:
             if mode != "none" and batch == common[-1]:
                 saved += [] if less is None else [(mode, less)]
                 slower += [(mode, mean_and_spread(times, "ratio")[0] - 1)]
-            body.append([str(depth), mode, str(batch), f"{mean_and_spread(runs, 'peak_gb')[0]:.1f}", "–" if less is None else f"{less:.0%}", value(runs, "tokens_per_second", 0),
-                         "" if mode == "none" else slowdown(times), largest[mode]])
+            body.append([str(depth), mode, str(batch), f"{mean_and_spread(runs, 'peak_gb')[0]:.1f}", "–" if less is None else f"{less:.0%}",
+                         value(runs, "tokens_per_second", 0), "" if mode == "none" else slowdown(times), largest[mode]])
     table = rows(["layers", "checkpointing", "micro-batch", "peak GB", "of the activations saved", "tokens/s", "time a token",
                   "largest micro-batch that fits"], body)
 
@@ -388,11 +387,6 @@ def checkpointing(results: dict) -> str:
     return (f"At the largest micro-batch that all three fit, `selective` saves {span(saved, 'selective')} of the activations' memory for "
             f"{span(slower, 'selective')} more time a token, `full` {span(saved, 'full')} for {span(slower, 'full')} (the brief: 40 to 50% saved, 10 to "
             f"15% slower).\n\n{table}")
-
-
-def _setting(run: dict) -> tuple[int, str, int]:
-    """The layers, the checkpointing and the micro-batch of a run."""
-    return tuple(run["changes"][field] for field in ("n_layers", "activation_checkpointing", "batch_size"))
 
 
 def losses(results: dict) -> str:

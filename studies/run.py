@@ -3,23 +3,22 @@
     python -m studies.run                                       list the studies
     python -m studies.run balance                               with `small`, on all visible GPUs, a run on each
     python -m studies.run balance --jobs 2                      two runs on each GPU at a time
-    python -m studies.run balance --preset tiny --tokens 2e5    the machinery, on a CPU in less than an hour, in studies/balance-tiny
+    python -m studies.run balance --preset tiny --tokens 2e5    the machinery, on a CPU too, in studies/balance-tiny
     python -m studies.run balance --minutes 8                   stop after 8 minutes; the same command goes on
 
-With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision bf16) and --jobs 4, in about so many
-minutes of one H100 or H200:
+With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision bf16):
 
-    optimizer        55 runs or so of 16M tokens or less    70
-    routing          22 runs of 16M tokens or so            16
-    balance          20 runs of 16M tokens                  13
-    specialization    2 runs of 50M tokens, and analyses     7
-    scaling          40 runs of 16M tokens or more          30
-    checkpointing    42 runs or so of 5 to 64 steps         30
+    optimizer        55 runs or so of 16M tokens or less
+    routing          22 runs of 16M tokens or so
+    balance          20 runs of 16M tokens
+    specialization    2 runs of 50M tokens, and analyses
+    scaling          40 runs of 16M tokens or more
+    checkpointing    42 runs or so of 5 to 64 steps
 
-Two GPUs take half as long, but not where a speed is measured, all of checkpointing: such a run has the machine for itself. Each
-run of `small` needs 32 GB: on 80 GB give --jobs 2. What a study did take is in its results, as `budget`. Any option of
-run_experiment.py holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its own, and its output is in
-studies/NAME/runs until it has finished.
+What a study took is in its results, as `budget`, and in the README. Two GPUs take half as long, but not where a speed is measured, all
+of checkpointing: such a run has the machine for itself. Each run of `small` needs 32 GB: on 80 GB give --jobs 2. Any option of
+run_experiment.py that the study does not set holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its
+own, and its output is in studies/NAME/runs until it has finished.
 
 What is kept is small: studies/NAME/results.json, written anew after each run, metrics.jsonl.gz, the metrics of all runs, and
 figure.png. With results.json a study goes on on another machine; only runs that were cut off begin again there, as their
@@ -128,7 +127,8 @@ def summary(r: dict) -> dict:
     rates = [row["tokens_per_second"] for row in rows[len(rows) // 4:]]     # the first ones compile
     state = sum(memory.get(k, 0) for k in ("weights", "gradients", "master", "momentum", "adamw")) * 1e9
     return dict(val_loss=r["final_metrics"]["val_loss"], tokens=totals["tokens"], flops=config.flops_per_token * totals["tokens"],
-                tokens_per_second=statistics.median(rates), train_seconds=totals["train_seconds"], elapsed_seconds=totals["elapsed_seconds"], skipped_steps=totals["skipped_steps"],
+                tokens_per_second=statistics.median(rates), train_seconds=totals["train_seconds"], elapsed_seconds=totals["elapsed_seconds"],
+                skipped_steps=totals["skipped_steps"],
                 total_params=config.total_params, active_params=config.active_params,
                 load_entropy=statistics.mean(entropy) if entropy else None, worst_share=max(map(max, late)) if late else None,
                 state_bytes_per_parameter=state / config.total_params if memory else None, peak_gb=max(row["memory_peak_gb"] for row in rows), memory_gb=memory,
@@ -372,8 +372,8 @@ def run_study(argv: list[str]) -> None:
         raise ConfigError(f"unknown study {args.name!r}.{nearest(args.name, STUDIES)} Studies: {', '.join(STUDIES)}")
     tokens = TOKENS[args.name] if args.tokens is None else args.tokens
     numbers = dict(tokens=tokens, seeds=args.seeds, jobs=args.jobs, minutes=args.minutes)
-    if wrong := [f"--{name} {number:g}" for name, number in numbers.items() if not number > 0]:
-        raise ConfigError(f"{', '.join(wrong)}: must be positive")
+    if wrong := [f"--{name} {number:g}" for name, number in numbers.items() if not number > 0 or name != "minutes" and number == math.inf]:
+        raise ConfigError(f"{', '.join(wrong)}: must be a positive number")
     given = config_options(args)
     for name, instead in dict(save_dir="each run has a folder of its own; the study's is --out", max_steps="the study sets it, by --tokens",
                               seed="the study sets it, 1 to --seeds").items():
@@ -383,7 +383,7 @@ def run_study(argv: list[str]) -> None:
     own = {name: value for name, value in _own_settings(base, tokens).items() if name not in given}
     base = dataclasses.replace(base, **own)
     if visible_gpus(base) == (CPU,) and args.preset != "tiny":
-        print(f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 takes less than an hour", file=sys.stderr)
+        print(f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 tries the machinery", file=sys.stderr)
     folder = args.out or ROOT / "studies" / (args.name if args.preset == "small" else f"{args.name}-{args.preset}")
     options = _options(args.preset, own | given)
     _refuse_another(folder / "results.json", dict(study=args.name, tokens=tokens, options=_without_cache(options)))     # before minutes of tokenizing

@@ -957,7 +957,8 @@ def test_the_whole_command_with_the_analysis_of_experts(tmp_path, text, capsys):
     assert runner.exit_code(report.main, [str(tmp_path)]) == 2
 
 
-@pytest.mark.parametrize("options, words", [(["balence"], "Did you mean balance"), (["balance", "--jobs", "0"], "--jobs 0: must be positive"),
+@pytest.mark.parametrize("options, words", [(["balence"], "Did you mean balance"), (["balance", "--jobs", "0"], "--jobs 0: must be a positive number"),
+                                            (["balance", "--tokens", "inf"], "--tokens inf: must be"),
                                             (["balance", "--save_dir", "x"], "the study's is --out"),
                                             (["balance", "--max_steps", "9"], "--max_steps: the study sets it, by --tokens"),
                                             (["balance", "--seed", "9"], "--seed: the study sets it")])
