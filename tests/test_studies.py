@@ -625,6 +625,7 @@ def test_micro_batches_are_searched_to_the_end_of_memory(performed, tmp_path, mo
                 and ("failed" in run) <= failed}
     assert {mode: sorted(tried(mode, 1, failed=True)) for mode in expected} == expected
     assert all(tried(mode, 2, failed=True) == tried(mode, 1, failed=False) for mode in expected), "what fits, and only that, runs with the second seed"
+    assert [label[-1] for label, _ in performed] == sorted(label[-1] for label, _ in performed), "all once, then again"
     text = report.block("checkpointing", tmp_path)
     assert "| 8, not 12 |" in text and "| at least 256 |" in text
 
