@@ -93,19 +93,19 @@ def mean_and_spread(runs: list[dict], key: str = "val_loss") -> tuple[float, flo
     return sum(values) / len(values), max(values) - min(values)
 
 
-def noise(found: dict[str, list[dict]]) -> float:
-    """The standard deviation of the loss over seeds, taken to be the same in all groups; inf without a group of two."""
-    losses = [[run["val_loss"] for run in runs] for runs in found.values() if len(runs) > 1]
-    if not losses:
+def noise(found: dict[str, list[dict]], key: str = "val_loss") -> float:
+    """The standard deviation over seeds, taken to be the same in all groups; inf without a group of two."""
+    several = [[run[key] for run in runs] for runs in found.values() if len(runs) > 1]
+    if not several:
         return math.inf
-    return math.sqrt(sum(np.var(values) * len(values) for values in losses) / sum(len(values) - 1 for values in losses))
+    return math.sqrt(sum(np.var(values) * len(values) for values in several) / sum(len(values) - 1 for values in several))
 
 
-def honest_difference(found: dict[str, list[dict]]) -> float:
+def honest_difference(found: dict[str, list[dict]], key: str = "val_loss") -> float:
     """The smallest difference of the means of two groups that Tukey's test (1949) finds at the 5% level among all groups of a study
     with more than one seed, times the root of the seeds; inf without two such groups."""
     seeds = [len(runs) for runs in found.values() if len(runs) > 1]
-    return _studentized_range(len(seeds), sum(seeds) - len(seeds)) * noise(found) if len(seeds) > 1 else math.inf
+    return _studentized_range(len(seeds), sum(seeds) - len(seeds)) * noise(found, key) if len(seeds) > 1 else math.inf
 
 
 @functools.cache        # a numerical integral
@@ -122,6 +122,18 @@ def smallest_decided(found: dict[str, list[dict]]) -> float:
     """The smallest difference that is decided between groups of as many seeds as the first one with several."""
     several = [runs for runs in found.values() if len(runs) > 1]
     return limit(several[0], several[0], honest_difference(found)) if several else math.inf
+
+
+def mean_difference(pairs: list[tuple[list[dict], list[dict]]]) -> tuple[float, float]:
+    """The mean over pairs of groups of how much the first ends above the second, and half its 95% interval (Student's), with one noise
+    for all groups; inf without a group of two."""
+    difference = sum(mean_and_spread(a)[0] - mean_and_spread(b)[0] for a, b in pairs) / len(pairs)
+    every = [runs for pair in pairs for runs in pair]
+    freedom = sum(len(runs) - 1 for runs in every)
+    if not freedom:
+        return difference, math.inf
+    error = noise(dict(enumerate(every))) * math.sqrt(sum(1 / len(runs) for runs in every)) / len(pairs)
+    return difference, float(student.ppf(0.975, freedom)) * error
 
 
 def swept(found: dict[str, list[dict]], optimizer: str) -> list[list[dict]]:
@@ -205,6 +217,27 @@ def of_kind(results: dict, kind: str) -> list[dict]:
             for group, runs in groups(results).items() if group.startswith(kind) and not group.endswith(EQUAL_TIME) for run in runs]
 
 
+def worth_of_time(dense: list[dict], longer: list[tuple[list[dict], list[dict]]]) -> float:
+    """Nats that e times the time gains a dense model, rather too many than too few: the most that is seen in the second half of a run,
+    and from groups of runs to the longer ones beside them."""
+    within = [(float(np.interp(run["tokens"] / 2, *np.transpose(run["validation"]))) - run["val_loss"]) / math.log(2) for run in dense]
+    between = [(mean_and_spread(short)[0] - mean_and_spread(long)[0]) / math.log(long[0]["tokens"] / short[0]["tokens"])
+               for short, long in longer if long[0]["tokens"] > 1.05 * short[0]["tokens"]]
+    return max(0.0, *within, *between)
+
+
+def equal_time(results: dict) -> tuple[float, float, float]:
+    """Of the scaling study: the nats that e times the time is worth to a dense model; half the 95% interval of the ratios of the speeds, as
+    a part of them; and the nats at equal time that so uncertain a speed is worth, inf when none was measured twice."""
+    found, speeds = groups(results), timed(results)
+    names = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
+    longer = [(found[f"dense, {name}"], found[f"dense, {name}{EQUAL_TIME}"]) for name in names
+              if {f"dense, {name}", f"dense, {name}{EQUAL_TIME}"} <= found.keys()]
+    ratios = [speed_ratios(speeds[f"moe, {name}"], speeds[f"dense, {name}"]) for name in names]
+    worth, error = worth_of_time(of_kind(results, "dense"), longer), ratio_error(ratios)
+    return worth, error, worth * error if error < math.inf else math.inf
+
+
 def _lost(results: dict) -> set[str]:
     """The groups that failed, when what is left is no answer."""
     runs = results["runs"].values()
@@ -279,7 +312,7 @@ def _optimizer(figure: Figure, results: dict) -> None:
     found = groups(results)
     sweeps = swept(found, "muon") + swept(found, "adamw")
     muon = best_runs(found, "muon")[0]["changes"]
-    lines = (("adamw", "adamw_lr", dict(warmup_fraction=None), "AdamW alone", ORANGE, "s"),
+    lines = (("adamw", "adamw_lr", dict(warmup_fraction=None), f"AdamW alone, warm-up {base_config(results).warmup_fraction:.0%}", ORANGE, "s"),
              *(("adamw", "adamw_lr", dict(warmup_fraction=warmup), f"AdamW alone, warm-up {warmup:.0%}", colour, marker)
                for warmup, colour, marker in zip(LONG_WARMUPS, (RED, PINK, SKY), "DvP")),
              ("muon", "muon_lr", dict(adamw_lr=ADAMW_RATES[1]), f"Muon's rate, its AdamW's {ADAMW_RATES[1]:g}", BLUE, "o"),
@@ -297,7 +330,11 @@ def _optimizer(figure: Figure, results: dict) -> None:
     for runs in shorter(found):
         curves.plot([run["tokens"] for run in runs], [run["val_loss"] for run in runs], "o", color=BLUE, markersize=4.5, alpha=0.8)
     if shorter(found):
-        curves.plot([], [], "o", color=BLUE, markersize=4.5, label="Muon, a shorter run's end")
+        lengths = [*shorter(found), best_runs(found, "muon")]      # the report reads the tokens to AdamW's loss from this line
+        ends = [runs[0]["tokens"] for runs in lengths]
+        between = np.geomspace(ends[0], ends[-1], 50)
+        curves.plot(between, np.interp(np.log(between), np.log(ends), [mean_and_spread(runs)[0] for runs in lengths]), ":", color=BLUE, linewidth=1)
+        curves.plot([], [], ":o", color=BLUE, linewidth=1, markersize=4.5, label="Muon, shorter runs' ends")
     smaller = [(best_runs(found, QUARTER + name), colour) for name, colour in (("muon", BLUE), ("adamw", ORANGE)) if swept(found, QUARTER + name)]
     for ends, colour in smaller:
         curves.plot([run["tokens"] for run in ends], [run["val_loss"] for run in ends], "x", color=colour, markersize=5)
@@ -379,7 +416,9 @@ def _scaling(figure: Figure, results: dict) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     found = groups(results)
     sizes = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
-    for shift, ending, label, colour, marker in ((-0.08, "", "equal tokens and FLOPs", BLUE, "o"), (0.08, EQUAL_TIME, "equal time", GREEN, "^")):
+    limit_of_time = smallest_decided(found) + equal_time(results)[-1]
+    timely = "equal time" + (f" (undecided to ±{limit_of_time:.2f})" if limit_of_time < math.inf else "")
+    for shift, ending, label, colour, marker in ((-0.08, "", "equal tokens and FLOPs", BLUE, "o"), (0.08, EQUAL_TIME, timely, GREEN, "^")):
         pairs = [(place + shift, a["val_loss"] - b["val_loss"]) for place, size in enumerate(sizes) for a in found[f"moe, {size}"]
                  for b in found.get(f"dense, {size}{ending}", []) if a["changes"]["seed"] == b["changes"]["seed"]]
         differences.plot([x for x, _ in pairs], [y for _, y in pairs], marker, color=colour, markersize=5, alpha=0.8, label=label)
@@ -398,14 +437,16 @@ def _scaling(figure: Figure, results: dict) -> None:
 def _checkpointing(figure: Figure, results: dict) -> None:
     fitted, _ = micro_batches(results)
     depths = sorted({layers for layers, _ in fitted})
-    for row, depth in zip(figure.subplots(len(depths), 2, squeeze=False, sharex=True), depths):
+    every = [batch for batches in fitted.values() for batch in batches]
+    for row, depth in zip(figure.subplots(len(depths), 2, squeeze=False), depths):
+        tried = [fitted.get((depth, mode), {}) for mode in MODES]
+        common = set.intersection(*map(set, tried)) or {min(every)}
+        sizes = sorted({min(common), max(common), max(map(max, filter(None, tried)))})      # where the modes are compared, and the largest that fits
         for mode, (colour, marker) in MODES.items():
             for axes, key in zip(row, ("peak_gb", "tokens_per_second")):
                 _points(axes, dict(sorted(fitted.get((depth, mode), {}).items())), key, mode, colour, marker)
         for axes, label in zip(row, ("peak memory (GB)", "tokens/s")):
-            sizes = {batch for batches in fitted.values() for batch in batches}
-            sizes = sorted(size for size in sizes if math.log2(size / min(sizes)).is_integer())
-            axes.set(xscale="log", ylabel=f"{depth} layers: {label}", ylim=(0, 1.08 * axes.dataLim.ymax))
+            axes.set(xscale="log", ylabel=f"{depth} layers: {label}", xlim=(0.8 * min(every), 1.25 * max(every)), ylim=(0, 1.08 * axes.dataLim.ymax))
             axes.set_xticks(sizes, map(str, sizes))
             axes.xaxis.set_minor_locator(NullLocator())
             _grid(axes)
@@ -452,7 +493,7 @@ def _specialization(figure: Figure, results: dict) -> None:
                           linewidth=1.1, linestyle="-" if n == 0 else ":", label=label)
     by_layer.plot(layers, steps[-1]["kind"]["shuffled_most"], "--", color="0.4", linewidth=1, label="shuffled kinds")
     most = max(max(step["kind"]["bits"]) for run in runs for step in run["experts"]["steps"])
-    by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, 1.6 * most), title="By layer and training (second seed dotted)" if len(runs) > 1 else "By layer and training")
+    by_layer.set(xlabel="layer", ylabel="bits that the expert says of the kind", ylim=(0, 1.6 * most), title="By layer (dotted: the second seed)" if len(runs) > 1 else "By layer")
     by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
     _grid(by_layer)
 
@@ -472,7 +513,7 @@ def _specialization(figure: Figure, results: dict) -> None:
         for (row, column), part in np.ndenumerate(share):
             axes.text(column, row, f"{100 * part:.0f}", ha="center", va="center", fontsize=7,
                       color="white" if abs(times[row, column]) > 1.4 else "black")
-        bar = _label_map(figure, axes, image, [names[k] for k in there], range(1, share.shape[1] + 1), "times the expert's share of all tokens")
+        bar = _label_map(figure, axes, image, [names[k] for k in there], range(1, share.shape[1] + 1), "times the expert's share of all choices")
         bar.set_ticks(range(-2, 3), labels=["≤ ¼", "½", "1", "2", "≥ 4"])
         axes.set(xlabel="expert (in the cells: % of the row)", title=f"{label.capitalize()}s in layer {layers[layer]}")
 

@@ -21,8 +21,9 @@ from benchmarks.tables import fill, rewrite
 from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
-from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, groups, honest_difference, limit, mean_and_spread, micro_batches, noise,
-                             of_kind, ratio_error, scaling_law, sharpest_layer, shorter, smallest_decided, speed_ratios, swept, timed)
+from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, equal_time, groups, honest_difference, limit, mean_and_spread,
+                             mean_difference, micro_batches, noise, of_kind, scaling_law, sharpest_layer, shorter, smallest_decided, speed_ratios,
+                             swept, timed)
 from studies.grids import ADAMW_RATES, EQUAL_TIME, QUARTER, QUARTER_RATES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,10 +37,10 @@ def value(runs: list[dict], key: str = "val_loss", digits: int = 3) -> str:
     return f"{mean:,.{digits}f}" + (f" ± {spread / 2:,.{digits}f}" if len(runs) > 1 else " (one run)")
 
 
-def undecided(a: list[dict], b: list[dict], honest: float, more: float = 0.0) -> bool:
+def undecided(a: list[dict], b: list[dict], honest: float, more: float = 0.0, key: str = "val_loss") -> bool:
     """Whether two groups have one seed only, or differ by no more than the spread of either's seeds or than the study's honest
     difference; than those and `more`, if there is another uncertainty."""
-    (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a), mean_and_spread(b)
+    (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a, key), mean_and_spread(b, key)
     return min(len(a), len(b)) < 2 or abs(mean_a - mean_b) <= max(spread_a, spread_b, limit(a, b, honest)) + more
 
 
@@ -95,17 +96,22 @@ def budget(results: dict) -> str:
     steps = sorted({round(run["tokens"] / run["changes"]["max_steps"]) for run in runs})
     per_step = " to ".join(f"{tokens:,}" for tokens in dict.fromkeys((steps[0], steps[-1])))
     seeds = collections.Counter(len({run["changes"]["seed"] for run in group}) for group in groups(results).values())
-    replicas = listed([f"{n} configuration{'s' * (n > 1)} with {k} seed{'s' * (k > 1)}" for k, n in sorted(seeds.items(), reverse=True)])
+    kinds = [f"{n} configuration{'s' * (n > 1)} with {k} seed{'s' * (k > 1)}" for k, n in sorted(seeds.items(), reverse=True)]
+    kinds += [f"{n} {words}" for words, n in (("to measure speeds", sum(run["group"].startswith(SPEED) for run in every)),
+                                              ("that diverged or did not fit", len(results["runs"]) - len(every))) if n]
     sizes = sorted({(run["active_params"], run["total_params"]) for run in runs})
     size = " to ".join(dict.fromkeys(f"{count(active)} of {count(total)}" for active, total in (sizes[0], sizes[-1])))
+    shapes = sorted({tuple(run["changes"].get(field, getattr(base, field)) for field in ("n_layers", "d_model")) for run in runs})
+    shape = " to ".join(dict.fromkeys(f"{layers} x {width}" for layers, width in (shapes[0], shapes[-1])))
+    each = [run["tokens"] / run["active_params"] for run in runs]
+    seen = " to ".join(dict.fromkeys(f"{tokens:.2g}" for tokens in (min(each), max(each))))
     rates = listed([f"{name} {getattr(base, field):g}" for field, name in (("muon_lr", "Muon"), ("adamw_lr", "AdamW"))
                     if not any(field in run["changes"] for run in runs)])
     minutes = listed([f"{b[key]:.0f} {name} minutes" for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU")) if b[key]])
-    return (f"The models have {size} parameters active and see at most {count(max(run['tokens'] for run in runs))} tokens ("
-            f"{max(run['tokens'] / run['active_params'] for run in runs):.2g} for an active parameter, {max(run['passes'] for run in runs):.2f} passes "
-            f"over `{corpus['data']}`, {count(corpus['train_tokens'])} tokens) in steps of {per_step}, in {base.precision}"
-            + (f"; peak rates: {rates}" if rates else "") + f". {len(results['runs'])} runs" + (f", of them {replicas}" if replicas else "")
-            + f"; {count(b['tokens'])} tokens, {minutes} on {machines(results)}.")
+    return (f"The models ({shape}, layers x width) have {size} parameters active and see at most {count(max(run['tokens'] for run in runs))} "
+            f"tokens ({seen} for an active parameter, {max(run['passes'] for run in runs):.2f} passes over `{corpus['data']}`, {count(corpus['train_tokens'])} tokens) in steps of {per_step}, in "
+            f"{base.precision}" + (f"; peak rates: {rates}" if rates else "") + f". {len(results['runs'])} runs: {listed(kinds)}; {count(b['tokens'])} "
+            f"tokens, {minutes} with runs that were made again, on {machines(results)}.")
 
 
 # ---------------------------------------------------------------- one study each
@@ -136,6 +142,10 @@ def optimizer(results: dict) -> str:
     sweeps = swept(found, "muon") + swept(found, "adamw")
     asked = [run["changes"] for run in results["runs"].values() if "_lr" in run["group"] and not run["group"].startswith(QUARTER)]      # those that diverged too
 
+    def within_the_noise(a: list[dict], b: list[dict]) -> bool:
+        """Whether two rates cannot be told from each other, with one seed too."""
+        return abs(mean_and_spread(a)[0] - mean_and_spread(b)[0]) <= limit(a, b, honest)
+
     def rate(best: list[dict], field: str) -> str:
         """The best rate; which others of its sweep cannot be told from it, and whether the sweep ended there, so that a better one may lie beyond."""
         mine = best[0]["changes"]
@@ -148,8 +158,7 @@ def optimizer(results: dict) -> str:
         nearest = tried.get(mine[field])
         if nearest is None:
             return f"{mine[field]:g} (swept beside another rate)"
-        alike = [f"{other:g}" for other, runs in sorted(tried.items()) if runs is not nearest and
-                 abs(mean_and_spread(runs)[0] - mean_and_spread(nearest)[0]) <= limit(runs, nearest, honest)]
+        alike = [f"{other:g}" for other, runs in sorted(tried.items()) if runs is not nearest and within_the_noise(runs, nearest)]
         notes = [f"within the noise: {listed(alike)}"] * bool(alike)
         notes += ["the sweep's end"] * (not min(ends) < mine[field] < max(ends))
         return f"{mine[field]:g}" + (f" ({'; '.join(notes)})" if notes else "")
@@ -168,8 +177,11 @@ def optimizer(results: dict) -> str:
         whole, mine = (muon if name == "muon" else adamw)[0]["changes"], smaller[name][0]["changes"]
         share = mine["adamw_lr"] / whole["adamw_lr"]
         end = {min(QUARTER_RATES): ", the lowest tried", max(QUARTER_RATES): ", the highest tried"}.get(share, "")
+        level = [runs[0]["changes"]["adamw_lr"] / whole["adamw_lr"] for runs in swept(found, QUARTER + name) if runs is not smaller[name]
+                 and runs[0]["changes"].get("warmup_fraction") == mine.get("warmup_fraction") and within_the_noise(runs, smaller[name])]
+        alike = f"; within the noise: {listed([f'{other:g}' for other in sorted(level)])}" if level else ""
         other = f"; warm-up {mine['warmup_fraction']:.0%}" if mine.get("warmup_fraction") != whole.get("warmup_fraction") else ""
-        return f" (rates x {share:g}{end}{other})"
+        return f" (rates x {share:g}{end}{alike}{other})"
 
     table = rows(["", "Muon with AdamW", "AdamW alone"], [
         ["best peak rates of the sweeps", f"Muon {rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}", rate(adamw, "adamw_lr")],
@@ -179,7 +191,7 @@ def optimizer(results: dict) -> str:
         ["tokens to AdamW's loss", f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none, count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
         ["seconds of training at that speed", f"{reached[1]}{reached[0] / rates['muon']:.0f}" if reached else none, f"{tokens / rates['adamw']:.0f}"],
-        [f"tokens/s, alone on {speeds['muon'][0]['machine']['gpu'] or 'the machine'}", *(value(speeds[name], "tokens_per_second", 0) for name in rates)],
+        [f"tokens/s, alone on {speeds['muon'][0]['machine']['gpu'] or 'the CPU'}", *(value(speeds[name], "tokens_per_second", 0) for name in rates)],
         ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in rates)],
         ["peak memory of a run, GB", *(f"{peaks[name]:.1f}" for name in rates)]])
 
@@ -199,8 +211,8 @@ def optimizer(results: dict) -> str:
         words += (f"; with that rate, {adamw[0]['changes']['adamw_lr']:g}, for what AdamW trains beside Muon too, the difference is "
                   f"{adamw[0]['val_loss'] - min(same_rate):.3f} (one seed)")
     words += (f". Muon's loss is interpolated between runs of {listed([count(length) for length, _ in lengths])} tokens, each with a whole schedule. "
-              f"Muon's own warm-up was not varied. Weights, gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the "
-              f"brief: 30%, or 8 bytes against 12), as Muon keeps one momentum, in 16 bits, and AdamW two moments, in 32; the peak of these runs, most "
+              f"Muon's own rate was swept with its AdamW at {ADAMW_RATES[1]:g}, and its warm-up not at all. Weights, gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the "
+              f"brief: 30%, and 8 bytes against 12, which is 33%), as Muon keeps one momentum, in 16 bits, and AdamW two moments, in 32; the peak of these runs, most "
               f"of which is activations, falls by {1 - peaks['muon'] / peaks['adamw']:.0%}.")
     return f"{answer}\n\n{table}\n\n{words}"
 
@@ -220,7 +232,7 @@ def routing(results: dict) -> str:
     more, gain = fair["top-1"][0]["tokens"] / same["top-1"][0]["tokens"], mean_and_spread(same["top-1"])[0] - mean_and_spread(fair["top-1"])[0]
     return (f"At equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, {sure_fair}.\n\n{table}"
             f"\n\n{least(found)} At equal FLOPs fewer experts see more tokens: top-1 {more:.2f} times as many, which alone changes its loss by "
-            f"{-gain:+.3f} nats, in runs so short. The weights of a token's experts sum to 1, but top-1's is the router's probability, from which it learns."
+            f"{-gain:+.3f} nats, in runs so short. The weights of a token's experts sum to 1, but top-1's, from which its router must learn, is the probability of the expert, below 1."
             + (f" In whole steps the FLOPs are equal but for {off:.0%}: give more --tokens." if off > 0.02 else ""))
 
 
@@ -230,15 +242,21 @@ def balance(results: dict) -> str:
     found = {f"`{names[name]}`": runs for name, runs in groups(results).items() if name in names}
     honest = honest_difference(found)
     best, sure = level(found, honest)
+    base = base_config(results)
     table = rows(["balancing", "validation loss", f"against {best}", "1 - load entropy (0: even)", "largest share of an expert"], [
         [name, value(runs), "" if name == best else against(runs, found[best], honest), f"{1 - mean_and_spread(runs, 'load_entropy')[0]:.2g}",
-         value(runs, "worst_share", 2)] for name, runs in found.items()])
+         value(runs, "worst_share")] for name, runs in found.items()])
     as_low = {name: runs for name, runs in found.items() if name == best or undecided(runs, found[best], honest)}
     low, high = (pick(as_low, key=lambda name: mean_and_spread(as_low[name], "worst_share")[0]) for pick in (min, max))
-    return (f"{best} ends lowest, {sure}; of what cannot be told from it, {low} keeps the busiest expert's share smallest.\n\n{table}"
+    shares = honest_difference(found, "worst_share")
+    as_even = [name for name, runs in as_low.items() if name != low and undecided(runs, as_low[low], shares, key="worst_share")]
+    return (f"{best} ends lowest, {sure}; of what cannot be told from it, {low} keeps the busiest expert's share smallest"
+            + (f", undecided against {listed(as_even)}" if as_even else "") + f".\n\n{table}"
             "\n\nOf it and those that cannot be told from it, the largest share of an expert goes "
-            f"from {value(as_low[low], 'worst_share', 2)} ({low}) to {value(as_low[high], 'worst_share', 2)} ({high}). Entropy and share are "
-            f"of the training batches in the last tenth of a run, the share that of the busiest expert of all layers. {least(found)}")
+            f"from {value(as_low[low], 'worst_share')} ({low}) to {value(as_low[high], 'worst_share')} ({high}). Entropy and share are "
+            f"of the training batches of the last lines of a run's log, a tenth of them; the share is that of the busiest expert of all layers, "
+            f"in all choices of an expert by a token: even is {1 / base.num_experts:g}, and no share exceeds {1 / base.top_k:g}, as a token chooses "
+            f"{base.top_k}. The bias has one step, {base.load_balancing_bias_rate:g}. {least(found)}")
 
 
 def specialization(results: dict) -> str:
@@ -253,32 +271,37 @@ def specialization(results: dict) -> str:
             for i, step in enumerate(first["steps"])]
     table = rows(["tokens of training", "bits of the kind", "shuffled", "bits of the domain", "shuffled"], body)
     layer = sharpest_layer(first, "kind")
-    kinds, share = np.array(first["kinds"]), np.array(first["kind_table"][layer], float)
-    share /= share.sum(0).clip(1)
-    tokens = rows(["expert", "gets of all pairs of a kind", "tokens that set it apart"], [
-        [str(e + 1), listed([f"{kinds[k]} ({share[e, k]:.0%})" for k in np.argsort(-share[e])[:2]]),
-         " ".join(code(token) for token, _ in first["top_tokens"][layer][e][:SHOWN_TOKENS])] for e in range(len(share))])
+    pairs = np.array(first["kind_table"][layer], float)
+
+    def largest(shares: np.ndarray) -> str:
+        return listed([f"{first['kinds'][k]} ({shares[k]:.0%})" for k in np.argsort(-shares)[:2]])
+
+    tokens = rows(["expert", "is chosen, of all choices by a kind", "its tokens are", "tokens that set it apart"], [
+        [str(e + 1), largest(pairs[e] / pairs.sum(0).clip(1)), largest(pairs[e] / pairs[e].sum().clip(1)),
+         " ".join(code(token) for token, _ in first["top_tokens"][layer][e][:SHOWN_TOKENS])] for e in range(len(pairs))])
+    most = most_bits(first)
     last = len(first["steps"]) - 1
     (kind, domain), (kind_before, domain_before) = ([mean_and_spread(mean_bits(i, label, "bits"), "bits")[0] for label in ("kind", "domain")]
                                                     for i in (last, 0))
     shuffled = mean_and_spread(mean_bits(last, "domain", "shuffled_most"), "bits")[0]
     others = first["domain_tokens"][first["domains"].index("others")] / sum(first["domain_tokens"]) if "others" in first["domains"] else 0
     seed = next(iter(results["runs"].values()))["changes"]["seed"]
-    return (f"What kind a token is of: the expert says {kind:.3f} of {first['kind_entropy']:.2f} bits ({kind / first['kind_entropy']:.0%}), before training "
-            f"{kind_before:.3f}, as equal tokens look alike to a router. What domain (package) its text is from: {domain:.3f} of {first['domain_entropy']:.2f} bits, of "
+    return (f"What kind a token is of: the expert says {kind:.3f} bits, {kind / most:.0%} of the {most:.2f} that it could, before training "
+            f"{kind_before:.3f}, as equal tokens look alike to a router. What domain (package) its text is from: {domain:.3f} bits, of "
             f"which {shuffled:.3f} are found with shuffled domains too, and {domain_before:.3f} before training.\n\n{table}\n\nMeans over the MoE layers, "
-            f"of {count(first['tokens'])} held-out tokens; \"shuffled\" is the largest of ten."
+            f"of {count(first['tokens'])} held-out tokens, each counted at each of its experts; \"shuffled\" is the largest of ten. The kinds have {first['kind_entropy']:.2f} "
+            f"bits and the domains {first['domain_entropy']:.2f}; one of a token's experts can say no more than {most:.2f}, as the token chooses others too."
             + (f" Of the tokens {others:.0%} are of packages too small to have a name of their own." if others else "")
             + f" Layer {first['layers'][layer] + 1} says most of the kind; its experts (seed {seed}):\n\n{tokens}")
 
 
-def worth_of_time(dense: list[dict], longer: list[tuple[list[dict], list[dict]]]) -> float:
-    """Nats that e times the time gains a dense model, rather too many than too few: the most that is seen in the second half of a run,
-    and from groups of runs to the longer ones beside them."""
-    within = [(float(np.interp(run["tokens"] / 2, *np.transpose(run["validation"]))) - run["val_loss"]) / math.log(2) for run in dense]
-    between = [(mean_and_spread(short)[0] - mean_and_spread(long)[0]) / math.log(long[0]["tokens"] / short[0]["tokens"])
-               for short, long in longer if long[0]["tokens"] > 1.05 * short[0]["tokens"]]
-    return max(0.0, *within, *between)
+def most_bits(experts: dict) -> float:
+    """How many bits one of a token's k experts can say of its kind, mean over the layers: no more than the kinds have, and no more than
+    the experts' entropy less log2(k), as it stays open which of the k it is."""
+    tables = [np.array(table, float) for table in experts["kind_table"]]
+    shares = [table.sum(1) / table.sum() for table in tables]
+    k = tables[0].sum() / max(1, sum(experts["kind_tokens"]))
+    return float(np.mean([min(experts["kind_entropy"], -sum(p * math.log2(p) for p in share if p > 0) - math.log2(k)) for share in shares]))
 
 
 def equal_loss_flops(law: ScalingLaw, runs: list[dict], deviation: float, tried: list[float]) -> str:
@@ -290,29 +313,17 @@ def equal_loss_flops(law: ScalingLaw, runs: list[dict], deviation: float, tried:
     return "beyond those tried" if words[1][0] == ">" or words[2][0] == "<" else f"{words[0]} ({words[1]} to {words[2]})"
 
 
-def _lengths(sizes: dict[str, tuple]) -> str:
-    """A sentence on dense models that end farther apart than their seeds, though one sees hardly more tokens."""
-    odd = []
-    for name, (_, dense, longer) in sizes.items():
-        more = longer[0]["tokens"] / dense[0]["tokens"] - 1 if longer else 0
-        (mean, spread), (mean_longer, spread_longer) = mean_and_spread(dense), mean_and_spread(longer or dense)
-        if 0 < abs(more) < 0.1 and abs(mean_longer - mean) > 3 * max(spread, spread_longer):
-            odd.append(f"{mean_longer - mean:+.3f} nats with {more:+.0%} tokens at {name}")
-    return f" The dense model ends {listed(odd)}, much farther away than its seeds differ: such runs vary with their length too." if odd else ""
-
-
 def scaling(results: dict) -> str:
     found, speeds = groups(results), timed(results)
     honest, deviation = honest_difference(found), noise({group: runs for group, runs in found.items() if group.startswith("moe, ")})
     dense_runs, moe_runs = (of_kind(results, kind) for kind in ("dense", "moe"))
-    by_flops = [scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs]) for runs in (dense_runs, moe_runs)]
-    by_parameters = scaling_law([run["total_params"] for run in dense_runs], [run["val_loss"] for run in dense_runs])
     names = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
     sizes = {name: (found[f"moe, {name}"], found[f"dense, {name}"], found.get(f"dense, {name}{EQUAL_TIME}")) for name in names}
-    per_time = worth_of_time(dense_runs, [(dense, timely) for _, dense, timely in sizes.values() if timely])
+    together, interval = mean_difference([(moe, dense) for moe, dense, _ in sizes.values()])
+    by_flops = [scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs]) for runs in (dense_runs, moe_runs)]
+    by_parameters = scaling_law([run["total_params"] for run in dense_runs], [run["val_loss"] for run in dense_runs])
     ratios = {name: speed_ratios(speeds[f"moe, {name}"], speeds[f"dense, {name}"]) for name in sizes}
-    speed_error = ratio_error(list(ratios.values()))
-    nats_of_speeds = per_time * speed_error if speed_error < math.inf else math.inf
+    per_time, speed_error, nats_of_speeds = equal_time(results)
     body, differences = [], dict(tokens=[], time=[])
     for name, (moe, dense, timely) in sizes.items():
         differences["tokens"].append(against(moe, dense, honest))
@@ -320,14 +331,14 @@ def scaling(results: dict) -> str:
         worth = (equal_loss_flops(by_flops[0], moe, deviation, [run["flops_per_token"] for run in dense_runs])
                  if by_flops[0] and deviation < math.inf else "–")
         body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), differences["tokens"][-1], worth,
-                     differences["time"][-1], value(ratios[name], "ratio", 2)])
+                     differences["time"][-1], value(ratios[name], "ratio")])
     table = rows(["layers x width", "parameters used", "of the MoE's", "dense loss", "MoE loss",
                   "MoE - dense, equal tokens, FLOPs and parameters used", "FLOPs a token of a dense model with the MoE's loss, times",
                   "MoE - dense, equal time", "MoE's speed, times the dense one's"], body)
 
     def counted(words: list[str]) -> str:
         verdicts = [{"-": "lower", "+": "higher"}.get(text[0], "unknown") if "undecided" not in text else "undecided" for text in words]
-        return listed([f"{word} at {verdicts.count(word)}" for word in ("lower", "higher", "undecided", "unknown") if word in verdicts])
+        return listed([f"{word} at {verdicts.count(word)} of {len(words)} sizes" for word in ("lower", "higher", "undecided", "unknown") if word in verdicts])
 
     laws = dict(zip(("the dense model", "the MoE"), by_flops))
     fits = ("By fits of floor + rise x (FLOPs a token)^-exponent (Hoffmann et al. 2022, with the tokens fixed), ± standard errors, "
@@ -340,16 +351,20 @@ def scaling(results: dict) -> str:
         if by_parameters and total <= largest and deviation < math.inf:
             difference, error = mean_and_spread(moe)[0] - by_parameters.at(total), math.hypot(by_parameters.error_at(total), deviation / math.sqrt(len(moe)))
             beside.append(f"{difference:+.3f} ± {error:.3f} at {name}")
+    limit_of_time = smallest_decided(found) + nats_of_speeds
+    timely_limit = (f" With equal time the limit is {limit_of_time:.3f}, as the ratio of the speeds is known to {speed_error:.0%} "
+                    f"(95% interval) only, and by how the loss falls with tokens here 10% more time is worth up to {per_time * math.log(1.1):.2f} nats."
+                    if limit_of_time < math.inf else "")
     extra = [runs[0]["total_params"] / runs[0]["active_params"] for runs, _, _ in sizes.values()]
-    return (f"Of the {len(sizes)} sizes the MoE ends {counted(differences['tokens'])} with equal tokens, FLOPs and parameters used, and "
-            f"{counted(differences['time'])} with equal time.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters "
+    mean = f"; by the mean of all, {abs(together):.3f} ± {interval:.3f} nats (95% interval) {'lower' if together < 0 else 'higher'}"
+    return (f"With equal tokens, FLOPs and parameters used the MoE ends {counted(differences['tokens'])}{mean if interval < math.inf else ''}. With "
+            f"equal time it ends {counted(differences['time'])}.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters "
             "used and FLOPs are those of the MoE; for equal time it was trained again, on as many tokens as take it the MoE's time, of at most 4 passes "
-            f"over the text. {least(found)} With equal time, half the speeds' 95% interval is added to that, in nats that so much "
-            f"time is worth. {fits} The MoE has {min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses"
+            f"over the text. {least(found)}{timely_limit} {fits} The MoE has {min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses"
             + ("; what that is worth is in the table, with 95% intervals by the dense model's fit" if by_flops[0] else "")
             + " (the brief: 4x capacity at the same compute)."
             + (f" Against a dense model of as many parameters in all, by its fit, the MoE ends, ± standard errors, {listed(beside)} nats"
-               + ("; larger ones lie beyond the fit." if len(beside) < len(sizes) else ".") if beside else "") + _lengths(sizes))
+               + ("; larger ones lie beyond the fit." if len(beside) < len(sizes) else ".") if beside else ""))
 
 
 def checkpointing(results: dict) -> str:

@@ -1,6 +1,5 @@
 """What a study says: what is called undecided, fits and their errors, figures and the report."""
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -188,10 +187,11 @@ def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
     text = report.block("scaling", tmp_path)
     rows = [row.split(" | ") for row in text.splitlines() if row.startswith("| ") and " x " in row.split(" | ")[0]][1:]
     assert len(rows) > 2 and rows[0][6].startswith("2.0") and rows[-1][6] == "beyond those tried"
-    assert all(row[-1] == "0.50 ± 0.00 |" and row[5].startswith("-") and row[7].startswith("+") and "undecided" not in row[7] for row in rows)
-    assert f"lower at {len(rows)} with equal tokens, FLOPs and parameters used, and higher at {len(rows)} with equal time" in text
-    monkeypatch.setattr(report, "ratio_error", lambda pairs: {8: 0.5}[sum(map(len, pairs))])
-    assert f"undecided at {len(rows)} with equal time" in report.block("scaling", tmp_path), "speeds that are not known decide nothing"
+    assert all(row[-1] == "0.502 ± 0.003 |" and row[5].startswith("-") and row[7].startswith("+") and "undecided" not in row[7] for row in rows)
+    of = f"{len(rows)} of {len(rows)} sizes"
+    assert f"With equal tokens, FLOPs and parameters used the MoE ends lower at {of}; by the mean" in text and f"With equal time it ends higher at {of}." in text
+    monkeypatch.setattr(figures, "ratio_error", lambda pairs: {8: 0.5}[sum(map(len, pairs))])
+    assert f"With equal time it ends undecided at {of}." in report.block("scaling", tmp_path), "speeds that are not known decide nothing"
 
 
 def test_equal_loss_flops_are_told_within_those_tried():
@@ -206,20 +206,33 @@ def test_equal_loss_flops_are_told_within_those_tried():
 
 def test_what_time_is_worth_is_the_most_that_was_seen():
     run = result(3.0, tokens=100, validation=[[0, 7.0], [50, 4.0], [100, 3.0]])
-    assert report.worth_of_time([run], []) == pytest.approx(1 / math.log(2))
+    assert figures.worth_of_time([run], []) == pytest.approx(1 / math.log(2))
     longer = [result(1.0, tokens=200)]
-    assert report.worth_of_time([run], [([run], longer)]) == pytest.approx(2 / math.log(2)) and report.worth_of_time([run], [([run], [run])]) < 2
+    assert figures.worth_of_time([run], [([run], longer)]) == pytest.approx(2 / math.log(2)) and figures.worth_of_time([run], [([run], [run])]) < 2
     worse = result(3.0, tokens=100, validation=[[0, 2.0], [100, 3.0]])
-    assert report.worth_of_time([worse], [([run], [result(4.0, tokens=200)])]) == 0, "never less than nothing"
+    assert figures.worth_of_time([worse], [([run], [result(4.0, tokens=200)])]) == 0, "never less than nothing"
 
 
-def test_lengths_that_change_more_than_seeds_are_told():
-    def sizes(longer):
-        return {"4 x 256": ([], [result(3.03, tokens=100), result(3.04, tokens=100)], longer)}
-    assert report._lengths(sizes([result(2.9, tokens=104), result(2.91, tokens=104)])) == (
-        " The dense model ends -0.130 nats with +4% tokens at 4 x 256, much farther away than its seeds differ: such runs vary with their length too.")
-    assert not report._lengths(sizes(None)) and not report._lengths(sizes([result(3.02, tokens=104), result(3.03, tokens=104)]))
-    assert not report._lengths(sizes([result(2.9, tokens=140)])), "that is what more tokens do"
+def test_the_mean_difference_of_pairs_and_its_interval():
+    """Two pairs of two seeds each, all of the same spread: the interval is scipy's of the mean of the four differences, with 4 degrees of
+    freedom instead of a test's for one pair."""
+    def runs(*losses):
+        return [result(loss) for loss in losses]
+    pairs = [(runs(2.9, 3.0), runs(3.1, 3.2)), (runs(1.8, 1.9), runs(1.9, 2.0))]
+    error = math.sqrt(0.005) * math.sqrt(4 / 2) / 2
+    assert figures.mean_difference(pairs) == pytest.approx((-0.15, 2.776 * error), abs=1e-4)
+    assert figures.mean_difference([(runs(2.9), runs(3.1))]) == (pytest.approx(-0.2), math.inf)
+
+
+def test_an_expert_says_no_more_bits_than_its_tokens_choices_leave():
+    """Of 4 experts that are used evenly, two by each token, one says a bit at most; of 2 that every token chooses, none; and never more
+    than the kinds have."""
+    def most(table, tokens, entropy):
+        return report.most_bits(dict(kind_table=[table], kind_tokens=tokens, kind_entropy=entropy))
+    even = [[10, 0], [10, 0], [0, 10], [0, 10]]
+    assert most(even, [10, 10], 3.0) == pytest.approx(1) and most(even, [10, 10], 0.5) == 0.5
+    assert most([[10, 10], [10, 10]], [10, 10], 1.0) == pytest.approx(0)
+    assert figures.bits_of_each(even)[0] == pytest.approx(1), "which these experts reach"
 
 
 def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
@@ -232,7 +245,7 @@ def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
     del runs["dense, 2 x 16, seed 1"]
     figure = Figure()
     figures._scaling(figure, results)
-    tokens, time = ([list(map(float, np.round(line.get_ydata(), 9))) for line in figure.axes[2].lines if line.get_label() == f"equal {name}"][0]
+    tokens, time = ([list(map(float, np.round(line.get_ydata(), 9))) for line in figure.axes[2].lines if line.get_label().startswith(f"equal {name}")][0]
                     for name in ("tokens and FLOPs", "time"))
     assert tokens == [-0.2, -0.4, -0.4, -0.2, -0.4, -0.2, -0.4] and time == [-0.1, -0.2] * 4
     assert [len(axes.lines) for axes in figure.axes[:2]] != [0, 0]

@@ -39,7 +39,7 @@ def test_a_study_performs_each_run_once_draws_and_is_reported(performed, tmp_pat
     text = report.block(name, tmp_path)
     training = [run["tokens"] for run in results["runs"].values() if "tokens" in run and (name == "checkpointing" or "speed" not in run["group"])]
     assert f"see at most {count(max(training))} tokens" in text, "speeds are no training"
-    assert "minutes on 2 CPU cores" in text and "| --- |" in text and "nan" not in text and "inf" not in text.replace("information", "")
+    assert "minutes with runs that were made again, on 2 CPU cores" in text and "| --- |" in text and "nan" not in text and "inf" not in text.replace("information", "")
 
 
 def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_a_study_is_drawn_when_only_runs_that_others_led_to_are_missing(performe
     monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 37 else whole(*a))
     assert not go("scaling", tmp_path) and (tmp_path / "figure.png").stat().st_size > 10_000
     text = report.block("scaling", tmp_path)
-    assert "Not finished" in text and "figure.png" in text and "and unknown at 1 with equal time" in text and "| not run yet |" in text
+    assert "Not finished" in text and "figure.png" in text and "and unknown at 1 of 4 sizes." in text and "| not run yet |" in text
     (tmp_path / "results.json").unlink()
     performed.clear()
     monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 12 else whole(*a))
