@@ -231,8 +231,7 @@ def equal_time(results: dict) -> tuple[float, float, float]:
     a part of them; and the nats at equal time that so uncertain a speed is worth, inf when none was measured twice."""
     found, speeds = groups(results), timed(results)
     names = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
-    longer = [(found[f"dense, {name}"], found[f"dense, {name}{EQUAL_TIME}"]) for name in names
-              if {f"dense, {name}", f"dense, {name}{EQUAL_TIME}"} <= found.keys()]
+    longer = [(found[f"dense, {name}"], found[f"dense, {name}{EQUAL_TIME}"]) for name in names if f"dense, {name}{EQUAL_TIME}" in found]
     ratios = [speed_ratios(speeds[f"moe, {name}"], speeds[f"dense, {name}"]) for name in names]
     worth, error = worth_of_time(of_kind(results, "dense"), longer), ratio_error(ratios)
     return worth, error, worth * error if error < math.inf else math.inf

@@ -235,6 +235,26 @@ def test_an_expert_says_no_more_bits_than_its_tokens_choices_leave():
     assert figures.bits_of_each(even)[0] == pytest.approx(1), "which these experts reach"
 
 
+def test_a_speed_that_was_measured_once_decides_nothing_even_if_time_is_worth_nothing():
+    run = result(3.0, validation=[[0, 3.0], [TOKENS, 3.0]])
+    groups = ("moe, 1 x 8", "dense, 1 x 8", "speed of moe, 1 x 8", "speed of dense, 1 x 8")
+    results = dict(runs={group: run | dict(group=group, changes=dict(seed=1)) for group in groups})
+    assert figures.equal_time(results) == (0.0, math.inf, math.inf)
+
+
+def test_which_shares_of_the_busiest_expert_are_smallest_is_by_their_own_noise(performed, tmp_path):
+    """Losses are all alike, with more noise than the shares have; of those the two smallest are."""
+    assert go("balance", tmp_path)
+    results = loaded(tmp_path)
+    shares = {"bias": (0.131, 0.139), "batch, weight 0.01": (0.138, 0.142), "sequence, weight 0.01": (0.178, 0.182)}
+    for run in results["runs"].values():
+        seed = run["changes"]["seed"]
+        run |= dict(val_loss=3 + 0.1 * seed, worst_share=shares.get(run["group"], (0.3, 0.3))[seed - 1])
+    text = report.balance(results)
+    assert "`bias alone` keeps the busiest expert's share smallest, undecided against `loss 0.01, batch`.\n" in text
+    assert "from 0.135 ± 0.004 (`bias alone`) to 0.300 ± 0.000" in text
+
+
 def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
     assert go("scaling", tmp_path)
     results = loaded(tmp_path)
