@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import math
 import os
 import re
 import resource
@@ -268,17 +269,22 @@ def settle(c: Config, machine: Machine) -> tuple[Config, dict, Choice | None]:
     return c, memory(c, mode, c.batch_size, offload, c.lighter_blocks, machine.name is None), choice
 
 
-def advice(choice: Choice, c: Config, machine: Machine) -> str:
-    """What would fit instead of `c`: the `choice` for it, or the gradients of as few more blocks as need be on the host, or another preset."""
+def advice(choice: Choice, c: Config, machine: Machine) -> tuple[str, Choice | None]:
+    """In words, what would fit instead of `c`: the `choice` for it, or the gradients of as few more blocks as need be on the host, or a host
+    with more memory, or another preset; and that choice, when it is one for this model on this machine."""
     if choice.fits(machine):
-        return f"This would fit: {choice.options(c)}"
-    for blocks in range(c.host_gradient_blocks + 1, c.n_layers + 1) if machine.name else ():
-        more = dataclasses.replace(c, host_gradient_blocks=blocks, offload_optimizer="true")
-        choice, _ = choose(more, machine, fixed_batch=False)
-        if choice.fits(machine):
-            return f"This would fit: --host_gradient_blocks {blocks} {choice.options(more)}"
+        return f"This would fit: {choice.options(c)}", choice
+    larger = dataclasses.replace(machine, host_memory_gb=math.inf)
+    for where in (machine, larger) if machine.name else ():
+        for blocks in range(c.host_gradient_blocks, c.n_layers + 1):
+            more = dataclasses.replace(c, host_gradient_blocks=blocks, offload_optimizer="true") if blocks > c.host_gradient_blocks else c
+            choice, _ = choose(more, where, fixed_batch=False)
+            if choice.fits(where):
+                options = f"--host_gradient_blocks {blocks} " * (more is not c) + choice.options(more)
+                return (f"This would fit: {options}", choice) if where is machine else (
+                    f"With {math.ceil(choice.memory_gb['host'] / 0.9):,} GB of host memory this would fit: {options}", None)
     fitting = [name for name, preset in PRESETS.items() if choose(Config(**preset), machine, fixed_batch=False)[0].fits(machine)]
-    return "No choice for this model would fit: use a smaller --preset" + (f"; these fit: {' '.join(fitting)}" if fitting else "")
+    return "No choice for this model would fit: use a smaller --preset" + (f"; these fit: {' '.join(fitting)}" if fitting else ""), None
 
 
 def refuse_what_cannot_fit(c: Config, machine: Machine) -> None:
@@ -289,7 +295,7 @@ def refuse_what_cannot_fit(c: Config, machine: Machine) -> None:
     needed = sizes["total"] + sizes["host"]
     if choice and needed > machine.host_memory_gb:
         raise OutOfMemory(f"no memory for this run: {needed:.1f} GB are predicted and {machine.host_memory_gb:.1f} GB of this machine "
-                          f"are free.\n  {advice(choice, c, machine)}; if the machine has more than the operating system reports, say "
+                          f"are free.\n  {advice(choice, c, machine)[0]}; if the machine has more than the operating system reports, say "
                           "so with --host_memory_gb.")
 
 

@@ -236,6 +236,15 @@ def plan(argv: list[str]) -> None:
 def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory.Machine) -> None:
     where = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)" if facts["gpu"] else "this machine's CPU"
     choice, _ = memory.choose(config, machine, fixed_batch=False)
+    if facts["fits"]:
+        verdict = "fits" + (", but not as configured" * (not facts["as_configured"]) or
+                            f", in micro-batches of {choice.batch_size} instead of {config.batch_size}" * (choice.batch_size < config.batch_size)
+                            ) + f"\n  {facts['options']}"
+    else:
+        words, instead = memory.advice(choice, config, machine)
+        verdict = (f"does not fit ({choice.shortage(machine)}).\n{words}"
+                   + (", with this memory:" if instead else f"\nThe smallest choice, whose memory follows:\n  {facts['options']}"))
+        choice = instead or choice
     print(f"{name}: {why}.\n"
           f"parameters        {config.total_params:,} ({memory.count(config.total_params)}), {config.active_params:,} "
           f"({memory.count(config.active_params)}) active for a token\n"
@@ -247,9 +256,7 @@ def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory
              if facts["hours"] else "")
           + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB"
           + (" (assumed; --host_memory_gb N says what it has)" if facts["host_memory_assumed"] else "") + ": "
-          + ("fits" if facts["fits"] and facts["as_configured"] else "fits, but not as configured" if facts["fits"]
-             else f"does not fit ({choice.shortage(machine)}).\n{memory.advice(choice, config, machine)}\n"
-                  "The smallest choice, whose memory follows:") + f"\n  {facts['options']}\n")
+          + f"{verdict}\n")
     print(memory.table(choice.memory_gb, capacity_gb=machine.memory_gb or machine.host_memory_gb))
     print("\nAll sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside them.")
 

@@ -474,7 +474,7 @@ class Trainer:
             f"CPU, {self.machine.host_memory_gb:.1f} GB free"
         config, self.predicted, choice = memory.settle(config, self.machine)
         if choice:      # the prediction is not law: go on as asked, and say what would fit
-            print(f"warning: this configuration is not expected to fit ({where}). {memory.advice(choice, config, self.machine)}.",
+            print(f"warning: this configuration is not expected to fit ({where}). {memory.advice(choice, config, self.machine)[0]}.",
                   file=sys.stderr)
         mode, last = config.activation_checkpointing, config.checkpointing_of(config.n_layers - 1)
         lighter = f" ({last} in the last {config.lighter_blocks} blocks)" if last != mode else ""
@@ -501,7 +501,7 @@ class Trainer:
             print(f"warning: {passes:.1f} passes over the corpus; beyond about 4 repeated data is worth much less than new "
                   "(Muennighoff et al. 2023). Use more --data or fewer --max_steps.", file=sys.stderr)
         if self.device.type == "cpu" and c.precision != "fp32":
-            print(f"note: {c.precision} is slow on a CPU; --precision fp32 is faster there", file=sys.stderr)
+            print(f"note: {c.precision} is slow on a CPU" + "; --precision fp32 is faster there" * (self.resumed_from is None), file=sys.stderr)
 
     # ------------------------------------------------------------ signals and memory errors
 

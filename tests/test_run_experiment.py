@@ -190,11 +190,18 @@ def test_plan_says_what_is_short(cli):
 def test_plan_says_what_would_fit(cli):
     """Of 5b with the gradients of some blocks on the host, what is printed does fit; of 18b nothing does, but smaller presets."""
     out = cli("plan", "--preset", "5b", "--gpu", "rtx4090")[1]
-    options = re.search(r"This would fit: (--host_gradient_blocks \d+ .*)\n", out)[1].split()
+    options = re.search(r"This would fit: (--host_gradient_blocks \d+ .*), with this memory:\n", out)[1].split()
     fits = planned(cli, "--preset", "5b", "--gpu", "rtx4090", *options)
     assert fits["fits"] and fits["as_configured"] and int(options[1]) > 1
     fewer = planned(cli, "--preset", "5b", "--gpu", "rtx4090", *options[:1], str(int(options[1]) - 1), *options[2:])
     assert not fewer["fits"], "as few as need be"
+    assert f"{fits['memory_gb']['gradients']:.2f}" in re.search(r"Gradients +(.*)", out)[1] and "Headroom                                 -" not in out
+    assert "fits, in micro-batches of 64 instead of 512\n  --batch_size 64 " in cli(
+        "plan", "--preset", "small", "--gpu", "rtx4090", "--batch_size", "512", "--gradient_accumulation_steps", "1")[1]
+    out = cli("plan", "--preset", "25b", "--gpu", "h100")[1]
+    needed, options = re.search(r"With (\d+) GB of host memory this would fit: (--host_gradient_blocks .*)\n", out).groups()
+    for host, fits in ((int(needed), True), (int(needed) - 1, False)):
+        assert planned(cli, "--preset", "25b", "--gpu", "h100", "--host_memory_gb", str(host), *options.split())["fits"] is fits
     out = cli("plan", "--preset", "18b", "--gpu", "rtx4090")[1]
     assert "No choice for this model would fit: use a smaller --preset; these fit: 2b small tiny\n" in out
     assert all(planned(cli, "--preset", preset, "--gpu", "rtx4090")["fits"] is (preset == "2b") for preset in ("2b", "25b"))
