@@ -310,9 +310,10 @@ def field_docs() -> dict[str, str]:
 
 
 def nearest(name: str, known) -> str:
-    """' Did you mean X?' for the most similar known name, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]}?" if close else ""
+    """' Did you mean X?' for the known names that begin with this one, when they are few, or else the most similar; or an empty string."""
+    longer = [other for other in known if name and other.startswith(name)]
+    close = longer if 0 < len(longer) <= 3 else difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def parse_value(name: str, text: str):
@@ -392,7 +393,7 @@ def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
                        f"a step, not {config.sequences_per_step}")
     if refused:
         raise ConfigError("a resumed run keeps its model and its data order:\n  " + "\n  ".join(refused)
-                          + "\nLeave these options out, or start a new run with another --save_dir.")
+                          + "\nLeave these options out, or start a new run with another --save_dir; an imported model is imported again with them.")
     return config, [f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in sorted(changed)]
 
 

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 import memory
-from config import Config, ConfigError
+from config import Config, ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,12 @@ REPEATS = (1, 2)        # of a speed, the seeds
 
 
 def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
-    """`group` with each seed, for as many steps as `tokens` make."""
+    """`group` with each seed, for as many steps as `tokens` make. Raises ConfigError for an impossible configuration."""
+    if changes.get("top_k") == 1:       # what the base derived from its own would keep the router from learning
+        changes = dict(norm_topk_prob=False) | changes
+    known = [field.name for field in dataclasses.fields(base)]
+    if unknown := [name for name in changes if name not in known]:
+        raise ConfigError(f"{group}: Config has no {unknown[0]}.{nearest(unknown[0], known)}")
     config = dataclasses.replace(base, **changes)
     steps = max(1, round(tokens / config.tokens_per_step))
     return [Run(group, changes | dict(max_steps=steps, seed=seed)) for seed in seeds]

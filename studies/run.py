@@ -39,6 +39,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import data
@@ -152,10 +153,10 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
     before, commit = results["budget"][kind], git_state()["commit"]
     running: dict[concurrent.futures.Future, tuple[Run, str]] = {}
     stop, failures, performed = threading.Event(), [], 0
-    _check_passes(STUDIES[name](base, tokens, seeds, {}), base, corpus["train_tokens"])
+    _check_passes(wanted_runs(name, base, tokens, seeds, {}), base, corpus["train_tokens"])
 
     def grid(results: dict[str, dict]) -> list[Run]:
-        return [_within(run, base, MOST_PASSES * corpus["train_tokens"]) for run in STUDIES[name](base, tokens, seeds, results)]
+        return [_within(run, base, MOST_PASSES * corpus["train_tokens"]) for run in wanted_runs(name, base, tokens, seeds, results)]
 
     def save() -> None:
         order = {run.label: place for place, run in enumerate(wanted)}      # runs end in any order; tables go by the study's
@@ -207,7 +208,7 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
                 save()
                 shutil.rmtree(_place(folder, run), ignore_errors=True)      # its checkpoints; what it found is kept
                 left = (time.monotonic() - began) / performed * outstanding / 60
-                print(f"{run.label}: {in_words(run, result)}; about {left:.0f} minutes to go", flush=True)
+                print(f"{run.label}: {in_words(run, result)}; {f'about {left:.0f} minutes' if left >= 1 else 'less than a minute'} to go", flush=True)
     if performed or not missing or not path.exists():       # else all is as it was, but for the time
         results["finished"] = not missing and not failures
         figure.unlink(missing_ok=True)      # it is of other results
@@ -220,6 +221,25 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
         print("Stopped; the same command goes on.")
         raise SystemExit(128 + signals[0])
     return not missing
+
+
+def wanted_runs(name: str, base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
+    """What the study wants. Raises ConfigError when its function fails, as one that somebody has just written may, with the place."""
+    try:
+        runs = STUDIES[name](base, tokens, seeds, found)
+        labels = [run.label for run in runs]
+    except ConfigError as error:
+        raise ConfigError(f"the study {name}: {error}") from error
+    except Exception as error:
+        *_, place = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__] or [None]
+        where = f"{place.filename}, line {place.lineno}: " if place else "its function must return a list of Run: "
+        raise ConfigError(f"the study {name} failed: {where}{type(error).__name__}: {error}") from error
+    if not runs:
+        raise ConfigError(f"the study {name} has no runs")
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"the study {name} has two runs with one name: {max(labels, key=labels.count)}. What differs by more than the seed "
+                          "needs a group of its own")
+    return runs
 
 
 def in_words(run: Run, result: dict) -> str:
@@ -258,8 +278,6 @@ def visible_gpus(config: Config) -> tuple[str, ...]:
 
 
 def _check_passes(wanted: list[Run], base: Config, train_tokens: int) -> None:
-    labels = [run.label for run in wanted]
-    assert len(set(labels)) == len(labels), f"two runs of the study have one name: {max(labels, key=labels.count)}"
     for run in wanted:
         if run.alone:       # it measures no loss
             continue
@@ -380,6 +398,7 @@ def run_study(argv: list[str]) -> None:
         if name in given:
             raise ConfigError(f"--{name}: {instead}")
     base, _, _ = resolve(given, args.preset, None)
+    _refuse_what_it_sets(args.name, given, args.preset, tokens)
     own = {name: value for name, value in _own_settings(base, tokens).items() if name not in given}
     base = dataclasses.replace(base, **own)
     if visible_gpus(base) == (CPU,) and args.preset != "tiny":
@@ -394,6 +413,21 @@ def run_study(argv: list[str]) -> None:
         done = study(args.name, base, options, tokens, list(range(1, args.seeds + 1)), folder, facts,
                      60 * args.minutes - (time.monotonic() - began), visible_gpus(base), args.jobs)
     print(f"{folder / 'results.json'}, {folder / 'figure.png'}" if done else "The time is over; the same command goes on.")
+
+
+def _refuse_what_it_sets(name: str, given: dict, preset: str, tokens: float) -> None:
+    """Raises ConfigError for an option that no run of the study has, as the study sets it in each, whatever the option is."""
+    def runs(settings: dict) -> list[Run]:
+        return wanted_runs(name, resolve(settings, preset, None)[0], tokens, [1], {})
+
+    as_given = runs(given)
+    for field in sorted(given.keys() & set.intersection(*(set(run.changes) for run in as_given))):
+        try:
+            without = runs({other: value for other, value in given.items() if other != field})
+        except ConfigError:     # no study is possible without it
+            continue
+        if without == as_given:
+            raise ConfigError(f"--{field}: the study sets it for each of its runs")
 
 
 def _own_settings(base: Config, tokens: float) -> dict:

@@ -258,5 +258,6 @@ def test_option_text_of_another_type_is_refused(name, text, message):
 
 def test_the_nearest_name_is_suggested():
     assert nearest("n_layer", defaults()) == " Did you mean n_layers?" and nearest("zzz", defaults()) == ""
+    assert nearest("a100", ["h100", "a100-80", "a100-40"]) == " Did you mean a100-80 or a100-40?", "before what differs by a letter"
     with pytest.raises(ConfigError, match="Did you mean small.*18b, 5b"):
         resolve({}, "smal", None)

@@ -78,7 +78,7 @@ def test_a_folder_that_transformers_made(load, tmp_path, changes, form):
     folder = made_by_transformers(tmp_path / "theirs", **form, **changes)
     code, path, out, err = load(folder)
     assert code == 0, err
-    assert f"--resume {path}" in out
+    assert f"--resume {path}" in out and "import again with --precision" in out
     ours, config = checkpoint.load_model(path)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.randint(270, (2, 16))

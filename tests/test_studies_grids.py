@@ -117,6 +117,14 @@ def test_both_optimizers_are_tried_in_more_and_smaller_steps():
     assert ends == {figures.BLUE: [3.01, 3.02], figures.ORANGE: [4.01, 4.02]}
 
 
+def test_the_weight_of_one_expert_is_not_normalised():
+    """With the base's derived value the router would not learn; what a study says itself stays."""
+    one, two = grids.runs(BASE, "one", TOKENS, [1], top_k=1)[0], grids.runs(BASE, "two", TOKENS, [1], top_k=2)[0]
+    assert one.changes["norm_topk_prob"] is False and "norm_topk_prob" not in two.changes
+    with pytest.raises(ConfigError, match="never learns"):
+        grids.runs(BASE, "one", TOKENS, [1], top_k=1, norm_topk_prob=True)
+
+
 def test_equal_flops_are_equal():
     flops = {}
     for run in STUDIES["routing"](BASE, 1000 * BASE.tokens_per_step, [1], {}):

@@ -109,7 +109,7 @@ def test_runs_are_kept_in_the_order_of_the_study(performed, tmp_path, monkeypatc
     dense, longer = found["dense, 1 x 8, seed 1"], found["dense, 1 x 8, equal time, seed 1"]
     assert longer["tokens"] == 1.5 * dense["tokens"], "the dense model is that much faster here"
     assert longer["changes"] == dense["changes"] | dict(max_steps=longer["changes"]["max_steps"])
-    assert "minutes to go" in capsys.readouterr().out
+    assert "less than a minute to go" in capsys.readouterr().out
 
 
 def test_a_signal_lets_runs_save_and_end(monkeypatch, tmp_path):
@@ -328,6 +328,31 @@ def test_a_study_of_your_own_needs_a_function_and_its_name(performed, monkeypatc
     assert go("alone", tmp_path / "alone") and report.block("alone", tmp_path / "alone").startswith("### alone\n")
 
 
+@pytest.mark.parametrize("function, words", [
+    (lambda base, tokens, seeds, found: grids.runs(base, "four", tokens, seeds, n_experts=4), "four: Config has no n_experts. Did you mean num_experts?"),
+    (lambda base, tokens, seeds, found: grids.runs(base, "nine", tokens, seeds, top_k=9), "top_k=9: must not exceed num_experts"),
+    (lambda base, tokens, seeds, found: None, "must return a list of Run"),
+    (lambda base, tokens, seeds, found: [], "the study mine has no runs"),
+    (lambda base, tokens, seeds, found: grids.runs(base, "a", tokens, seeds) * 2, "two runs with one name: a, seed 1"),
+    (lambda base, tokens, seeds, found: grids.runs(base, "a", 1 / 0, seeds), "test_studies_run.py, line")])
+def test_a_study_of_your_own_that_fails_says_where(monkeypatch, tmp_path, capsys, function, words):
+    """Before its text is read, and without a traceback."""
+    monkeypatch.setitem(STUDIES, "mine", function)
+    monkeypatch.setitem(runner.TOKENS, "mine", TOKENS)
+    monkeypatch.setattr(data, "prepare", lambda config: pytest.fail("not needed"))
+    assert runner.exit_code(runner.run_study, ["mine", "--preset", "tiny", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: the study mine") and not (tmp_path / "out").exists()
+
+
+def test_an_option_that_a_study_derives_its_runs_from_is_none_that_it_sets(monkeypatch, tmp_path):
+    """Sizes of the scaling study are shares of the width that is given; the optimizer study's rates are its own for some runs only."""
+    monkeypatch.setattr(data, "prepare", lambda config: (_ for _ in ()).throw(ConfigError("reached")))
+    for name, option, value in (("scaling", "--d_model", "64"), ("checkpointing", "--batch_size", "4"), ("balance", "--muon_lr", "0.01")):
+        with pytest.raises(ConfigError, match="reached"):
+            runner.run_study([name, "--preset", "tiny", option, value, "--out", str(tmp_path / name)])
+
+
 def test_one_process_at_a_time(tmp_path):
     with runner.locked(tmp_path, "--out"):
         assert runner.exit_code(runner.run_study, ["balance", *OPTIONS, "--out", str(tmp_path)]) == 2
@@ -421,7 +446,8 @@ def test_the_whole_command_with_the_analysis_of_experts(tmp_path, text, capsys):
                                             (["balance", "--tokens", "inf"], "--tokens inf: must be"),
                                             (["balance", "--save_dir", "x"], "the study's is --out"),
                                             (["balance", "--max_steps", "9"], "--max_steps: the study sets it, by --tokens"),
-                                            (["balance", "--seed", "9"], "--seed: the study sets it")])
+                                            (["balance", "--seed", "9"], "--seed: the study sets it"),
+                                            (["routing", "--preset", "tiny", "--top_k", "3"], "--top_k: the study sets it for each of its runs")])
 def test_wrong_options_are_said(capsys, options, words):
     assert runner.exit_code(runner.run_study, options) == 2
     assert words in capsys.readouterr().err

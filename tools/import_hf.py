@@ -191,7 +191,9 @@ def main(argv: list[str]) -> None:
     except BaseException:
         (out / "tokenizer.json").unlink()       # so that the folder is empty again
         raise
-    print(f"{config.total_params:,} parameters of {folder}. Go on: python run_experiment.py --resume {path} --data YOUR_TEXT")
+    print(f"{config.total_params:,} parameters of {folder}, to be trained in {config.precision}, with {config.sequences_per_step} sequences of "
+          f"{config.max_seq_len} tokens a step and seed {config.seed}, which stay so: for others import again with --precision, --batch_size, "
+          f"--gradient_accumulation_steps, --max_seq_len, --seed.\nGo on: python run_experiment.py --resume {path} --data YOUR_TEXT")
 
 
 if __name__ == "__main__":
