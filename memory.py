@@ -269,6 +269,12 @@ def settle(c: Config, machine: Machine) -> tuple[Config, dict, Choice | None]:
     return c, memory(c, mode, c.batch_size, offload, c.lighter_blocks, machine.name is None), choice
 
 
+def could_fit(c: Config, machine: Machine) -> bool:
+    """Whether a sequence at a time fits, in one mode or another: if not, nothing does, and there is no need to look through all candidates."""
+    plain = dataclasses.replace(c, lighter_blocks=0)
+    return any(choice.fits(machine) for choice in candidates(plain, RECOMPUTATION_TIME, batches=[1], cpu=machine.name is None))
+
+
 def advice(choice: Choice, c: Config, machine: Machine) -> tuple[str, Choice | None]:
     """In words, what would fit instead of `c`: the `choice` for it, or the gradients of as few more blocks as need be on the host, or a host
     with more memory, or another preset; and that choice, when it is one for this model on this machine."""
@@ -278,12 +284,12 @@ def advice(choice: Choice, c: Config, machine: Machine) -> tuple[str, Choice | N
     for where in (machine, larger) if machine.name else ():
         for blocks in range(c.host_gradient_blocks, c.n_layers + 1):
             more = dataclasses.replace(c, host_gradient_blocks=blocks, offload_optimizer="true") if blocks > c.host_gradient_blocks else c
-            choice, _ = choose(more, where, fixed_batch=False)
-            if choice.fits(where):
+            if could_fit(more, where):
+                choice, _ = choose(more, where, fixed_batch=False)
                 options = f"--host_gradient_blocks {blocks} " * (more is not c) + choice.options(more)
                 return (f"This would fit: {options}", choice) if where is machine else (
                     f"With {math.ceil(choice.memory_gb['host'] / 0.9):,} GB of host memory this would fit: {options}", None)
-    fitting = [name for name, preset in PRESETS.items() if choose(Config(**preset), machine, fixed_batch=False)[0].fits(machine)]
+    fitting = [name for name, preset in PRESETS.items() if could_fit(Config(**preset), machine)]
     return "No choice for this model would fit: use a smaller --preset" + (f"; these fit: {' '.join(fitting)}" if fitting else ""), None
 
 

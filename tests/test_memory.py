@@ -244,6 +244,13 @@ def test_what_the_configuration_fixes_is_kept_where_it_fits():
     assert not kept and choice.fits(MACHINES["h100"]) and choice.batch_size < 4
 
 
+@pytest.mark.parametrize("preset, lighter", [("2b", 0), ("5b", 0), ("5b", 20), ("18b", 0)])
+@pytest.mark.parametrize("gpu", ["rtx4090", "h100"])
+def test_what_could_fit_is_what_a_search_of_all_candidates_finds(preset, lighter, gpu):
+    c, machine = Config(**PRESETS[preset] | dict(activation_checkpointing="full", lighter_blocks=lighter)), memory.find_machine(0, gpu)
+    assert memory.could_fit(c, machine) == memory.choose(c, machine, fixed_batch=False)[0].fits(machine)
+
+
 def test_advice_is_never_refused_for_gradients_on_the_host():
     """They need a streamed optimizer state: advice without one takes them back, and what goes on as asked has one."""
     c = config_of("small", host_gradient_blocks=12)
