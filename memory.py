@@ -454,13 +454,17 @@ def plan(c: Config, preset: str, machine: Machine) -> dict:
     """Everything `plan` prints, as plain types; see its keys."""
     choice, kept = choose(c, machine, fixed_batch=False)
     speed, measured_with = measured_speed(c, preset, machine.key) or (None, None)
+    words, instead = (None, None) if choice.fits(machine) else advice(choice, c, machine)
+
+    def rounded(memory_gb: dict) -> dict:
+        return {k: round(v, 3) for k, v in memory_gb.items()}
     return dict(preset=preset, total_params=c.total_params, active_params=c.active_params, gpu=machine.name,
                 gpu_memory_gb=round(machine.memory_gb, 1), host_memory_gb=round(machine.host_memory_gb, 1),
                 fits=choice.fits(machine), as_configured=kept, tokens_per_step=c.tokens_per_step,
                 tokens_per_run=c.tokens_per_step * c.max_steps, checkpoint_gb=round(checkpoint_gb(c), 3),
                 tokens_per_second=speed, hours=c.tokens_per_step * c.max_steps / speed / 3600 if speed else None,
                 measured_with=measured_with,
-                memory_gb={k: round(v, 3) for k, v in choice.memory_gb.items()},
+                memory_gb=rounded(choice.memory_gb), advice=words, advised_memory_gb=rounded(instead.memory_gb) if instead else None,
                 choice={f.name: getattr(choice, f.name) for f in dataclasses.fields(choice)
                         if f.name != "memory_gb" and (f.name != "lighter_blocks" or choice.lighter_blocks)},
                 options=choice.options(c))

@@ -241,10 +241,8 @@ def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory
                             f", in micro-batches of {choice.batch_size} instead of {config.batch_size}" * (choice.batch_size < config.batch_size)
                             ) + f"\n  {facts['options']}"
     else:
-        words, instead = memory.advice(choice, config, machine)
-        verdict = (f"does not fit ({choice.shortage(machine)}).\n{words}"
-                   + (", with this memory:" if instead else f"\nThe smallest choice, whose memory follows:\n  {facts['options']}"))
-        choice = instead or choice
+        verdict = (f"does not fit ({choice.shortage(machine)}).\n{facts['advice']}"
+                   + (", with this memory:" if facts["advised_memory_gb"] else f"\nThe smallest choice, whose memory follows:\n  {facts['options']}"))
     print(f"{name}: {why}.\n"
           f"parameters        {config.total_params:,} ({memory.count(config.total_params)}), {config.active_params:,} "
           f"({memory.count(config.active_params)}) active for a token\n"
@@ -257,7 +255,7 @@ def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory
           + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB"
           + (" (assumed; --host_memory_gb N says what it has)" if facts["host_memory_assumed"] else "") + ": "
           + f"{verdict}\n")
-    print(memory.table(choice.memory_gb, capacity_gb=machine.memory_gb or machine.host_memory_gb))
+    print(memory.table(facts["advised_memory_gb"] or facts["memory_gb"], capacity_gb=machine.memory_gb or machine.host_memory_gb))
     print("\nAll sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside them.")
 
 

@@ -125,15 +125,18 @@ def smallest_decided(found: dict[str, list[dict]]) -> float:
 
 
 def mean_difference(pairs: list[tuple[list[dict], list[dict]]]) -> tuple[float, float]:
-    """The mean over pairs of groups of how much the first ends above the second, and half its 95% interval (Student's), with one noise
-    for all groups; inf without a group of two."""
+    """The mean over pairs of groups of how much the first ends above the second, and half its 95% interval (Welch 1947), with one noise
+    for all first groups and one for all second; inf without two seeds on either side."""
     difference = sum(mean_and_spread(a)[0] - mean_and_spread(b)[0] for a, b in pairs) / len(pairs)
-    every = [runs for pair in pairs for runs in pair]
-    freedom = sum(len(runs) - 1 for runs in every)
-    if not freedom:
+    sides = [dict(enumerate(side)) for side in zip(*pairs)]
+    freedom = [sum(len(runs) - 1 for runs in side.values()) for side in sides]
+    if not all(freedom):
         return difference, math.inf
-    error = noise(dict(enumerate(every))) * math.sqrt(sum(1 / len(runs) for runs in every)) / len(pairs)
-    return difference, float(student.ppf(0.975, freedom)) * error
+    squares = [noise(side) ** 2 * sum(1 / len(runs) for runs in side.values()) / len(pairs) ** 2 for side in sides]
+    if not sum(squares):
+        return difference, 0.0
+    effective = sum(squares) ** 2 / sum(square ** 2 / n for square, n in zip(squares, freedom))
+    return difference, float(student.ppf(0.975, effective)) * math.sqrt(sum(squares))
 
 
 def swept(found: dict[str, list[dict]], optimizer: str) -> list[list[dict]]:
@@ -296,12 +299,15 @@ def _grid(axes) -> None:
 def _losses(figure: Figure, results: dict) -> None:
     """A study that has no figure of its own."""
     axes, found = figure.subplots(), groups(results)
+    key, label = ("val_loss", LOSS) if found else ("tokens_per_second", "tokens/s")
+    found = found or timed(results)
     for place, runs in enumerate(found.values()):
-        axes.plot([run["val_loss"] for run in runs], [place] * len(runs), "o", color=BLUE, markersize=4.5, alpha=0.8)
-        axes.plot(mean_and_spread(runs)[0], place, "|", color=BLUE, markersize=14)
-    _undecided(axes.axvspan, found, None, "means not told from the lowest")
+        axes.plot([run[key] for run in runs], [place] * len(runs), "o", color=BLUE, markersize=4.5, alpha=0.8)
+        axes.plot(mean_and_spread(runs, key)[0], place, "|", color=BLUE, markersize=14)
+    if key == "val_loss":
+        _undecided(axes.axvspan, found, None, "means not told from the lowest")
     axes.set_yticks(range(len(found)), list(found))
-    axes.set(xlabel=LOSS, ylim=(len(found) - 0.5, -0.5))
+    axes.set(xlabel=label, ylim=(len(found) - 0.5, -0.5))
     figure.set_size_inches(8, 1.2 + 0.3 * len(found))
     _grid(axes)
 

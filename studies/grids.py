@@ -32,14 +32,19 @@ TIMED_TOKENS, TIMED_STEPS = 4e6, (5, 64)       # of a speed, at most those of a 
 REPEATS = (1, 2)        # of a speed, the seeds
 
 
-def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
-    """`group` with each seed, for as many steps as `tokens` make. Raises ConfigError for an impossible configuration."""
+def changed(base: Config, group: str, changes: dict) -> tuple[dict, Config]:
+    """The changes, with what they imply, and the configuration that they make. Raises ConfigError for an impossible one."""
     if changes.get("top_k") == 1:       # what the base derived from its own would keep the router from learning
         changes = dict(norm_topk_prob=False) | changes
     known = [field.name for field in dataclasses.fields(base)]
     if unknown := [name for name in changes if name not in known]:
         raise ConfigError(f"{group}: Config has no {unknown[0]}.{nearest(unknown[0], known)}")
-    config = dataclasses.replace(base, **changes)
+    return changes, dataclasses.replace(base, **changes)
+
+
+def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
+    """`group` with each seed, for as many steps as `tokens` make. Raises ConfigError for an impossible configuration."""
+    changes, config = changed(base, group, changes)
     steps = max(1, round(tokens / config.tokens_per_step))
     return [Run(group, changes | dict(max_steps=steps, seed=seed)) for seed in seeds]
 
@@ -48,7 +53,8 @@ def speeds(base: Config, name: str, tokens: float, **changes) -> list[Run]:
     """A few steps of a configuration alone on the machine, twice: tokens/s and memory. A host that others use too is slower at one time
     than at another, by more than steps that follow each other differ."""
     fewest, most = TIMED_STEPS
-    steps = min(most, max(fewest, round(min(tokens, TIMED_TOKENS) / dataclasses.replace(base, **changes).tokens_per_step)))
+    changes, config = changed(base, f"speed of {name}", changes)
+    steps = min(most, max(fewest, round(min(tokens, TIMED_TOKENS) / config.tokens_per_step)))
     own = dict(max_steps=steps, log_every=1, eval_every=steps, eval_steps=1, save_minutes=0)
     return [Run(f"speed of {name}", changes | own | dict(seed=seed), alone=True) for seed in REPEATS]
 

@@ -111,7 +111,7 @@ def budget(results: dict) -> str:
     return (f"The models ({shape}, layers x width) have {size} parameters active and see at most {count(max(run['tokens'] for run in runs))} "
             f"tokens ({seen} for an active parameter, {max(run['passes'] for run in runs):.2f} passes over `{corpus['data']}`, {count(corpus['train_tokens'])} tokens) in steps of {per_step}, in "
             f"{base.precision}" + (f"; peak rates: {rates}" if rates else "") + f". {len(results['runs'])} runs: {listed(kinds)}; {count(b['tokens'])} "
-            f"tokens, {minutes} with runs that were made again, on {machines(results)}.")
+            f"tokens, {minutes} in all on {machines(results)}.")
 
 
 # ---------------------------------------------------------------- one study each
@@ -286,7 +286,7 @@ def specialization(results: dict) -> str:
     shuffled = mean_and_spread(mean_bits(last, "domain", "shuffled_most"), "bits")[0]
     others = first["domain_tokens"][first["domains"].index("others")] / sum(first["domain_tokens"]) if "others" in first["domains"] else 0
     seed = next(iter(results["runs"].values()))["changes"]["seed"]
-    return (f"What kind a token is of: the expert says {kind:.3f} bits, {kind / most:.0%} of the {most:.2f} that it could, before training "
+    return (f"What kind a token is of: the expert says {kind:.3f} bits{f', {kind / most:.0%} of the {most:.2f} that it could' if most else ''}, before training "
             f"{kind_before:.3f}, as equal tokens look alike to a router. What domain (package) its text is from: {domain:.3f} bits, of "
             f"which {shuffled:.3f} are found with shuffled domains too, and {domain_before:.3f} before training.\n\n{table}\n\nMeans over the MoE layers, "
             f"of {count(first['tokens'])} held-out tokens, each counted at each of its experts; \"shuffled\" is the largest of ten. The kinds have {first['kind_entropy']:.2f} "
@@ -301,7 +301,7 @@ def most_bits(experts: dict) -> float:
     tables = [np.array(table, float) for table in experts["kind_table"]]
     shares = [table.sum(1) / table.sum() for table in tables]
     k = tables[0].sum() / max(1, sum(experts["kind_tokens"]))
-    return float(np.mean([min(experts["kind_entropy"], -sum(p * math.log2(p) for p in share if p > 0) - math.log2(k)) for share in shares]))
+    return max(0.0, float(np.mean([min(experts["kind_entropy"], -sum(p * math.log2(p) for p in share if p > 0) - math.log2(k)) for share in shares])))
 
 
 def equal_loss_flops(law: ScalingLaw, runs: list[dict], deviation: float, tried: list[float]) -> str:
@@ -412,8 +412,8 @@ def losses(results: dict) -> str:
     body = [[name, value(found[name]) if name in found else "–", against(found[name], found[best], honest) if name in found and name != best else "",
              count(found[name][0]["tokens"]) if name in found else "–", value(speeds[name], "tokens_per_second", 0) if name in speeds else "–"]
             for name in [*found, *(name for name in speeds if name not in found)]]
-    table = rows(["configuration", "validation loss", f"against {best}", "tokens", "tokens/s, alone"], body)
-    return (f"{best} ends lowest, {sure}.\n\n" if sure else "") + f"{table}\n\n{least(found)}"
+    table = rows(["configuration", "validation loss", f"against {best or 'others'}", "tokens", "tokens/s, alone"], body)
+    return (f"{best} ends lowest, {sure}.\n\n" if sure else "") + table + (f"\n\n{least(found)}" if found else "")
 
 
 BLOCKS = dict(optimizer=optimizer, routing=routing, balance=balance, specialization=specialization, scaling=scaling, checkpointing=checkpointing)

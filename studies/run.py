@@ -226,12 +226,12 @@ def study(name: str, base: Config, options: list[str], tokens: float, seeds: lis
 def wanted_runs(name: str, base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """What the study wants. Raises ConfigError when its function fails, as one that somebody has just written may, with the place."""
     try:
-        runs = STUDIES[name](base, tokens, seeds, found)
+        runs = list(STUDIES[name](base, tokens, seeds, found))
         labels = [run.label for run in runs]
     except ConfigError as error:
         raise ConfigError(f"the study {name}: {error}") from error
     except Exception as error:
-        *_, place = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__] or [None]
+        *_, place = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == STUDIES[name].__name__] or [None]
         where = f"{place.filename}, line {place.lineno}: " if place else "its function must return a list of Run: "
         raise ConfigError(f"the study {name} failed: {where}{type(error).__name__}: {error}") from error
     if not runs:
@@ -398,7 +398,6 @@ def run_study(argv: list[str]) -> None:
         if name in given:
             raise ConfigError(f"--{name}: {instead}")
     base, _, _ = resolve(given, args.preset, None)
-    _refuse_what_it_sets(args.name, given, args.preset, tokens)
     own = {name: value for name, value in _own_settings(base, tokens).items() if name not in given}
     base = dataclasses.replace(base, **own)
     if visible_gpus(base) == (CPU,) and args.preset != "tiny":
@@ -406,27 +405,29 @@ def run_study(argv: list[str]) -> None:
     folder = args.out or ROOT / "studies" / (args.name if args.preset == "small" else f"{args.name}-{args.preset}")
     options = _options(args.preset, own | given)
     _refuse_another(folder / "results.json", dict(study=args.name, tokens=tokens, options=_without_cache(options)))     # before minutes of tokenizing
+    seeds = list(range(1, args.seeds + 1))
+    if not (folder / "results.json").exists():      # else it goes on as it began
+        _refuse_what_it_sets(args.name, given, args.preset, tokens, seeds)
     with locked(folder, "--out"):
         corpus = data.prepare(base)
         facts = dict(data=base.data, data_hash=corpus.data_hash, tokenizer_hash=corpus.tokenizer_hash, train_tokens=len(corpus.train),
                      validation_tokens=len(corpus.validation), unigram_entropy=corpus.unigram_entropy)
-        done = study(args.name, base, options, tokens, list(range(1, args.seeds + 1)), folder, facts,
+        done = study(args.name, base, options, tokens, seeds, folder, facts,
                      60 * args.minutes - (time.monotonic() - began), visible_gpus(base), args.jobs)
     print(f"{folder / 'results.json'}, {folder / 'figure.png'}" if done else "The time is over; the same command goes on.")
 
 
-def _refuse_what_it_sets(name: str, given: dict, preset: str, tokens: float) -> None:
+def _refuse_what_it_sets(name: str, given: dict, preset: str, tokens: float, seeds: list[int]) -> None:
     """Raises ConfigError for an option that no run of the study has, as the study sets it in each, whatever the option is."""
-    def runs(settings: dict) -> list[Run]:
-        return wanted_runs(name, resolve(settings, preset, None)[0], tokens, [1], {})
-
-    as_given = runs(given)
-    for field in sorted(given.keys() & set.intersection(*(set(run.changes) for run in as_given))):
+    base, _, _ = resolve(given, preset, None)
+    runs = wanted_runs(name, base, tokens, seeds, {})
+    for field in sorted(given.keys() & set.intersection(*(set(run.changes) for run in runs))):
         try:
-            without = runs({other: value for other, value in given.items() if other != field})
+            without, _, _ = resolve({other: value for other, value in given.items() if other != field}, preset, None)
+            same = wanted_runs(name, without, tokens, seeds, {}) == runs
         except ConfigError:     # no study is possible without it
             continue
-        if without == as_given:
+        if same and getattr(without, field) != getattr(base, field):
             raise ConfigError(f"--{field}: the study sets it for each of its runs")
 
 

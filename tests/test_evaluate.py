@@ -157,7 +157,7 @@ def test_without_data_the_text_is_what_the_run_held_out(measure, run, tmp_path):
     assert found["held_out"] and found["tokens"] == results["data"]["validation_tokens"], "each token of the validation shard"
     assert found["loss"] == pytest.approx(results["final_metrics"]["val_loss"], rel=0.03), "in other windows"
     _, whole, note = measure("--json", "--data", tmp_path / "text")
-    assert "trained on most of this text" in note and "trained" not in err + measure("--data", tmp_path / "text" / "wiki")[2]
+    assert "the run was trained on" in note and "trained" not in err + measure("--data", tmp_path / "text" / "wiki")[2]
     assert all(found["domains"][name]["bytes"] < whole["domains"][name]["bytes"] for name in found["domains"])
     assert "what its run held out of" in measure()[1]
     assert measure("--json", "--text_field", "text")[1] == found, "a field is no other text"

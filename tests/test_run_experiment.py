@@ -193,6 +193,9 @@ def test_plan_says_what_would_fit(cli):
     options = re.search(r"This would fit: (--host_gradient_blocks \d+ .*), with this memory:\n", out)[1].split()
     fits = planned(cli, "--preset", "5b", "--gpu", "rtx4090", *options)
     assert fits["fits"] and fits["as_configured"] and int(options[1]) > 1
+    smallest = planned(cli, "--preset", "5b", "--gpu", "rtx4090")
+    assert smallest["advice"] == f"This would fit: {' '.join(options)}" and smallest["advised_memory_gb"] == fits["memory_gb"] and not smallest["fits"]
+    assert fits["advice"] is fits["advised_memory_gb"] is None
     fewer = planned(cli, "--preset", "5b", "--gpu", "rtx4090", *options[:1], str(int(options[1]) - 1), *options[2:])
     assert not fewer["fits"], "as few as need be"
     assert f"{fits['memory_gb']['gradients']:.2f}" in re.search(r"Gradients +(.*)", out)[1] and "Headroom                                 -" not in out

@@ -214,13 +214,15 @@ def test_what_time_is_worth_is_the_most_that_was_seen():
 
 
 def test_the_mean_difference_of_pairs_and_its_interval():
-    """Two pairs of two seeds each, all of the same spread: the interval is scipy's of the mean of the four differences, with 4 degrees of
-    freedom instead of a test's for one pair."""
+    """Two pairs of two seeds each: of the same spread there are 4 degrees of freedom, and those of one side when the other has no noise."""
     def runs(*losses):
         return [result(loss) for loss in losses]
     pairs = [(runs(2.9, 3.0), runs(3.1, 3.2)), (runs(1.8, 1.9), runs(1.9, 2.0))]
     error = math.sqrt(0.005) * math.sqrt(4 / 2) / 2
     assert figures.mean_difference(pairs) == pytest.approx((-0.15, 2.776 * error), abs=1e-4)
+    certain = [(a, runs(3.0, 3.0)) for a, _ in pairs]
+    assert figures.mean_difference(certain)[1] == pytest.approx(4.303 * error / math.sqrt(2), abs=1e-4)
+    assert figures.mean_difference([(b, b) for _, b in certain]) == (0, 0)
     assert figures.mean_difference([(runs(2.9), runs(3.1))]) == (pytest.approx(-0.2), math.inf)
 
 
@@ -231,7 +233,7 @@ def test_an_expert_says_no_more_bits_than_its_tokens_choices_leave():
         return report.most_bits(dict(kind_table=[table], kind_tokens=tokens, kind_entropy=entropy))
     even = [[10, 0], [10, 0], [0, 10], [0, 10]]
     assert most(even, [10, 10], 3.0) == pytest.approx(1) and most(even, [10, 10], 0.5) == 0.5
-    assert most([[10, 10], [10, 10]], [10, 10], 1.0) == pytest.approx(0)
+    assert most([[10, 10], [10, 10], [0, 0]], [10, 10], 1.0) == 0 == most(even, [10, 10], 0.0)
     assert figures.bits_of_each(even)[0] == pytest.approx(1), "which these experts reach"
 
 

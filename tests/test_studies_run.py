@@ -4,18 +4,21 @@ import dataclasses
 import gzip
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import data
-from config import ConfigError, Diverged, ExperimentError, OutOfMemory
+from config import PRESETS, ConfigError, Diverged, ExperimentError, OutOfMemory
 from conftest import tiny_config
 from memory import count
 from studies import grids, report
@@ -39,7 +42,7 @@ def test_a_study_performs_each_run_once_draws_and_is_reported(performed, tmp_pat
     text = report.block(name, tmp_path)
     training = [run["tokens"] for run in results["runs"].values() if "tokens" in run and (name == "checkpointing" or "speed" not in run["group"])]
     assert f"see at most {count(max(training))} tokens" in text, "speeds are no training"
-    assert "minutes with runs that were made again, on 2 CPU cores" in text and "| --- |" in text and "nan" not in text and "inf" not in text.replace("information", "")
+    assert "minutes in all on 2 CPU cores" in text and "| --- |" in text and "nan" not in text and "inf" not in text.replace("information", "")
 
 
 def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
@@ -334,7 +337,8 @@ def test_a_study_of_your_own_needs_a_function_and_its_name(performed, monkeypatc
     (lambda base, tokens, seeds, found: None, "must return a list of Run"),
     (lambda base, tokens, seeds, found: [], "the study mine has no runs"),
     (lambda base, tokens, seeds, found: grids.runs(base, "a", tokens, seeds) * 2, "two runs with one name: a, seed 1"),
-    (lambda base, tokens, seeds, found: grids.runs(base, "a", 1 / 0, seeds), "test_studies_run.py, line")])
+    (lambda base, tokens, seeds, found: grids.speeds(base, "a", tokens, n_experts=4), "speed of a: Config has no n_experts. Did you mean num_experts?"),
+    (lambda base, tokens, seeds, found: dataclasses.replace(base, n_experts=4), "test_studies_run.py, line")])
 def test_a_study_of_your_own_that_fails_says_where(monkeypatch, tmp_path, capsys, function, words):
     """Before its text is read, and without a traceback."""
     monkeypatch.setitem(STUDIES, "mine", function)
@@ -346,11 +350,34 @@ def test_a_study_of_your_own_that_fails_says_where(monkeypatch, tmp_path, capsys
 
 
 def test_an_option_that_a_study_derives_its_runs_from_is_none_that_it_sets(monkeypatch, tmp_path):
-    """Sizes of the scaling study are shares of the width that is given; the optimizer study's rates are its own for some runs only."""
+    """Sizes of the scaling study are shares of the width that is given, the preset's own too; a study of one's own may use its seeds as it
+    likes, and yield its runs."""
+    def mine(base, tokens, seeds, found):
+        first, second = seeds
+        yield from grids.runs(base, "a", tokens, [second])
+    monkeypatch.setitem(STUDIES, "mine", mine)
+    monkeypatch.setitem(runner.TOKENS, "mine", TOKENS)
     monkeypatch.setattr(data, "prepare", lambda config: (_ for _ in ()).throw(ConfigError("reached")))
-    for name, option, value in (("scaling", "--d_model", "64"), ("checkpointing", "--batch_size", "4"), ("balance", "--muon_lr", "0.01")):
+    own_width = str(PRESETS["tiny"]["d_model"])
+    for name, option, value in (("scaling", "--d_model", "64"), ("scaling", "--d_model", own_width), ("checkpointing", "--batch_size", "4"),
+                                ("balance", "--muon_lr", "0.01"), ("mine", "--muon_lr", "0.01")):
         with pytest.raises(ConfigError, match="reached"):
             runner.run_study([name, "--preset", "tiny", option, value, "--out", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_command_that_the_report_prints_goes_on(performed, monkeypatch, tmp_path, name):
+    """Also with what the study set itself, and with an option that no run has, of a study that began before it was refused."""
+    corpus = types.SimpleNamespace(data_hash="d", tokenizer_hash="t", train=range(10 ** 7), validation=range(1000), unigram_entropy=7.0)
+    monkeypatch.setattr(data, "prepare", lambda config: corpus)
+    whole, folder = runner.perform, tmp_path / name
+    monkeypatch.setattr(runner, "perform", lambda *a: None if performed else whole(*a))
+    command = [name, "--preset", "tiny", "--tokens", "1e5", "--out", str(folder)]
+    assert runner.exit_code(runner.run_study, command) == 0 and len(performed) == 1
+    monkeypatch.setattr(runner, "_own_settings", lambda base, tokens: {})       # all come from the command
+    goes_on = shlex.split(re.search("`python -m studies.run (.*)` goes on", report.block(name, folder))[1])
+    performed.clear()
+    assert "--save_every" in goes_on and runner.exit_code(runner.run_study, goes_on) == 0 and len(performed) == 1, "another run"
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -86,14 +86,9 @@ def texts(config: Config) -> Iterator[tuple[str, str, bool]]:
         yield text.domain(), piece, last
 
 
-def piece_of(text: str, last: bool) -> tuple:
-    """What a corpus's hash is made of."""
-    return shards.text_hash(text), len(text), last
-
-
 def held_out(config: Config, data_hash: str, remedy: str) -> numpy.ndarray:
     """Which of the `texts` of a run are held out, bool. Raises ExperimentError with the remedy when the text is no longer that run's."""
-    pieces = numpy.array([piece_of(text, last) for _, text, last in texts(config)], shards.PIECE)
+    pieces = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE)
     if shards.data_hash(pieces) != data_hash:
         raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. {remedy}")
     deciding = shards.surveyed(pieces) if Text(config).hub else pieces
@@ -194,20 +189,14 @@ def main(argv: list[str]) -> None:
         given["max_characters"] = 0     # where the run ended its own text says nothing about this one
     config, _ = resumed_config(state["config"], given)
     tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
-    read = []
-
-    def other_texts() -> Iterator[tuple[str, str, bool]]:
-        for domain, text, last in texts(config):
-            read.append(piece_of(text, last))
-            yield domain, text, last
-    pieces = held_out_texts(config, state["data"]["data_hash"]) if its_own else other_texts()
+    pieces = held_out_texts(config, state["data"]["data_hash"]) if its_own else texts(config)
     with attention_backends(model.norm.weight.device):
         domains = evaluate(model, pieces, tokenizer, end_of_text, args.limit)
     total = sum(domains.values(), Sums())
     if not total.bytes:
         raise ExperimentError(f"there is no text in {config.data}. Give --data a corpus with text")
-    if not its_own and shards.data_hash(numpy.array(read, shards.PIECE)) == state["data"]["data_hash"]:
-        print("note: the run was trained on most of this text; without --data only what it held out is measured", file=sys.stderr)
+    if not its_own and os.path.abspath(config.data) == os.path.abspath(state["config"]["data"]):
+        print(f"note: the run was trained on {config.data}; without --data only what it held out is measured", file=sys.stderr)
     if args.json:
         print(json.dumps(dict(checkpoint=args.checkpoint, step=state["step"], data=config.data, held_out=its_own, **total.figures(),
                               domains={name: sums.figures() for name, sums in domains.items()}), indent=1))
