@@ -223,6 +223,7 @@ def test_the_mean_difference_of_pairs_and_its_interval():
     certain = [(a, runs(3.0, 3.0)) for a, _ in pairs]
     assert figures.mean_difference(certain)[1] == pytest.approx(4.303 * error / math.sqrt(2), abs=1e-4)
     assert figures.mean_difference([(b, b) for _, b in certain]) == (0, 0)
+    assert figures.mean_difference([(runs(2.9, 3.0), runs(3.1))])[1] == math.inf, "of one side nothing is known"
     assert figures.mean_difference([(runs(2.9), runs(3.1))]) == (pytest.approx(-0.2), math.inf)
 
 
