@@ -182,7 +182,7 @@ def mutual_information(counts: np.ndarray) -> float:
 
 def entropy_bits(counts: np.ndarray) -> float:
     p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log2(p)).sum())
+    return float((p * np.log2(1 / p)).sum())
 
 
 def shuffled(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
