@@ -464,7 +464,8 @@ def plan(c: Config, preset: str, machine: Machine) -> dict:
                 tokens_per_run=c.tokens_per_step * c.max_steps, checkpoint_gb=round(checkpoint_gb(c), 3),
                 tokens_per_second=speed, hours=c.tokens_per_step * c.max_steps / speed / 3600 if speed else None,
                 measured_with=measured_with,
-                memory_gb=rounded(choice.memory_gb), advice=words, advised_memory_gb=rounded(instead.memory_gb) if instead else None,
+                memory_gb=rounded(choice.memory_gb), shortage=choice.shortage(machine), advice=words,
+                advised_memory_gb=rounded(instead.memory_gb) if instead else None,
                 choice={f.name: getattr(choice, f.name) for f in dataclasses.fields(choice)
                         if f.name != "memory_gb" and (f.name != "lighter_blocks" or choice.lighter_blocks)},
                 options=choice.options(c))

@@ -235,13 +235,13 @@ def plan(argv: list[str]) -> None:
 
 def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory.Machine) -> None:
     where = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)" if facts["gpu"] else "this machine's CPU"
-    choice, _ = memory.choose(config, machine, fixed_batch=False)
+    batch_size = facts["choice"]["batch_size"]
     if facts["fits"]:
         verdict = "fits" + (", but not as configured" * (not facts["as_configured"]) or
-                            f", in micro-batches of {choice.batch_size} instead of {config.batch_size}" * (choice.batch_size < config.batch_size)
+                            f", in micro-batches of {batch_size} instead of {config.batch_size}" * (batch_size < config.batch_size)
                             ) + f"\n  {facts['options']}"
     else:
-        verdict = (f"does not fit ({choice.shortage(machine)}).\n{facts['advice']}"
+        verdict = (f"does not fit ({facts['shortage']}).\n{facts['advice']}"
                    + (", with this memory:" if facts["advised_memory_gb"] else f"\nThe smallest choice, whose memory follows:\n  {facts['options']}"))
     print(f"{name}: {why}.\n"
           f"parameters        {config.total_params:,} ({memory.count(config.total_params)}), {config.active_params:,} "

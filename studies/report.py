@@ -21,9 +21,10 @@ from benchmarks.tables import fill, rewrite
 from config import ConfigError
 from memory import count
 from run_experiment import exit_code, new_parser
-from studies.figures import (MODES, SPEED, ScalingLaw, base_config, best_runs, equal_time, groups, honest_difference, limit, mean_and_spread,
-                             mean_difference, micro_batches, noise, of_kind, scaling_law, sharpest_layer, shorter, smallest_decided, speed_ratios,
-                             swept, timed)
+from studies.analysis import (SPEED, ScalingLaw, base_config, best_runs, equal_time, groups, honest_difference, limit, mean_and_spread,
+                              mean_difference, micro_batches, noise, of_kind, scaling_law, sharpest_layer, shorter, smallest_decided,
+                              speed_ratios, swept, timed)
+from studies.figures import MODES
 from studies.grids import ADAMW_RATES, EQUAL_TIME, QUARTER, QUARTER_RATES, STUDIES, WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent

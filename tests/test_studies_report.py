@@ -7,9 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from config import ExperimentError
-from studies import figures, report
+from studies import analysis, figures, report
 from studies import run as runner
-from studies.figures import mean_and_spread, scaling_law
+from studies.analysis import mean_and_spread, scaling_law
 from studies.grids import STUDIES
 from untrained import BASE, TOKENS, go, loaded, performed, result
 
@@ -100,12 +100,12 @@ def test_what_checkpointing_costs_is_read_from_each_run(tmp_path):
 def test_the_error_of_a_ratio_of_speeds_is_by_how_far_its_rounds_differ():
     """A host that is half as fast in one round changes no ratio; 6 configurations of two rounds with a deviation of 5% know it to about 4%."""
     a, b = ([result(tokens_per_second=rate * host, changes=dict(seed=seed)) for seed, host in ((1, 1.0), (2, 0.5))] for rate in (30.0, 20.0))
-    assert [pair["ratio"] for pair in figures.speed_ratios(a, b)] == [1.5, 1.5] and figures.speed_ratios(a[1:], b[:1]) == []
-    assert figures.ratio_error([figures.speed_ratios(a, b)]) == 0 and figures.ratio_error([[dict(ratio=2.0)], [dict(ratio=1.0)]]) == math.inf
+    assert [pair["ratio"] for pair in analysis.speed_ratios(a, b)] == [1.5, 1.5] and analysis.speed_ratios(a[1:], b[:1]) == []
+    assert analysis.ratio_error([analysis.speed_ratios(a, b)]) == 0 and analysis.ratio_error([[dict(ratio=2.0)], [dict(ratio=1.0)]]) == math.inf
     random, errors, within = np.random.default_rng(0), [], 0
     for _ in range(400):
         pairs = [[dict(ratio=ratio) for ratio in np.exp(random.normal(0, 0.05, 2))] for _ in range(6)]
-        errors.append(figures.ratio_error(pairs))
+        errors.append(analysis.ratio_error(pairs))
         within += abs(np.log([pair["ratio"] for pair in pairs[0]]).mean()) < errors[-1]
     assert 0.92 < within / 400 < 0.98
 
@@ -158,7 +158,7 @@ def test_a_scaling_law_needs_a_positive_floor_and_a_fit_that_ends(monkeypatch):
     x = [1e6, 1e6, 1e7, 1e7, 1e8, 1e8, 1e9, 1e9]
     assert scaling_law(x, [-5 + 8 * (v / 3e7) ** -0.02 for v in x]) is None
     assert scaling_law(x, [1 + 8 * (v / 3e7) ** -0.02 for v in x]).inverse(1.000001) == math.inf, "a number too large to write"
-    monkeypatch.setattr(figures, "curve_fit", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no convergence")))
+    monkeypatch.setattr(analysis, "curve_fit", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no convergence")))
     assert scaling_law(x, [2 + (v / 1e7) ** -0.5 for v in x]) is None
 
 
@@ -190,7 +190,7 @@ def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
     assert all(row[-1] == "0.502 ± 0.003 |" and row[5].startswith("-") and row[7].startswith("+") and "undecided" not in row[7] for row in rows)
     of = f"{len(rows)} of {len(rows)} sizes"
     assert f"With equal tokens, FLOPs and parameters used the MoE ends lower at {of}; by the mean" in text and f"With equal time it ends higher at {of}." in text
-    monkeypatch.setattr(figures, "ratio_error", lambda pairs: {8: 0.5}[sum(map(len, pairs))])
+    monkeypatch.setattr(analysis, "ratio_error", lambda pairs: {8: 0.5}[sum(map(len, pairs))])
     assert f"With equal time it ends undecided at {of}." in report.block("scaling", tmp_path), "speeds that are not known decide nothing"
 
 
@@ -206,11 +206,11 @@ def test_equal_loss_flops_are_told_within_those_tried():
 
 def test_what_time_is_worth_is_the_most_that_was_seen():
     run = result(3.0, tokens=100, validation=[[0, 7.0], [50, 4.0], [100, 3.0]])
-    assert figures.worth_of_time([run], []) == pytest.approx(1 / math.log(2))
+    assert analysis.worth_of_time([run], []) == pytest.approx(1 / math.log(2))
     longer = [result(1.0, tokens=200)]
-    assert figures.worth_of_time([run], [([run], longer)]) == pytest.approx(2 / math.log(2)) and figures.worth_of_time([run], [([run], [run])]) < 2
+    assert analysis.worth_of_time([run], [([run], longer)]) == pytest.approx(2 / math.log(2)) and analysis.worth_of_time([run], [([run], [run])]) < 2
     worse = result(3.0, tokens=100, validation=[[0, 2.0], [100, 3.0]])
-    assert figures.worth_of_time([worse], [([run], [result(4.0, tokens=200)])]) == 0, "never less than nothing"
+    assert analysis.worth_of_time([worse], [([run], [result(4.0, tokens=200)])]) == 0, "never less than nothing"
 
 
 def test_the_mean_difference_of_pairs_and_its_interval():
@@ -219,12 +219,12 @@ def test_the_mean_difference_of_pairs_and_its_interval():
         return [result(loss) for loss in losses]
     pairs = [(runs(2.9, 3.0), runs(3.1, 3.2)), (runs(1.8, 1.9), runs(1.9, 2.0))]
     error = math.sqrt(0.005) * math.sqrt(4 / 2) / 2
-    assert figures.mean_difference(pairs) == pytest.approx((-0.15, 2.776 * error), abs=1e-4)
+    assert analysis.mean_difference(pairs) == pytest.approx((-0.15, 2.776 * error), abs=1e-4)
     certain = [(a, runs(3.0, 3.0)) for a, _ in pairs]
-    assert figures.mean_difference(certain)[1] == pytest.approx(4.303 * error / math.sqrt(2), abs=1e-4)
-    assert figures.mean_difference([(b, b) for _, b in certain]) == (0, 0)
-    assert figures.mean_difference([(runs(2.9, 3.0), runs(3.1))])[1] == math.inf, "of one side nothing is known"
-    assert figures.mean_difference([(runs(2.9), runs(3.1))]) == (pytest.approx(-0.2), math.inf)
+    assert analysis.mean_difference(certain)[1] == pytest.approx(4.303 * error / math.sqrt(2), abs=1e-4)
+    assert analysis.mean_difference([(b, b) for _, b in certain]) == (0, 0)
+    assert analysis.mean_difference([(runs(2.9, 3.0), runs(3.1))])[1] == math.inf, "of one side nothing is known"
+    assert analysis.mean_difference([(runs(2.9), runs(3.1))]) == (pytest.approx(-0.2), math.inf)
 
 
 def test_an_expert_says_no_more_bits_than_its_tokens_choices_leave():
@@ -242,7 +242,7 @@ def test_a_speed_that_was_measured_once_decides_nothing_even_if_time_is_worth_no
     run = result(3.0, validation=[[0, 3.0], [TOKENS, 3.0]])
     groups = ("moe, 1 x 8", "dense, 1 x 8", "speed of moe, 1 x 8", "speed of dense, 1 x 8")
     results = dict(runs={group: run | dict(group=group, changes=dict(seed=1)) for group in groups})
-    assert figures.equal_time(results) == (0.0, math.inf, math.inf)
+    assert analysis.equal_time(results) == (0.0, math.inf, math.inf)
 
 
 def test_which_shares_of_the_busiest_expert_are_smallest_is_by_their_own_noise(performed, tmp_path):
@@ -272,8 +272,8 @@ def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
                     for name in ("tokens and FLOPs", "time"))
     assert tokens == [-0.2, -0.4, -0.4, -0.2, -0.4, -0.2, -0.4] and time == [-0.1, -0.2] * 4
     assert [len(axes.lines) for axes in figure.axes[:2]] != [0, 0]
-    found = figures.groups(results)
-    least = figures.limit(found["moe, 1 x 8"], found["moe, 1 x 8"], figures.honest_difference(found))
+    found = analysis.groups(results)
+    least = analysis.limit(found["moe, 1 x 8"], found["moe, 1 x 8"], analysis.honest_difference(found))
     shade, = figure.axes[2].patches
     assert (shade.get_y(), shade.get_height()) == (pytest.approx(-least), pytest.approx(2 * least)), "what is undecided"
 

@@ -25,7 +25,7 @@ from studies import grids, report
 from studies import run as runner
 from studies.experts import KINDS
 from studies.grids import STUDIES, Run
-from untrained import BASE, CORPUS, TOKENS, experts, go, loaded, performed, result
+from untrained import BASE, CORPUS, TOKENS, go, loaded, performed, result
 
 ROOT = Path(__file__).resolve().parent.parent
 
