@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from config import LOSS_CHUNK, Config
-from kernels import COMPILE_OPTIONS, compile_with_barriers, normalize_and_rotate
+from engine.triton_kernels import COMPILE_OPTIONS, compile_with_barriers, normalize_and_rotate
 from moe import MoE, SwiGLU
 
 logging.getLogger("torchao").setLevel(logging.ERROR)    # it warns of compiled extensions that nothing here uses

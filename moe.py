@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from kernels import FEW_ROWS, few_rows_linear, swiglu, triton
+from engine.triton_kernels import FEW_ROWS, few_rows_linear, swiglu, triton
 
 
 # ---------------------------------------------------------------- grouped products

@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kernels import COMPILE_OPTIONS, symmetric_product
-from precision import read_master, write_master
-from streaming import OptimizerState
+from engine.triton_kernels import COMPILE_OPTIONS, symmetric_product
+from engine.precision import read_master, write_master
+from engine.offload import OptimizerState
 
 # Keller Jordan's quintic: steepest at zero, singular values end between about 0.7 and 1.2
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5

@@ -10,91 +10,27 @@ import time
 
 LAUNCHED = time.monotonic()     # before the slow imports
 
-import argparse  # noqa: E402
 import contextlib  # noqa: E402
-import fcntl  # noqa: E402
-import io  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
-import re  # noqa: E402
 import sys  # noqa: E402
-import typing  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 # before torch is imported: an 18B run fills its GPU, and fixed segments lose gigabytes to fragmentation
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-import memory  # noqa: E402
-from config import (PRESETS, Config, ConfigError, ExperimentError, OutOfMemory, defaults, field_docs, nearest, parse_value, resolve,
+from planner.choice import check_fits
+from planner.machine import GB, GPUS, Machine, find_device, find_machine, machine_of_device
+from planner.plan import build_plan, format_count, memory_table  # noqa: E402
+from config import (PRESETS, Config, ConfigError, defaults, nearest, resolve,
                     resumed_config)  # noqa: E402
-
-
-ELSEWHERE = dict(learning_rate="--muon_lr and --adamw_lr", lr="--muon_lr and --adamw_lr", max_lr="--muon_lr and --adamw_lr",
-                 hidden_size="--d_model", n_embd="--d_model", intermediate_size="--d_ff", block_size="--max_seq_len",
-                 context_length="--max_seq_len", epochs="--max_steps", num_train_epochs="--max_steps", output_dir="--save_dir", out_dir="--save_dir",
-                 dtype="--precision", fp16="--precision fp16", bf16="--precision bf16", wandb="--tracker wandb", gpu="--device, or CUDA_VISIBLE_DEVICES",
-                 gradient_checkpointing="--activation_checkpointing")
-"""What other trainers call an option, where the names have little in common."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors as ConfigError, and the nearest option's name for one that does not exist."""
-
-    def error(self, message):
-        raise ConfigError(message)
-
-    def parse(self, argv: list[str]) -> argparse.Namespace:
-        # --max-steps is as good as --max_steps; a value that begins with -- is left alone when it holds a space
-        argv = [re.sub(r"(?<=\w)-", "_", arg[:m.end()]) + arg[m.end():] if (m := re.match(r"--[\w-]+(?==|$)", arg)) else arg
-                for arg in argv]
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            name = unknown[0].partition("=")[0]
-            bare = name.strip("-")
-            if not name.startswith("-"):
-                raise ConfigError(f"unexpected argument {unknown[0]!r}: a command comes first, options are --NAME VALUE, and a value with "
-                                  "spaces needs quotes")
-            same = ELSEWHERE.get(bare)
-            if same and re.match(r"--\w+", same)[0] in known:
-                raise ConfigError(f"unknown option {unknown[0]!r}. Here it is {same}. --help lists them all.")
-            within = [option for option in known if bare in option]     # --tokens is --max_new_tokens rather than --top_k
-            raise ConfigError(f"unknown option {unknown[0]!r}.{nearest(name, within or known)} --help lists them all.")
-        return args
-
-
-def new_parser(usage: str, description: str = __doc__) -> Parser:
-    return Parser(usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-
-def add_config_options(parser: Parser) -> None:
-    """An option for every field of Config, with its documentation and default."""
-    group = parser.add_argument_group("configuration (the default is config.py's; a preset may set another)")
-    docs, kinds = field_docs(), typing.get_type_hints(Config)
-    for name, default in defaults().items():
-        text = f"{docs.get(name, '')} [{'derived' if default is None else default}]".replace("%", "%%")
-        choices = typing.get_args(kinds[name]) if typing.get_origin(kinds[name]) is typing.Literal else ("VALUE",)
-        group.add_argument(f"--{name}", metavar="|".join(choices), help=text, default=argparse.SUPPRESS)
-
-
-def config_options(args: argparse.Namespace) -> dict:
-    """The Config fields given on the command line, each in its type. Raises ConfigError with all that are wrong."""
-    values, problems = {}, []
-    for name in defaults():
-        if hasattr(args, name):
-            try:
-                values[name] = parse_value(name, getattr(args, name))
-            except ConfigError as error:
-                problems.append(f"--{error}")
-    if problems:
-        raise ConfigError("\n  ".join(problems))
-    return values
+from cli import add_config_options, config_options, exit_code, locked, new_parser
 
 
 # ---------------------------------------------------------------- commands
 
 def train(argv: list[str]) -> None:
-    parser = new_parser("run_experiment.py [train] [--preset NAME] [--resume latest|PATH] [--overwrite] [--FIELD VALUE ...]")
+    parser = new_parser("run_experiment.py [train] [--preset NAME] [--resume latest|PATH] [--overwrite] [--FIELD VALUE ...]", __doc__)
     parser.add_argument("--preset", help="a preset of config.py: " + " ".join(PRESETS))
     parser.add_argument("--resume", metavar="latest|PATH", help="go on from save_dir's latest checkpoint (a fresh start when "
                         "there is none), or from a checkpoint file")
@@ -108,15 +44,15 @@ def train(argv: list[str]) -> None:
     import torch        # only now: --help and plan answer without it
     gpu_gb = None
     if options.get("device", defaults()["device"]) != "cpu" and torch.cuda.is_available():
-        gpu_gb = torch.cuda.get_device_properties(0).total_memory / memory.GB
+        gpu_gb = torch.cuda.get_device_properties(0).total_memory / GB
         if torch.cuda.device_count() > 1:
             print(f"{torch.cuda.device_count()} GPUs are visible; a run uses one by design, the first of CUDA_VISIBLE_DEVICES.")
     config, name, why = resolve(options, args.preset, gpu_gb)
 
-    import checkpoint
+    from record import checkpoint
     import data
-    import report
-    import tracker
+    from record import results
+    from record import tracker
     import trainer
     named = args.resume not in (None, "latest")     # the folder may then be the one that the checkpoint names
     with contextlib.ExitStack() as lock:
@@ -144,10 +80,10 @@ def train(argv: list[str]) -> None:
             lock.enter_context(locked(folder, "--save_dir"))
         if args.resume == "latest" and path is None:
             print(f"Nothing to resume: no checkpoint in {folder}. A new run starts.")
-        found = report.run_files(folder)
+        found = results.run_files(folder)
         if found and not args.overwrite and (path is None or path.resolve().parent != folder.resolve()):
             if path is None and args.resume == "latest":        # a run that ended before its first checkpoint
-                print("What a run left there is set aside as " + ", ".join(report.set_aside(file).name for file in found))
+                print("What a run left there is set aside as " + ", ".join(results.set_aside(file).name for file in found))
             else:
                 raise ConfigError(f"{folder} already holds a run ({', '.join(f.name for f in found[:4])}"
                                   f"{' ...' if len(found) > 4 else ''}). Go on with it: --resume latest; keep it: another "
@@ -156,7 +92,7 @@ def train(argv: list[str]) -> None:
               f"{config.tokens_per_step:,} tokens a step", flush=True)
         tracker.require(config.tracker)
         # what cannot start is refused before minutes of tokenizing
-        memory.refuse_what_cannot_fit(config, memory.machine_of(memory.find_device(config), config.host_memory_gb))
+        check_fits(config, machine_of_device(find_device(config), config.host_memory_gb))
         corpus = data.prepare(config)
         run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
         del state           # it is mapped from the checkpoint's file, whose disk space would stay taken
@@ -168,35 +104,6 @@ def train(argv: list[str]) -> None:
         run.run()
 
 
-@contextlib.contextmanager
-def locked(folder: Path, option: str):
-    """Keeps other processes from writing to a folder, which is made where it is missing and removed again when nothing came into it. The
-    kernel takes the lock from a process that is killed; on a file system without locks there is none. Raises ConfigError or
-    CheckpointError, which name the `option` that chose the folder."""
-    import checkpoint
-    made, ours = not folder.exists(), False
-    while not ours:     # else it was removed by the process that had the lock
-        checkpoint.check_free_space(folder, 0, option)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder))
-        except BlockingIOError as error:
-            os.close(handle)
-            raise ConfigError(f"another process is at work on {folder}: wait for it, or give another {option}") from error
-        except OSError:
-            ours = True
-        if not ours:
-            os.close(handle)
-    try:
-        yield
-    finally:
-        if made:
-            with contextlib.suppress(OSError):      # it holds something
-                folder.rmdir()
-        os.close(handle)
-
-
 def resume_path(resume: str | None, config: Config) -> Path | None:
     """The checkpoint that --resume names; None for a fresh start."""
     if resume is None:
@@ -206,24 +113,24 @@ def resume_path(resume: str | None, config: Config) -> Path | None:
             raise ConfigError(f"--resume {resume} is a folder. Its newest checkpoint: --save_dir {resume} --resume latest; or "
                               "name one of its checkpoint files")
         return Path(resume)
-    import checkpoint
+    from record import checkpoint
     latest = checkpoint.latest_path(config.save_dir)
     numbered = Path(config.save_dir).glob("checkpoint_step_*.pt")       # alone when the first save was cut off before its link
     return latest if latest.exists() else max(numbered, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def plan(argv: list[str]) -> None:
-    parser = new_parser("run_experiment.py plan [--preset NAME] [--gpu NAME] [--host_memory_gb N] [--json] [--FIELD VALUE ...]")
+    parser = new_parser("run_experiment.py plan [--preset NAME] [--gpu NAME] [--host_memory_gb N] [--json] [--FIELD VALUE ...]", __doc__)
     parser.add_argument("--preset", help="a preset of config.py: " + " ".join(PRESETS))
-    parser.add_argument("--gpu", help=f"plan for this GPU instead of the one found: {' '.join(memory.GPUS)}; "
+    parser.add_argument("--gpu", help=f"plan for this GPU instead of the one found: {' '.join(GPUS)}; "
                         "the program uses one GPU by design")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_options(parser)
     args = parser.parse(argv)
     options = config_options(args)
-    machine = memory.find_machine(options.get("host_memory_gb", 0), args.gpu, options.get("device") == "cpu")
+    machine = find_machine(options.get("host_memory_gb", 0), args.gpu, options.get("device") == "cpu")
     config, name, why = resolve(options, args.preset, machine.memory_gb or None)
-    facts = memory.plan(config, name, machine)
+    facts = build_plan(config, name, machine)
     facts["host_memory_assumed"] = bool(args.gpu and not options.get("host_memory_gb"))
     if args.json:
         print(json.dumps(facts, indent=1))
@@ -233,7 +140,7 @@ def plan(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
-def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory.Machine) -> None:
+def print_plan(config: Config, name: str, why: str, facts: dict, machine: Machine) -> None:
     where = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)" if facts["gpu"] else "this machine's CPU"
     batch_size = facts["choice"]["batch_size"]
     if facts["fits"]:
@@ -244,9 +151,9 @@ def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory
         verdict = (f"does not fit ({facts['shortage']}).\n{facts['advice']}"
                    + (", with this memory:" if facts["advised_memory_gb"] else f"\nThe smallest choice, whose memory follows:\n  {facts['options']}"))
     print(f"{name}: {why}.\n"
-          f"parameters        {config.total_params:,} ({memory.count(config.total_params)}), {config.active_params:,} "
-          f"({memory.count(config.active_params)}) active for a token\n"
-          f"tokens            {facts['tokens_per_step']:,} a step, {memory.count(facts['tokens_per_run'])} a run\n"
+          f"parameters        {config.total_params:,} ({format_count(config.total_params)}), {config.active_params:,} "
+          f"({format_count(config.active_params)}) active for a token\n"
+          f"tokens            {facts['tokens_per_step']:,} a step, {format_count(facts['tokens_per_run'])} a run\n"
           f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file\n"
           f"hours             " + ("" if facts["measured_with"] == facts["options"] else "not measured for the setup below; " if facts["hours"] else
                                    "not measured; training prints them after its first steps")
@@ -255,12 +162,12 @@ def print_plan(config: Config, name: str, why: str, facts: dict, machine: memory
           + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB"
           + (" (assumed; --host_memory_gb N says what it has)" if facts["host_memory_assumed"] else "") + ": "
           + f"{verdict}\n")
-    print(memory.table(facts["advised_memory_gb"] or facts["memory_gb"], capacity_gb=machine.memory_gb or machine.host_memory_gb))
+    print(memory_table(facts["advised_memory_gb"] or facts["memory_gb"], capacity_gb=machine.memory_gb or machine.host_memory_gb))
     print("\nAll sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside them.")
 
 
 def sample(argv: list[str]) -> None:
-    parser = new_parser("run_experiment.py sample --checkpoint PATH --prompt TEXT [--n N] [--temperature T] [--top_k K] ...")
+    parser = new_parser("run_experiment.py sample --checkpoint PATH --prompt TEXT [--n N] [--temperature T] [--top_k K] ...", __doc__)
     parser.add_argument("--checkpoint", required=True, help="a checkpoint file of a run")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--n", type=int, default=1, help="continuations to write, all at once [1]")
@@ -284,11 +191,12 @@ def sample(argv: list[str]) -> None:
     except UnicodeEncodeError:
         raise ConfigError("--prompt holds bytes that are no text in UTF-8") from None
 
-    import data
-    from sampling import finished_texts, stream, text_pieces
-    from tokenizer import encode
-    model, _, state = load_model(args.checkpoint, args.device, args.precision)
-    tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
+    from corpus.tokenizer import load_tokenizer
+    from generate import finished_texts, stream, text_pieces
+    from corpus.tokenizer import encode
+    from record.checkpoint import open_model
+    model, _, state = open_model(args.checkpoint, args.device, args.precision)
+    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
     prompt = encode(tokenizer, args.prompt) or [end_of_text]
     temperature = args.temperature if args.temperature > 1e-4 else 0        # below, logits / temperature overflows
     steps = stream(model, prompt, args.max_new_tokens, temperature, args.top_k, args.top_p, args.seed, end_of_text, args.n)
@@ -300,22 +208,6 @@ def sample(argv: list[str]) -> None:
     else:
         for i, tokens in finished_texts(steps, end_of_text):
             print(f"--- {i + 1} of {args.n}\n{args.prompt}{tokenizer.decode(tokens)}", flush=True)
-
-
-def load_model(path: str, device: str, precision: str | None):
-    """(model, config, state) of a checkpoint file, on the device that an option names, in `precision`, by default in the
-    run's own on a GPU and in fp32 on a CPU. Raises ConfigError or CheckpointError."""
-    if Path(path).is_dir():
-        raise ConfigError(f"--checkpoint {path} is a folder: name a file of it, such as checkpoint_latest.pt")
-    import torch
-
-    import checkpoint
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no GPU; use --device cpu")
-    device = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    state = checkpoint.load(path)
-    precision = precision or (state["config"]["precision"] if device == "cuda" else "fp32")
-    return *checkpoint.model_from_state(state, device, precision), state
 
 
 def main(argv: list[str]) -> int:
@@ -330,37 +222,6 @@ def main(argv: list[str]) -> int:
     return exit_code(command, argv, training=name == "train")
 
 
-def exit_code(command, argv: list[str], training: bool = False) -> int:
-    """Calls a command; what the user can mend becomes a line on stderr, without a traceback, and the exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")       # a terminal that has no é must not end a run that samples one
-    try:
-        command(argv)
-        return 0
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        print(f"error: the package {error.name} is not installed: pip install -r requirements.txt", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if training:
-            print("error: whoever read the output stopped reading, so training stopped; write it to a file instead",
-                  file=sys.stderr)
-        return 1
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        print(f"error: out of memory ({str(error).splitlines()[0]}). Use --device cpu or a smaller model.", file=sys.stderr)
-        return OutOfMemory.exit_code
-    except OSError as error:
-        print(f"error: {error}. Check the path, its permissions and the free disk space.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted" + ("; nothing was being trained yet, or Ctrl-C came twice" if training else ""), file=sys.stderr)
-        return 130
-
-
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+

@@ -16,18 +16,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
+from record import checkpoint
 import data
-import memory
-import tracker
+from planner.machine import GB, GPUS, find_device, is_out_of_memory, machine_of_device, release_freed_memory
+from planner.choice import advise, candidates, check_fits, next_smaller, resolve_autos
+from planner.sizes import checkpoint_gb
+from planner.plan import format_count, memory_table
+from record import tracker
 from config import Config, Diverged, ExperimentError, OutOfMemory
-from kernels import attention_backends
+from engine.triton_kernels import attention_backends
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
-from precision import LossScaler, gradient_norms
-from report import CURVES, METRICS, RESULTS, MemoryMeter, Record, environment, set_aside, write_run_file
-from sampling import generate
-from streaming import HostGradients
+from engine.precision import LossScaler, gradient_norms
+from record.results import (CURVES, METRICS, RESULTS, MemoryMeter, Record, environment, set_aside, write_run_file)
+from generate import generate
+from engine.offload import HostGradients
 
 RESULTS_MINUTES = 5         # results and curves are rewritten at least this often
 CURVES_SECONDS = 60         # curves take a second or two, in which the GPU waits: they are drawn at most this often
@@ -55,8 +58,8 @@ class Trainer:
         self.corpus, self.folder = corpus, Path(config.save_dir)
         if state is not None:
             _same_data(state["data"], corpus)
-        self.device = memory.find_device(config)
-        self.machine = memory.machine_of(self.device, config.host_memory_gb)
+        self.device = find_device(config)
+        self.machine = machine_of_device(self.device, config.host_memory_gb)
         self.asked = config                 # with its autos, which another machine may settle otherwise
         self.config = config = self._decide(config)
 
@@ -92,7 +95,7 @@ class Trainer:
         hidden, others = split_parameters(self.model, config.optimizer)
         offload = config.offload_optimizer == "true"
         if self.device.type == "cpu" and self.predicted["total"] > self.machine.host_memory_gb / 2:     # else speed is worth more
-            memory.return_freed_memory()
+            release_freed_memory()
         if offload:
             self._check_host_memory()
             print(f"Reserving {self.predicted['host']:.1f} GB of host memory for what is streamed ...", flush=True)
@@ -217,7 +220,7 @@ class Trainer:
             print(f"\nA sample (prompt | continuation):\n{sample['prompt']}|{sample['text']}\n")
         self._write_results(sample, last=True)
         final = self.record.latest()
-        print(f"Done: {self.step} steps, {memory.count(self.tokens_seen)} tokens, validation loss "
+        print(f"Done: {self.step} steps, {format_count(self.tokens_seen)} tokens, validation loss "
               f"{final.get('val_loss', float('nan')):.4f} (unigram entropy {self.corpus.unigram_entropy:.4f}).\n"
               f"{self.folder / RESULTS}, {self.folder / CURVES}", flush=True)
 
@@ -321,7 +324,7 @@ class Trainer:
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Model-FLOP utilisation; None on a GPU whose peak is not known, rather than a wrong one."""
-        gpu = memory.GPUS.get(self.machine.key)
+        gpu = GPUS.get(self.machine.key)
         if gpu is None or self.config.precision == "fp32":
             return None
         return self.config.flops_per_token * tokens_per_second / (gpu.peak_tflops * 1e12)
@@ -370,7 +373,7 @@ class Trainer:
             sample=sample)
         self.record.write_results(facts)
         if last or time.monotonic() - self.last_curves > CURVES_SECONDS:
-            title = f"{memory.count(c.total_params)} parameters, {memory.count(c.active_params)} active"
+            title = f"{format_count(c.total_params)} parameters, {format_count(c.active_params)} active"
             self.record.draw_curves(title, self.corpus.unigram_entropy)
             self.last_curves = time.monotonic()
         self.last_results = time.monotonic()
@@ -450,7 +453,7 @@ class Trainer:
         latest = checkpoint.latest_path(self.folder)
         own = bool(self.resumed_from and latest.exists() and latest.samefile(self.resumed_from)       # another run's or branch's is no room
                    and not any(latest.samefile(path) for path in self.folder.glob("checkpoint_step_*.pt")))
-        return int(checkpoint.files_to_come(c, self.step, len(there), own) * memory.checkpoint_gb(c) * memory.GB)
+        return int(checkpoint.files_to_come(c, self.step, len(there), own) * checkpoint_gb(c) * GB)
 
     def _take_over_folder(self) -> None:
         """Drops the rows past the checkpoint that the run goes on from, and makes that checkpoint the latest: otherwise a
@@ -469,18 +472,18 @@ class Trainer:
 
     def _decide(self, config: Config) -> Config:
         """Settles the fields that are auto and prints the predicted memory."""
-        memory.refuse_what_cannot_fit(config, self.machine)
+        check_fits(config, self.machine)
         where = f"{self.machine.name}, {self.machine.memory_gb:.1f} GB" if self.machine.name else \
             f"CPU, {self.machine.host_memory_gb:.1f} GB free"
-        config, self.predicted, choice = memory.settle(config, self.machine)
+        config, self.predicted, choice = resolve_autos(config, self.machine)
         if choice:      # the prediction is not law: go on as asked, and say what would fit
-            print(f"warning: this configuration is not expected to fit ({where}). {memory.advice(choice, config, self.machine)[0]}.",
+            print(f"warning: this configuration is not expected to fit ({where}). {advise(choice, config, self.machine)[0]}.",
                   file=sys.stderr)
         mode, last = config.activation_checkpointing, config.checkpointing_of(config.n_layers - 1)
         lighter = f" ({last} in the last {config.lighter_blocks} blocks)" if last != mode else ""
         print(f"Memory on {where}: activation checkpointing {mode}{lighter}, optimizer state "
               f"{'streamed from the host' if config.offload_optimizer == 'true' else 'on the device'}\n"
-              + memory.table(self.predicted, capacity_gb=self.machine.memory_gb or self.machine.host_memory_gb))
+              + memory_table(self.predicted, capacity_gb=self.machine.memory_gb or self.machine.host_memory_gb))
         return config
 
     def _check_host_memory(self) -> None:
@@ -495,7 +498,7 @@ class Trainer:
         passes = c.max_steps * c.tokens_per_step / max(1, len(corpus.train))
         print(f"Corpus {c.data}: {len(corpus.train):,} training tokens, {len(corpus.validation):,} validation tokens, unigram "
               f"entropy {corpus.unigram_entropy:.3f} nats\n"
-              f"The run: {c.max_steps:,} steps of {c.tokens_per_step:,} tokens, {memory.count(c.max_steps * c.tokens_per_step)} "
+              f"The run: {c.max_steps:,} steps of {c.tokens_per_step:,} tokens, {format_count(c.max_steps * c.tokens_per_step)} "
               f"tokens, {passes:.2f} passes over the corpus", flush=True)
         if passes > 4:
             print(f"warning: {passes:.1f} passes over the corpus; beyond about 4 repeated data is worth much less than new "
@@ -526,12 +529,12 @@ class Trainer:
         try:
             yield
         except (RuntimeError, MemoryError) as error:        # torch.OutOfMemoryError is a RuntimeError
-            if not memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             cpu = self.device.type == "cpu"
-            used = next(x for x in memory.candidates(self.config, [self.config.activation_checkpointing],
+            used = next(x for x in candidates(self.config, [self.config.activation_checkpointing],
                                                      [self.config.offload_optimizer == "true"], [self.config.batch_size], cpu))
-            less = memory.smaller(self.config, used, cpu)
+            less = next_smaller(self.config, used, cpu)
             raise OutOfMemory(
                 f"out of memory at step {self.step + 1} on {self.machine.name or 'the CPU'} ({self.machine.memory_gb or self.machine.host_memory_gb:.1f} "
                 f"GB; predicted {used.memory_gb['total']:.1f} GB).\n  " +

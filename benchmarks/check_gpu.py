@@ -20,16 +20,16 @@ import warnings
 import torch
 from torch._inductor.utils import run_and_get_code
 
-import checkpoint
+from record import checkpoint
 import moe
 from config import PRESETS, Config
-from kernels import attention_backends, normalize_and_rotate, plain_normalize_and_rotate, plain_swiglu, swiglu, symmetric_product
-from memory import find_device
+from engine.triton_kernels import (attention_backends, normalize_and_rotate, plain_normalize_and_rotate, plain_swiglu, swiglu, symmetric_product)
+from planner.machine import find_device
 from model import MoETransformer
 from muon import NEWTON_SCHULZ, AdamW, Muon, gram_newton_schulz, newton_schulz, product_dtype, split_parameters
-from precision import decode_master, gradient_norms
-from sampling import generate
-from streaming import HostGradients, OptimizerState
+from engine.precision import decode_master, gradient_norms
+from generate import generate
+from engine.offload import HostGradients, OptimizerState
 
 BASE = Config(d_model=256, n_layers=6, n_heads=4, n_kv_heads=2, d_ff=512, moe_every=2, max_seq_len=256, vocab_size=1024,
               batch_size=4, activation_checkpointing="none", offload_optimizer="false", compile="false")

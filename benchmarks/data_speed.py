@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 import data
-import report
-from benchmarks.record import ROOT, write
+from record import results
+from benchmarks.result_files import ROOT, write
 from config import PRESETS, Config
-from sources import Text
-from tokenizer import train_tokenizer
+from corpus.sources import Text
+from corpus.tokenizer import train_tokenizer
 
 REPETITIONS = 3
 TEXT_MB = 60                # the installed packages' text, as far as it goes
@@ -131,7 +131,7 @@ def main() -> None:
         median = {name: statistics.median(values) for name, values in tokenizer.items() if name.endswith("per_s")}
         ratio = median["ours_mb_per_s"] / max(median["datasets_map_processes_mb_per_s"], median["datasets_map_threads_mb_per_s"])
         write("data_speed", ratio, "times the MB/s of datasets.map, the faster of its two ways", REPETITIONS,
-              report.environment(torch.device("cpu")), dict(tokenizing=tokenizer, loader=loader), "python -m benchmarks.data_speed")
+              results.environment(torch.device("cpu")), dict(tokenizing=tokenizer, loader=loader), "python -m benchmarks.data_speed")
     finally:
         shutil.rmtree(folder)
         shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import ROOT, write
+from benchmarks.result_files import ROOT, write
 from config import ExperimentError
-from report import environment
-from run_experiment import exit_code, new_parser
+from record.results import environment
+from cli import exit_code, new_parser
 
 TASK = "python_syntax"
 

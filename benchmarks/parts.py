@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+from record import checkpoint
 import data
-import memory
-from benchmarks.record import CACHE, write
+from planner.sizes import checkpoint_gb
+from planner.machine import GB
+from benchmarks.result_files import CACHE, write
 from config import PRESETS, Config, resolve
-from kernels import COMPILE_OPTIONS, attention_backends, compile_with_barriers
+from engine.triton_kernels import COMPILE_OPTIONS, attention_backends, compile_with_barriers
 from model import MoETransformer
 from moe import MoE, SwiGLU
 from muon import AdamW, Muon, split_parameters
-from streaming import OptimizerState
-from report import environment
+from engine.offload import OptimizerState
+from record.results import environment
 from trainer import Trainer
 
 REPEATS = 20
@@ -64,13 +65,13 @@ def muon_step_18b(_: Path) -> None:
     reserving = time.perf_counter() - start
     streamed = seconds(lambda: muon.step(0.01, 1e-3), repeats=5, warmup=2)
     adamw_seconds = seconds(lambda: adamw.step(0.001, 1e-3), repeats=5, warmup=2)
-    peak = torch.cuda.max_memory_allocated() / memory.GB
+    peak = torch.cuda.max_memory_allocated() / GB
     muon.state.__class__ = MadeOnTheCard
     on_the_card = seconds(lambda: muon.step(0.01, 1e-3), repeats=5, warmup=2)
     write("muon_step_18b", statistics.median(streamed), "s", len(streamed), environment(device), dict(
         streamed_seconds=streamed, state_made_on_the_card_seconds=on_the_card, adamw_streamed_seconds=adamw_seconds,
         streaming_costs_seconds=statistics.median(streamed) - statistics.median(on_the_card),
-        seconds_to_reserve_host_memory=reserving, host_gb=sum(t.nbytes for s in muon.state.tensors.values() for t in s.values()) / memory.GB,
+        seconds_to_reserve_host_memory=reserving, host_gb=sum(t.nbytes for s in muon.state.tensors.values() for t in s.values()) / GB,
         peak_gb=peak))
 
 
@@ -132,7 +133,7 @@ def vs_transformers(_: Path) -> None:
         step()
         torch.cuda.reset_peak_memory_stats()
         times = seconds(step, repeats=10)
-        return tokens.numel() / statistics.median(times), torch.cuda.max_memory_allocated() / memory.GB
+        return tokens.numel() / statistics.median(times), torch.cuda.max_memory_allocated() / GB
 
     torch.set_default_dtype(torch.bfloat16)
     with device:
@@ -168,8 +169,8 @@ def vs_transformers(_: Path) -> None:
 
 def checkpoint_io(folder: Path) -> None:
     """Saves and loads `5b` with checksums, `keep_checkpoints` 1; a file of that size written and read by dd, first."""
-    gb = memory.checkpoint_gb(Config(**PRESETS["5b"]))
-    blocks, path = int(gb * memory.GB / 2 ** 24), folder / "dd"
+    gb = checkpoint_gb(Config(**PRESETS["5b"]))
+    blocks, path = int(gb * GB / 2 ** 24), folder / "dd"
 
     def timed(function) -> float:
         start = time.perf_counter()
@@ -191,10 +192,10 @@ def checkpoint_io(folder: Path) -> None:
     before, target = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, folder / "checkpoint_step_1.pt"
     saving = timed(lambda: checkpoint.save(target, trainer._state()))
     saved = target.stat().st_size
-    overhead = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / memory.GB
+    overhead = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GB
     forget_file(target)
     loading = timed(lambda: (trainer._load(checkpoint.load(target)), torch.cuda.synchronize()))
     share = {"save": (saved / saving) / (size / disk_write), "load": (saved / loading) / (size / disk_read)}
     write("checkpoint_io", 100 * min(share.values()), "% of the disk's own speed, the slower of saving and loading", 1, environment(trainer.device), dict(
-        share=share, gb=saved / memory.GB, save_gb_s=saved / saving / memory.GB, load_gb_s=saved / loading / memory.GB,
-        disk_write_gb_s=size / disk_write / memory.GB, disk_read_gb_s=size / disk_read / memory.GB, host_memory_overhead_gb=overhead))
+        share=share, gb=saved / GB, save_gb_s=saved / saving / GB, load_gb_s=saved / loading / GB,
+        disk_write_gb_s=size / disk_write / GB, disk_read_gb_s=size / disk_read / GB, host_memory_overhead_gb=overhead))

@@ -19,12 +19,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import data
 from benchmarks.parts import seconds
-from benchmarks.record import write
+from benchmarks.result_files import write
 from config import Config, ExperimentError, resolve
-from kernels import attention_backends
+from engine.triton_kernels import attention_backends
 from muon import NEWTON_SCHULZ
-from report import environment
-from run_experiment import add_config_options, config_options, exit_code, new_parser
+from record.results import environment
+from cli import add_config_options, config_options, exit_code, new_parser
 from trainer import Trainer
 
 KINDS = {       # the first pattern that a kernel's name matches
@@ -133,7 +133,7 @@ def ceilings(dtype: torch.dtype) -> tuple[float, float, float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = new_parser("python -m benchmarks.profile_step [--preset NAME] [--FIELD VALUE ...]")
+    parser = new_parser("python -m benchmarks.profile_step [--preset NAME] [--FIELD VALUE ...]", __doc__)
     parser.add_argument("--preset")
     parser.add_argument("--rows", type=int, default=40, help=argparse.SUPPRESS)
     add_config_options(parser)

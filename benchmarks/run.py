@@ -31,13 +31,14 @@ from pathlib import Path
 import torch
 
 import data
-import memory
+from planner.choice import choose
+from planner.machine import find_machine
 from benchmarks import parts
-from benchmarks.record import CACHE, FOR_ALL, RESULTS, ROOT, SHORT, train, train_side_by_side, write
+from benchmarks.result_files import CACHE, FOR_ALL, RESULTS, ROOT, SHORT, train, train_side_by_side, write
 from config import ConfigError, ExperimentError, nearest, resolve
 from plot import plot_comparison
-from report import environment
-from run_experiment import add_config_options, config_options, exit_code, new_parser
+from record.results import environment
+from cli import add_config_options, config_options, exit_code, new_parser
 
 
 def default_run(folder: Path) -> None:
@@ -95,12 +96,12 @@ def _speeds(results: dict) -> list[float]:
 
 def advised(preset: str, precision: str) -> list[str]:
     """The options that `plan` gives for a preset on this machine's GPU."""
-    parser = new_parser("the options after the names are those of run_experiment.py")
+    parser = new_parser("the options after the names are those of run_experiment.py", __doc__)
     add_config_options(parser)
     given = config_options(parser.parse(FOR_ALL))
-    machine = memory.find_machine(given.get("host_memory_gb", 0))
+    machine = find_machine(given.get("host_memory_gb", 0))
     config, _, _ = resolve(dict(precision=precision, activation_checkpointing="auto") | given, preset, machine.memory_gb)
-    return memory.choose(config, machine, fixed_batch=False)[0].options(config).split()
+    return choose(config, machine, fixed_batch=False)[0].options(config).split()
 
 
 def train_preset(folder: Path, preset: str, precision: str, steps: int = 7) -> dict:
@@ -154,7 +155,7 @@ def resume_18b(folder: Path) -> None:
 def memory_prediction_error(_: Path) -> None:
     """Of the totals of every train_ result from this GPU."""
     errors = {}
-    for path in sorted(RESULTS.glob(f"train_*_{memory.find_machine().key}.json")):
+    for path in sorted(RESULTS.glob(f"train_*_{find_machine().key}.json")):
         details = json.loads(path.read_text())["details"]
         predicted, measured = details["memory_gb"]["predicted"]["total"], details["memory_gb"]["measured"]["total"]
         errors[path.stem] = 100 * abs(predicted - measured) / measured

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.record import ROOT, write
+from benchmarks.result_files import ROOT, write
 from config import Config, preset_values
 from model import MoETransformer
-from report import environment
-from run_experiment import exit_code, new_parser
-from sampling import generate
-from tokenizer import train_tokenizer
+from record.results import environment
+from cli import exit_code, new_parser
+from generate import generate
+from corpus.tokenizer import train_tokenizer
 from tools.export_hf import export
 
 PROMPT, NEW, TEXTS, REPETITIONS = 32, 128, (1, 8), 5

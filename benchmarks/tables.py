@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from config import PRESETS, Config
-from memory import GPUS, count
+from planner.machine import GPUS
+from planner.plan import format_count
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -148,8 +149,8 @@ def presets() -> str:
     lines = ["| preset | width x layers | `d_ff` | MoE every | parameters | active | tokens a step |", "|---|---|---|---|---|---|---|"]
     for name, values in PRESETS.items():
         c = Config(**values)
-        lines.append(f"| `{name}` | {c.d_model} x {c.n_layers} | {c.d_ff:,} | {c.moe_every} | {count(c.total_params)} | "
-                     f"{count(c.active_params)} | {c.tokens_per_step:,} |")
+        lines.append(f"| `{name}` | {c.d_model} x {c.n_layers} | {c.d_ff:,} | {c.moe_every} | {format_count(c.total_params)} | "
+                     f"{format_count(c.active_params)} | {c.tokens_per_step:,} |")
     return "\n".join(lines)
 
 

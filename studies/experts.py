@@ -23,14 +23,15 @@ from pygments.lexers import CppLexer, CythonLexer, PythonLexer
 from pygments.token import Comment, Error, Keyword, Name, Number, Operator, Punctuation, String
 from tokenizers import Tokenizer
 
-import checkpoint
+from record import checkpoint
 import data
 from config import Config, ExperimentError, resumed_config
-from kernels import attention_backends
-from memory import cores
+from engine.triton_kernels import attention_backends
+from planner.machine import cpu_cores
 from model import MoETransformer
-from run_experiment import exit_code, load_model, new_parser
-from tokenizer import load_tokenizer
+from cli import exit_code, new_parser
+from record.checkpoint import open_model
+from corpus.tokenizer import load_tokenizer
 from tools.evaluate import DomainText, held_out
 
 KINDS = ("keyword", "identifier", "operator", "number", "string", "docstring", "comment", "C code", "C comment", "prose", "whitespace")
@@ -129,7 +130,7 @@ def label(config: Config, corpus: data.Corpus) -> Labels:
                        [last or not following for last, following in zip(lasts, mine[1:])])
 
     tokens, kinds, of_file = [], [], []
-    with multiprocessing.get_context("fork").Pool(cores(), _start_worker, (corpus.tokenizer_json,)) as pool:
+    with multiprocessing.get_context("fork").Pool(cpu_cores(), _start_worker, (corpus.tokenizer_json,)) as pool:
         for number, (ids, labels) in enumerate(pool.imap(_file_tokens, jobs(), chunksize=4)):
             tokens.append(np.where(np.array(ids) < 0, corpus.end_of_text, ids))
             kinds.append(labels)
@@ -253,7 +254,7 @@ def analyse(checkpoints: list[Path]) -> dict:
 def _model(path: Path | None, config: Config) -> tuple[MoETransformer, int]:
     """The model of a checkpoint and its step; without one the model as it was before the first step."""
     if path is not None:
-        model, _, state = load_model(str(path), config.device, None)
+        model, _, state = open_model(str(path), config.device, None)
         return model, state["step"]
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     with torch.device("meta"):

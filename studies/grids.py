@@ -10,7 +10,8 @@ import functools
 import math
 from dataclasses import dataclass
 
-import memory
+from planner.sizes import predict_memory
+from planner.machine import find_machine
 from config import Config, ConfigError, nearest
 
 
@@ -221,7 +222,7 @@ MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)      # of the ba
 @functools.cache        # a study asks what it wants several times a second, while speeds are measured
 def usable_gb(cpu: bool) -> float:
     """Memory of this machine's GPU, or of its host, that a run may plan with."""
-    return memory.find_machine(cpu=cpu).usable_gb
+    return find_machine(cpu=cpu).usable_gb
 
 
 def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
@@ -240,7 +241,7 @@ def checkpointing(base: Config, tokens: float, seeds: list[int], found: dict[str
         def predicted(mode: str) -> int:
             """The place in `sizes` of the largest micro-batch that should fit."""
             deep = dataclasses.replace(base, n_layers=layers)
-            totals = [memory.memory(deep, mode, batch, offload=False, cpu=base.device == "cpu")["total"] for batch in sizes]
+            totals = [predict_memory(deep, mode, batch, offload=False, cpu=base.device == "cpu")["total"] for batch in sizes]
             return max(0, sum(total <= usable for total in totals) - 1)
 
         def fits(mode: str, batch: int) -> bool | None:

@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks.tables import fill, rewrite
 from config import ConfigError
-from memory import count
-from run_experiment import exit_code, new_parser
+from planner.plan import format_count
+from cli import exit_code, new_parser
 from studies.analysis import (SPEED, ScalingLaw, base_config, best_runs, equal_time, groups, honest_difference, limit, mean_and_spread,
                               mean_difference, micro_batches, noise, of_kind, scaling_law, sharpest_layer, shorter, smallest_decided,
                               speed_ratios, swept, timed)
@@ -101,7 +101,7 @@ def budget(results: dict) -> str:
     kinds += [f"{n} {words}" for words, n in (("to measure speeds", sum(run["group"].startswith(SPEED) for run in every)),
                                               ("that diverged or did not fit", len(results["runs"]) - len(every))) if n]
     sizes = sorted({(run["active_params"], run["total_params"]) for run in runs})
-    size = " to ".join(dict.fromkeys(f"{count(active)} of {count(total)}" for active, total in (sizes[0], sizes[-1])))
+    size = " to ".join(dict.fromkeys(f"{format_count(active)} of {format_count(total)}" for active, total in (sizes[0], sizes[-1])))
     shapes = sorted({tuple(run["changes"].get(field, getattr(base, field)) for field in ("n_layers", "d_model")) for run in runs})
     shape = " to ".join(dict.fromkeys(f"{layers} x {width}" for layers, width in (shapes[0], shapes[-1])))
     each = [run["tokens"] / run["active_params"] for run in runs]
@@ -109,9 +109,9 @@ def budget(results: dict) -> str:
     rates = listed([f"{name} {getattr(base, field):g}" for field, name in (("muon_lr", "Muon"), ("adamw_lr", "AdamW"))
                     if not any(field in run["changes"] for run in runs)])
     minutes = listed([f"{b[key]:.0f} {name} minutes" for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU")) if b[key]])
-    return (f"The models ({shape}, layers x width) have {size} parameters active and see at most {count(max(run['tokens'] for run in runs))} "
-            f"tokens ({seen} for an active parameter, {max(run['passes'] for run in runs):.2f} passes over `{corpus['data']}`, {count(corpus['train_tokens'])} tokens) in steps of {per_step}, in "
-            f"{base.precision}" + (f"; peak rates: {rates}" if rates else "") + f". {len(results['runs'])} runs: {listed(kinds)}; {count(b['tokens'])} "
+    return (f"The models ({shape}, layers x width) have {size} parameters active and see at most {format_count(max(run['tokens'] for run in runs))} "
+            f"tokens ({seen} for an active parameter, {max(run['passes'] for run in runs):.2f} passes over `{corpus['data']}`, {format_count(corpus['train_tokens'])} tokens) in steps of {per_step}, in "
+            f"{base.precision}" + (f"; peak rates: {rates}" if rates else "") + f". {len(results['runs'])} runs: {listed(kinds)}; {format_count(b['tokens'])} "
             f"tokens, {minutes} in all on {machines(results)}.")
 
 
@@ -187,9 +187,9 @@ def optimizer(results: dict) -> str:
     table = rows(["", "Muon with AdamW", "AdamW alone"], [
         ["best peak rates of the sweeps", f"Muon {rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}", rate(adamw, "adamw_lr")],
         ["warm-up", f"{usual:.0%}", f"{warmup:.0%}{longest}"],
-        [f"validation loss after {count(tokens)} tokens", value(muon), value(adamw)],
+        [f"validation loss after {format_count(tokens)} tokens", value(muon), value(adamw)],
         *([["with 4 times as many steps, of a quarter", *(value(smaller[name]) + times(name) for name in rates)]] if smaller else []),
-        ["tokens to AdamW's loss", f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none, count(tokens)],
+        ["tokens to AdamW's loss", f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none, format_count(tokens)],
         ["steps", f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none, f"{tokens / per_step:.0f}"],
         ["seconds of training at that speed", f"{reached[1]}{reached[0] / rates['muon']:.0f}" if reached else none, f"{tokens / rates['adamw']:.0f}"],
         [f"tokens/s, alone on {speeds['muon'][0]['machine']['gpu'] or 'the CPU'}", *(value(speeds[name], "tokens_per_second", 0) for name in rates)],
@@ -203,7 +203,7 @@ def optimizer(results: dict) -> str:
 
     cost = (f"Muon reaches AdamW's loss with {reached[1]}about {reached[0] / tokens:.0%} of the tokens and "
             f"{reached[0] / rates['muon'] * rates['adamw'] / tokens:.0%} of the time" if reached else "Muon does not reach AdamW's loss")
-    answer = (f"{cost}. At the end of runs of {count(tokens)} tokens, with the best settings tried, it is {lead(muon, adamw)}"
+    answer = (f"{cost}. At the end of runs of {format_count(tokens)} tokens, with the best settings tried, it is {lead(muon, adamw)}"
               + (f"; with a quarter of the batch, and so 4 times the steps, {lead(*smaller.values())}" if smaller else "") + ".")
     words = "AdamW alone has one rate for all parameters"
     same_rate = [runs[0]["val_loss"] for runs in sweeps if runs[0]["changes"]["optimizer"] == "muon"
@@ -211,7 +211,7 @@ def optimizer(results: dict) -> str:
     if same_rate:
         words += (f"; with that rate, {adamw[0]['changes']['adamw_lr']:g}, for what AdamW trains beside Muon too, the difference is "
                   f"{adamw[0]['val_loss'] - min(same_rate):.3f} (one seed)")
-    words += (f". Muon's loss is interpolated between runs of {listed([count(length) for length, _ in lengths])} tokens, each with a whole schedule. "
+    words += (f". Muon's loss is interpolated between runs of {listed([format_count(length) for length, _ in lengths])} tokens, each with a whole schedule. "
               f"Muon's own rate was swept with its AdamW at {ADAMW_RATES[1]:g}, and its warm-up not at all. Weights, gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the "
               f"brief: 30%, and 8 bytes against 12, which is 33%), as Muon keeps one momentum, in 16 bits, and AdamW two moments, in 32; the peak of these runs, most "
               f"of which is activations, falls by {1 - peaks['muon'] / peaks['adamw']:.0%}.")
@@ -231,7 +231,7 @@ def routing(results: dict) -> str:
     (best, sure), (best_fair, sure_fair) = level(same, honest), level(fair, honest)
     off = max(abs(runs[0]["flops"] / fair["top-2"][0]["flops"] - 1) for runs in fair.values())
     more, gain = fair["top-1"][0]["tokens"] / same["top-1"][0]["tokens"], mean_and_spread(same["top-1"])[0] - mean_and_spread(fair["top-1"])[0]
-    return (f"At equal tokens ({count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, {sure_fair}.\n\n{table}"
+    return (f"At equal tokens ({format_count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, {sure_fair}.\n\n{table}"
             f"\n\n{least(found)} At equal FLOPs fewer experts see more tokens: top-1 {more:.2f} times as many, which alone changes its loss by "
             f"{-gain:+.3f} nats, in runs so short. The weights of a token's experts sum to 1, but top-1's, from which its router must learn, is the probability of the expert, below 1."
             + (f" In whole steps the FLOPs are equal but for {off:.0%}: give more --tokens." if off > 0.02 else ""))
@@ -267,7 +267,7 @@ def specialization(results: dict) -> str:
     def mean_bits(i: int, label: str, key: str) -> list[dict]:
         return [dict(bits=float(np.mean(e["steps"][i][label][key]))) for e in experts]
 
-    body = [["before training" if step["step"] == 0 else count(step["tokens"]),
+    body = [["before training" if step["step"] == 0 else format_count(step["tokens"]),
              *(value(mean_bits(i, label, key), "bits") for label in ("kind", "domain") for key in ("bits", "shuffled_most"))]
             for i, step in enumerate(first["steps"])]
     table = rows(["tokens of training", "bits of the kind", "shuffled", "bits of the domain", "shuffled"], body)
@@ -290,7 +290,7 @@ def specialization(results: dict) -> str:
     return (f"What kind a token is of: the expert says {kind:.3f} bits{f', {kind / most:.0%} of the {most:.2f} that it could' if most else ''}, before training "
             f"{kind_before:.3f}, as equal tokens look alike to a router. What domain (package) its text is from: {domain:.3f} bits, of "
             f"which {shuffled:.3f} are found with shuffled domains too, and {domain_before:.3f} before training.\n\n{table}\n\nMeans over the MoE layers, "
-            f"of {count(first['tokens'])} held-out tokens, each counted at each of its experts; \"shuffled\" is the largest of ten. The kinds have {first['kind_entropy']:.2f} "
+            f"of {format_count(first['tokens'])} held-out tokens, each counted at each of its experts; \"shuffled\" is the largest of ten. The kinds have {first['kind_entropy']:.2f} "
             f"bits and the domains {first['domain_entropy']:.2f}; one of a token's experts can say no more than {most:.2f}, as the token chooses others too."
             + (f" Of the tokens {others:.0%} are of packages too small to have a name of their own." if others else "")
             + f" Layer {first['layers'][layer] + 1} says most of the kind; its experts (seed {seed}):\n\n{tokens}")
@@ -331,7 +331,7 @@ def scaling(results: dict) -> str:
         differences["time"].append(against(moe, timely, honest, nats_of_speeds) if timely else "not run yet")
         worth = (equal_loss_flops(by_flops[0], moe, deviation, [run["flops_per_token"] for run in dense_runs])
                  if by_flops[0] and deviation < math.inf else "–")
-        body.append([name, count(moe[0]["active_params"]), count(moe[0]["total_params"]), value(dense), value(moe), differences["tokens"][-1], worth,
+        body.append([name, format_count(moe[0]["active_params"]), format_count(moe[0]["total_params"]), value(dense), value(moe), differences["tokens"][-1], worth,
                      differences["time"][-1], value(ratios[name], "ratio")])
     table = rows(["layers x width", "parameters used", "of the MoE's", "dense loss", "MoE loss",
                   "MoE - dense, equal tokens, FLOPs and parameters used", "FLOPs a token of a dense model with the MoE's loss, times",
@@ -412,7 +412,7 @@ def losses(results: dict) -> str:
     honest = honest_difference(found)
     best, sure = level(found, honest) if len(found) > 1 else (next(iter(found), ""), "")
     body = [[name, value(found[name]) if name in found else "–", against(found[name], found[best], honest) if name in found and name != best else "",
-             count(found[name][0]["tokens"]) if name in found else "–", value(speeds[name], "tokens_per_second", 0) if name in speeds else "–"]
+             format_count(found[name][0]["tokens"]) if name in found else "–", value(speeds[name], "tokens_per_second", 0) if name in speeds else "–"]
             for name in [*found, *(name for name in speeds if name not in found)]]
     table = rows(["configuration", "validation loss", f"against {best or 'others'}", "tokens", "tokens/s, alone"], body)
     return (f"{best} ends lowest, {sure}.\n\n" if sure else "") + table + (f"\n\n{least(found)}" if found else "")

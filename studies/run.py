@@ -44,10 +44,10 @@ from pathlib import Path
 
 import data
 from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory, nearest, resolve
-from memory import cores
-from report import git_state
-from run_experiment import add_config_options, config_options, exit_code, locked, new_parser
-from shards import signal_with_parent
+from planner.machine import cpu_cores
+from record.results import git_state
+from cli import add_config_options, config_options, exit_code, locked, new_parser
+from corpus.shards import signal_with_parent
 from studies.figures import draw
 from studies.grids import STUDIES, TOKENS, Run
 
@@ -261,7 +261,7 @@ def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str |
 
 def _environment(gpu: str, processes: int) -> dict:
     """Of a run: the one GPU that it sees, and its share of the cores."""
-    share = str(max(1, cores() // processes))
+    share = str(max(1, cpu_cores() // processes))
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     threads = dict(OMP_NUM_THREADS=share) if gpu == CPU else dict(TORCHINDUCTOR_COMPILE_THREADS=share)
     own = dict(PYTHONWARNINGS="ignore", PYTHONPATH=paths) | ({} if gpu == CPU else dict(CUDA_VISIBLE_DEVICES=gpu))

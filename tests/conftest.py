@@ -1,5 +1,4 @@
-import dataclasses
-import functools
+"""What holds for every test: no network, one thread, a fixed seed."""
 import os
 import tempfile
 
@@ -10,48 +9,8 @@ os.environ["HF_HOME"] = HUB.name
 import pytest
 import torch
 
-import checkpoint
-import data
-from config import PRESETS, Config
-from tokenizer import train_tokenizer
-from model import MoETransformer
-from muon import AdamW, Muon, split_parameters
-from precision import write_master
-
-TINY = dict(PRESETS["tiny"], d_model=32, n_layers=4, n_heads=4, d_ff=48, num_experts=4, moe_every=2, max_seq_len=16,
-            vocab_size=264, batch_size=2)
-
-
-def tiny_config(**changes) -> Config:
-    """A configuration whose model runs in milliseconds on a CPU."""
-    return Config(**{**TINY, **changes})
-
-
-TEXT = "The naïve café's menu lists 7 kinds of tea; all of them are good. In winter 漢字 are on it too.\n" * 40
-
-
-@functools.cache
-def tokenizer_json() -> str:
-    """A byte-level BPE of at most 264 tokens."""
-    return train_tokenizer([TEXT], 264)
-
-
-def write_checkpoint(path, config: Config, **changes) -> dict:
-    """Saves what a run of `config` would, with random fp32 masters, and returns the state; `changes` replace parts of it."""
-    model = MoETransformer(config)
-    hidden, others = split_parameters(model)
-    muon, adamw = Muon(hidden, 0.95, 0.1).state_dict(), AdamW(others, 0.9, 0.95, 1e-8, 0.1).state_dict()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            state = (muon if name in hidden else adamw)["state"][name]
-            write_master(torch.rand(p.shape) + 0.5 if p.ndim == 1 else torch.randn(p.shape) * config.init_std, p, state)
-    state = dict(
-        config=dataclasses.asdict(config), run_id="run", step=7, data_position=0, tokens_seen=700, skipped_steps=0, saved_steps=[],
-        train_seconds=2.0, mean_norm=None, model={name: p.detach() for name, p in model.named_parameters()},
-        optimizer=dict(muon=muon, adamw=adamw), schedule={}, loss_scaler={}, random={}, interval={}, metrics={},
-        data=dict(data_hash="d" * 32, tokenizer_hash="t" * 64), tokenizer_json=tokenizer_json())
-    checkpoint.save(path, state | changes)
-    return state | changes
+from config import Config
+from tests.helpers import tiny_config
 
 
 @pytest.fixture

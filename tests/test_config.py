@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import config
 from config import (PRESETS, SHIPPED_DEFAULTS, Config, ConfigError, ExperimentError, defaults, defaults_fingerprint,
                     field_docs, nearest, parse_value, resolve)
-from conftest import tiny_config
+from tests.helpers import tiny_config
 from model import MoETransformer
 
 BRIEF = dict(d_model=4096, n_layers=40, n_heads=32, d_ff=11008, num_experts=8, top_k=2, moe_every=4, max_seq_len=4096,

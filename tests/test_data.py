@@ -20,10 +20,12 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data
-import shards
-import sources
+from corpus.tokenizer import load_tokenizer
+from corpus.cache import open_shard
+from corpus import shards
+from corpus import sources
 from config import PRESETS, Config, ExperimentError
-from tokenizer import train_tokenizer
+from corpus.tokenizer import train_tokenizer
 
 ROOT = Path(data.__file__).parent
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
@@ -327,7 +329,7 @@ def trained() -> str:
 @given(st.text())
 @settings(max_examples=200, deadline=None)
 def test_round_trip(trained, text):
-    tokenizer, _ = data.load_tokenizer(trained)
+    tokenizer, _ = load_tokenizer(trained)
     for text in (text, text + "\ttab\r\n  é 🙂👨‍👩‍👧 \u0000 <|endoftext|> नमस्ते   "):
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids) == text
@@ -335,9 +337,9 @@ def test_round_trip(trained, text):
 
 
 def test_trained_vocabulary(trained):
-    tokenizer, end_of_text = data.load_tokenizer(trained)
+    tokenizer, end_of_text = load_tokenizer(trained)
     assert tokenizer.get_vocab_size() == 300 and tokenizer.id_to_token(end_of_text) == "<|endoftext|>"
-    small, _ = data.load_tokenizer(train_tokenizer(["aa"], 5000))   # too little text: a smaller vocabulary
+    small, _ = load_tokenizer(train_tokenizer(["aa"], 5000))   # too little text: a smaller vocabulary
     assert small.get_vocab_size() == 257 and small.decode(small.encode("any é").ids) == "any é"
 
 
@@ -441,7 +443,7 @@ def test_hashes_do_not_depend_on_place_or_time(tmp_path, folder):
 
 
 def test_tokenizer_training_is_deterministic_across_processes(trained):
-    code = ("import sys; sys.path[:0] = ['.', 'tests']; import tokenizer, hashlib; from test_data import story; "
+    code = ("import sys; sys.path[:0] = ['.', 'tests']; import hashlib; from corpus import tokenizer; from tests.test_data import story; "
             "print(hashlib.sha256(tokenizer.train_tokenizer([story(i) for i in range(20)], 300).encode()).hexdigest())")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.strip() == data.sha256(trained)
@@ -467,8 +469,9 @@ def test_a_killed_build_is_not_taken_for_a_cache(tmp_path, folder):
     code = f"""if True:
         import os, signal, sys
         sys.path[:0] = ['.', 'tests']
-        import data, shards
-        from test_data import config_for, Path
+        import data
+        from corpus import shards
+        from tests.test_data import config_for, Path
         shards._write_shards = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
         data.prepare(config_for(Path({str(tmp_path)!r})))"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
@@ -508,12 +511,12 @@ def test_damaged_shards_are_refused_and_rebuilt(tmp_path, folder, capsys, name, 
     tokens, place = np.array(corpus.train), next((tmp_path / "cache").iterdir())
     damage(place / name, *SHARD_DAMAGE[message])
     with pytest.raises(ExperimentError) as caught:
-        data.open_shard(place / name, corpus.tokenizer_hash)
+        open_shard(place / name, corpus.tokenizer_hash)
     assert message in str(caught.value) and f"delete the folder {place}" in str(caught.value)
     capsys.readouterr()
     assert np.array_equal(data.prepare(config_for(tmp_path)).train, tokens)
     assert message in capsys.readouterr().out
-    assert len(data.open_shard(place / name, corpus.tokenizer_hash))
+    assert len(open_shard(place / name, corpus.tokenizer_hash))
 
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "tokenizer.json", "corpus.json"])

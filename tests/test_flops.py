@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe  # noqa: F401  defines the operators
 from config import Config
-from conftest import tiny_config
+from tests.helpers import tiny_config
 from model import MoETransformer
 
 

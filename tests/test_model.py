@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import model as model_module
-from conftest import tiny_config
+from tests.helpers import tiny_config
 from model import MoETransformer, chunked_cross_entropy
-from sampling import generate
+from generate import generate
 
 MODES = ["none", "selective", "full"]
 

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe as moe_module
-from conftest import tiny_config
+from tests.helpers import tiny_config
 from moe import MoE, Router, _clear_idle_gradient, _Combine, _Dispatch, expert_loop, expert_loop_backward, grouped_linear, \
     load_balancing_loss, router_z_loss
 

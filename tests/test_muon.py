@@ -3,12 +3,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import muon
-from conftest import tiny_config
+from tests.helpers import tiny_config
 from model import MoETransformer
 from muon import (AdamW, Muon, adamw_update, gram_newton_schulz, muon_update, nesterov_direction, newton_schulz, product_dtype,
                   split_parameters)
-from precision import decode_master
-from streaming import OptimizerState
+from engine.precision import decode_master
+from engine.offload import OptimizerState
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {"wide": (6, 10), "tall": (12, 4), "bank": (3, 2, 6, 10)}

@@ -20,10 +20,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import checkpoint
-import memory
-import report
+from record import checkpoint
+from planner.machine import GPUS
+from record import results
 import run_experiment
+from cli import add_config_options, config_options, locked, new_parser
 from config import PRESETS, Config, ConfigError, defaults, field_docs
 
 ROOT = Path(run_experiment.__file__).parent
@@ -52,7 +53,7 @@ def arguments(base, **options) -> list[str]:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than the training; the runs in processes of their own draw."""
-    monkeypatch.setattr(report, "plot_training_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def planned(cli, *argv) -> dict:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_plan_of_every_preset_on_every_gpu(cli, preset):
     c = Config(**PRESETS[preset])
-    for gpu in memory.GPUS:
+    for gpu in GPUS:
         facts = planned(cli, "--preset", preset, "--gpu", gpu)
         assert facts.keys() >= {"preset", "total_params", "active_params", "gpu", "fits", "tokens_per_step", "checkpoint_gb", "hours"}
         assert facts["memory_gb"].keys() == {*COMPONENTS, "total", "host"}
@@ -211,7 +212,7 @@ def test_plan_says_what_would_fit(cli):
 
 
 def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "__file__", str(tmp_path / "memory.py"))
+    monkeypatch.setattr("planner.plan.__file__", str(tmp_path / "planner" / "plan.py"))
     argv = ("--preset", "18b", "--gpu", "h200")
     assert planned(cli, *argv)["hours"] is None and "hours             not measured" in cli("plan", *argv)[1]
     results = tmp_path / "benchmarks" / "results"
@@ -250,7 +251,7 @@ def finished(base, tmp_path_factory):
     """The folder of a run of 8 steps; not to be written to."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot_training_curves", lambda *args, **kwargs: None)
+        patch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
         assert run_experiment.main(arguments(base, save_dir=folder)) == 0
     return folder
 
@@ -526,22 +527,22 @@ def test_run_json_says_what_the_run_is_made_of(cli, finished, run, monkeypatch):
 
 
 def test_git_state(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
-    assert set(report.git_state().values()) == {None}, "no repository"
+    monkeypatch.setattr(results, "__file__", str(tmp_path / "record" / "results.py"))
+    assert set(results.git_state().values()) == {None}, "no repository"
     for argv in (["init", "-q"], ["add", "report.py"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"]):
         (tmp_path / "report.py").write_text("one\n")
         subprocess.run(["git", *argv], cwd=tmp_path, check=True)
-    clean = report.git_state()
+    clean = results.git_state()
     assert clean["clean"] is True and clean["diff"] == "" and clean["untracked"] == [] and len(clean["commit"]) == 40
     (tmp_path / "report.py").write_text("two\n")
     (tmp_path / "new.py").write_text("")
-    changed = report.git_state()
+    changed = results.git_state()
     assert changed["clean"] is False and "-one\n+two" in changed["diff"] and changed["untracked"] == ["new.py"]
     assert changed["commit"] == clean["commit"] and changed["diff_sha256"] != clean["diff_sha256"]
-    monkeypatch.setattr(report, "LONGEST_DIFF", 10)
-    assert report.git_state() == changed | dict(diff=None)
+    monkeypatch.setattr(results, "LONGEST_DIFF", 10)
+    assert results.git_state() == changed | dict(diff=None)
     monkeypatch.setenv("PATH", "")
-    assert set(report.git_state().values()) == {None}, "no git"
+    assert set(results.git_state().values()) == {None}, "no git"
 
 
 # ---------------------------------------------------------------- the option parser
@@ -562,19 +563,19 @@ def test_options_are_read_as_they_were_written(draw, names, dashes, joined):
     for name, value in expected.items():
         option = "--" + (name.replace("_", "-") if dashes else name)
         argv += [f"{option}={value}"] if joined or str(value).startswith("-") else [option, str(value)]
-    parser = run_experiment.new_parser("")
-    run_experiment.add_config_options(parser)
-    read = run_experiment.config_options(parser.parse(argv))
+    parser = new_parser("", "")
+    add_config_options(parser)
+    read = config_options(parser.parse(argv))
     assert read == expected and all(type(read[name]) is type(value) for name, value in expected.items())
 
 
 @given(st.lists(st.one_of(st.text(), st.sampled_from([f"--{name}" for name in defaults()]), st.text().map("--{}".format))))
 @settings(max_examples=200, deadline=None)
 def test_any_arguments_are_read_or_refused(argv):
-    parser = run_experiment.new_parser("")
-    run_experiment.add_config_options(parser)
+    parser = new_parser("", "")
+    add_config_options(parser)
     with contextlib.suppress(ConfigError, SystemExit):      # --help leaves
-        assert set(run_experiment.config_options(parser.parse(argv))) <= set(defaults())
+        assert set(config_options(parser.parse(argv))) <= set(defaults())
 
 
 # ---------------------------------------------------------------- sample
@@ -654,17 +655,17 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp
 
 def test_a_folder_in_use_is_left_alone(cli, base, finished):
     before = contents(finished)
-    with run_experiment.locked(finished, "--save_dir"):
+    with locked(finished, "--save_dir"):
         for how in (("--resume", "latest"), ("--resume", finished / "checkpoint_step_4.pt"), ("--overwrite",)):
             assert_refused(cli(*arguments(base, save_dir=finished), *how), 2, "another process is at work", "--save_dir")
     assert contents(finished) == before
-    with run_experiment.locked(finished, "--save_dir"):      # and it is free again
+    with locked(finished, "--save_dir"):      # and it is free again
         pass
 
 
 def test_the_folder_is_looked_into_only_when_it_is_locked(cli, base, finished, monkeypatch):
     def resume_path(*_):
-        with pytest.raises(ConfigError, match="another process"), run_experiment.locked(finished, "--save_dir"):
+        with pytest.raises(ConfigError, match="another process"), locked(finished, "--save_dir"):
             pass
         raise ConfigError("seen")
     monkeypatch.setattr(run_experiment, "resume_path", resume_path)
@@ -674,11 +675,11 @@ def test_the_folder_is_looked_into_only_when_it_is_locked(cli, base, finished, m
 
 def test_who_has_no_lock_removes_no_folder(tmp_path):
     folder, exists = tmp_path / "run", Path.exists
-    with run_experiment.locked(folder, "--save_dir"):
+    with locked(folder, "--save_dir"):
         class Late(type(folder)):      # as it was before the other process made it
             def exists(self):
                 return False
-        with pytest.raises(ConfigError, match="another process"), run_experiment.locked(Late(folder), "--save_dir"):
+        with pytest.raises(ConfigError, match="another process"), locked(Late(folder), "--save_dir"):
             pass
         assert exists(folder)
     assert not exists(folder), "nothing came into it"
@@ -699,8 +700,8 @@ def test_a_disk_too_small_for_the_new_run_keeps_the_old_one(cli, base, finished,
 def test_a_file_system_without_locks_is_good_enough(monkeypatch, tmp_path):
     def flock(*_):
         raise OSError(errno.ENOTSUP, "no locks")
-    monkeypatch.setattr(run_experiment.fcntl, "flock", flock)
-    with run_experiment.locked(tmp_path / "new", "--save_dir"):
+    monkeypatch.setattr("cli.fcntl.flock", flock)
+    with locked(tmp_path / "new", "--save_dir"):
         assert (tmp_path / "new").is_dir()
 
 

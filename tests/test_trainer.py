@@ -12,12 +12,14 @@ import numpy
 import pytest
 import torch
 
-import checkpoint
+from record import checkpoint
 import data
-import memory
-import report
+from planner.choice import Choice, check_fits
+from planner.sizes import CPU_LIBRARY_GB, checkpoint_gb, predict_memory
+from planner.machine import Machine, known_gpu
+from record import results
 from config import PRESETS, Config, ConfigError, Diverged, ExperimentError, OutOfMemory, resumed_config
-from precision import read_master
+from engine.precision import read_master
 from trainer import Trainer, learning_rate_factor
 
 FORMS = {"fp32": dict(precision="fp32"), "bf16-split": dict(precision="bf16"), "fp16-split": dict(precision="fp16", loss_scale_growth_interval=10),
@@ -53,7 +55,7 @@ def settings(text, tmp_path):
 def no_pictures(request, monkeypatch):
     """Drawing takes longer than the training here; one test looks at the curves."""
     if "curves" not in request.node.name:
-        monkeypatch.setattr(report, "plot_training_curves", lambda *args, **kwargs: None)
+        monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
 
 
 def build(config, state=None, resumed_from=None) -> Trainer:
@@ -352,7 +354,7 @@ def test_metrics_results_and_curves(settings, tmp_path):
 
 def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     drawn = []
-    monkeypatch.setattr(report, "plot_training_curves", lambda history, *args, **kwargs: drawn.append(history[-1]["step"]))
+    monkeypatch.setattr(results, "plot_training_curves", lambda history, *args, **kwargs: drawn.append(history[-1]["step"]))
     build(settings(max_steps=6, eval_every=2)).run()
     assert drawn == [6], "in less than a minute, at the end alone"
     monkeypatch.setattr("trainer.CURVES_SECONDS", 0)
@@ -373,7 +375,7 @@ def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     with pytest.raises(Diverged):
         trainer.run()
     assert drawn[9:] == [4], "and when it diverges"
-    monkeypatch.setattr(report, "plot_training_curves", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space")))
+    monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space")))
     trainer = build(settings(max_steps=6, eval_every=2, precision="fp16", loss_scale=1.0))
     poison(trainer, math.inf, when=lambda n: True)
     with pytest.raises(Diverged):
@@ -445,7 +447,7 @@ def test_free_space_is_checked_before_the_first_step(settings, monkeypatch):
     monkeypatch.setattr(checkpoint, "check_free_space", lambda folder, size: asked.append((trainer.step, size)))
     trainer.run()
     size = checkpoint.latest_path(trainer.config.save_dir).stat().st_size
-    assert asked[0][0] == 0 and asked[0][1] == pytest.approx(4 * memory.checkpoint_gb(trainer.config) * 1e9)
+    assert asked[0][0] == 0 and asked[0][1] == pytest.approx(4 * checkpoint_gb(trainer.config) * 1e9)
     tokenizer_and_plain = 100_000
     assert abs(asked[0][1] / 4 - size) < tokenizer_and_plain + 0.05 * size
 
@@ -455,9 +457,9 @@ def test_a_branch_needs_room_beside_the_other(settings):
     build(config).run()
     first = checkpoint.step_path(config.save_dir, 2)
     branch = Trainer(config, data.prepare(config), checkpoint.load(first), first)
-    assert branch.checkpoint_bytes_to_come() == pytest.approx(2 * memory.checkpoint_gb(config) * 1e9)
+    assert branch.checkpoint_bytes_to_come() == pytest.approx(2 * checkpoint_gb(config) * 1e9)
     checkpoint.step_path(config.save_dir, 6).unlink()       # the latest is the only copy then, and is kept
-    assert branch.checkpoint_bytes_to_come() == pytest.approx(2 * memory.checkpoint_gb(config) * 1e9)
+    assert branch.checkpoint_bytes_to_come() == pytest.approx(2 * checkpoint_gb(config) * 1e9)
 
 
 def test_forecast_warns_above_four_passes(settings, capsys):
@@ -470,7 +472,7 @@ def test_forecast_warns_above_four_passes(settings, capsys):
 
 
 def test_out_of_memory_carries_the_plans_advice(settings, monkeypatch):
-    monkeypatch.setitem(memory.CPU_LIBRARY_GB, 4, 0)        # nearly all of so small a run's memory, whatever the choice
+    monkeypatch.setitem(CPU_LIBRARY_GB, 4, 0)        # nearly all of so small a run's memory, whatever the choice
     trainer = build(settings(activation_checkpointing="none", batch_size=8, max_seq_len=128))
 
     def no_memory(batches):
@@ -482,7 +484,7 @@ def test_out_of_memory_carries_the_plans_advice(settings, monkeypatch):
 
 def test_no_host_memory_for_streaming(settings):
     trainer = build(settings(offload_optimizer="true"))
-    trainer.machine = memory.Machine("a GPU", 80, 1e-6)
+    trainer.machine = Machine("a GPU", 80, 1e-6)
     with pytest.raises(ExperimentError, match="no host memory.*--host_memory_gb"):
         trainer._build(trainer.config)
 
@@ -490,13 +492,13 @@ def test_no_host_memory_for_streaming(settings):
 def test_mfu_only_for_known_gpus(settings):
     trainer = build(settings(precision="bf16"))
     assert trainer._mfu(1e6) is None
-    trainer.machine = memory.Machine("NVIDIA H100 80GB HBM3", 84.9, 128, memory.known_gpu("NVIDIA H100 80GB HBM3"))
+    trainer.machine = Machine("NVIDIA H100 80GB HBM3", 84.9, 128, known_gpu("NVIDIA H100 80GB HBM3"))
     assert trainer._mfu(1e6) == pytest.approx(trainer.config.flops_per_token * 1e6 / 989e12)
-    assert memory.known_gpu("NVIDIA H100 PCIe") is None and memory.known_gpu("Tesla T4") is None
+    assert known_gpu("NVIDIA H100 PCIe") is None and known_gpu("Tesla T4") is None
 
 
 def test_a_configuration_that_is_not_expected_to_fit_goes_on_with_its_gradients_on_the_host(settings, monkeypatch):
-    monkeypatch.setattr(memory.Choice, "fits", lambda *_: False)
+    monkeypatch.setattr(Choice, "fits", lambda *_: False)
     assert build(settings(host_gradient_blocks=1)).config.offload_optimizer == "true"
 
 
@@ -506,12 +508,12 @@ def test_a_run_larger_than_a_cpu_has_memory_is_refused(settings):
         build(settings(host_memory_gb=1e-6))
     large = settings(batch_size=64, max_seq_len=16384)
     with pytest.raises(ExperimentError, match="2.0 GB of this machine.*\n.*This would fit: --batch_size"):
-        memory.refuse_what_cannot_fit(large, memory.Machine(None, 0, 2))
+        check_fits(large, Machine(None, 0, 2))
 
 
 def test_only_a_run_that_is_short_of_memory_pays_for_returning_it(settings, monkeypatch):
     returned = []
-    monkeypatch.setattr(memory, "return_freed_memory", lambda: returned.append(True))
+    monkeypatch.setattr("trainer.release_freed_memory", lambda: returned.append(True))
     needed = build(settings(host_memory_gb=1000)).predicted["total"]
     assert not returned
     build(settings(host_memory_gb=1.9 * needed))
@@ -526,7 +528,7 @@ def test_adamw_alone_trains_every_parameter(settings):
     assert all((p != before[name]).any() for name, p in trainer.parameters.items())
     first, last = rows(trainer.config, "val_loss")
     assert last["val_loss"] < first["val_loss"] - 0.1
-    sizes, c = memory.memory(trainer.config, "none", 2, offload=False), trainer.config
+    sizes, c = predict_memory(trainer.config, "none", 2, offload=False), trainer.config
     assert sizes["momentum"] == 0 and sizes["adamw"] == pytest.approx(8 * c.total_params / 1e9)
 
 

@@ -24,14 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import data
-import shards
+from corpus.tokenizer import load_tokenizer
+from corpus import shards
 from config import Config, ConfigError, ExperimentError, resumed_config
-from kernels import attention_backends
+from engine.triton_kernels import attention_backends
 from model import MoETransformer
-from run_experiment import exit_code, load_model, new_parser
-from sources import SHARD_SUFFIX, Text
-from tokenizer import encode
+from cli import exit_code, new_parser
+from record.checkpoint import open_model
+from corpus.sources import SHARD_SUFFIX, Text
+from corpus.tokenizer import encode
 
 SHOWN = 20          # domains in the table
 LOGITS = 2 ** 26    # numbers that may exist at a time
@@ -182,13 +183,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse(argv)
     if args.limit < 0:
         raise ConfigError("--limit must not be negative")
-    model, config, state = load_model(args.checkpoint, args.device, args.precision)
+    model, config, state = open_model(args.checkpoint, args.device, args.precision)
     given = {name: value for name in ("data", "text_field") if (value := getattr(args, name)) is not None}
     its_own = args.data is None
     if not its_own:
         given["max_characters"] = 0     # where the run ended its own text says nothing about this one
     config, _ = resumed_config(state["config"], given)
-    tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
+    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
     pieces = held_out_texts(config, state["data"]["data_hash"]) if its_own else texts(config)
     with attention_backends(model.norm.weight.device):
         domains = evaluate(model, pieces, tokenizer, end_of_text, args.limit)

@@ -21,15 +21,15 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-import checkpoint
-import data
-import memory
+from record import checkpoint
+from corpus.tokenizer import load_tokenizer
+from planner.machine import GB
 from config import Config, ConfigError, ExperimentError, resumed_config
 from model import COMPUTE_DTYPE, MoETransformer
-from precision import decode_master
-from report import Record
-from run_experiment import exit_code, new_parser
-from sources import BUILT_IN
+from engine.precision import decode_master
+from record.results import Record
+from cli import exit_code, new_parser
+from corpus.sources import BUILT_IN
 from tools.qwen3_moe import ARCHITECTURE, DTYPES, Place, places, their_rows, to_hugging_face
 
 BLOCK = 2 ** 20             # numbers converted at a time
@@ -67,7 +67,7 @@ def export(state: dict, metrics: dict, out: Path, dtype: str, shard_bytes: int) 
     if config.n_moe_layers and config.load_balancing == "bias":
         raise ExperimentError("the model was trained with load_balancing=bias, and Qwen3-MoE's format has no place for the biases by "
                               "which its experts are chosen. Train with load_balancing=loss to export")
-    tokenizer, end_of_text = data.load_tokenizer(state["tokenizer_json"])
+    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
     with torch.device("meta"):
         model = MoETransformer(dataclasses.replace(config, activation_checkpointing="none"))
     all_places = [place for name, p in model.named_parameters() for place in places(name, p.shape)]
@@ -80,8 +80,8 @@ def export(state: dict, metrics: dict, out: Path, dtype: str, shard_bytes: int) 
         unfinished.mkdir(parents=True)
         needed, free = config.total_params * COMPUTE_DTYPE[dtype].itemsize, shutil.disk_usage(unfinished).free
         if free < needed:
-            raise ExperimentError(f"not enough disk space: the folder takes {needed / memory.GB:.2f} GB and "
-                                  f"{free / memory.GB:.2f} GB are free in {out.parent}. Free some, choose another --out, or a "
+            raise ExperimentError(f"not enough disk space: the folder takes {needed / GB:.2f} GB and "
+                                  f"{free / GB:.2f} GB are free in {out.parent}. Free some, choose another --out, or a "
                                   "16-bit --dtype")
         write_weights(unfinished, masters, all_places, dtype, shard_bytes)
         token = tokenizer.id_to_token(end_of_text)
@@ -229,7 +229,7 @@ def main(argv: list[str]) -> None:
         raise ConfigError(f"--checkpoint {args.checkpoint} is a folder: name a file of it, such as checkpoint_latest.pt")
     state = checkpoint.load(args.checkpoint)
     dtype = args.dtype or state["config"]["precision"]
-    export(state, measured(state, Path(args.checkpoint).parent), Path(args.out).resolve(), dtype, int(args.shard_gb * memory.GB))
+    export(state, measured(state, Path(args.checkpoint).parent), Path(args.out).resolve(), dtype, int(args.shard_gb * GB))
     print(f"{args.out}: {ARCHITECTURE} in {dtype}")
 
 

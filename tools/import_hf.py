@@ -16,15 +16,17 @@ import numpy
 import torch
 from torch import Tensor
 
-import checkpoint
+from record import checkpoint
 import data
-import memory
+from corpus.tokenizer import load_tokenizer
+from planner.sizes import checkpoint_gb
+from planner.machine import GB
 from config import Config, ConfigError, ExperimentError, preset_values
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
-from precision import LossScaler, encode_master
-from run_experiment import add_config_options, config_options, exit_code, new_parser
-from tokenizer import vocabulary
+from engine.precision import LossScaler, encode_master
+from cli import add_config_options, config_options, exit_code, new_parser
+from corpus.tokenizer import vocabulary
 from tools.qwen3_moe import from_hugging_face, fused_name, places, their_rows
 from trainer import learning_rate_factor
 
@@ -149,7 +151,7 @@ def read_tokenizer(path: Path, config: Config) -> str:
     """The text of a tokenizer.json that fits the model. Raises ExperimentError."""
     try:
         text = path.read_bytes().decode()
-        tokenizer, _ = data.load_tokenizer(text)
+        tokenizer, _ = load_tokenizer(text)
     except (OSError, UnicodeDecodeError, ExperimentError) as error:
         raise ExperimentError(f"cannot use the tokenizer {path}: {error}. Name the model's tokenizer.json with --tokenizer") from error
     if (size := vocabulary(tokenizer)) > config.vocab_size:
@@ -182,7 +184,7 @@ def main(argv: list[str]) -> None:
     values = (preset_values(args.preset) if args.preset else {}) | shape | options
     config = Config(**{**values, "save_dir": str(out), "tokenizer": str(out / "tokenizer.json")})
     tokenizer_json = read_tokenizer(Path(options.get("tokenizer", folder / "tokenizer.json")), config)
-    checkpoint.check_free_space(out, int(memory.checkpoint_gb(config) * memory.GB))
+    checkpoint.check_free_space(out, int(checkpoint_gb(config) * GB))
     state = import_state(folder, config, tokenizer_json)
     path = checkpoint.step_path(out, 0)
     (out / "tokenizer.json").write_bytes(tokenizer_json.encode())

@@ -1,0 +1,45 @@
+"""The plain twins, which a CPU runs; benchmarks/check_gpu.py holds the kernels to them."""
+import pytest
+import torch
+from torchtune.modules import RotaryPositionalEmbeddings
+
+from engine.triton_kernels import normalize_and_rotate, swiglu, symmetric_product
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_normalize_and_rotate_is_a_norm_and_torchtunes_rotation(dtype):
+    x, weight = torch.randn(2, 5, 3, 8, dtype=dtype), torch.rand(8) + 0.5
+    rope, norm = RotaryPositionalEmbeddings(8, 16), torch.nn.RMSNorm(8, eps=1e-6)
+    norm.weight.data.copy_(weight)
+    results = []
+    for function in (lambda x: normalize_and_rotate(x, norm.weight, rope.cache, 1e-6), lambda x: rope(norm(x.float()).to(dtype))):
+        leaf = x.clone().requires_grad_()
+        norm.zero_grad()
+        out = function(leaf)
+        out.backward(torch.ones_like(out))
+        results.append((out.detach(), leaf.grad, norm.weight.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_swiglu_gates_and_weighs_each_row():
+    gate_up, weights = torch.randn(4, 12, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    gate, up = gate_up[:, :6], gate_up[:, 6:]
+    expected = gate / (1 + torch.exp(-gate)) * up
+    torch.testing.assert_close(swiglu(gate_up), expected)
+    torch.testing.assert_close(swiglu(gate_up, weights), expected * weights[:, None])
+
+
+def test_swiglu_keeps_the_rows_dtype_whatever_the_weights():
+    assert swiglu(torch.randn(4, 12, dtype=torch.bfloat16), torch.rand(4)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tall", [False, True])
+def test_symmetric_product_is_its_sum(tall):
+    a = torch.randn(2, 6, 10, dtype=torch.float64)
+    a = a.mT.contiguous().mT if tall else a
+    add = torch.randn(2, 6, 6, dtype=torch.float64)
+    kept = add.clone()
+    found = symmetric_product(a, a, 0.7, add, -1.3, 0.4)
+    torch.testing.assert_close(found, 0.7 * a @ a.mT - 1.3 * add + 0.4 * torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(symmetric_product(a, a), a @ a.mT)
+    assert torch.equal(add, kept)
