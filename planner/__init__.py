@@ -1,0 +1,4 @@
+"""What fits: predicted bytes, the choice that follows from them, and the machine it is for.
+
+Change sizes.py with the model or the optimizer, and machine.py for a new GPU. No torch at import: `plan` answers at once.
+"""

@@ -1,0 +1,1 @@
+"""Research questions as grids of runs; add one in grids.py."""

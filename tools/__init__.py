@@ -1,0 +1,1 @@
+"""Commands around a trained model: export, import, evaluate."""

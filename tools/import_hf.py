@@ -26,7 +26,7 @@ from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
 from engine.precision import LossScaler, encode_master
 from cli import add_config_options, config_options, exit_code, new_parser
-from corpus.tokenizer import vocabulary
+from corpus.tokenizer import sha256, vocabulary
 from tools.qwen3_moe import from_hugging_face, fused_name, places, their_rows
 from trainer import learning_rate_factor
 
@@ -100,7 +100,7 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
         train_seconds=0.0, mean_norm=None, model=parameters, optimizer=dict(muon=muon, adamw=adamw),
         schedule=dict(step=0, max_steps=config.max_steps, factor=learning_rate_factor(0, config)),
         loss_scaler=scaler.state_dict(), random=checkpoint.random_states(torch.device("cpu")),
-        data=dict(data_hash=None, tokenizer_hash=data.sha256(tokenizer_json)), tokenizer_json=tokenizer_json, metrics={}, interval={})
+        data=dict(data_hash=None, tokenizer_hash=sha256(tokenizer_json)), tokenizer_json=tokenizer_json, metrics={}, interval={})
 
 
 def fill(name: str, weight: Tensor, residual: Tensor | None, weights: Weights, config: Config) -> None:

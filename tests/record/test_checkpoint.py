@@ -359,7 +359,8 @@ def test_failure_after_writing(tmp_path, monkeypatch, function):
 
 def test_a_real_size_limit(tmp_path):
     program = """if True:
-        import resource, signal, sys, torch, checkpoint
+        import resource, signal, sys, torch
+        from record import checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         checkpoint.save(sys.argv[1], {"a": torch.ones(1000)})
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))

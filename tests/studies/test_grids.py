@@ -195,7 +195,7 @@ def test_micro_batches_are_searched_to_the_end_of_memory(performed, tmp_path, mo
 
 def test_a_search_from_below_ends_at_what_fits(performed, tmp_path, monkeypatch):
     """Of `none`, which alone is predicted not to fit more than 2, the first that does not fit is tried by no other mode."""
-    monkeypatch.setattr(grids.memory, "memory", lambda config, mode, batch, **rest: dict(total=batch if mode == "none" else 0))
+    monkeypatch.setattr(grids, "predict_memory", lambda config, mode, batch, **rest: dict(total=batch if mode == "none" else 0))
     monkeypatch.setattr(grids, "usable_gb", lambda cpu: 3)
     assert go("checkpointing", tmp_path)
     changes = [run["changes"] for run in loaded(tmp_path)["runs"].values()]

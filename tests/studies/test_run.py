@@ -237,7 +237,7 @@ def test_what_is_kept_of_a_run():
 
 def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_path):
     lock, running, most, together, threads = threading.Lock(), [], {}, [], set()
-    monkeypatch.setattr(runner, "cores", lambda: 16)
+    monkeypatch.setattr(runner, "cpu_cores", lambda: 16)
 
     def perform(run, base, folder, environment, stop):
         gpu = environment["CUDA_VISIBLE_DEVICES"]
@@ -338,7 +338,7 @@ def test_a_study_of_your_own_needs_a_function_and_its_name(performed, monkeypatc
     (lambda base, tokens, seeds, found: [], "the study mine has no runs"),
     (lambda base, tokens, seeds, found: grids.runs(base, "a", tokens, seeds) * 2, "two runs with one name: a, seed 1"),
     (lambda base, tokens, seeds, found: grids.speeds(base, "a", tokens, n_experts=4), "speed of a: Config has no n_experts. Did you mean num_experts?"),
-    (lambda base, tokens, seeds, found: dataclasses.replace(base, n_experts=4), "test_studies_run.py, line")])
+    (lambda base, tokens, seeds, found: dataclasses.replace(base, n_experts=4), "test_run.py, line")])
 def test_a_study_of_your_own_that_fails_says_where(monkeypatch, tmp_path, capsys, function, words):
     """Before its text is read, and without a traceback."""
     monkeypatch.setitem(STUDIES, "mine", function)
