@@ -1,4 +1,5 @@
 """Kept for scripts that import it: opening a checkpoint has moved to record/checkpoint.py."""
+
 import warnings
 
 from record.checkpoint import CheckpointError, load, load_model

@@ -4,6 +4,7 @@ Edit the defaults of `Config` for your GPU, or leave them and choose a preset. E
 option of run_experiment.py, and the sentence under a field is that option's help. This file imports no torch, so
 that `--help` and `plan` answer at once.
 """
+
 import ast
 import dataclasses
 import difflib
@@ -17,30 +18,36 @@ from typing import Literal
 
 class ExperimentError(Exception):
     """Something the user can mend: its text names the cause and the remedy. Printed without a traceback."""
+
     exit_code = 1
 
 
 class ConfigError(ExperimentError, ValueError):
     """Wrong options or values."""
+
     exit_code = 2
 
 
 class Diverged(ExperimentError):
     """Losses or gradients that are no longer finite."""
+
     exit_code = 3
 
 
 class OutOfMemory(ExperimentError):
     """Of a GPU or of the host."""
+
     exit_code = 4
 
 
-LIGHTER = {"full": "selective", "selective": "none"}        # what recomputes less
+LIGHTER = {"full": "selective", "selective": "none"}  # what recomputes less
 
 
 def block_modes(checkpointing: str, n_layers: int, lighter_blocks: int) -> list[str]:
     """Of none, selective and full, what each block does."""
-    return [checkpointing] * (n_layers - lighter_blocks) + [LIGHTER.get(checkpointing, checkpointing)] * lighter_blocks
+    return [checkpointing] * (n_layers - lighter_blocks) + [
+        LIGHTER.get(checkpointing, checkpointing)
+    ] * lighter_blocks
 
 
 @dataclass(frozen=True)
@@ -184,8 +191,12 @@ class Config:
     """Folder of everything the run writes."""
 
     def __post_init__(self):
-        resolved = dict(n_kv_heads=self.n_kv_heads or self.n_heads,
-                        norm_topk_prob=(self.top_k != 1) if self.norm_topk_prob is None else self.norm_topk_prob)
+        resolved = dict(
+            n_kv_heads=self.n_kv_heads or self.n_heads,
+            norm_topk_prob=(self.top_k != 1)
+            if self.norm_topk_prob is None
+            else self.norm_topk_prob,
+        )
         for name in ("offload_optimizer", "compile"):
             value = getattr(self, name)
             resolved[name] = str(value).lower() if isinstance(value, bool) else value
@@ -224,7 +235,10 @@ class Config:
     def matrices_of(self, layer: int) -> int:
         """Parameters of block `layer` but norms and router."""
         experts = self.num_experts if self.is_moe(layer) else 1
-        return 2 * (self.n_heads + self.n_kv_heads) * self.head_dim * self.d_model + 3 * experts * self.d_ff * self.d_model
+        return (
+            2 * (self.n_heads + self.n_kv_heads) * self.head_dim * self.d_model
+            + 3 * experts * self.d_ff * self.d_model
+        )
 
     @property
     def n_moe_layers(self) -> int:
@@ -235,13 +249,15 @@ class Config:
         """Exact parameter counts by kind: embedding, head, attention, dense_ffn, experts, router, norms."""
         d, hd, moe = self.d_model, self.head_dim, self.n_moe_layers
         ffn = 3 * d * self.d_ff
-        return dict(embedding=self.vocab_size * d,
-                    head=0 if self.tie_embeddings else self.vocab_size * d,
-                    attention=self.n_layers * (2 * self.n_heads + 2 * self.n_kv_heads) * hd * d,
-                    dense_ffn=(self.n_layers - moe) * ffn,
-                    experts=moe * self.num_experts * ffn,
-                    router=moe * self.num_experts * d,
-                    norms=self.n_layers * (2 * d + 2 * hd) + d)
+        return dict(
+            embedding=self.vocab_size * d,
+            head=0 if self.tie_embeddings else self.vocab_size * d,
+            attention=self.n_layers * (2 * self.n_heads + 2 * self.n_kv_heads) * hd * d,
+            dense_ffn=(self.n_layers - moe) * ffn,
+            experts=moe * self.num_experts * ffn,
+            router=moe * self.num_experts * d,
+            norms=self.n_layers * (2 * d + 2 * hd) + d,
+        )
 
     @property
     def total_params(self) -> int:
@@ -250,41 +266,97 @@ class Config:
     @property
     def active_params(self) -> int:
         """Parameters that one token uses: all of them, but only top_k of the num_experts experts."""
-        idle = 0 if not self.num_experts else \
-            self.parameter_groups["experts"] // self.num_experts * (self.num_experts - self.top_k)
+        idle = (
+            0
+            if not self.num_experts
+            else self.parameter_groups["experts"]
+            // self.num_experts
+            * (self.num_experts - self.top_k)
+        )
         return self.total_params - idle
 
     @property
     def flops_per_token(self) -> int:
         """Training FLOPs of one token: 6 for each active parameter of a matrix product (the head is one, the embedding
         look-up is not), and causal attention at half; recomputation is not counted (PaLM, appendix B)."""
-        products = self.active_params - (0 if self.tie_embeddings else self.parameter_groups["embedding"])
+        products = self.active_params - (
+            0 if self.tie_embeddings else self.parameter_groups["embedding"]
+        )
         return 6 * products + 6 * self.n_layers * self.max_seq_len * self.d_model
 
 
-_BRIEF = dict(batch_size=4, gradient_accumulation_steps=8, max_steps=50_000, muon_lr=0.01, adamw_lr=0.001,
-              warmup_fraction=0.05, grad_clip=1.0, eval_every=500, save_every=5000, num_experts=8, top_k=2,
-              max_seq_len=4096, vocab_size=49152, n_kv_heads=0)
+_BRIEF = dict(
+    batch_size=4,
+    gradient_accumulation_steps=8,
+    max_steps=50_000,
+    muon_lr=0.01,
+    adamw_lr=0.001,
+    warmup_fraction=0.05,
+    grad_clip=1.0,
+    eval_every=500,
+    save_every=5000,
+    num_experts=8,
+    top_k=2,
+    max_seq_len=4096,
+    vocab_size=49152,
+    n_kv_heads=0,
+)
 
 # What a preset sets wins over a default edited in Config; what it does not name keeps the default.
 PRESETS = {
     "18b": dict(_BRIEF, d_model=4096, n_layers=40, n_heads=32, d_ff=11008, moe_every=4),
     "5b": dict(_BRIEF, d_model=2048, n_layers=32, n_heads=16, d_ff=5504, moe_every=2),
     "2b": dict(_BRIEF, d_model=1536, n_layers=24, n_heads=12, d_ff=4096, moe_every=3),
-    "25b": dict(_BRIEF, d_model=5120, n_layers=48, n_heads=40, d_ff=13824, moe_every=8, batch_size=2),
+    "25b": dict(
+        _BRIEF, d_model=5120, n_layers=48, n_heads=40, d_ff=13824, moe_every=8, batch_size=2
+    ),
     "18b_every_block": dict(_BRIEF, d_model=4096, n_layers=40, n_heads=32, d_ff=3840, moe_every=1),
-    "small": dict(_BRIEF, d_model=768, n_layers=12, n_heads=12, d_ff=1280, moe_every=1, max_seq_len=1024,
-                  vocab_size=32768, batch_size=16, gradient_accumulation_steps=4, max_steps=500, eval_every=100, save_every=250,
-                  activation_checkpointing="auto", data="installed"),
-    "tiny": dict(_BRIEF, d_model=128, n_layers=4, n_heads=4, d_ff=256, moe_every=1, max_seq_len=256, vocab_size=4096,
-                 batch_size=8, gradient_accumulation_steps=2, max_steps=250, muon_lr=0.02, adamw_lr=0.003,
-                 eval_every=50, eval_steps=8, log_every=5, save_every=100, activation_checkpointing="none", precision="fp32",
-                 sample_tokens=100),
+    "small": dict(
+        _BRIEF,
+        d_model=768,
+        n_layers=12,
+        n_heads=12,
+        d_ff=1280,
+        moe_every=1,
+        max_seq_len=1024,
+        vocab_size=32768,
+        batch_size=16,
+        gradient_accumulation_steps=4,
+        max_steps=500,
+        eval_every=100,
+        save_every=250,
+        activation_checkpointing="auto",
+        data="installed",
+    ),
+    "tiny": dict(
+        _BRIEF,
+        d_model=128,
+        n_layers=4,
+        n_heads=4,
+        d_ff=256,
+        moe_every=1,
+        max_seq_len=256,
+        vocab_size=4096,
+        batch_size=8,
+        gradient_accumulation_steps=2,
+        max_steps=250,
+        muon_lr=0.02,
+        adamw_lr=0.003,
+        eval_every=50,
+        eval_steps=8,
+        log_every=5,
+        save_every=100,
+        activation_checkpointing="none",
+        precision="fp32",
+        sample_tokens=100,
+    ),
 }
 
 # Bounds of temporary memory, shared by what computes and what predicts.
-LOSS_CHUNK = 2048               # tokens whose logits exist at a time
-OPTIMIZER_PIECE = 2 ** 28       # elements that an optimizer updates at a time; a single matrix may be larger
+LOSS_CHUNK = 2048  # tokens whose logits exist at a time
+OPTIMIZER_PIECE = (
+    2**28
+)  # elements that an optimizer updates at a time; a single matrix may be larger
 
 # Smallest GPU memory (GB, 1e9 bytes) for which a preset is chosen when nothing else decides; largest first.
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
@@ -305,14 +377,23 @@ def defaults_fingerprint() -> str:
 def field_docs() -> dict[str, str]:
     """Each field's documentation: the string literal that follows it in the class body."""
     body = ast.parse(inspect.getsource(Config)).body[0].body
-    return {a.target.id: b.value.value for a, b in zip(body, body[1:])
-            if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)}
+    return {
+        a.target.id: b.value.value
+        for a, b in zip(body, body[1:])
+        if isinstance(a, ast.AnnAssign)
+        and isinstance(b, ast.Expr)
+        and isinstance(b.value, ast.Constant)
+    }
 
 
 def nearest(name: str, known) -> str:
     """' Did you mean X?' for the known names that begin with this one, when they are few, or else the most similar; or an empty string."""
     longer = [other for other in known if name and other.startswith(name)]
-    close = longer if 0 < len(longer) <= 3 else difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = (
+        longer
+        if 0 < len(longer) <= 3
+        else difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    )
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -323,10 +404,14 @@ def parse_value(name: str, text: str):
     if choices:
         if text in choices:
             return text
-        raise ConfigError(f"{name}: {text!r} is not one of {', '.join(choices)}.{nearest(text, choices)}")
+        raise ConfigError(
+            f"{name}: {text!r} is not one of {', '.join(choices)}.{nearest(text, choices)}"
+        )
     try:
         if kind in (bool, bool | None):
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                text.lower()
+            ]
         if kind is int:
             return int(text.replace("_", ""))
         return kind(text)
@@ -337,15 +422,21 @@ def parse_value(name: str, text: str):
 
 def preset_values(name: str) -> dict:
     if name not in PRESETS:
-        raise ConfigError(f"unknown preset {name!r}.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}")
+        raise ConfigError(
+            f"unknown preset {name!r}.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}"
+        )
     for field in PRESETS[name]:
         if field not in defaults():
-            raise ConfigError(f"{field}: preset {name} in config.py sets it, and Config has no such field.{nearest(field, defaults())} "
-                              "Correct its name in config.py.")
+            raise ConfigError(
+                f"{field}: preset {name} in config.py sets it, and Config has no such field.{nearest(field, defaults())} "
+                "Correct its name in config.py."
+            )
     return PRESETS[name]
 
 
-def resolve(options: dict, preset: str | None, gpu_memory_gb: float | None) -> tuple[Config, str, str]:
+def resolve(
+    options: dict, preset: str | None, gpu_memory_gb: float | None
+) -> tuple[Config, str, str]:
     """Builds the configuration by precedence: options (the command line), then `preset`, then defaults edited in this
     file, then the preset for a GPU of `gpu_memory_gb` (1e9 bytes; None without one).
 
@@ -357,8 +448,11 @@ def resolve(options: dict, preset: str | None, gpu_memory_gb: float | None) -> t
     elif edited:
         changed = [k for k, v in preset_values("18b").items() if defaults()[k] != v]
         name = "config.py"
-        why = ("its defaults were edited" + (f" ({', '.join(changed)})" if changed else "")
-               + ", so no preset was chosen by GPU memory; --preset NAME chooses one")
+        why = (
+            "its defaults were edited"
+            + (f" ({', '.join(changed)})" if changed else "")
+            + ", so no preset was chosen by GPU memory; --preset NAME chooses one"
+        )
         if not gpu_memory_gb:
             why += ". No GPU was found, and what was not edited is the 18b model's: --preset tiny trains on a CPU and keeps edits that it does not name"
     else:
@@ -368,14 +462,18 @@ def resolve(options: dict, preset: str | None, gpu_memory_gb: float | None) -> t
     try:
         return Config(**{**values, **options}), name, why
     except ConfigError as error:
-        raise ConfigError(f"{error}\nThe values are those of {'config.py' if name == 'config.py' else f'preset {name} in config.py'} and of "
-                          "the command line: correct them there.") from None
+        raise ConfigError(
+            f"{error}\nThe values are those of {'config.py' if name == 'config.py' else f'preset {name} in config.py'} and of "
+            "the command line: correct them there."
+        ) from None
 
 
 # What a resumed run may not change: the model's shape, the form of its state, and which sequences come when.
-FROZEN = set("""d_model n_layers n_heads n_kv_heads d_ff num_experts top_k norm_topk_prob moe_every max_seq_len vocab_size
+FROZEN = set(
+    """d_model n_layers n_heads n_kv_heads d_ff num_experts top_k norm_topk_prob moe_every max_seq_len vocab_size
 tie_embeddings rope_theta rms_norm_eps init_std optimizer load_balancing precision master_weights
-loss_scale validation_fraction seed""".split())
+loss_scale validation_fraction seed""".split()
+)
 
 
 def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
@@ -386,15 +484,24 @@ def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
     known = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
     before, config = Config(**known), Config(**{**known, **options})
     changed = {name for name in options if getattr(config, name) != getattr(before, name)}
-    refused = [f"{name}: the checkpoint has {getattr(before, name)}, not {getattr(config, name)}"
-               for name in sorted(changed & FROZEN)]
+    refused = [
+        f"{name}: the checkpoint has {getattr(before, name)}, not {getattr(config, name)}"
+        for name in sorted(changed & FROZEN)
+    ]
     if config.sequences_per_step != before.sequences_per_step:
-        refused.append(f"batch_size x gradient_accumulation_steps: the checkpoint has {before.sequences_per_step} sequences "
-                       f"a step, not {config.sequences_per_step}")
+        refused.append(
+            f"batch_size x gradient_accumulation_steps: the checkpoint has {before.sequences_per_step} sequences "
+            f"a step, not {config.sequences_per_step}"
+        )
     if refused:
-        raise ConfigError("a resumed run keeps its model and its data order:\n  " + "\n  ".join(refused)
-                          + "\nLeave these options out, or start a new run with another --save_dir; an imported model is imported again with them.")
-    return config, [f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in sorted(changed)]
+        raise ConfigError(
+            "a resumed run keeps its model and its data order:\n  "
+            + "\n  ".join(refused)
+            + "\nLeave these options out, or start a new run with another --save_dir; an imported model is imported again with them."
+        )
+    return config, [
+        f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in sorted(changed)
+    ]
 
 
 def _problems(c: Config) -> list[str]:
@@ -409,25 +516,42 @@ def _problems(c: Config) -> list[str]:
     for f in dataclasses.fields(Config):
         kind, value = hints[f.name], getattr(c, f.name)
         if typing.get_origin(kind) is Literal:
-            check(value in typing.get_args(kind), f"{f.name}={value!r}: choose one of {', '.join(typing.get_args(kind))}")
+            check(
+                value in typing.get_args(kind),
+                f"{f.name}={value!r}: choose one of {', '.join(typing.get_args(kind))}",
+            )
         elif kind is float:
-            check(isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf"),
-                  f"{f.name}={value!r}: give a finite number")
+            check(
+                isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and abs(value) < float("inf"),
+                f"{f.name}={value!r}: give a finite number",
+            )
         elif kind is int:
-            check(isinstance(value, int) and not isinstance(value, bool), f"{f.name}={value!r}: give a whole number")
+            check(
+                isinstance(value, int) and not isinstance(value, bool),
+                f"{f.name}={value!r}: give a whole number",
+            )
         elif kind in (bool, bool | None):
             check(isinstance(value, bool), f"{f.name}={value!r}: give true or false")
         else:
-            check(isinstance(value, str) and value != "", f"{f.name}={value!r}: give a text that is not empty")
-    if found:   # the checks below need the right types
+            check(
+                isinstance(value, str) and value != "",
+                f"{f.name}={value!r}: give a text that is not empty",
+            )
+    if found:  # the checks below need the right types
         return found
 
-    for name in ("d_model n_layers n_heads n_kv_heads d_ff moe_every top_k max_seq_len batch_size "
-                 "gradient_accumulation_steps max_steps eval_every eval_steps log_every keep_checkpoints "
-                 "loss_scale_growth_interval").split():
+    for name in (
+        "d_model n_layers n_heads n_kv_heads d_ff moe_every top_k max_seq_len batch_size "
+        "gradient_accumulation_steps max_steps eval_every eval_steps log_every keep_checkpoints "
+        "loss_scale_growth_interval"
+    ).split():
         check(getattr(c, name) >= 1, f"{name}={getattr(c, name)}: must be at least 1")
-    for name in ("num_experts load_balancing_weight router_z_loss_weight weight_decay grad_clip save_every save_minutes "
-                 "num_workers host_memory_gb sample_tokens muon_lr adamw_lr seed max_characters").split():
+    for name in (
+        "num_experts load_balancing_weight router_z_loss_weight weight_decay grad_clip save_every save_minutes "
+        "num_workers host_memory_gb sample_tokens muon_lr adamw_lr seed max_characters"
+    ).split():
         check(getattr(c, name) >= 0, f"{name}={getattr(c, name)}: must not be negative")
     for name in ("rope_theta", "rms_norm_eps", "adamw_eps", "init_std", "load_balancing_bias_rate"):
         check(getattr(c, name) > 0, f"{name}={getattr(c, name)}: must be greater than 0")
@@ -435,28 +559,58 @@ def _problems(c: Config) -> list[str]:
         check(0 <= getattr(c, name) < 1, f"{name}={getattr(c, name)}: must lie in [0, 1)")
     for name in ("warmup_fraction", "min_lr_fraction"):
         check(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: must lie in [0, 1]")
-    check(0 <= c.lighter_blocks <= c.n_layers, f"lighter_blocks={c.lighter_blocks}: must lie in [0, n_layers]")
-    check(0 <= c.host_gradient_blocks <= c.n_layers, f"host_gradient_blocks={c.host_gradient_blocks}: must lie in [0, n_layers]")
-    check(c.host_gradient_blocks == 0 or c.offload_optimizer != "false",
-          f"host_gradient_blocks={c.host_gradient_blocks}: needs --offload_optimizer true, as the optimizer reads them with its state")
-    check(0 < c.validation_fraction <= 0.5, f"validation_fraction={c.validation_fraction}: must lie in (0, 0.5]")
+    check(
+        0 <= c.lighter_blocks <= c.n_layers,
+        f"lighter_blocks={c.lighter_blocks}: must lie in [0, n_layers]",
+    )
+    check(
+        0 <= c.host_gradient_blocks <= c.n_layers,
+        f"host_gradient_blocks={c.host_gradient_blocks}: must lie in [0, n_layers]",
+    )
+    check(
+        c.host_gradient_blocks == 0 or c.offload_optimizer != "false",
+        f"host_gradient_blocks={c.host_gradient_blocks}: needs --offload_optimizer true, as the optimizer reads them with its state",
+    )
+    check(
+        0 < c.validation_fraction <= 0.5,
+        f"validation_fraction={c.validation_fraction}: must lie in (0, 0.5]",
+    )
     check(0 <= c.max_bad_share <= 1, f"max_bad_share={c.max_bad_share}: must lie in [0, 1]")
-    check(c.seed < 2 ** 43, f"seed={c.seed}: must be under 2^43")
+    check(c.seed < 2**43, f"seed={c.seed}: must be under 2^43")
     check(c.loss_scale >= 1, f"loss_scale={c.loss_scale}: must be at least 1")
-    check(c.vocab_size >= 260, f"vocab_size={c.vocab_size}: must be at least 260 (256 bytes and the special tokens)")
+    check(
+        c.vocab_size >= 260,
+        f"vocab_size={c.vocab_size}: must be at least 260 (256 bytes and the special tokens)",
+    )
     if c.n_heads >= 1:
-        check(c.d_model % c.n_heads == 0 and (c.d_model // c.n_heads) % 2 == 0,
-              f"d_model={c.d_model}, n_heads={c.n_heads}: d_model / n_heads must be an even whole number; "
-              "change n_heads or d_model")
+        check(
+            c.d_model % c.n_heads == 0 and (c.d_model // c.n_heads) % 2 == 0,
+            f"d_model={c.d_model}, n_heads={c.n_heads}: d_model / n_heads must be an even whole number; "
+            "change n_heads or d_model",
+        )
         if c.n_kv_heads >= 1:
-            check(c.n_heads % c.n_kv_heads == 0, f"n_kv_heads={c.n_kv_heads}: must divide n_heads={c.n_heads}; "
-                  "0 means as many as n_heads")
-    check(c.d_model % 8 == 0 and c.d_ff % 8 == 0, f"d_model={c.d_model}, d_ff={c.d_ff}: must be multiples of 8 "
-          "(grouped products need rows of 16 bytes)")
+            check(
+                c.n_heads % c.n_kv_heads == 0,
+                f"n_kv_heads={c.n_kv_heads}: must divide n_heads={c.n_heads}; "
+                "0 means as many as n_heads",
+            )
+    check(
+        c.d_model % 8 == 0 and c.d_ff % 8 == 0,
+        f"d_model={c.d_model}, d_ff={c.d_ff}: must be multiples of 8 "
+        "(grouped products need rows of 16 bytes)",
+    )
     if c.num_experts > 0:
-        check(c.top_k <= c.num_experts, f"top_k={c.top_k}: must not exceed num_experts={c.num_experts}")
-        check(c.moe_every <= c.n_layers, f"moe_every={c.moe_every}: larger than n_layers={c.n_layers}, so no block would be "
-              "an MoE block; lower it, or set num_experts=0 for a dense model")
-        check(not (c.top_k == 1 and c.norm_topk_prob and c.num_experts > 1),
-              "norm_topk_prob=true with top_k=1: a single weight is always 1 and the router never learns; set it to false")
+        check(
+            c.top_k <= c.num_experts,
+            f"top_k={c.top_k}: must not exceed num_experts={c.num_experts}",
+        )
+        check(
+            c.moe_every <= c.n_layers,
+            f"moe_every={c.moe_every}: larger than n_layers={c.n_layers}, so no block would be "
+            "an MoE block; lower it, or set num_experts=0 for a dense model",
+        )
+        check(
+            not (c.top_k == 1 and c.norm_topk_prob and c.num_experts > 1),
+            "norm_topk_prob=true with top_k=1: a single weight is always 1 and the router never learns; set it to false",
+        )
     return found

@@ -4,6 +4,7 @@
 and `validation_batches` cut windows of max_seq_len + 1 tokens from them. The order of the training windows is a pure
 function of (seed, position), so a resumed run continues with exactly the sequences it has not seen.
 """
+
 import ctypes
 import functools
 import mmap
@@ -15,19 +16,19 @@ from torch.utils.data import DataLoader
 
 from config import Config
 from corpus.cache import Corpus, prepare  # noqa: F401
-from corpus.shards import (die_with_parent)
+from corpus.shards import die_with_parent
 
-
-READ_AHEAD = 8                           # micro-batches: from a cold disk measured 20 times as fast, and no faster beyond
+READ_AHEAD = 8  # micro-batches: from a cold disk measured 20 times as fast, and no faster beyond
 _libc = ctypes.CDLL(None)
 
 
 # --- order of the windows
 
+
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, n_windows: int) -> np.ndarray:
     order = np.random.default_rng([seed, epoch]).permutation(n_windows)
-    order.flags.writeable = False   # it is shared through the cache
+    order.flags.writeable = False  # it is shared through the cache
     return order
 
 
@@ -48,13 +49,17 @@ def _windows(tokens: np.ndarray, seq_len: int, seed: int, position: int, count: 
     for index in range(position, position + count):
         epoch, place = divmod(index, n_windows)
         start = int(_permutation(seed, epoch, n_windows)[place]) * seq_len
-        yield tokens[start:start + seq_len + 1]
+        yield tokens[start : start + seq_len + 1]
 
 
 def _read_ahead(window: np.ndarray) -> None:
     """Lets the kernel fetch a mapped array's pages from the disk, without waiting for them."""
     first = window.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-    _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(window.ctypes.data + window.nbytes - first), mmap.MADV_WILLNEED)
+    _libc.madvise(
+        ctypes.c_void_p(first),
+        ctypes.c_size_t(window.ctypes.data + window.nbytes - first),
+        mmap.MADV_WILLNEED,
+    )
 
 
 def _inputs_and_targets(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,9 +76,13 @@ class _TrainingBatches:
 
     def __getitem__(self, position: int):
         c = self.config
-        for window in _windows(self.tokens, c.max_seq_len, c.seed, position + READ_AHEAD * c.batch_size, c.batch_size):
+        for window in _windows(
+            self.tokens, c.max_seq_len, c.seed, position + READ_AHEAD * c.batch_size, c.batch_size
+        ):
             _read_ahead(window)
-        return _inputs_and_targets(sequences(self.tokens, c.max_seq_len, c.seed, position, c.batch_size))
+        return _inputs_and_targets(
+            sequences(self.tokens, c.max_seq_len, c.seed, position, c.batch_size)
+        )
 
 
 def _leave_signals_to_the_trainer(_worker: int):
@@ -90,10 +99,17 @@ def batches(tokens: np.ndarray, config: Config, position: int, pin_memory: bool 
     With config.num_workers > 0 background processes read ahead; they end when the iterator is closed or collected.
     """
     yield from DataLoader(
-        _TrainingBatches(tokens, config), sampler=range(position, 2**62, config.batch_size), batch_size=None,
-        num_workers=config.num_workers, pin_memory=pin_memory, worker_init_fn=_leave_signals_to_the_trainer,
-        multiprocessing_context="fork" if config.num_workers else None,   # the others would copy the mapped tokens
-        generator=torch.Generator())   # its own, or starting workers would advance the global one
+        _TrainingBatches(tokens, config),
+        sampler=range(position, 2**62, config.batch_size),
+        batch_size=None,
+        num_workers=config.num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_trainer,
+        multiprocessing_context="fork"
+        if config.num_workers
+        else None,  # the others would copy the mapped tokens
+        generator=torch.Generator(),
+    )  # its own, or starting workers would advance the global one
 
 
 def validation_batches(tokens: np.ndarray, config: Config):
@@ -105,6 +121,8 @@ def validation_batches(tokens: np.ndarray, config: Config):
     taken = min(config.eval_steps * config.batch_size, there)
     starts = np.arange(taken) * there // taken * seq_len
     for first in range(0, taken, config.batch_size):
-        rows = [tokens[start:start + seq_len + 1] for start in starts[first:first + config.batch_size]]
+        rows = [
+            tokens[start : start + seq_len + 1]
+            for start in starts[first : first + config.batch_size]
+        ]
         yield _inputs_and_targets(np.stack(rows).astype(np.int64))
-

@@ -6,6 +6,7 @@ shifts with each token then, so what was kept no longer holds and the whole wind
 
 Shape suffixes: B texts, S positions, V vocabulary.
 """
+
 import functools
 from collections.abc import Iterator
 
@@ -24,8 +25,17 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 
 @torch.no_grad()
-def stream(model: MoETransformer, prompt: list[int], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
-           top_p: float = 1.0, seed: int = 0, stop: int | None = None, n: int = 1) -> Iterator[list[int | None]]:
+def stream(
+    model: MoETransformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: int | None = None,
+    n: int = 1,
+) -> Iterator[list[int | None]]:
     """Yields the next token id of each of `n` texts that continue `prompt`, which must not be empty; None for a text that
     has ended with the id `stop`. Ends when all have, or after `max_new_tokens`.
 
@@ -36,17 +46,37 @@ def stream(model: MoETransformer, prompt: list[int], max_new_tokens: int, temper
     config, device = model.config, model.norm.weight.device
     generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
     length = min(config.max_seq_len, len(prompt) + max_new_tokens)
-    cache = [[torch.zeros(n, config.n_kv_heads, length, config.head_dim, device=device, dtype=model.compute_dtype) for _ in "kv"]
-             for _ in model.blocks]
+    cache = [
+        [
+            torch.zeros(
+                n,
+                config.n_kv_heads,
+                length,
+                config.head_dim,
+                device=device,
+                dtype=model.compute_dtype,
+            )
+            for _ in "kv"
+        ]
+        for _ in model.blocks
+    ]
     # the products of many rows by expert may ask the host for the ranges, which a graph cannot
     few = not config.n_moe_layers or triton is not None and n * config.top_k <= FEW_ROWS
-    read_next = _GraphedRead(model, cache) if device.type == "cuda" and few else functools.partial(_read, model, cache)
-    tokens_BS = torch.tensor([prompt[-length:]], device=device)     # read once, whatever n
+    read_next = (
+        _GraphedRead(model, cache)
+        if device.type == "cuda" and few
+        else functools.partial(_read, model, cache)
+    )
+    tokens_BS = torch.tensor([prompt[-length:]], device=device)  # read once, whatever n
     unread_BS, start, ended = tokens_BS, 0, [False] * n
     for _ in range(max_new_tokens):
         if start + unread_BS.shape[1] > config.max_seq_len:
             unread_BS, start = tokens_BS, 0
-        logits_BV = read_next(unread_BS, torch.tensor([start], device=device)) if start else _read(model, cache, unread_BS).expand(n, -1)
+        logits_BV = (
+            read_next(unread_BS, torch.tensor([start], device=device))
+            if start
+            else _read(model, cache, unread_BS).expand(n, -1)
+        )
         start += unread_BS.shape[1]
         if temperature == 0:
             chosen_B = logits_BV.argmax(dim=-1)
@@ -54,15 +84,17 @@ def stream(model: MoETransformer, prompt: list[int], max_new_tokens: int, temper
             draws_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
             chosen_B = choose(logits_BV, draws_B.to(device), temperature, top_k, top_p)
         unread_BS = chosen_B[:, None]
-        tokens_BS = torch.cat([tokens_BS.expand(n, -1), unread_BS], dim=1)[:, -config.max_seq_len:]
-        new = chosen_B.tolist()     # the one wait for the GPU
+        tokens_BS = torch.cat([tokens_BS.expand(n, -1), unread_BS], dim=1)[:, -config.max_seq_len :]
+        new = chosen_B.tolist()  # the one wait for the GPU
         yield [None if over else token for token, over in zip(new, ended)]
         ended = [over or token == stop for token, over in zip(new, ended)]
         if all(ended):
             return
 
 
-def generate(model: MoETransformer, prompt: list[int], max_new_tokens: int, **choices) -> list[list[int]]:
+def generate(
+    model: MoETransformer, prompt: list[int], max_new_tokens: int, **choices
+) -> list[list[int]]:
     """The n texts that `stream` yields, each with its `stop` if it ended; `choices` are stream's options."""
     steps = zip(*stream(model, prompt, max_new_tokens, **choices))
     return [[token for token in text if token is not None] for text in steps]
@@ -90,10 +122,12 @@ def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
             yield piece
     text = tokenizer.decode(ids)
     if text.startswith(shown):
-        yield text[len(shown):]     # of a character that was never completed
+        yield text[len(shown) :]  # of a character that was never completed
 
 
-def choose(logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def choose(
+    logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int, top_p: float
+) -> Tensor:
     """The token [B] at which each row's cumulative probability, likeliest first, passes the draw (uniform in [0, 1)); of
     logits that are nan any token, so that the run's own check of its loss speaks and not an index out of range."""
     logits_BV = logits_BV / temperature
@@ -103,23 +137,42 @@ def choose(logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int, t
         logits_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     probs_BV = logits_BV.softmax(dim=-1)
     sums_BV = probs_BV.cumsum(dim=-1)
-    last_B1 = ((sums_BV - probs_BV < top_p).sum(dim=-1, keepdim=True) - 1).clamp(min=0)     # of those that are kept
-    place_B1 = torch.searchsorted(sums_BV, draws_B[:, None] * sums_BV.gather(1, last_B1), right=True)
+    last_B1 = ((sums_BV - probs_BV < top_p).sum(dim=-1, keepdim=True) - 1).clamp(
+        min=0
+    )  # of those that are kept
+    place_B1 = torch.searchsorted(
+        sums_BV, draws_B[:, None] * sums_BV.gather(1, last_B1), right=True
+    )
     return order_BV.gather(1, place_B1.minimum(last_B1)).squeeze(1)
 
 
-def _read(model: MoETransformer, cache: list[list[Tensor]], tokens_BS: Tensor, position_1: Tensor | None = None) -> Tensor:
+def _read(
+    model: MoETransformer,
+    cache: list[list[Tensor]],
+    tokens_BS: Tensor,
+    position_1: Tensor | None = None,
+) -> Tensor:
     """Logits [B, V] after a prompt, or after one more token of each text, at this position. Keys and values go into the cache,
     those of a single row to all of its rows."""
-    positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device) if position_1 is None else position_1
-    seen_L = None if position_1 is None else torch.arange(cache[0][0].shape[2], device=tokens_BS.device) <= position_1
+    positions_S = (
+        torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        if position_1 is None
+        else position_1
+    )
+    seen_L = (
+        None
+        if position_1 is None
+        else torch.arange(cache[0][0].shape[2], device=tokens_BS.device) <= position_1
+    )
     with model.autocast(), sdpa_kernel(ATTENTION):
         x_BSD = model.embedding(tokens_BS).to(model.compute_dtype)
         for block, kept in zip(model.blocks, cache):
             q, *new = block.attention.project(block.attention_norm(x_BSD), positions_S)
             for whole, part in zip(kept, new):
                 whole[:, :, positions_S] = part
-            x_BSD = x_BSD + block.attention.attend(q, *(new if position_1 is None else kept), seen_L)
+            x_BSD = x_BSD + block.attention.attend(
+                q, *(new if position_1 is None else kept), seen_L
+            )
             out = block.ffn(block.ffn_norm(x_BSD))
             x_BSD = x_BSD + (out[0] if block.moe else out)
         return F.linear(model.norm(x_BSD[:, -1]), model.head_weight).float()
@@ -137,8 +190,12 @@ class _GraphedRead:
         with torch.cuda.device_of(tokens_B1):
             if self.inputs is None:
                 self.inputs = tokens_B1.clone(), position_1.clone()
-                self.read(*self.inputs)         # once before, as libraries prepare themselves when they are first used
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):     # the trainer has other threads
+                self.read(
+                    *self.inputs
+                )  # once before, as libraries prepare themselves when they are first used
+                with torch.cuda.graph(
+                    self.graph, capture_error_mode="thread_local"
+                ):  # the trainer has other threads
                     self.logits_BV = self.read(*self.inputs)
             for kept, new in zip(self.inputs, (tokens_B1, position_1)):
                 kept.copy_(new)

@@ -5,6 +5,7 @@ The residual stream has the compute dtype; norms, softmax, router and loss compu
 
 Shape suffixes: B sequences, S positions, N = B S tokens, D d_model, H heads, V vocabulary, E experts, L MoE blocks.
 """
+
 import contextlib
 import functools
 import logging
@@ -14,14 +15,22 @@ from collections import Counter
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from config import LOSS_CHUNK, Config
 from engine.triton_kernels import COMPILE_OPTIONS, compile_with_barriers, normalize_and_rotate
 from moe import MoE, SwiGLU
 
-logging.getLogger("torchao").setLevel(logging.ERROR)    # it warns of compiled extensions that nothing here uses
-logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)       # of in-place operations, which no block has
+logging.getLogger("torchao").setLevel(
+    logging.ERROR
+)  # it warns of compiled extensions that nothing here uses
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(
+    logging.ERROR
+)  # of in-place operations, which no block has
 from torchtune.modules import RotaryPositionalEmbeddings  # noqa: E402
 
 COMPUTE_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -37,7 +46,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(self.weight.dtype)
-        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return (
+            wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
+        ).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -48,28 +59,45 @@ class Attention(nn.Module):
         d, hd = config.d_model, config.head_dim
         self.head_dim, self.grouped = hd, config.n_kv_heads != config.n_heads
         linear = functools.partial(nn.Linear, bias=False, dtype=dtype)
-        self.q, self.k, self.v = linear(d, config.n_heads * hd), linear(d, config.n_kv_heads * hd), linear(d, config.n_kv_heads * hd)
+        self.q, self.k, self.v = (
+            linear(d, config.n_heads * hd),
+            linear(d, config.n_kv_heads * hd),
+            linear(d, config.n_kv_heads * hd),
+        )
         self.o = linear(config.n_heads * hd, d)
-        self.q_norm, self.k_norm = RMSNorm(hd, config.rms_norm_eps), RMSNorm(hd, config.rms_norm_eps)
+        self.q_norm, self.k_norm = (
+            RMSNorm(hd, config.rms_norm_eps),
+            RMSNorm(hd, config.rms_norm_eps),
+        )
         self.rope = rope
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.attend(*self.project(x_BSD))
 
-    def project(self, x_BSD: Tensor, positions_S: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, x_BSD: Tensor, positions_S: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, S, hd] of tokens at these positions, by default 0, 1, 2 ..."""
-        q, k, v = (project(x_BSD).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))  # [B, S, H, hd]
+        q, k, v = (
+            project(x_BSD).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q, self.k, self.v)
+        )  # [B, S, H, hd]
         angles = self.rope.cache if positions_S is None else self.rope.cache[positions_S]
-        q, k = (normalize_and_rotate(x, norm.weight, angles, norm.eps) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = (
+            normalize_and_rotate(x, norm.weight, angles, norm.eps)
+            for norm, x in ((self.q_norm, q), (self.k_norm, k))
+        )
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen_L: Tensor | None = None) -> Tensor:
         """The output [B, S, D] of queries at the positions of the keys; or, of a single query over those of L keys that are seen."""
         if seen_L is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        else:       # the queries of a group are the rows of one head
+        else:  # the queries of a group are the rows of one head
             rows = q.view(len(q), k.shape[1], -1, self.head_dim)
-            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen_L.expand(rows.shape[2], -1)).reshape(q.shape)
+            out = F.scaled_dot_product_attention(
+                rows, k, v, attn_mask=seen_L.expand(rows.shape[2], -1)
+            ).reshape(q.shape)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
@@ -81,9 +109,14 @@ aten = torch.ops.aten
 KEEP_ROUTING = {aten.topk.default, torch.ops.moe.on_host.default}
 # Products and attention: nearly all the FLOPs of a block for about half of its bytes.
 KEEP_PRODUCTS = KEEP_ROUTING | {
-    aten.mm.default, aten._grouped_mm.default, torch.ops.moe.expert_loop.default,
-    aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
+    aten.mm.default,
+    aten._grouped_mm.default,
+    torch.ops.moe.expert_loop.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
 # Every product costs about as many FLOPs for a byte of its output. The two that are made again all the same, of values and of
 # attention's output, are a sixth of those bytes in a dense block of 18b, for a twentieth of its FLOPs. Products of a block in
 # order, from 1.
@@ -91,16 +124,21 @@ RECOMPUTED_PRODUCTS = 3, 4
 
 
 def _keep_routing():
-    return create_selective_checkpoint_contexts(lambda context, operator, *args, **kwargs: _choice(operator in KEEP_ROUTING))
+    return create_selective_checkpoint_contexts(
+        lambda context, operator, *args, **kwargs: _choice(operator in KEEP_ROUTING)
+    )
 
 
 def _keep_products():
-    products = Counter()        # of the forward pass, and of the one that makes them again
+    products = Counter()  # of the forward pass, and of the one that makes them again
 
     def policy(context, operator, *args, **kwargs):
         products[context.is_recompute] += operator is aten.mm.default
-        again = operator is aten.mm.default and products[context.is_recompute] in RECOMPUTED_PRODUCTS
+        again = (
+            operator is aten.mm.default and products[context.is_recompute] in RECOMPUTED_PRODUCTS
+        )
         return _choice(operator in KEEP_PRODUCTS and not again)
+
     return create_selective_checkpoint_contexts(policy)
 
 
@@ -128,8 +166,13 @@ class Block(nn.Module):
     def forward(self, x_BSD: Tensor):
         if not torch.is_grad_enabled() or self.checkpointing == "none":
             return self.compute(x_BSD)
-        return checkpoint(self.compute, x_BSD, use_reentrant=False, preserve_rng_state=False,
-                          context_fn=CONTEXT_FN[self.checkpointing])
+        return checkpoint(
+            self.compute,
+            x_BSD,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=CONTEXT_FN[self.checkpointing],
+        )
 
     def compute(self, x_BSD: Tensor):
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
@@ -152,10 +195,18 @@ class MoETransformer(nn.Module):
         self.compute_dtype, self.chunk_loss = COMPUTE_DTYPE[config.precision], chunk_loss
         dtype = self.compute_dtype if config.split_masters else torch.float32
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
-        self.rope = RotaryPositionalEmbeddings(config.head_dim, config.max_seq_len, config.rope_theta)
-        self.blocks = nn.ModuleList(Block(config, i, self.rope, dtype) for i in range(config.n_layers))
+        self.rope = RotaryPositionalEmbeddings(
+            config.head_dim, config.max_seq_len, config.rope_theta
+        )
+        self.blocks = nn.ModuleList(
+            Block(config, i, self.rope, dtype) for i in range(config.n_layers)
+        )
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, dtype=dtype)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.d_model, config.vocab_size, bias=False, dtype=dtype)
+        )
         if not self.norm.weight.is_meta:
             self.init_weights()
 
@@ -182,16 +233,26 @@ class MoETransformer(nn.Module):
             if p.ndim == 1:
                 p.fill_(1)
                 continue
-            std = residual_std if name.endswith(("attention.o.weight", ".down")) else self.config.init_std
+            std = (
+                residual_std
+                if name.endswith(("attention.o.weight", ".down"))
+                else self.config.init_std
+            )
             generator = torch.Generator(p.device).manual_seed(self.config.seed * 1_000_003 + i)
-            for matrix in p.view(-1, *p.shape[-2:]):      # one at a time: the fp32 draw of an expert bank is large
-                matrix.copy_(torch.empty(matrix.shape, device=p.device).normal_(std=std, generator=generator))
+            for matrix in p.view(
+                -1, *p.shape[-2:]
+            ):  # one at a time: the fp32 draw of an expert bank is large
+                matrix.copy_(
+                    torch.empty(matrix.shape, device=p.device).normal_(std=std, generator=generator)
+                )
         for bias in self.balancing_biases().values():
             bias.zero_()
 
     def balancing_biases(self) -> dict[str, Tensor]:
         """The routers' biases [E] by name, with load_balancing=bias."""
-        return {name: buffer for name, buffer in self.named_buffers() if name.endswith(".router.bias")}
+        return {
+            name: buffer for name, buffer in self.named_buffers() if name.endswith(".router.bias")
+        }
 
     @torch.no_grad()
     def balance(self, counts_LE: Tensor) -> None:
@@ -210,10 +271,16 @@ class MoETransformer(nn.Module):
         """torch.compile around each block: one graph for dense and one for MoE blocks (two where `lighter_blocks` recompute less),
         shared by all layers. And the loss."""
         compile_with_barriers()
-        torch._dynamo.config.recompile_limit = 16       # those in training, and in validation of a whole and of a short batch
-        for block in self.blocks:       # not dynamic: a short validation batch must not change training's graphs
+        torch._dynamo.config.recompile_limit = (
+            16  # those in training, and in validation of a whole and of a short batch
+        )
+        for (
+            block
+        ) in self.blocks:  # not dynamic: a short validation batch must not change training's graphs
             block.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
-        self.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+        self.chunk_loss = torch.compile(
+            chunk_loss, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS
+        )
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None):
         """Without targets: fp32 logits [B, S, V]. With targets: (loss, metrics), all on the device, no synchronisation.
@@ -227,13 +294,23 @@ class MoETransformer(nn.Module):
             with self.autocast():
                 return F.linear(x_BSD, self.head_weight).float()
 
-        cross_entropy, correct = chunked_cross_entropy(x_BSD.flatten(0, 1), self.head_weight, targets_BS.flatten(), self.chunk_loss)
+        cross_entropy, correct = chunked_cross_entropy(
+            x_BSD.flatten(0, 1), self.head_weight, targets_BS.flatten(), self.chunk_loss
+        )
         loss, metrics = cross_entropy, dict(cross_entropy=cross_entropy.detach(), correct=correct)
         if routing:
             balance, z, counts = (torch.stack(values) for values in zip(*routing))
-            balance_weight = self.config.load_balancing_weight if self.config.load_balancing == "loss" else 0.0
-            loss = loss + balance_weight * balance.sum() + self.config.router_z_loss_weight * z.sum()
-            metrics |= dict(load_balancing_loss=balance.detach().mean(), router_z_loss=z.detach().mean(), expert_counts=counts)
+            balance_weight = (
+                self.config.load_balancing_weight if self.config.load_balancing == "loss" else 0.0
+            )
+            loss = (
+                loss + balance_weight * balance.sum() + self.config.router_z_loss_weight * z.sum()
+            )
+            metrics |= dict(
+                load_balancing_loss=balance.detach().mean(),
+                router_z_loss=z.detach().mean(),
+                expert_counts=counts,
+            )
         return loss, metrics
 
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list]:
@@ -253,12 +330,17 @@ class MoETransformer(nn.Module):
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
         # no weight is cast twice in a pass, and a cast that outlives it would hold a copy of the model
-        return torch.autocast(self.norm.weight.device.type, dtype=self.compute_dtype, cache_enabled=False)
+        return torch.autocast(
+            self.norm.weight.device.type, dtype=self.compute_dtype, cache_enabled=False
+        )
 
 
 # ---------------------------------------------------------------- loss
 
-def chunk_loss(logits: Tensor, targets_N1: Tensor, boost: float | None) -> tuple[Tensor, Tensor, Tensor | None]:
+
+def chunk_loss(
+    logits: Tensor, targets_N1: Tensor, boost: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of a chunk of logits [N, V]: the sum of the cross-entropies and the count of right arg-maxima, in fp32, and the sum's
     gradient by the logits times `boost`, in their dtype (None without a boost). Overwrites fp32 logits."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -282,7 +364,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(x_ND.dtype)
         # d loss / d logits lies in [-1, 1] and most of it is tiny: fp16 would lose what is under 6e-8
         boost = 256.0 if x_ND.dtype == torch.float16 else 1.0
-        total = torch.zeros((), device=x_ND.device, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+        total = torch.zeros(
+            (), device=x_ND.device, dtype=torch.promote_types(x_ND.dtype, torch.float32)
+        )
         correct = torch.zeros((), device=x_ND.device, dtype=torch.long)
         if need_gradients:
             grad_x = torch.empty_like(x_ND)
@@ -290,7 +374,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_ND), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
             x, targets = x_ND[chunk], targets_N[chunk, None]
-            chunk_total, chunk_correct, grad_logits = chunk_loss(x @ weight.T, targets, boost if need_gradients else None)
+            chunk_total, chunk_correct, grad_logits = chunk_loss(
+                x @ weight.T, targets, boost if need_gradients else None
+            )
             total += chunk_total
             correct += chunk_correct
             if need_gradients:
@@ -305,8 +391,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         grad_x, grad_weight = ctx.saved_tensors
         factor = grad_loss * ctx.mean
-        return ((grad_x.to(grad_weight.dtype) * factor).to(grad_x.dtype),
-                (grad_weight * factor).to(ctx.weight_dtype), None, None, None)
+        return (
+            (grad_x.to(grad_weight.dtype) * factor).to(grad_x.dtype),
+            (grad_weight * factor).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -316,8 +407,12 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
-def chunked_cross_entropy(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_loss=chunk_loss) -> tuple[Tensor, Tensor]:
+def chunked_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_loss=chunk_loss
+) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy (nats, fp32) of softmax(x weight^T) against targets, and how many arg-maxima are right.
     `chunk_loss` may be the compiled one."""
     with torch.autocast(x_ND.device.type, enabled=False):
-        return _ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, torch.is_grad_enabled(), chunk_loss)
+        return _ChunkedCrossEntropy.apply(
+            x_ND, weight_VD, targets_N, torch.is_grad_enabled(), chunk_loss
+        )

@@ -6,6 +6,7 @@ runs once over all experts with their row ranges, and the results go back to the
 Shape suffixes: B sequences, S positions, N = B S tokens, R = N K token-expert pairs sorted by expert, D d_model,
 F d_ff, E experts, K experts a token.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from config import Config
 from engine.triton_kernels import FEW_ROWS, few_rows_linear, swiglu, triton
 
-
 # ---------------------------------------------------------------- grouped products
 
 # Blackwell's grouped product leaves the weight gradient of an expert without rows unwritten; Hopper's writes zeros.
-IDLE_GRADIENTS_UNWRITTEN = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0)
+IDLE_GRADIENTS_UNWRITTEN = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (
+    10,
+    0,
+)
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -32,7 +35,9 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         return expert_loop(x_RI, weight_EOI, ends_E)
     if _few_rows(x_RI):
         return few_rows_linear(x_RI, weight_EOI, ends_E)
-    weight_EOI = _clear_idle_gradient(weight_EOI, ends_E) if IDLE_GRADIENTS_UNWRITTEN else weight_EOI
+    weight_EOI = (
+        _clear_idle_gradient(weight_EOI, ends_E) if IDLE_GRADIENTS_UNWRITTEN else weight_EOI
+    )
     return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=ends_E)
 
 
@@ -43,7 +48,9 @@ def ends_for(x_RI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _few_rows(x_RI: Tensor) -> bool:
-    writing = not torch.is_grad_enabled() and not torch.compiler.is_compiling()      # blocks are compiled for training and validation
+    writing = (
+        not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    )  # blocks are compiled for training and validation
     return writing and x_RI.is_cuda and triton is not None and len(x_RI) <= FEW_ROWS
 
 
@@ -72,11 +79,13 @@ def expert_loop(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("moe::expert_loop_backward", mutates_args=())
-def expert_loop_backward(grad_RO: Tensor, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+def expert_loop_backward(
+    grad_RO: Tensor, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor
+) -> tuple[Tensor, Tensor]:
     grad_x, grad_weight = torch.empty_like(x_RI), torch.empty_like(weight_EOI)
     for e, rows in enumerate(_ranges(ends_E)):
         torch.mm(grad_RO[rows], weight_EOI[e], out=grad_x[rows])
-        torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_weight[e])     # zero for an expert without rows
+        torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_weight[e])  # zero for an expert without rows
     return grad_x, grad_weight
 
 
@@ -92,7 +101,8 @@ def _(grad_RO, x_RI, weight_EOI, ends_E):
 
 expert_loop.register_autograd(
     lambda ctx, grad: (*expert_loop_backward(grad.contiguous(), *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def _ranges(ends_E: Tensor) -> list[slice]:
@@ -119,6 +129,7 @@ _clear_idle_gradient = _ClearIdleGradient.apply
 
 
 # ---------------------------------------------------------------- tokens to experts and back
+
 
 class _Dispatch(torch.autograd.Function):
     """Copies each token's row to its K places in expert order. The gradient is `_Combine`, a gather and a sum. The one that
@@ -155,6 +166,7 @@ class _Combine(torch.autograd.Function):
 
 # ---------------------------------------------------------------- balance
 
+
 def load_balancing_loss(probs_BSE: Tensor, counts_BE: Tensor, scope: str) -> Tensor:
     """Switch Transformer's auxiliary loss (Fedus et al. 2021, eq. 4): E sum_e f_e P_e, where f_e is expert e's share of
     the routed pairs and P_e its mean router probability; 1 at perfect balance whatever top_k.
@@ -176,6 +188,7 @@ def router_z_loss(logits_BSE: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- modules
 
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020); gate and up are one product. gate_up [2, F, D], down [D, F]."""
 
@@ -194,10 +207,14 @@ class Router(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model, dtype=torch.float32))
+        self.weight = nn.Parameter(
+            torch.empty(config.num_experts, config.d_model, dtype=torch.float32)
+        )
         self.top_k, self.norm_topk_prob = config.top_k, config.norm_topk_prob
         # added to the probabilities where experts are chosen, and only there
-        self.register_buffer("bias", torch.zeros(config.num_experts) if config.load_balancing == "bias" else None)
+        self.register_buffer(
+            "bias", torch.zeros(config.num_experts) if config.load_balancing == "bias" else None
+        )
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Returns logits [B, S, E], probabilities [B, S, E], chosen weights [B, S, K], chosen experts [B, S, K] and the same
@@ -207,7 +224,9 @@ class Router(nn.Module):
         probs_BSE = logits_BSE.softmax(dim=-1)
         scores_BSE = probs_BSE.detach() if self.bias is None else probs_BSE.detach() + self.bias
         experts_BSK = scores_BSE.topk(self.top_k, dim=-1).indices
-        chosen_BSKE = experts_BSK.unsqueeze(-1) == torch.arange(probs_BSE.shape[-1], device=x_BSD.device)
+        chosen_BSKE = experts_BSK.unsqueeze(-1) == torch.arange(
+            probs_BSE.shape[-1], device=x_BSD.device
+        )
         # a masked sum instead of topk's values, whose gradient scatters
         weights_BSK = (probs_BSE.unsqueeze(-2) * chosen_BSKE).sum(dim=-1)
         if self.norm_topk_prob:
@@ -220,13 +239,22 @@ class Experts(nn.Module):
 
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2, config.d_ff, config.d_model, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(config.num_experts, config.d_model, config.d_ff, dtype=dtype))
+        self.gate_up = nn.Parameter(
+            torch.empty(config.num_experts, 2, config.d_ff, config.d_model, dtype=dtype)
+        )
+        self.down = nn.Parameter(
+            torch.empty(config.num_experts, config.d_model, config.d_ff, dtype=dtype)
+        )
 
     def forward(self, x_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
         """Each expert on its rows, times the router's weight (before the down product: the same, and fused)."""
-        dtype, ends_E = x_RD.dtype, ends_for(x_RD, ends_E)      # grouped products are not autocast: fp32 masters are cast here
-        hidden_RF = swiglu(grouped_linear(x_RD, self.gate_up.flatten(1, 2).to(dtype), ends_E), weights_R)
+        dtype, ends_E = (
+            x_RD.dtype,
+            ends_for(x_RD, ends_E),
+        )  # grouped products are not autocast: fp32 masters are cast here
+        hidden_RF = swiglu(
+            grouped_linear(x_RD, self.gate_up.flatten(1, 2).to(dtype), ends_E), weights_R
+        )
         return grouped_linear(hidden_RF, self.down.to(dtype), ends_E)
 
 
@@ -236,7 +264,11 @@ class MoE(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
         self.router, self.experts = Router(config), Experts(config, dtype)
-        self.num_experts, self.top_k, self.scope = config.num_experts, config.top_k, config.load_balancing_scope
+        self.num_experts, self.top_k, self.scope = (
+            config.num_experts,
+            config.top_k,
+            config.load_balancing_scope,
+        )
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Returns the output [B, S, D] and (load-balancing loss, router z-loss, token-expert pairs per expert [E])."""
@@ -245,10 +277,18 @@ class MoE(nn.Module):
         counts_E = counts_BE.sum(dim=0)
         ends_E = counts_E.cumsum(dim=0).to(torch.int32)
 
-        order_R = experts_BSK.flatten().argsort(stable=True)        # pairs by expert; pair r is token r // K
-        place_R = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+        order_R = experts_BSK.flatten().argsort(
+            stable=True
+        )  # pairs by expert; pair r is token r // K
+        place_R = torch.empty_like(order_R).scatter_(
+            0, order_R, torch.arange(len(order_R), device=order_R.device)
+        )
         x_RD = _Dispatch.apply(x_BSD.flatten(0, 1), order_R, place_R, self.top_k)
         weights_R = _Dispatch.apply(weights_BSK.view(-1, 1), order_R, place_R, 1).squeeze(1)
         y_RD = self.experts(x_RD, weights_R, ends_E)
         y_BSD = _Combine.apply(y_RD, order_R, place_R, self.top_k).view_as(x_BSD)
-        return y_BSD, (load_balancing_loss(probs_BSE, counts_BE, self.scope), router_z_loss(logits_BSE), counts_E)
+        return y_BSD, (
+            load_balancing_loss(probs_BSE, counts_BE, self.scope),
+            router_z_loss(logits_BSE),
+            counts_E,
+        )

@@ -1,4 +1,5 @@
 """TODO cache"""
+
 import contextlib
 import fcntl
 import json
@@ -14,12 +15,21 @@ from tokenizers import Tokenizer
 
 from config import Config, ConfigError, ExperimentError
 from corpus.external import _header, _map, adopt, open_foreign_shard
-from corpus.shards import (FORMAT_VERSION, HEADER, HEADER_BYTES, MAGIC, build, data_hash, recipe, replace_file, survey)
+from corpus.shards import (
+    FORMAT_VERSION,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    build,
+    data_hash,
+    recipe,
+    replace_file,
+    survey,
+)
 from corpus.sources import SHARD_SUFFIX, Text
-from corpus.tokenizer import (check_vocabulary, load_tokenizer, read_tokenizer, sha256, trained_size)
+from corpus.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer, sha256, trained_size
 
-
-UNFINISHED_DAYS = 7                      # after which what a killed build left is deleted
+UNFINISHED_DAYS = 7  # after which what a killed build left is deleted
 
 
 class Joined:
@@ -38,23 +48,24 @@ class Joined:
             begin = int(self.ends[number]) - len(self.parts[number])
             if begin >= last:
                 break
-            taken.append(self.parts[number][max(0, first - begin):last - begin])
+            taken.append(self.parts[number][max(0, first - begin) : last - begin])
         return taken[0] if len(taken) == 1 else np.concatenate(taken or [self.parts[0][:0]])
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A tokenized corpus. `train` and `validation` are memory-mapped arrays of uint16 or uint32 [tokens]."""
+
     train: np.memmap | Joined
     validation: np.memmap | Joined
     tokenizer: Tokenizer
     tokenizer_json: str
     end_of_text: int
-    data_hash: str           # of the documents' contents in order; the same on every machine
-    tokenizer_hash: str      # sha256 of tokenizer_json
-    characters: int          # of both splits; of foreign shards, what their tokens decode to one by one
-    documents: int           # of both splits, a piece of a long one counted as one
-    unigram_entropy: float   # nats per token: the loss of the best model that ignores the context
+    data_hash: str  # of the documents' contents in order; the same on every machine
+    tokenizer_hash: str  # sha256 of tokenizer_json
+    characters: int  # of both splits; of foreign shards, what their tokens decode to one by one
+    documents: int  # of both splits, a piece of a long one counted as one
+    unigram_entropy: float  # nats per token: the loss of the best model that ignores the context
 
 
 def prepare(config: Config) -> Corpus:
@@ -64,20 +75,30 @@ def prepare(config: Config) -> Corpus:
     small to give each split one window of max_seq_len + 1 tokens.
     """
     if config.num_workers > os.cpu_count():
-        raise ConfigError(f"num_workers={config.num_workers}: more than this machine's {os.cpu_count()} cores, so that they would "
-                          "wait for each other. 0 or 1 is enough as a rule")
+        raise ConfigError(
+            f"num_workers={config.num_workers}: more than this machine's {os.cpu_count()} cores, so that they would "
+            "wait for each other. 0 or 1 is enough as a rule"
+        )
     text = Text(config)
     foreign = bool(text.files) and text.files[0].lower().endswith(SHARD_SUFFIX)
     if foreign and trained_size(config):
-        raise ExperimentError(f"{config.data}: token shards do not say which tokenizer made them. Name it with --tokenizer, such "
-                              "as hf:gpt2 for those of nanoGPT and modded-nanogpt, or the path of a tokenizer.json")
+        raise ExperimentError(
+            f"{config.data}: token shards do not say which tokenizer made them. Name it with --tokenizer, such "
+            "as hf:gpt2 for those of nanoGPT and modded-nanogpt, or the path of a tokenizer.json"
+        )
     # A tokenizer of the hub is known by its name, so that a corpus that is there needs no network.
-    tokenizer_json = None if trained_size(config) or config.tokenizer.startswith("hf:") else read_tokenizer(config)
+    tokenizer_json = (
+        None
+        if trained_size(config) or config.tokenizer.startswith("hf:")
+        else read_tokenizer(config)
+    )
     cache = Path(config.cache_dir).expanduser()
     folder = cache / _cache_key(config, text, tokenizer_json)
     try:
         corpus = _open_or_discard(folder)
-        if corpus is None:   # built beside its place and renamed when whole, so that there is never half a cache
+        if (
+            corpus is None
+        ):  # built beside its place and renamed when whole, so that there is never half a cache
             if config.tokenizer.startswith("hf:"):
                 tokenizer_json = read_tokenizer(config)
             _delete_old_leftovers(cache)
@@ -88,24 +109,28 @@ def prepare(config: Config) -> Corpus:
                     _build_or_link(config, text, tokenizer_json, unfinished)
                 try:
                     unfinished.rename(folder)
-                except OSError:   # another process was faster; its folder has the same content
+                except OSError:  # another process was faster; its folder has the same content
                     if not folder.is_dir():
                         raise
             corpus = _open(folder)
     except OSError as error:
-        raise ExperimentError(f"cannot keep the tokenized corpus in the folder {cache}: {error}. Free some space there "
-                              "or choose another folder with --cache_dir; what is finished is kept") from error
+        raise ExperimentError(
+            f"cannot keep the tokenized corpus in the folder {cache}: {error}. Free some space there "
+            "or choose another folder with --cache_dir; what is finished is kept"
+        ) from error
     check_vocabulary(corpus.tokenizer, config)
     least = config.max_seq_len + 1
     if min(len(corpus.train), len(corpus.validation)) < least:
         raise ExperimentError(
             f"the corpus is too small: {len(corpus.train):,} training tokens and {len(corpus.validation):,} validation "
             f"tokens from {corpus.documents:,} documents, and each needs at least {least:,} (max_seq_len + 1). Give "
-            "more text, a smaller --max_seq_len or, if only validation is short, a larger --validation_fraction")
+            "more text, a smaller --max_seq_len or, if only validation is short, a larger --validation_fraction"
+        )
     return corpus
 
 
 # --- the cache
+
 
 def _cache_key(config: Config, text: Text, tokenizer_json: str | None) -> str:
     """Changes with whatever changes the shards."""
@@ -123,8 +148,11 @@ def _open_or_discard(folder: Path) -> Corpus | None:
 def _delete_old_leftovers(cache: Path) -> None:
     """Builds that were killed long ago and that nobody goes on with."""
     for old in cache.glob("*.unfinished"):
-        with contextlib.suppress(FileNotFoundError):    # another process has finished it meanwhile
-            if time.time() - old.stat().st_mtime > 86_400 * UNFINISHED_DAYS and (lock := _lock(old)) is not None:
+        with contextlib.suppress(FileNotFoundError):  # another process has finished it meanwhile
+            if (
+                time.time() - old.stat().st_mtime > 86_400 * UNFINISHED_DAYS
+                and (lock := _lock(old)) is not None
+            ):
                 shutil.rmtree(old, ignore_errors=True)
                 os.close(lock)
 
@@ -134,13 +162,21 @@ def _unfinished(cache: Path, key: str):
     """A folder to build in, locked: one that a killed build of the same corpus left, or a new one. A build that fails
     leaves it only if it holds finished work."""
     cache.mkdir(parents=True, exist_ok=True)
-    left = ((folder, lock) for folder in sorted(cache.glob(f"{key}.*.unfinished")) if (lock := _lock(folder)) is not None)
+    left = (
+        (folder, lock)
+        for folder in sorted(cache.glob(f"{key}.*.unfinished"))
+        if (lock := _lock(folder)) is not None
+    )
     folder, lock = next(left, (None, None))
     if folder is None:
         new = cache / f"{uuid.uuid4().hex[:8]}.unfinished"
         new.mkdir()
-        lock = _lock(new)           # None where folders cannot be locked: then no other process can take it either
-        folder = new.rename(cache / f"{key}.{new.name}")        # the name by which others find it, now that it is locked
+        lock = _lock(
+            new
+        )  # None where folders cannot be locked: then no other process can take it either
+        folder = new.rename(
+            cache / f"{key}.{new.name}"
+        )  # the name by which others find it, now that it is locked
     try:
         yield folder
     finally:
@@ -157,7 +193,9 @@ def _lock(folder: Path) -> int | None:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):     # else it was finished and renamed meanwhile
+            if os.path.samestat(
+                os.fstat(descriptor), os.stat(folder)
+            ):  # else it was finished and renamed meanwhile
                 return descriptor
         except OSError:
             pass
@@ -168,26 +206,47 @@ def _build_or_link(config: Config, text: Text, tokenizer_json: str | None, folde
     """Makes the shards, unless the cache has those of the same text, from wherever it was read, and the same recipe."""
     found = survey(text, folder)
     if found["bad"]:
-        print(f"data: {found['bad']:,} of {found['rows']:,} lines or rows cannot be read and are left out: {found['bad_rows']}")
-    same = dict(data_hash=data_hash(found["pieces"]) if found["whole"] else None, recipe=recipe(config, tokenizer_json))
+        print(
+            f"data: {found['bad']:,} of {found['rows']:,} lines or rows cannot be read and are left out: {found['bad_rows']}"
+        )
+    same = dict(
+        data_hash=data_hash(found["pieces"]) if found["whole"] else None,
+        recipe=recipe(config, tokenizer_json),
+    )
     for other in folder.parent.glob("*/corpus.json"):
-        with contextlib.suppress(OSError, ValueError, ExperimentError):     # no links on this file system, or damaged
+        with contextlib.suppress(
+            OSError, ValueError, ExperimentError
+        ):  # no links on this file system, or damaged
             facts = json.loads(other.read_bytes())
             if same.items() <= facts.items() and _open(other.parent):
-                print(f"data: the same text was tokenized before; its shards in {other.parent} are used")
+                print(
+                    f"data: the same text was tokenized before; its shards in {other.parent} are used"
+                )
                 for name in ("train.bin", "validation.bin"):
                     (folder / name).unlink(missing_ok=True)
                     os.link(other.parent / name, folder / name)
-                replace_file(folder / "tokenizer.json", (other.parent / "tokenizer.json").read_bytes().decode())
-                replace_file(folder / "corpus.json", json.dumps(facts | dict(data=config.data, left_out=found["bad"]), indent=1) + "\n")
+                replace_file(
+                    folder / "tokenizer.json",
+                    (other.parent / "tokenizer.json").read_bytes().decode(),
+                )
+                replace_file(
+                    folder / "corpus.json",
+                    json.dumps(facts | dict(data=config.data, left_out=found["bad"]), indent=1)
+                    + "\n",
+                )
                 break
     else:
         build(config, text, found, tokenizer_json, folder)
-    for name in ("survey.npz", "pieces.bin", "progress.json"):      # what only an unfinished build needs
+    for name in (
+        "survey.npz",
+        "pieces.bin",
+        "progress.json",
+    ):  # what only an unfinished build needs
         (folder / name).unlink(missing_ok=True)
 
 
 # --- shards
+
 
 def _open(folder: Path) -> Corpus:
     """Opens a cache folder. Raises ExperimentError when it is damaged."""
@@ -199,14 +258,30 @@ def _open(folder: Path) -> Corpus:
             raise ValueError("tokenizer.json was changed")
         tokenizer, end_of_text = load_tokenizer(tokenizer_json)
         if "files" in facts:
-            train, validation = _cut([open_foreign_shard(path) for path in facts["files"]], facts["train_tokens"])
+            train, validation = _cut(
+                [open_foreign_shard(path) for path in facts["files"]], facts["train_tokens"]
+            )
         else:
-            train, validation = (open_shard(folder / name, tokenizer_hash) for name in ("train.bin", "validation.bin"))
-        return Corpus(train=train, validation=validation, tokenizer=tokenizer,
-                      tokenizer_json=tokenizer_json, end_of_text=end_of_text, tokenizer_hash=tokenizer_hash,
-                      **{name: facts[name] for name in ("data_hash", "characters", "documents", "unigram_entropy")})
+            train, validation = (
+                open_shard(folder / name, tokenizer_hash)
+                for name in ("train.bin", "validation.bin")
+            )
+        return Corpus(
+            train=train,
+            validation=validation,
+            tokenizer=tokenizer,
+            tokenizer_json=tokenizer_json,
+            end_of_text=end_of_text,
+            tokenizer_hash=tokenizer_hash,
+            **{
+                name: facts[name]
+                for name in ("data_hash", "characters", "documents", "unigram_entropy")
+            },
+        )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-        raise ExperimentError(f"the cache folder {folder} is damaged ({error}): delete it and run again") from error
+        raise ExperimentError(
+            f"the cache folder {folder} is damaged ({error}): delete it and run again"
+        ) from error
 
 
 def _cut(shards: list[np.ndarray], first: int) -> tuple[np.ndarray | Joined, np.ndarray | Joined]:
@@ -218,7 +293,10 @@ def _cut(shards: list[np.ndarray], first: int) -> tuple[np.ndarray | Joined, np.
         for side, part in zip(sides, (shard[:taken], shard[taken:])):
             if len(part):
                 side.append(part)
-    return tuple(parts[0] if len(parts) == 1 else Joined(parts or [np.empty(0, np.uint16)]) for parts in sides)
+    return tuple(
+        parts[0] if len(parts) == 1 else Joined(parts or [np.empty(0, np.uint16)])
+        for parts in sides
+    )
 
 
 def open_shard(path, tokenizer_hash: str) -> np.ndarray:
@@ -229,13 +307,19 @@ def open_shard(path, tokenizer_hash: str) -> np.ndarray:
     problem = "is cut short"
     if len(header) == HEADER_BYTES:
         magic, version, width, count, tokenizer = HEADER.unpack_from(header)
-        problem = ("is not a token shard" if magic != MAGIC else
-                   f"has format version {version}, not {FORMAT_VERSION}" if version != FORMAT_VERSION else
-                   f"has tokens of {width} bytes, not 2 or 4" if width not in (2, 4) else
-                   "belongs to another tokenizer" if tokenizer.hex() != tokenizer_hash else
-                   f"holds {size - HEADER_BYTES:,} bytes of tokens, not {count * width:,}"
-                   if size != HEADER_BYTES + count * width else None)
+        problem = (
+            "is not a token shard"
+            if magic != MAGIC
+            else f"has format version {version}, not {FORMAT_VERSION}"
+            if version != FORMAT_VERSION
+            else f"has tokens of {width} bytes, not 2 or 4"
+            if width not in (2, 4)
+            else "belongs to another tokenizer"
+            if tokenizer.hex() != tokenizer_hash
+            else f"holds {size - HEADER_BYTES:,} bytes of tokens, not {count * width:,}"
+            if size != HEADER_BYTES + count * width
+            else None
+        )
     if problem:
         raise ExperimentError(f"{path} {problem}: delete the folder {path.parent} and run again")
     return _map(path, np.dtype(f"<u{width}"), HEADER_BYTES, count)
-

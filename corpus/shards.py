@@ -3,6 +3,7 @@
 `build` appends to two shards and writes down, every SHARD_CHARACTERS characters, how far it is, so that a build that was
 killed goes on from there.
 """
+
 import collections
 import ctypes
 import hashlib
@@ -22,35 +23,58 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config, ExperimentError
-from planner.machine import cpu_cores
 from corpus.sources import Text
-from corpus.tokenizer import encoder, load_tokenizer, sha256, train_tokenizer, trained_size, vocabulary
+from corpus.tokenizer import (
+    encoder,
+    load_tokenizer,
+    sha256,
+    train_tokenizer,
+    trained_size,
+    vocabulary,
+)
+from planner.machine import cpu_cores
 
-TOKENIZER_SAMPLE = 20_000_000            # characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores
-TOKENIZE_CHARACTERS = 1_000_000          # characters tokenized at a time, by one core
-SHARD_CHARACTERS = 64_000_000            # characters after which what is tokenized outlives a kill
-COUNT_TOKENS = 2 ** 20                   # tokens counted at a time
-PR_SET_PDEATHSIG = 1                     # of Linux's prctl
-FORMAT_VERSION = 2                       # of the cache: raise it when the same files would give other shards
+TOKENIZER_SAMPLE = (
+    20_000_000  # characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores
+)
+TOKENIZE_CHARACTERS = 1_000_000  # characters tokenized at a time, by one core
+SHARD_CHARACTERS = 64_000_000  # characters after which what is tokenized outlives a kill
+COUNT_TOKENS = 2**20  # tokens counted at a time
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+FORMAT_VERSION = 2  # of the cache: raise it when the same files would give other shards
 MAGIC, HEADER_BYTES = b"MOETOKEN", 1024
-HEADER = struct.Struct("<8sIIQ32s")      # magic, version, bytes in a token, tokens, the tokenizer's sha256
+HEADER = struct.Struct(
+    "<8sIIQ32s"
+)  # magic, version, bytes in a token, tokens, the tokenizer's sha256
 # A piece of text: its hash, its length in characters, whether its document ends with it.
 PIECE = np.dtype([("hash", "<u8"), ("length", "<u4"), ("last", "?")])
 
 
 # --- what the text is like
 
+
 class Bar:
     """A progress bar: characters or tokens a second, documents a second and, with a total, the time left."""
 
     def __init__(self, what: str, total: int | None = None, done: int = 0, unit: str = "char"):
-        self.bar = tqdm(desc=what, total=total, initial=done, unit=unit, unit_scale=True, leave=False, mininterval=0.5)
+        self.bar = tqdm(
+            desc=what,
+            total=total,
+            initial=done,
+            unit=unit,
+            unit_scale=True,
+            leave=False,
+            mininterval=0.5,
+        )
         self.start, self.documents = time.perf_counter(), 0
 
     def add(self, count: int, documents: int = 0) -> None:
         self.documents += documents
         if self.documents:
-            self.bar.set_postfix_str(f"{self.documents / (time.perf_counter() - self.start):,.0f} documents/s", refresh=False)
+            self.bar.set_postfix_str(
+                f"{self.documents / (time.perf_counter() - self.start):,.0f} documents/s",
+                refresh=False,
+            )
         self.bar.update(count)
 
     def __enter__(self):
@@ -69,7 +93,7 @@ def data_hash(pieces: np.ndarray) -> str:
     total = hashlib.blake2b(digest_size=16)
     for name in ("hash", "last"):
         for first in range(0, len(pieces), COUNT_TOKENS):
-            total.update(pieces[name][first:first + COUNT_TOKENS].tobytes())
+            total.update(pieces[name][first : first + COUNT_TOKENS].tobytes())
     return total.hexdigest()
 
 
@@ -87,15 +111,25 @@ def survey(text: Text, folder: Path) -> dict:
             lengths.append(len(piece))
             ends.append(last)
             bar.add(len(piece), last)
-            if text.hub and text.characters >= TOKENIZER_SAMPLE and last:       # `surveyed` says the same
+            if (
+                text.hub and text.characters >= TOKENIZER_SAMPLE and last
+            ):  # `surveyed` says the same
                 whole = False
                 break
     if not hashes:
-        what = text.files[0] if len(text.files) == 1 else f"every file of {text.config.data}" if text.files else text.config.data
+        what = (
+            text.files[0]
+            if len(text.files) == 1
+            else f"every file of {text.config.data}"
+            if text.files
+            else text.config.data
+        )
         raise ExperimentError(f"{what} is empty. Give --data a corpus with text")
     pieces = np.empty(len(hashes), PIECE)
     pieces["hash"], pieces["length"], pieces["last"] = hashes, lengths, np.frombuffer(ends, bool)
-    found = dict(pieces=pieces, whole=whole, rows=text.rows, bad=text.bad, bad_rows="; ".join(text.bad_rows))
+    found = dict(
+        pieces=pieces, whole=whole, rows=text.rows, bad=text.bad, bad_rows="; ".join(text.bad_rows)
+    )
     np.savez(folder / "survey.tmp.npz", **found)
     os.replace(folder / "survey.tmp.npz", path)
     return found
@@ -104,7 +138,7 @@ def survey(text: Text, folder: Path) -> dict:
 def surveyed(pieces: np.ndarray) -> np.ndarray:
     """Of all pieces of a hub's data set, those that `survey` reads."""
     enough = (np.cumsum(pieces["length"], dtype=np.int64) >= TOKENIZER_SAMPLE) & pieces["last"]
-    return pieces[:enough.argmax() + 1] if enough.any() else pieces
+    return pieces[: enough.argmax() + 1] if enough.any() else pieces
 
 
 def split(hashes: np.ndarray, lengths: np.ndarray, validation_fraction: float) -> np.ndarray:
@@ -124,10 +158,13 @@ def last_held_out(pieces: np.ndarray, validation_fraction: float) -> int:
 
 
 def _changed(text: Text) -> ExperimentError:
-    return ExperimentError(f"the corpus {text.config.data} changed while it was being read; run again")
+    return ExperimentError(
+        f"the corpus {text.config.data} changed while it was being read; run again"
+    )
 
 
 # --- building shards
+
 
 def token_dtype(config: Config) -> np.dtype:
     return np.dtype("<u2" if config.vocab_size <= 65536 else "<u4")
@@ -136,8 +173,16 @@ def token_dtype(config: Config) -> np.dtype:
 def recipe(config: Config, tokenizer_json: str | None) -> str:
     """Changes with whatever changes the shards of a text, besides the text."""
     size = trained_size(config)
-    tokenizer = [TOKENIZER_SAMPLE, size] if size else config.tokenizer if tokenizer_json is None else sha256(tokenizer_json)
-    return sha256(json.dumps([FORMAT_VERSION, tokenizer, token_dtype(config).str, config.validation_fraction]))[:16]
+    tokenizer = (
+        [TOKENIZER_SAMPLE, size]
+        if size
+        else config.tokenizer
+        if tokenizer_json is None
+        else sha256(tokenizer_json)
+    )
+    return sha256(
+        json.dumps([FORMAT_VERSION, tokenizer, token_dtype(config).str, config.validation_fraction])
+    )[:16]
 
 
 def replace_file(path: Path, content: str) -> None:
@@ -150,40 +195,73 @@ def replace_file(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
-def build(config: Config, text: Text, found: dict, tokenizer_json: str | None, folder: Path) -> None:
+def build(
+    config: Config, text: Text, found: dict, tokenizer_json: str | None, folder: Path
+) -> None:
     """Trains the tokenizer when tokenizer_json is None, and writes train.bin, validation.bin, tokenizer.json and the facts
     in corpus.json; `found` is the text's survey. Goes on from what a killed build left in the folder."""
     start, made_by = time.perf_counter(), recipe(config, tokenizer_json)
     pieces, lengths = found["pieces"], found["pieces"]["length"].astype(np.int64)
     limit, characters = last_held_out(pieces, config.validation_fraction), int(lengths.sum())
     held_out = pieces["hash"] <= limit
-    what = f"{len(text.files):,} files" if text.files else ("" if found["whole"] else "the beginning of ") + config.data
-    print(f"data: {what}, {len(pieces):,} documents, {characters:,} characters, {lengths[held_out].sum() / characters:.2%} held out")
+    what = (
+        f"{len(text.files):,} files"
+        if text.files
+        else ("" if found["whole"] else "the beginning of ") + config.data
+    )
+    print(
+        f"data: {what}, {len(pieces):,} documents, {characters:,} characters, {lengths[held_out].sum() / characters:.2%} held out"
+    )
     if tokenizer_json is None and (folder / "tokenizer.json").exists():
         tokenizer_json = (folder / "tokenizer.json").read_bytes().decode()
     elif tokenizer_json is None:
         began, sample = time.perf_counter(), ~held_out
         share = min(1, TOKENIZER_SAMPLE / lengths[sample].sum())
-        sample[sample] = np.diff(np.floor(np.arange(sample.sum() + 1) * share)) > 0   # spread evenly over the corpus
+        sample[sample] = (
+            np.diff(np.floor(np.arange(sample.sum() + 1) * share)) > 0
+        )  # spread evenly over the corpus
         tokenizer_json = train_tokenizer(_chosen(text, pieces, sample), trained_size(config))
-        print(f"data: tokenizer trained on {lengths[sample].sum():,} characters in {time.perf_counter() - began:.1f} s")
+        print(
+            f"data: tokenizer trained on {lengths[sample].sum():,} characters in {time.perf_counter() - began:.1f} s"
+        )
     replace_file(folder / "tokenizer.json", tokenizer_json)
 
     tokenizer, end_of_text = load_tokenizer(tokenizer_json)
     dtype, tokenizer_hash = token_dtype(config), sha256(tokenizer_json)
-    done = _write_shards(folder, text, found, limit, _Encoder(encoder(tokenizer), end_of_text, dtype))
+    done = _write_shards(
+        folder, text, found, limit, _Encoder(encoder(tokenizer), end_of_text, dtype)
+    )
     for name, tokens in zip(("train.bin", "validation.bin"), done["tokens"]):
         with open(folder / name, "r+b") as file:
-            file.write(HEADER.pack(MAGIC, FORMAT_VERSION, dtype.itemsize, tokens, bytes.fromhex(tokenizer_hash)))
+            file.write(
+                HEADER.pack(
+                    MAGIC, FORMAT_VERSION, dtype.itemsize, tokens, bytes.fromhex(tokenizer_hash)
+                )
+            )
     with Bar("counting", done["tokens"][0], unit="token") as bar:
-        counts = count_tokens(np.memmap(folder / "train.bin", dtype, mode="r", offset=HEADER_BYTES), vocabulary(tokenizer), bar)
+        counts = count_tokens(
+            np.memmap(folder / "train.bin", dtype, mode="r", offset=HEADER_BYTES),
+            vocabulary(tokenizer),
+            bar,
+        )
     read = np.memmap(folder / "pieces.bin", PIECE, mode="r")
-    facts = dict(data=config.data, documents=len(read), characters=done["characters"], train_tokens=done["tokens"][0],
-                 validation_tokens=done["tokens"][1], vocabulary=vocabulary(tokenizer), data_hash=data_hash(read),
-                 tokenizer_hash=tokenizer_hash, unigram_entropy=entropy(counts), left_out=found["bad"],
-                 recipe=made_by if found["whole"] else None)     # else the same text from files is split otherwise
+    facts = dict(
+        data=config.data,
+        documents=len(read),
+        characters=done["characters"],
+        train_tokens=done["tokens"][0],
+        validation_tokens=done["tokens"][1],
+        vocabulary=vocabulary(tokenizer),
+        data_hash=data_hash(read),
+        tokenizer_hash=tokenizer_hash,
+        unigram_entropy=entropy(counts),
+        left_out=found["bad"],
+        recipe=made_by if found["whole"] else None,
+    )  # else the same text from files is split otherwise
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
-    print(f"data: {done['tokens'][0]:,} training and {done['tokens'][1]:,} validation tokens, {time.perf_counter() - start:.1f} s")
+    print(
+        f"data: {done['tokens'][0]:,} training and {done['tokens'][1]:,} validation tokens, {time.perf_counter() - start:.1f} s"
+    )
 
 
 def _chosen(text: Text, pieces: np.ndarray, chosen: np.ndarray):
@@ -201,13 +279,19 @@ class _Encoder:
     """What DataLoader indexes, by (texts, the side of each, whether end-of-text follows it): the tokens of both sides."""
 
     def __init__(self, encode, end_of_text: int, dtype: np.dtype):
-        self.encode, self.end_of_text, self.dtype = encode, np.array([end_of_text], np.uint32), dtype
+        self.encode, self.end_of_text, self.dtype = (
+            encode,
+            np.array([end_of_text], np.uint32),
+            dtype,
+        )
 
     def __getitem__(self, batch: tuple):
         texts, sides, separated = batch
         try:
             encoded = self.encode(texts)
-        except Exception as error:      # tokenizers raises plain Exception; DataLoader would add a traceback to it
+        except (
+            Exception
+        ) as error:  # tokenizers raises plain Exception; DataLoader would add a traceback to it
             return str(error)
         parts = ([self.end_of_text[:0]], [self.end_of_text[:0]])
         for ids, side, separate in zip(encoded, sides, separated):
@@ -228,7 +312,7 @@ def die_with_parent() -> None:
     """Lets the kernel end this worker process when the one that made it is killed. Else it would wait for ever to hand
     over its work, and hold the lock of the folder that the killed build left."""
     signal_with_parent(signal.SIGKILL)
-    if os.getppid() != multiprocessing.parent_process().pid:        # it was killed just before
+    if os.getppid() != multiprocessing.parent_process().pid:  # it was killed just before
         os._exit(1)
 
 
@@ -273,7 +357,10 @@ def _batches(text: Text, found: dict, limit: int, start: dict | None):
         if size >= TOKENIZE_CHARACTERS:
             position = None
             if since >= SHARD_CHARACTERS and (last or not text.hub):
-                position, since = text.position() | dict(pieces=number), 0      # the text may be a piece ahead
+                position, since = (
+                    text.position() | dict(pieces=number),
+                    0,
+                )  # the text may be a piece ahead
             yield packed(batch, position)
             batch, size = [], 0
     if found["whole"] and number != len(pieces):
@@ -290,12 +377,20 @@ def _progress(folder: Path, names: tuple, width: int) -> dict:
 
     def sizes(done: dict) -> dict:
         pieces = done["position"]["pieces"] if done["position"] else 0
-        return dict(zip(names, [HEADER_BYTES + width * n for n in done["tokens"]] + [PIECE.itemsize * pieces]))
+        return dict(
+            zip(
+                names,
+                [HEADER_BYTES + width * n for n in done["tokens"]] + [PIECE.itemsize * pieces],
+            )
+        )
 
-    if any(not (folder / name).exists() or (folder / name).stat().st_size < size for name, size in sizes(done).items()):
+    if any(
+        not (folder / name).exists() or (folder / name).stat().st_size < size
+        for name, size in sizes(done).items()
+    ):
         done = empty
         for name in names:
-            (folder / name).unlink(missing_ok=True)     # it may be a link to another cache folder's
+            (folder / name).unlink(missing_ok=True)  # it may be a link to another cache folder's
             (folder / name).touch()
     for name, size in sizes(done).items():
         os.truncate(folder / name, size)
@@ -313,7 +408,9 @@ def _write_shards(folder: Path, text: Text, found: dict, limit: int, tokens_of: 
     workers = 0 if found["whole"] and total <= 2 * TOKENIZE_CHARACTERS else cpu_cores()
     if not found["whole"]:
         total = text.expected_characters(total, int(found["pieces"]["last"].sum()))
-    waiting = collections.deque()       # of the batches whose tokens are being made: PIECE array, position
+    waiting = (
+        collections.deque()
+    )  # of the batches whose tokens are being made: PIECE array, position
 
     def batches():
         for batch, *rest in _batches(text, found, limit, done["position"]):
@@ -323,11 +420,20 @@ def _write_shards(folder: Path, text: Text, found: dict, limit: int, tokens_of: 
     files = [open(folder / name, "ab") for name in names]
     try:
         with Bar("tokenizing", total, done["characters"]) as bar:
-            for tokens in DataLoader(tokens_of, sampler=batches(), batch_size=None, num_workers=workers, collate_fn=lambda x: x,
-                                     worker_init_fn=_start_worker, multiprocessing_context="fork" if workers else None,
-                                     generator=torch.Generator()):      # its own, or it would advance the global one
+            for tokens in DataLoader(
+                tokens_of,
+                sampler=batches(),
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=lambda x: x,
+                worker_init_fn=_start_worker,
+                multiprocessing_context="fork" if workers else None,
+                generator=torch.Generator(),
+            ):  # its own, or it would advance the global one
                 if isinstance(tokens, str):
-                    raise ExperimentError(f"the tokenizer cannot encode this corpus: {tokens}. Choose another with --tokenizer")
+                    raise ExperimentError(
+                        f"the tokenizer cannot encode this corpus: {tokens}. Choose another with --tokenizer"
+                    )
                 record, position = waiting.popleft()
                 for file, content in zip(files, (*tokens, record)):
                     file.write(content.tobytes())
@@ -341,9 +447,11 @@ def _write_shards(folder: Path, text: Text, found: dict, limit: int, tokens_of: 
                         os.fsync(file.fileno())
                     done["position"] = position
                     replace_file(folder / "progress.json", json.dumps(done))
-    except RuntimeError as error:       # DataLoader's, of a worker that is gone
-        raise ExperimentError(f"a tokenizing process ended, most often for lack of memory ({error}). Run again: what was "
-                              "tokenized is kept, and it goes on from there") from error
+    except RuntimeError as error:  # DataLoader's, of a worker that is gone
+        raise ExperimentError(
+            f"a tokenizing process ended, most often for lack of memory ({error}). Run again: what was "
+            "tokenized is kept, and it goes on from there"
+        ) from error
     finally:
         for file in files:
             file.close()
@@ -352,11 +460,12 @@ def _write_shards(folder: Path, text: Text, found: dict, limit: int, tokens_of: 
 
 # --- counting
 
+
 def count_tokens(tokens: np.ndarray, size: int, bar: Bar, digest=None) -> np.ndarray:
     """How often each token occurs, int64 [size]; feeds the tokens to a hash too. Raises ValueError at one out of range."""
     counts = np.zeros(size, np.int64)
     for first in range(0, len(tokens), COUNT_TOKENS):
-        chunk = tokens[first:first + COUNT_TOKENS]
+        chunk = tokens[first : first + COUNT_TOKENS]
         if chunk.max() >= size:
             place = int(np.argmax(chunk >= size))
             raise ValueError(f"token {chunk[place]} at place {first + place}")

@@ -4,6 +4,7 @@ backward pass makes them.
 Copies run on streams of their own beside the computation, in and out at once. The order of arithmetic is that of everything on
 the device, so results are too, to the last bit. On a CPU the same code runs without streams.
 """
+
 import contextlib
 import functools
 import math
@@ -18,7 +19,7 @@ from torch import Tensor
 from config import OPTIMIZER_PIECE, ExperimentError
 from engine.precision import gradient_norm
 
-PINNING_THREADS = 8     # one thread pins about 2 GB/s
+PINNING_THREADS = 8  # one thread pins about 2 GB/s
 
 
 class OptimizerState:
@@ -32,19 +33,39 @@ class OptimizerState:
     `gradients` are those that lie on the host, by name (HostGradients.tensors); they come with the state, which is streamed then.
     Raises ExperimentError when host memory does not hold the state.
     """
+
     PIECE = OPTIMIZER_PIECE
 
-    def __init__(self, parameters: dict[str, Tensor], moments: tuple[str, ...], moment_dtype, offload: bool, matrices: bool,
-                 gradients: dict[str, Tensor] = {}):
+    def __init__(
+        self,
+        parameters: dict[str, Tensor],
+        moments: tuple[str, ...],
+        moment_dtype,
+        offload: bool,
+        matrices: bool,
+        gradients: dict[str, Tensor] = {},
+    ):
         assert offload or not gradients
-        self.parameters, self.offload, self.matrices, self.host_gradients = parameters, offload, matrices, gradients
+        self.parameters, self.offload, self.matrices, self.host_gradients = (
+            parameters,
+            offload,
+            matrices,
+            gradients,
+        )
         self.device = next((p.device for p in parameters.values()), torch.device("cpu"))
         wanted = []
         for name, p in parameters.items():
             kinds = {"residual": torch.int16} if p.dtype != torch.float32 else {}
-            wanted += [(name, key, p.shape, dtype) for key, dtype in (kinds | {moment: moment_dtype(p) for moment in moments}).items()]
+            wanted += [
+                (name, key, p.shape, dtype)
+                for key, dtype in (kinds | {moment: moment_dtype(p) for moment in moments}).items()
+            ]
         shapes = [(shape, dtype) for _, _, shape, dtype in wanted]
-        zeros = host_zeros(shapes, self.device) if offload else [torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
+        zeros = (
+            host_zeros(shapes, self.device)
+            if offload
+            else [torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
+        )
         self.tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
         for (name, key, *_), tensor in zip(wanted, zeros):
             self.tensors[name][key] = tensor
@@ -56,8 +77,13 @@ class OptimizerState:
         groups = self._groups()
         if not self.offload:
             for group in groups:
-                yield [(*self._weight_and_gradient(name, cut), {k: self._view(t)[cut] for k, t in self.tensors[name].items()})
-                       for name, cut in group]
+                yield [
+                    (
+                        *self._weight_and_gradient(name, cut),
+                        {k: self._view(t)[cut] for k, t in self.tensors[name].items()},
+                    )
+                    for name, cut in group
+                ]
             return
 
         on_gpu = self.device.type == "cuda"
@@ -69,11 +95,20 @@ class OptimizerState:
             """The group's state, and its gradients that lie on the host, on their way to the device, and the event that says they
             are there."""
             # taken from the computation's own memory: what forward and backward have left is free now
-            sources = [self.tensors[name] | ({"gradient": self.host_gradients[name]} if name in self.host_gradients else {}) for name, _ in group]
-            states = [{k: torch.empty_like(self._view(t)[cut], device=self.device) for k, t in source.items()}
-                      for (_, cut), source in zip(group, sources)]
+            sources = [
+                self.tensors[name]
+                | ({"gradient": self.host_gradients[name]} if name in self.host_gradients else {})
+                for name, _ in group
+            ]
+            states = [
+                {
+                    k: torch.empty_like(self._view(t)[cut], device=self.device)
+                    for k, t in source.items()
+                }
+                for (_, cut), source in zip(group, sources)
+            ]
             if on_gpu:
-                inward.wait_stream(compute)     # and may still be in use there
+                inward.wait_stream(compute)  # and may still be in use there
             with stream(inward):
                 for (_, cut), source, state in zip(group, sources, states):
                     for key, tensor in state.items():
@@ -81,17 +116,22 @@ class OptimizerState:
             return states, inward.record_event() if on_gpu else None
 
         if on_gpu:
-            inward.wait_stream(outward)     # the last walk's results have arrived in host memory
+            inward.wait_stream(outward)  # the last walk's results have arrived in host memory
         ahead, written = [fetch(group) for group in groups[:2]], []
         for i, group in enumerate(groups):
             states, arrived = ahead.pop(0)
             gradients = [state.pop("gradient", None) for state in states]
-            tensors = [(self._view(self.tensors[name][key])[cut], tensor)
-                       for (name, cut), state in zip(group, states) for key, tensor in state.items()]
+            tensors = [
+                (self._view(self.tensors[name][key])[cut], tensor)
+                for (name, cut), state in zip(group, states)
+                for key, tensor in state.items()
+            ]
             if on_gpu:
-                compute.wait_event(arrived)     # this group's; the next one's copy goes on meanwhile
-            yield [(*self._weight_and_gradient(name, cut, gradient), state)
-                   for (name, cut), gradient, state in zip(group, gradients, states)]
+                compute.wait_event(arrived)  # this group's; the next one's copy goes on meanwhile
+            yield [
+                (*self._weight_and_gradient(name, cut, gradient), state)
+                for (name, cut), gradient, state in zip(group, gradients, states)
+            ]
             with stream(outward):
                 if on_gpu:
                     outward.wait_stream(compute)
@@ -121,9 +161,16 @@ class OptimizerState:
 
     def _groups(self) -> list[list[tuple[str, slice]]]:
         """(name, slice of its matrices or rows) of every piece, those that are worked on together in one list."""
-        shape = {name: self._view(p).shape for name, p in self.parameters.items() if p.grad is not None or name in self.host_gradients}
-        if self.matrices:       # equal shapes side by side, in the order in which they first come
-            first = {rows_columns: i for i, rows_columns in reversed(list(enumerate(s[1:] for s in shape.values())))}
+        shape = {
+            name: self._view(p).shape
+            for name, p in self.parameters.items()
+            if p.grad is not None or name in self.host_gradients
+        }
+        if self.matrices:  # equal shapes side by side, in the order in which they first come
+            first = {
+                rows_columns: i
+                for i, rows_columns in reversed(list(enumerate(s[1:] for s in shape.values())))
+            }
             shape = dict(sorted(shape.items(), key=lambda item: first[item[1][1:]]))
         groups, room, last = [], 0, None
         for name, (n, *rest) in shape.items():
@@ -154,15 +201,19 @@ class OptimizerState:
 
         Raises ValueError when names, shapes or dtypes differ."""
         if state.keys() != self.tensors.keys():
-            raise ValueError(f"optimizer state of other parameters: {sorted(state.keys() ^ self.tensors.keys())[:4]}")
+            raise ValueError(
+                f"optimizer state of other parameters: {sorted(state.keys() ^ self.tensors.keys())[:4]}"
+            )
         for name, own in self.tensors.items():
             if unknown := state[name].keys() - own.keys():
                 raise ValueError(f"optimizer state {name}: unknown {sorted(unknown)}")
             for key, tensor in own.items():
                 saved = state[name].get(key)
                 if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-                    raise ValueError(f"optimizer state {name}/{key}: expected {tensor.dtype} {tuple(tensor.shape)}, found "
-                                     + ("nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}"))
+                    raise ValueError(
+                        f"optimizer state {name}/{key}: expected {tensor.dtype} {tuple(tensor.shape)}, found "
+                        + ("nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}")
+                    )
                 tensor.copy_(saved)
 
 
@@ -178,16 +229,28 @@ class HostGradients:
     """
 
     def __init__(self, model, n_blocks: int):
-        self.blocks = [{f"blocks.{i}.{name}": p for name, p in block.named_parameters() if p.ndim > 1 and "router" not in name}
-                       for i, block in enumerate(model.blocks[:n_blocks])]
+        self.blocks = [
+            {
+                f"blocks.{i}.{name}": p
+                for name, p in block.named_parameters()
+                if p.ndim > 1 and "router" not in name
+            }
+            for i, block in enumerate(model.blocks[:n_blocks])
+        ]
         named = {name: p for block in self.blocks for name, p in block.items()}
         device = model.norm.weight.device
         self.gpu, self.norms = device.type == "cuda", {}
-        self.tensors = dict(zip(named, host_zeros([(p.shape, p.dtype) for p in named.values()], device)))
+        self.tensors = dict(
+            zip(named, host_zeros([(p.shape, p.dtype) for p in named.values()], device))
+        )
         if self.gpu:
             self.inward, self.outward = torch.cuda.Stream(), torch.cuda.Stream()
-        if n_blocks:        # the last gradient of what the backward pass comes through before
-            before = model.norm if n_blocks == len(model.blocks) else model.blocks[n_blocks].attention_norm
+        if n_blocks:  # the last gradient of what the backward pass comes through before
+            before = (
+                model.norm
+                if n_blocks == len(model.blocks)
+                else model.blocks[n_blocks].attention_norm
+            )
             before.weight.register_post_accumulate_grad_hook(_weakly(self._begin))
         take = _weakly(self._take)
         for i, block in enumerate(self.blocks):
@@ -201,7 +264,7 @@ class HostGradients:
     def _begin(self, _: Tensor) -> None:
         self.missing, self.fetched, self.left = [len(block) for block in self.blocks], {}, []
         if self.gpu:
-            self.inward.wait_stream(self.outward)       # the sums of the micro-batch before have arrived
+            self.inward.wait_stream(self.outward)  # the sums of the micro-batch before have arrived
         for i in (len(self.blocks) - 1, len(self.blocks) - 2):
             self._fetch(i)
 
@@ -212,7 +275,7 @@ class HostGradients:
             return
         sums = {name: torch.empty_like(p) for name, p in self.blocks[i].items()}
         if self.gpu:
-            self.inward.wait_stream(torch.cuda.current_stream())        # which may still use that memory
+            self.inward.wait_stream(torch.cuda.current_stream())  # which may still use that memory
         with self._on("inward"):
             for name, tensor in sums.items():
                 tensor.copy_(self.tensors[name], non_blocking=True)
@@ -238,7 +301,7 @@ class HostGradients:
         self.missing[i] -= 1
         if self.missing[i] == 0:
             self.fetched.pop(i, None)
-            if self.gpu:        # the host, which takes memory for what is fetched, waits for the block after this one to have left
+            if self.gpu:  # the host, which takes memory for what is fetched, waits for the block after this one to have left
                 self.left.append(self.outward.record_event())
                 if len(self.left) > 1:
                     self.left.pop(0).synchronize()
@@ -260,6 +323,7 @@ def _weakly(method):
     def call(*arguments):
         if (alive := weak()) is not None:
             alive(*arguments)
+
     return call
 
 
@@ -273,7 +337,8 @@ def host_zeros(wanted: list[tuple[torch.Size, torch.dtype]], device: torch.devic
     except (RuntimeError, MemoryError, OSError) as error:
         raise ExperimentError(
             f"no host memory for what is streamed ({error}).\n  Free host memory, use a smaller preset, or set "
-            "--offload_optimizer false if the optimizer state fits the GPU ('plan' shows both).") from error
+            "--offload_optimizer false if the optimizer state fits the GPU ('plan' shows both)."
+        ) from error
 
 
 def _pinned_zeros(shape, dtype: torch.dtype) -> Tensor:
@@ -283,8 +348,10 @@ def _pinned_zeros(shape, dtype: torch.dtype) -> Tensor:
     where the system has them, because pinning takes its time by the page.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size < 2 ** 20:
-        return torch.zeros(shape, dtype=dtype).pin_memory()         # small ones share pages, and a page is registered once
+    if size < 2**20:
+        return torch.zeros(
+            shape, dtype=dtype
+        ).pin_memory()  # small ones share pages, and a page is registered once
     pages = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
@@ -294,5 +361,3 @@ def _pinned_zeros(shape, dtype: torch.dtype) -> Tensor:
     torch.cuda.check_error(int(cudart.cudaHostRegister(tensor.data_ptr(), size, 0)))
     weakref.finalize(tensor, cudart.cudaHostUnregister, tensor.data_ptr())
     return tensor
-
-

@@ -3,11 +3,12 @@
 A parameter that is stored in 16 bits has an fp32 master all the same: the 16-bit weight is the master rounded, and a
 16-bit integer residual in the optimizer's state says how far. Nothing is held twice.
 """
+
 import torch
 from torch import Tensor
 
-
 # ---------------------------------------------------------------- split master weights
+
 
 def encode_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Splits fp32 masters into a weight of `dtype` (bfloat16 or float16) and an int16 residual.
@@ -24,14 +25,18 @@ def encode_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = master.to(torch.float16)
     exponent, mantissa = _fp16_parts(weight)
     # +-0x8000 (a tie) is cut to 0x7fff: decoding rounds it back in fp32, and encoding what was decoded changes nothing
-    residual = (master - mantissa.float() * _power_of_two(exponent - 25)) * _power_of_two(41 - exponent)
-    return weight, residual.round().clamp(-0x7fff, 0x7fff).to(torch.int16)
+    residual = (master - mantissa.float() * _power_of_two(exponent - 25)) * _power_of_two(
+        41 - exponent
+    )
+    return weight, residual.round().clamp(-0x7FFF, 0x7FFF).to(torch.int16)
 
 
 def decode_master(weight: Tensor, residual: Tensor) -> Tensor:
     """The fp32 masters behind a 16-bit weight and its residual, as a new tensor: the inverse of `encode_master`."""
     if weight.dtype == torch.bfloat16:
-        return ((weight.view(torch.int16).to(torch.int32) << 16) + residual.to(torch.int32)).view(torch.float32)
+        return ((weight.view(torch.int16).to(torch.int32) << 16) + residual.to(torch.int32)).view(
+            torch.float32
+        )
     exponent, mantissa = _fp16_parts(weight)
     return ((mantissa << 16) + residual.to(torch.int32)).float() * _power_of_two(exponent - 41)
 
@@ -54,7 +59,7 @@ def _fp16_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
     takes a cast to float16 and back for nothing to be done, and the residual would be lost."""
     bits = weight.view(torch.int16).to(torch.int32)
     field = (bits >> 10) & 31
-    mantissa = (bits & 0x3ff) + torch.where(field > 0, 0x400, 0)
+    mantissa = (bits & 0x3FF) + torch.where(field > 0, 0x400, 0)
     return field.clamp(min=1), torch.where(bits < 0, -mantissa, mantissa)
 
 
@@ -65,19 +70,23 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- loss scaling
 
+
 class LossScaler:
     """Dynamic loss scale (Micikevicius et al. 2018, "Mixed Precision Training").
 
     torch.amp.GradScaler refuses fp16 gradients and rewrites `.grad` to unscale it, which rounds small ones to zero; here
     the optimizer divides by the scale in fp32 as it reads a gradient. Outside fp16 the scale is 1 and stays 1.
     """
+
     MINIMUM = 1.0
 
     def __init__(self, initial: float, growth_interval: int, enabled: bool):
         self.scale = initial if enabled else self.MINIMUM
         self.growth_interval, self.enabled = growth_interval, enabled
-        self.good_steps = 0       # since the last overflow or growth
-        self.stuck_steps = 0      # overflows in a row at the minimum scale, where halving no longer helps
+        self.good_steps = 0  # since the last overflow or growth
+        self.stuck_steps = (
+            0  # overflows in a row at the minimum scale, where halving no longer helps
+        )
 
     def update(self, overflow: bool) -> None:
         """Call once a step: halves the scale after an overflow, doubles it after `growth_interval` good steps."""
@@ -95,7 +104,11 @@ class LossScaler:
         return dict(scale=self.scale, good_steps=self.good_steps, stuck_steps=self.stuck_steps)
 
     def load_state_dict(self, state: dict) -> None:
-        self.scale, self.good_steps, self.stuck_steps = state["scale"], state["good_steps"], state["stuck_steps"]
+        self.scale, self.good_steps, self.stuck_steps = (
+            state["scale"],
+            state["good_steps"],
+            state["stuck_steps"],
+        )
 
 
 @torch.no_grad()
@@ -106,7 +119,12 @@ def gradient_norms(parameters: list[Tensor], known: dict[Tensor, Tensor] = {}) -
     Any inf or nan in a gradient shows in its norm, so the global norm is the overflow test too. No host synchronisation.
     """
     zero = torch.zeros((), device=parameters[0].device)
-    return torch.stack([known[p] if p in known else zero if p.grad is None else gradient_norm(p.grad) for p in parameters])
+    return torch.stack(
+        [
+            known[p] if p in known else zero if p.grad is None else gradient_norm(p.grad)
+            for p in parameters
+        ]
+    )
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 """What the results of a study are in numbers, for its figure and its report: groups of runs, what two seeds can tell apart, fits."""
+
 import dataclasses
 import functools
 import math
@@ -18,9 +19,14 @@ SPEED = "speed of "
 
 def base_config(results: dict) -> Config:
     """The configuration that the study's runs change."""
-    given = {name.removeprefix("--"): value for name, value in zip(results["options"][::2], results["options"][1::2])}
+    given = {
+        name.removeprefix("--"): value
+        for name, value in zip(results["options"][::2], results["options"][1::2])
+    }
     preset = given.pop("preset")
-    return resolve({name: parse_value(name, value) for name, value in given.items()}, preset, None)[0]
+    return resolve({name: parse_value(name, value) for name, value in given.items()}, preset, None)[
+        0
+    ]
 
 
 def groups(results: dict) -> dict[str, list[dict]]:
@@ -44,6 +50,7 @@ def _grouped(runs) -> dict[str, list[dict]]:
 
 def micro_batches(results: dict) -> tuple[dict[tuple, dict[int, list[dict]]], dict[tuple, int]]:
     """Of the checkpointing study, by (layers, mode): {micro-batch that always fitted: its runs}, and the smallest that once did not."""
+
     def where(run: dict) -> tuple[int, str]:
         return run["changes"]["n_layers"], run["changes"]["activation_checkpointing"]
 
@@ -51,7 +58,9 @@ def micro_batches(results: dict) -> tuple[dict[tuple, dict[int, list[dict]]], di
     too_large: dict[tuple, int] = {}
     for run in results["runs"].values():
         if run.get("failed") == "out of memory":
-            too_large[where(run)] = min(run["changes"]["batch_size"], too_large.get(where(run), math.inf))
+            too_large[where(run)] = min(
+                run["changes"]["batch_size"], too_large.get(where(run), math.inf)
+            )
     for runs in timed(results).values():
         place, batch = where(runs[0]), runs[0]["changes"]["batch_size"]
         if batch < too_large.get(place, math.inf):
@@ -62,7 +71,9 @@ def micro_batches(results: dict) -> tuple[dict[tuple, dict[int, list[dict]]], di
 def speed_ratios(a: list[dict], b: list[dict]) -> list[dict]:
     """How many times as fast a is as b, in each round of measurements that has both, as runs with the value `ratio`."""
     rounds = [{run["changes"]["seed"]: run["tokens_per_second"] for run in runs} for runs in (a, b)]
-    return [dict(ratio=rate / rounds[1][seed]) for seed, rate in rounds[0].items() if seed in rounds[1]]
+    return [
+        dict(ratio=rate / rounds[1][seed]) for seed, rate in rounds[0].items() if seed in rounds[1]
+    ]
 
 
 def ratio_error(pairs: list[list[dict]]) -> float:
@@ -87,17 +98,24 @@ def noise(found: dict[str, list[dict]], key: str = "val_loss") -> float:
     several = [[run[key] for run in runs] for runs in found.values() if len(runs) > 1]
     if not several:
         return math.inf
-    return math.sqrt(sum(np.var(values) * len(values) for values in several) / sum(len(values) - 1 for values in several))
+    return math.sqrt(
+        sum(np.var(values) * len(values) for values in several)
+        / sum(len(values) - 1 for values in several)
+    )
 
 
 def honest_difference(found: dict[str, list[dict]], key: str = "val_loss") -> float:
     """The smallest difference of the means of two groups that Tukey's test (1949) finds at the 5% level among all groups of a study
     with more than one seed, times the root of the seeds; inf without two such groups."""
     seeds = [len(runs) for runs in found.values() if len(runs) > 1]
-    return _studentized_range(len(seeds), sum(seeds) - len(seeds)) * noise(found, key) if len(seeds) > 1 else math.inf
+    return (
+        _studentized_range(len(seeds), sum(seeds) - len(seeds)) * noise(found, key)
+        if len(seeds) > 1
+        else math.inf
+    )
 
 
-@functools.cache        # a numerical integral
+@functools.cache  # a numerical integral
 def _studentized_range(means: int, freedom: int) -> float:
     return float(studentized_range.ppf(0.95, means, freedom))
 
@@ -121,16 +139,23 @@ def mean_difference(pairs: list[tuple[list[dict], list[dict]]]) -> tuple[float, 
     freedom = [sum(len(runs) - 1 for runs in side.values()) for side in sides]
     if not all(freedom):
         return difference, math.inf
-    squares = [noise(side) ** 2 * sum(1 / len(runs) for runs in side.values()) / len(pairs) ** 2 for side in sides]
+    squares = [
+        noise(side) ** 2 * sum(1 / len(runs) for runs in side.values()) / len(pairs) ** 2
+        for side in sides
+    ]
     if not sum(squares):
         return difference, 0.0
-    effective = sum(squares) ** 2 / sum(square ** 2 / n for square, n in zip(squares, freedom))
+    effective = sum(squares) ** 2 / sum(square**2 / n for square, n in zip(squares, freedom))
     return difference, float(student.ppf(0.975, effective)) * math.sqrt(sum(squares))
 
 
 def swept(found: dict[str, list[dict]], optimizer: str) -> list[list[dict]]:
     """The optimizer study's groups with one of its optimizers at some rates, in steps of the whole batch or after the words QUARTER."""
-    return [runs for group, runs in found.items() if group.startswith(f"{optimizer}, ") and "_lr" in group]
+    return [
+        runs
+        for group, runs in found.items()
+        if group.startswith(f"{optimizer}, ") and "_lr" in group
+    ]
 
 
 def best_runs(found: dict[str, list[dict]], optimizer: str) -> list[dict]:
@@ -140,17 +165,21 @@ def best_runs(found: dict[str, list[dict]], optimizer: str) -> list[dict]:
 
 def shorter(found: dict[str, list[dict]]) -> list[list[dict]]:
     """The optimizer study's groups of Muon with fewer tokens, fewest first."""
-    return sorted((runs for group, runs in found.items() if "of the tokens" in group), key=lambda runs: runs[0]["tokens"])
+    return sorted(
+        (runs for group, runs in found.items() if "of the tokens" in group),
+        key=lambda runs: runs[0]["tokens"],
+    )
 
 
 @dataclass
 class ScalingLaw:
     """y = floor + rise (x / centre)^-exponent: Hoffmann et al. (2022), equation 2, with the tokens fixed, whose part is in the floor."""
+
     floor: float
     rise: float
     exponent: float
     centre: float
-    covariance: np.ndarray      # [3, 3] of floor, rise and exponent
+    covariance: np.ndarray  # [3, 3] of floor, rise and exponent
 
     @property
     def errors(self) -> np.ndarray:
@@ -177,10 +206,18 @@ class ScalingLaw:
         """The 95% interval of that x, by what the covariance, and the standard error of y, leave open. (Normal draws: with two points
         at each of four sizes a simulation finds the truth in 95% of such intervals, and in nearly all with Student's t.)"""
         random = np.random.default_rng(0)
-        draws = random.multivariate_normal((self.floor, self.rise, self.exponent), self.covariance, 4000)
+        draws = random.multivariate_normal(
+            (self.floor, self.rise, self.exponent), self.covariance, 4000
+        )
         ys = random.normal(y, error, 4000)
-        found = [dataclasses.replace(self, floor=law[0], rise=law[1], exponent=law[2]).inverse(v) for law, v in zip(draws, ys) if min(law[1:]) > 0]
-        low, high = np.percentile(found, (2.5, 97.5), method="nearest")     # no mean of a number and inf
+        found = [
+            dataclasses.replace(self, floor=law[0], rise=law[1], exponent=law[2]).inverse(v)
+            for law, v in zip(draws, ys)
+            if min(law[1:]) > 0
+        ]
+        low, high = np.percentile(
+            found, (2.5, 97.5), method="nearest"
+        )  # no mean of a number and inf
         return float(low), float(high)
 
 
@@ -193,28 +230,51 @@ def scaling_law(x: list[float], y: list[float]) -> ScalingLaw | None:
 
     def law(x, floor, rise, exponent):
         return floor + rise * (x / centre) ** -exponent
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", OptimizeWarning)
         try:
-            fit, covariance = curve_fit(law, np.array(x), np.array(y), p0=(min(y) - 0.1, np.mean(y) - min(y) + 0.1, 0.5), maxfev=10_000)
+            fit, covariance = curve_fit(
+                law,
+                np.array(x),
+                np.array(y),
+                p0=(min(y) - 0.1, np.mean(y) - min(y) + 0.1, 0.5),
+                maxfev=10_000,
+            )
         except (RuntimeError, OptimizeWarning):
             return None
     floor, rise, exponent = map(float, fit)
-    return ScalingLaw(floor, rise, exponent, centre, covariance) if min(floor, rise) > 0 and exponent > 2 * covariance[2, 2] ** 0.5 else None
+    return (
+        ScalingLaw(floor, rise, exponent, centre, covariance)
+        if min(floor, rise) > 0 and exponent > 2 * covariance[2, 2] ** 0.5
+        else None
+    )
 
 
 def of_kind(results: dict, kind: str) -> list[dict]:
     """The scaling study's runs of a kind at equal tokens, with their FLOPs a token."""
-    return [run | dict(flops_per_token=run["flops"] / run["tokens"])
-            for group, runs in groups(results).items() if group.startswith(kind) and not group.endswith(EQUAL_TIME) for run in runs]
+    return [
+        run | dict(flops_per_token=run["flops"] / run["tokens"])
+        for group, runs in groups(results).items()
+        if group.startswith(kind) and not group.endswith(EQUAL_TIME)
+        for run in runs
+    ]
 
 
 def worth_of_time(dense: list[dict], longer: list[tuple[list[dict], list[dict]]]) -> float:
     """Nats that e times the time gains a dense model, rather too many than too few: the most that is seen in the second half of a run,
     and from groups of runs to the longer ones beside them."""
-    within = [(float(np.interp(run["tokens"] / 2, *np.transpose(run["validation"]))) - run["val_loss"]) / math.log(2) for run in dense]
-    between = [(mean_and_spread(short)[0] - mean_and_spread(long)[0]) / math.log(long[0]["tokens"] / short[0]["tokens"])
-               for short, long in longer if long[0]["tokens"] > 1.05 * short[0]["tokens"]]
+    within = [
+        (float(np.interp(run["tokens"] / 2, *np.transpose(run["validation"]))) - run["val_loss"])
+        / math.log(2)
+        for run in dense
+    ]
+    between = [
+        (mean_and_spread(short)[0] - mean_and_spread(long)[0])
+        / math.log(long[0]["tokens"] / short[0]["tokens"])
+        for short, long in longer
+        if long[0]["tokens"] > 1.05 * short[0]["tokens"]
+    ]
     return max(0.0, *within, *between)
 
 
@@ -223,7 +283,11 @@ def equal_time(results: dict) -> tuple[float, float, float]:
     a part of them; and the nats at equal time that so uncertain a speed is worth, inf when none was measured twice."""
     found, speeds = groups(results), timed(results)
     names = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
-    longer = [(found[f"dense, {name}"], found[f"dense, {name}{EQUAL_TIME}"]) for name in names if f"dense, {name}{EQUAL_TIME}" in found]
+    longer = [
+        (found[f"dense, {name}"], found[f"dense, {name}{EQUAL_TIME}"])
+        for name in names
+        if f"dense, {name}{EQUAL_TIME}" in found
+    ]
     ratios = [speed_ratios(speeds[f"moe, {name}"], speeds[f"dense, {name}"]) for name in names]
     worth, error = worth_of_time(of_kind(results, "dense"), longer), ratio_error(ratios)
     return worth, error, worth * error if error < math.inf else math.inf

@@ -1,8 +1,9 @@
 """What holds for every test: no network, one thread, a fixed seed."""
+
 import os
 import tempfile
 
-os.environ["HF_HUB_OFFLINE"] = "1"      # no test uses the network, nor what an earlier one downloaded
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network, nor what an earlier one downloaded
 HUB = tempfile.TemporaryDirectory()
 os.environ["HF_HOME"] = HUB.name
 
@@ -20,5 +21,5 @@ def tiny() -> Config:
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    torch.set_num_threads(1)         # tiny models gain nothing from more, and wait for busy cores
+    torch.set_num_threads(1)  # tiny models gain nothing from more, and wait for busy cores
     torch.manual_seed(0)

@@ -1,18 +1,29 @@
 """What several test modules build: a tiny configuration, a text, its tokenizer, a checkpoint."""
+
 import dataclasses
 import functools
 
 import torch
 
-from record import checkpoint
 from config import PRESETS, Config
 from corpus.tokenizer import train_tokenizer
+from engine.precision import write_master
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
-from engine.precision import write_master
+from record import checkpoint
 
-TINY = dict(PRESETS["tiny"], d_model=32, n_layers=4, n_heads=4, d_ff=48, num_experts=4, moe_every=2, max_seq_len=16,
-            vocab_size=264, batch_size=2)
+TINY = dict(
+    PRESETS["tiny"],
+    d_model=32,
+    n_layers=4,
+    n_heads=4,
+    d_ff=48,
+    num_experts=4,
+    moe_every=2,
+    max_seq_len=16,
+    vocab_size=264,
+    batch_size=2,
+)
 
 
 def tiny_config(**changes) -> Config:
@@ -20,7 +31,10 @@ def tiny_config(**changes) -> Config:
     return Config(**{**TINY, **changes})
 
 
-TEXT = "The naïve café's menu lists 7 kinds of tea; all of them are good. In winter 漢字 are on it too.\n" * 40
+TEXT = (
+    "The naïve café's menu lists 7 kinds of tea; all of them are good. In winter 漢字 are on it too.\n"
+    * 40
+)
 
 
 @functools.cache
@@ -33,15 +47,39 @@ def write_checkpoint(path, config: Config, **changes) -> dict:
     """Saves what a run of `config` would, with random fp32 masters, and returns the state; `changes` replace parts of it."""
     model = MoETransformer(config)
     hidden, others = split_parameters(model)
-    muon, adamw = Muon(hidden, 0.95, 0.1).state_dict(), AdamW(others, 0.9, 0.95, 1e-8, 0.1).state_dict()
+    muon, adamw = (
+        Muon(hidden, 0.95, 0.1).state_dict(),
+        AdamW(others, 0.9, 0.95, 1e-8, 0.1).state_dict(),
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             state = (muon if name in hidden else adamw)["state"][name]
-            write_master(torch.rand(p.shape) + 0.5 if p.ndim == 1 else torch.randn(p.shape) * config.init_std, p, state)
+            write_master(
+                torch.rand(p.shape) + 0.5
+                if p.ndim == 1
+                else torch.randn(p.shape) * config.init_std,
+                p,
+                state,
+            )
     state = dict(
-        config=dataclasses.asdict(config), run_id="run", step=7, data_position=0, tokens_seen=700, skipped_steps=0, saved_steps=[],
-        train_seconds=2.0, mean_norm=None, model={name: p.detach() for name, p in model.named_parameters()},
-        optimizer=dict(muon=muon, adamw=adamw), schedule={}, loss_scaler={}, random={}, interval={}, metrics={},
-        data=dict(data_hash="d" * 32, tokenizer_hash="t" * 64), tokenizer_json=tokenizer_json())
+        config=dataclasses.asdict(config),
+        run_id="run",
+        step=7,
+        data_position=0,
+        tokens_seen=700,
+        skipped_steps=0,
+        saved_steps=[],
+        train_seconds=2.0,
+        mean_norm=None,
+        model={name: p.detach() for name, p in model.named_parameters()},
+        optimizer=dict(muon=muon, adamw=adamw),
+        schedule={},
+        loss_scaler={},
+        random={},
+        interval={},
+        metrics={},
+        data=dict(data_hash="d" * 32, tokenizer_hash="t" * 64),
+        tokenizer_json=tokenizer_json(),
+    )
     checkpoint.save(path, state | changes)
     return state | changes

@@ -9,15 +9,46 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
-from config import (PRESETS, SHIPPED_DEFAULTS, Config, ConfigError, ExperimentError, defaults, defaults_fingerprint,
-                    field_docs, nearest, parse_value, resolve)
-from tests.helpers import tiny_config
+from config import (
+    PRESETS,
+    SHIPPED_DEFAULTS,
+    Config,
+    ConfigError,
+    ExperimentError,
+    defaults,
+    defaults_fingerprint,
+    field_docs,
+    nearest,
+    parse_value,
+    resolve,
+)
 from model import MoETransformer
+from tests.helpers import tiny_config
 
-BRIEF = dict(d_model=4096, n_layers=40, n_heads=32, d_ff=11008, num_experts=8, top_k=2, moe_every=4, max_seq_len=4096,
-             vocab_size=49152, batch_size=4, gradient_accumulation_steps=8, max_steps=50_000, muon_lr=0.01, adamw_lr=0.001,
-             warmup_fraction=0.05, grad_clip=1.0, eval_every=500, save_every=5000, precision="fp16", n_kv_heads=32,
-             norm_topk_prob=True, tie_embeddings=False)
+BRIEF = dict(
+    d_model=4096,
+    n_layers=40,
+    n_heads=32,
+    d_ff=11008,
+    num_experts=8,
+    top_k=2,
+    moe_every=4,
+    max_seq_len=4096,
+    vocab_size=49152,
+    batch_size=4,
+    gradient_accumulation_steps=8,
+    max_steps=50_000,
+    muon_lr=0.01,
+    adamw_lr=0.001,
+    warmup_fraction=0.05,
+    grad_clip=1.0,
+    eval_every=500,
+    save_every=5000,
+    precision="fp16",
+    n_kv_heads=32,
+    norm_topk_prob=True,
+    tie_embeddings=False,
+)
 
 
 def built(c: Config) -> MoETransformer:
@@ -30,64 +61,105 @@ def built(c: Config) -> MoETransformer:
 # ---------------------------------------------------------------- parameter arithmetic
 
 CASES = {name: Config(**values) for name, values in PRESETS.items()} | {
-    "grouped_queries": tiny_config(n_kv_heads=2), "tied": tiny_config(tie_embeddings=True),
-    "dense": tiny_config(num_experts=0), "moe_every_3": tiny_config(moe_every=3, top_k=1),
-    "all_experts": tiny_config(top_k=4)}
+    "grouped_queries": tiny_config(n_kv_heads=2),
+    "tied": tiny_config(tie_embeddings=True),
+    "dense": tiny_config(num_experts=0),
+    "moe_every_3": tiny_config(moe_every=3, top_k=1),
+    "all_experts": tiny_config(top_k=4),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_parameter_counts_are_those_of_the_built_model(name):
     c, model = CASES[name], built(CASES[name])
-    active = sum(p.numel() * c.top_k // c.num_experts if ".experts." in n else p.numel() for n, p in model.named_parameters())
+    active = sum(
+        p.numel() * c.top_k // c.num_experts if ".experts." in n else p.numel()
+        for n, p in model.named_parameters()
+    )
     assert c.total_params == sum(p.numel() for p in model.parameters())
     assert c.active_params == active
     assert c.n_moe_layers == sum(block.moe for block in model.blocks)
-    kinds = dict(embedding="embedding.", head="head.", attention=".attention.", dense_ffn=".ffn.", experts=".experts.",
-                 router=".router.")
+    kinds = dict(
+        embedding="embedding.",
+        head="head.",
+        attention=".attention.",
+        dense_ffn=".ffn.",
+        experts=".experts.",
+        router=".router.",
+    )
     found = dict.fromkeys([*kinds, "norms"], 0)
     for n, p in model.named_parameters():
-        found["norms" if p.ndim == 1 else [kind for kind, part in kinds.items() if part in n][-1]] += p.numel()
+        found[
+            "norms" if p.ndim == 1 else [kind for kind, part in kinds.items() if part in n][-1]
+        ] += p.numel()
     assert c.parameter_groups == found
     for i, block in enumerate(model.blocks):
-        assert c.matrices_of(i) == sum(p.numel() for n, p in block.named_parameters() if p.ndim > 1 and "router" not in n)
+        assert c.matrices_of(i) == sum(
+            p.numel() for n, p in block.named_parameters() if p.ndim > 1 and "router" not in n
+        )
 
 
-@pytest.mark.parametrize("name, total, active", [
-    ("18b", 17.97e9, 9.85e9), ("5b", 5.61e9, 2.36e9), ("2b", 1.89e9, 0.98e9), ("25b", 24.65e9, 17.0e9),
-    ("18b_every_block", 18.19e9, 6.86e9), ("small", 0.362e9, 0.150e9)])
+@pytest.mark.parametrize(
+    "name, total, active",
+    [
+        ("18b", 17.97e9, 9.85e9),
+        ("5b", 5.61e9, 2.36e9),
+        ("2b", 1.89e9, 0.98e9),
+        ("25b", 24.65e9, 17.0e9),
+        ("18b_every_block", 18.19e9, 6.86e9),
+        ("small", 0.362e9, 0.150e9),
+    ],
+)
 def test_presets_have_their_advertised_size(name, total, active):
     assert CASES[name].total_params == pytest.approx(total, rel=6e-3)
     assert CASES[name].active_params == pytest.approx(active, rel=6e-3)
 
 
-@pytest.mark.parametrize("n_layers, moe_every, expected", [(6, 1, [0, 1, 2, 3, 4, 5]), (6, 2, [1, 3, 5]), (7, 3, [2, 5]),
-                                                           (4, 4, [3])])
+@pytest.mark.parametrize(
+    "n_layers, moe_every, expected",
+    [(6, 1, [0, 1, 2, 3, 4, 5]), (6, 2, [1, 3, 5]), (7, 3, [2, 5]), (4, 4, [3])],
+)
 def test_every_nth_block_is_an_moe_block(n_layers, moe_every, expected):
     c = tiny_config(n_layers=n_layers, moe_every=moe_every)
-    assert [i for i in range(n_layers) if c.is_moe(i)] == expected and c.n_moe_layers == len(expected)
+    assert [i for i in range(n_layers) if c.is_moe(i)] == expected and c.n_moe_layers == len(
+        expected
+    )
     assert tiny_config(num_experts=0).n_moe_layers == 0
 
 
 def attention_flops(q, *args, out_shape=None, **kwargs) -> int:
     batch, heads, length, head_dim = q
-    return 2 * batch * heads * length ** 2 * head_dim          # two products, causal at half
+    return 2 * batch * heads * length**2 * head_dim  # two products, causal at half
 
 
 def expert_flops(x, weight, *args, out_shape=None, **kwargs) -> int:
     return 2 * x[0] * weight[1] * weight[2]
 
 
-@pytest.mark.parametrize("changes", [dict(num_experts=0), dict(num_experts=0, tie_embeddings=True), dict(top_k=1),
-                                     dict(n_kv_heads=2, top_k=3)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_experts=0),
+        dict(num_experts=0, tie_embeddings=True),
+        dict(top_k=1),
+        dict(n_kv_heads=2, top_k=3),
+    ],
+    ids=str,
+)
 def test_flops_per_token_are_those_of_the_operators_that_run(changes):
     c, aten, moe = tiny_config(**changes), torch.ops.aten, torch.ops.moe
-    mapping = {aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-               aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, *a, **k: 2 * attention_flops(q),
-               moe.expert_loop: expert_flops, moe.expert_loop_backward: lambda grad, x, w, *a, **k: 2 * expert_flops(x, w)}
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, *a, **k: (
+            2 * attention_flops(q)
+        ),
+        moe.expert_loop: expert_flops,
+        moe.expert_loop_backward: lambda grad, x, w, *a, **k: 2 * expert_flops(x, w),
+    }
     tokens = torch.randint(c.vocab_size, (2, c.max_seq_len))
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         MoETransformer(c)(tokens, tokens)[0].backward()
-    norms = 6 * c.parameter_groups["norms"]                     # counted like the others, though they are no products
+    norms = 6 * c.parameter_groups["norms"]  # counted like the others, though they are no products
     assert counter.get_total_flops() == (c.flops_per_token - norms) * tokens.numel()
 
 
@@ -97,10 +169,15 @@ def test_18b_takes_62_gflop_per_token():
 
 # ---------------------------------------------------------------- defaults and presets
 
+
 def test_the_shipped_defaults_are_the_18b_experiment():
     assert {name: getattr(Config(), name) for name in BRIEF} == BRIEF
     assert Config() == Config(**PRESETS["18b"])
-    assert (Config().head_dim, Config().sequences_per_step, Config().tokens_per_step) == (128, 32, 131072)
+    assert (Config().head_dim, Config().sequences_per_step, Config().tokens_per_step) == (
+        128,
+        32,
+        131072,
+    )
 
 
 def test_shipped_defaults_match_their_fingerprint():
@@ -124,8 +201,22 @@ def test_presets_name_known_fields_only():
 
 # ---------------------------------------------------------------- precedence
 
-@pytest.mark.parametrize("gpu, preset", [(None, "tiny"), (7.9, "tiny"), (8, "small"), (34.9, "small"), (35, "2b"),
-                                         (69.9, "2b"), (70, "5b"), (129.9, "5b"), (130, "18b"), (288, "18b")])
+
+@pytest.mark.parametrize(
+    "gpu, preset",
+    [
+        (None, "tiny"),
+        (7.9, "tiny"),
+        (8, "small"),
+        (34.9, "small"),
+        (35, "2b"),
+        (69.9, "2b"),
+        (70, "5b"),
+        (129.9, "5b"),
+        (130, "18b"),
+        (288, "18b"),
+    ],
+)
 def test_gpu_memory_chooses_the_preset(gpu, preset):
     c, name, why = resolve({}, None, gpu)
     assert name == preset and c == Config(**PRESETS[preset])
@@ -134,21 +225,30 @@ def test_gpu_memory_chooses_the_preset(gpu, preset):
 
 def test_options_win_over_a_preset_and_a_preset_over_gpu_memory():
     c, name, why = resolve(dict(n_layers=7, moe_every=1), "2b", 288)
-    assert (c.n_layers, c.moe_every, c.d_model, name) == (7, 1, PRESETS["2b"]["d_model"], "2b") and "--preset" in why
+    assert (c.n_layers, c.moe_every, c.d_model, name) == (
+        7,
+        1,
+        PRESETS["2b"]["d_model"],
+        "2b",
+    ) and "--preset" in why
     assert resolve(dict(max_steps=3), None, 10)[0].max_steps == 3
 
 
 @pytest.fixture
 def edited(tmp_path):
     """config.py after an edit of its text, as a module."""
+
     def load(old: str, new: str):
         text = Path(config.__file__).read_text()
         assert text.count(old) == 1
         (tmp_path / "edited_config.py").write_text(text.replace(old, new))
-        spec = importlib.util.spec_from_file_location("edited_config", tmp_path / "edited_config.py")
+        spec = importlib.util.spec_from_file_location(
+            "edited_config", tmp_path / "edited_config.py"
+        )
         sys.modules["edited_config"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
+
     yield load
     sys.modules.pop("edited_config", None)
 
@@ -159,7 +259,7 @@ def test_an_edited_default_switches_the_choice_by_gpu_memory_off(edited):
     assert c == module.Config() and c.n_layers == 36 and c.d_model == 4096
     assert name == "config.py" and "n_layers" in why and "--preset" in why
     assert module.resolve(dict(n_layers=8), None, 10)[0].n_layers == 8
-    assert module.resolve({}, "5b", 10)[0].n_layers == 32           # a preset wins over the edit
+    assert module.resolve({}, "5b", 10)[0].n_layers == 32  # a preset wins over the edit
 
 
 def test_a_preset_keeps_edited_defaults_that_it_does_not_name(edited):
@@ -168,11 +268,35 @@ def test_a_preset_keeps_edited_defaults_that_it_does_not_name(edited):
     assert module.resolve({}, "tiny", 10)[0].seed == 99
 
 
-@pytest.mark.parametrize("old, new, preset, words", [
-    ("max_steps=250,", "max_stpes=250,", "tiny", "max_stpes: preset tiny in config.py.*Did you mean max_steps.*Correct"),
-    ("max_steps: int = 50_000", "max_stepss: int = 50_000", None, "max_steps: preset 18b in config.py.*Did you mean max_stepss"),
-    ("max_steps=250,", 'max_steps="many",', "tiny", "max_steps='many': give a whole number\n.*preset tiny in config.py.*correct"),
-    ("max_steps: int = 50_000", 'max_steps: int = "many"', None, "max_steps='many': give a whole number\n.*those of config.py")])
+@pytest.mark.parametrize(
+    "old, new, preset, words",
+    [
+        (
+            "max_steps=250,",
+            "max_stpes=250,",
+            "tiny",
+            "max_stpes: preset tiny in config.py.*Did you mean max_steps.*Correct",
+        ),
+        (
+            "max_steps: int = 50_000",
+            "max_stepss: int = 50_000",
+            None,
+            "max_steps: preset 18b in config.py.*Did you mean max_stepss",
+        ),
+        (
+            "max_steps=250,",
+            'max_steps="many",',
+            "tiny",
+            "max_steps='many': give a whole number\n.*preset tiny in config.py.*correct",
+        ),
+        (
+            "max_steps: int = 50_000",
+            'max_steps: int = "many"',
+            None,
+            "max_steps='many': give a whole number\n.*those of config.py",
+        ),
+    ],
+)
 def test_a_wrong_edit_is_named_with_its_remedy(edited, old, new, preset, words):
     module = edited(old, new)
     with pytest.raises(module.ConfigError, match=words):
@@ -181,7 +305,11 @@ def test_a_wrong_edit_is_named_with_its_remedy(edited, old, new, preset, words):
 
 def test_edited_defaults_on_a_cpu_say_what_they_make_it_train(edited):
     module = edited("seed: int = 1234", "seed: int = 99")
-    assert "No GPU was found" in (why := module.resolve({}, None, None)[2]) and "18b" in why and "--preset tiny" in why
+    assert (
+        "No GPU was found" in (why := module.resolve({}, None, None)[2])
+        and "18b" in why
+        and "--preset tiny" in why
+    )
     assert "No GPU" not in module.resolve({}, None, 150)[2]
 
 
@@ -192,31 +320,87 @@ def test_editing_a_comment_or_a_docstring_is_no_edit(edited):
 
 # ---------------------------------------------------------------- problems
 
+
 def test_all_problems_are_reported_at_once_with_their_remedies():
     with pytest.raises(ConfigError) as error:
-        Config(n_heads=5, n_kv_heads=3, d_ff=1001, top_k=9, moe_every=50, grad_clip=-1.0, adamw_beta2=1.0, batch_size=0)
+        Config(
+            n_heads=5,
+            n_kv_heads=3,
+            d_ff=1001,
+            top_k=9,
+            moe_every=50,
+            grad_clip=-1.0,
+            adamw_beta2=1.0,
+            batch_size=0,
+        )
     text = str(error.value)
-    for part in ("n_heads=5", "change n_heads or d_model", "n_kv_heads=3", "0 means as many", "d_ff=1001", "multiples of 8",
-                 "top_k=9", "num_experts=8", "moe_every=50", "lower it, or set num_experts=0", "grad_clip=-1.0",
-                 "adamw_beta2=1.0", "batch_size=0"):
+    for part in (
+        "n_heads=5",
+        "change n_heads or d_model",
+        "n_kv_heads=3",
+        "0 means as many",
+        "d_ff=1001",
+        "multiples of 8",
+        "top_k=9",
+        "num_experts=8",
+        "moe_every=50",
+        "lower it, or set num_experts=0",
+        "grad_clip=-1.0",
+        "adamw_beta2=1.0",
+        "batch_size=0",
+    ):
         assert part in text
     assert len(text.splitlines()) == 9
     assert issubclass(ConfigError, ValueError) and issubclass(ConfigError, ExperimentError)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(n_layers=0), dict(max_steps=0), dict(vocab_size=259), dict(loss_scale=0.5), dict(rms_norm_eps=0.0), dict(seed=-1),
-    dict(warmup_fraction=1.1), dict(min_lr_fraction=-0.1), dict(muon_momentum=1.0), dict(validation_fraction=0.0),
-    dict(validation_fraction=0.6), dict(d_model=36, n_heads=12), dict(d_model=4100), dict(n_kv_heads=-1), dict(top_k=0),
-    dict(keep_checkpoints=0), dict(muon_lr=-0.1), dict(rope_theta=0.0), dict(load_balancing_weight=-1.0)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(n_layers=0),
+        dict(max_steps=0),
+        dict(vocab_size=259),
+        dict(loss_scale=0.5),
+        dict(rms_norm_eps=0.0),
+        dict(seed=-1),
+        dict(warmup_fraction=1.1),
+        dict(min_lr_fraction=-0.1),
+        dict(muon_momentum=1.0),
+        dict(validation_fraction=0.0),
+        dict(validation_fraction=0.6),
+        dict(d_model=36, n_heads=12),
+        dict(d_model=4100),
+        dict(n_kv_heads=-1),
+        dict(top_k=0),
+        dict(keep_checkpoints=0),
+        dict(muon_lr=-0.1),
+        dict(rope_theta=0.0),
+        dict(load_balancing_weight=-1.0),
+    ],
+    ids=str,
+)
 def test_values_out_of_range_are_refused(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         Config(**changes)
 
 
-@pytest.mark.parametrize("changes", [dict(n_layers=4.0), dict(n_layers=True), dict(n_layers="4"), dict(muon_lr="fast"),
-                                     dict(muon_lr=float("nan")), dict(grad_clip=float("inf")), dict(muon_lr=True),
-                                     dict(tie_embeddings=1), dict(precision="fp8"), dict(data=""), dict(compile="maybe")], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(n_layers=4.0),
+        dict(n_layers=True),
+        dict(n_layers="4"),
+        dict(muon_lr="fast"),
+        dict(muon_lr=float("nan")),
+        dict(grad_clip=float("inf")),
+        dict(muon_lr=True),
+        dict(tie_embeddings=1),
+        dict(precision="fp8"),
+        dict(data=""),
+        dict(compile="maybe"),
+    ],
+    ids=str,
+)
 def test_wrong_types_are_refused(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         Config(**changes)
@@ -236,28 +420,54 @@ def test_switches_may_be_written_as_booleans():
 
 
 def test_masters_are_split_only_in_16_bits():
-    assert [Config(precision=p).split_masters for p in ("fp16", "bf16", "fp32")] == [True, True, False]
+    assert [Config(precision=p).split_masters for p in ("fp16", "bf16", "fp32")] == [
+        True,
+        True,
+        False,
+    ]
     assert not Config(master_weights="fp32").split_masters
 
 
-@pytest.mark.parametrize("name, text, value", [
-    ("max_steps", "50_000", 50_000), ("muon_lr", "1e-3", 1e-3), ("tie_embeddings", "True", True), ("norm_topk_prob", "no", False),
-    ("precision", "bf16", "bf16"), ("compile", "true", "true"), ("data", "a b", "a b")])
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("max_steps", "50_000", 50_000),
+        ("muon_lr", "1e-3", 1e-3),
+        ("tie_embeddings", "True", True),
+        ("norm_topk_prob", "no", False),
+        ("precision", "bf16", "bf16"),
+        ("compile", "true", "true"),
+        ("data", "a b", "a b"),
+    ],
+)
 def test_option_text_is_read_as_the_field_s_type(name, text, value):
     assert parse_value(name, text) == value and type(parse_value(name, text)) is type(value)
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("max_steps", "1.5", "a whole number"), ("muon_lr", "x", "a number"), ("tie_embeddings", "maybe", "true or false"),
-    ("precision", "bf61", "Did you mean bf16?")])
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("max_steps", "1.5", "a whole number"),
+        ("muon_lr", "x", "a number"),
+        ("tie_embeddings", "maybe", "true or false"),
+        ("precision", "bf61", "Did you mean bf16?"),
+    ],
+)
 def test_option_text_of_another_type_is_refused(name, text, message):
     with pytest.raises(ConfigError) as error:
         parse_value(name, text)
-    assert name in str(error.value) and repr(text) in str(error.value) and message in str(error.value)
+    assert (
+        name in str(error.value) and repr(text) in str(error.value) and message in str(error.value)
+    )
 
 
 def test_the_nearest_name_is_suggested():
-    assert nearest("n_layer", defaults()) == " Did you mean n_layers?" and nearest("zzz", defaults()) == ""
-    assert nearest("a100", ["h100", "a100-80", "a100-40"]) == " Did you mean a100-80 or a100-40?", "before what differs by a letter"
+    assert (
+        nearest("n_layer", defaults()) == " Did you mean n_layers?"
+        and nearest("zzz", defaults()) == ""
+    )
+    assert nearest("a100", ["h100", "a100-80", "a100-40"]) == " Did you mean a100-80 or a100-40?", (
+        "before what differs by a letter"
+    )
     with pytest.raises(ConfigError, match="Did you mean small.*18b, 5b"):
         resolve({}, "smal", None)

@@ -3,6 +3,7 @@
 fixtures/contracts.json holds what commit 4af493f had. contracts.py wrote it, and here it looks at
 the program of today. There may be more than there was, and nothing less.
 """
+
 import importlib.util
 import json
 
@@ -23,6 +24,7 @@ def required(command: dict) -> list[str]:
 
 
 # ---------------------------------------------------------------- the command line
+
 
 @pytest.mark.parametrize("command", OLD["commands"])
 def test_a_command_has_its_options(command):
@@ -63,6 +65,7 @@ def test_a_plan_has_its_keys(name):
 
 # ---------------------------------------------------------------- files
 
+
 def test_a_run_writes_its_files_with_their_keys(tmp_path):
     old, new = OLD["files"], contracts.files_of_a_run(tmp_path)
     assert missing(old["names"], new["names"]) == []
@@ -72,6 +75,7 @@ def test_a_run_writes_its_files_with_their_keys(tmp_path):
 
 
 # ---------------------------------------------------------------- the configuration
+
 
 def test_the_configuration_has_its_fields_and_presets():
     old, new = OLD["config"], json.loads(json.dumps(contracts.configuration()))

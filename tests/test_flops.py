@@ -1,4 +1,5 @@
 """Config.flops_per_token against PyTorch's own counter, to which formulas are given for what it counts as zero."""
+
 import dataclasses
 import functools
 import operator
@@ -9,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moe  # noqa: F401  defines the operators
 from config import Config
-from tests.helpers import tiny_config
 from model import MoETransformer
+from tests.helpers import tiny_config
 
 
 def product(*shape: int) -> int:
@@ -51,7 +52,9 @@ MODELS = {
     "dense": dict(num_experts=0),
     "grouped queries": dict(n_kv_heads=2),
     "tied embeddings": dict(tie_embeddings=True),
-    "dense, grouped and tied": dict(num_experts=0, n_kv_heads=1, tie_embeddings=True, max_seq_len=64),
+    "dense, grouped and tied": dict(
+        num_experts=0, n_kv_heads=1, tie_embeddings=True, max_seq_len=64
+    ),
 }
 
 
@@ -81,8 +84,12 @@ WRONG = {
     "the embedding's look-up": lambda c: c.flops_per_token + 6 * c.parameter_groups["embedding"],
     "no head": lambda c: c.flops_per_token - 6 * c.vocab_size * c.d_model,
     "no router": lambda c: c.flops_per_token - 6 * c.parameter_groups["router"],
-    "attention without its mask": lambda c: c.flops_per_token + 6 * c.n_layers * c.max_seq_len * c.d_model,
-    "attention of the forward pass alone": lambda c: c.flops_per_token - 4 * c.n_layers * c.max_seq_len * c.d_model,
+    "attention without its mask": lambda c: (
+        c.flops_per_token + 6 * c.n_layers * c.max_seq_len * c.d_model
+    ),
+    "attention of the forward pass alone": lambda c: (
+        c.flops_per_token - 4 * c.n_layers * c.max_seq_len * c.d_model
+    ),
     "recomputation": lambda c: c.flops_per_token * 4 // 3,
 }
 
@@ -97,6 +104,9 @@ def test_a_wrong_formula_is_noticed(monkeypatch, formula):
 
 def test_recomputation_is_counted_by_the_counter_but_not_by_the_formula():
     config = tiny_config()
-    extra = {mode: counted(dataclasses.replace(config, activation_checkpointing=mode)) - products_only(config)
-             for mode in ("none", "selective", "full")}
+    extra = {
+        mode: counted(dataclasses.replace(config, activation_checkpointing=mode))
+        - products_only(config)
+        for mode in ("none", "selective", "full")
+    }
     assert extra["none"] == 0 < extra["selective"] < extra["full"] / 2

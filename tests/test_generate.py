@@ -1,4 +1,5 @@
 """Sampling: the cache changes nothing, draws have their probabilities, texts come as they are made, transformers agrees."""
+
 import io
 import sys
 
@@ -7,16 +8,22 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from record import checkpoint
 import generate
-from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
-from model import MoETransformer
 from cli import exit_code
-from run_experiment import main
 from generate import choose, finished_texts, generate, stream, text_pieces
+from model import MoETransformer
+from record import checkpoint
+from run_experiment import main
+from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
 from tools import export_hf
 
-SHAPES = [dict(), dict(n_kv_heads=2, moe_every=1), dict(n_kv_heads=1, tie_embeddings=True, top_k=1), dict(num_experts=0), dict(top_k=4, moe_every=1)]
+SHAPES = [
+    dict(),
+    dict(n_kv_heads=2, moe_every=1),
+    dict(n_kv_heads=1, tie_embeddings=True, top_k=1),
+    dict(num_experts=0),
+    dict(top_k=4, moe_every=1),
+]
 
 
 def build(**changes) -> MoETransformer:
@@ -33,13 +40,18 @@ def without_cache(model, prompt, n_tokens, seed=0, **choices) -> list[int]:
     """What `stream` promises, token by token from whole forward passes over the last max_seq_len tokens."""
     tokens, generator = list(prompt), torch.Generator().manual_seed(seed)
     for _ in range(n_tokens):
-        logits = model(torch.tensor([tokens[-model.config.max_seq_len:]]))[:, -1]
-        chosen = choose(logits, torch.rand(1, generator=generator), **choices) if choices else logits.argmax(dim=-1)
+        logits = model(torch.tensor([tokens[-model.config.max_seq_len :]]))[:, -1]
+        chosen = (
+            choose(logits, torch.rand(1, generator=generator), **choices)
+            if choices
+            else logits.argmax(dim=-1)
+        )
         tokens.append(chosen.item())
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 # ---------------------------------------------------------------- the cache
+
 
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
 @pytest.mark.parametrize("length", [1, 3, 16, 40])
@@ -48,7 +60,9 @@ def test_tokens_are_those_without_a_cache_also_past_max_seq_len(changes, length)
     prompt = torch.randint(264, (length,)).tolist()
     assert generate(model, prompt, 24, temperature=0) == [without_cache(model, prompt, 24)]
     choices = dict(temperature=1.3, top_k=40, top_p=0.9)
-    assert generate(model, prompt, 24, seed=3, **choices) == [without_cache(model, prompt, 24, seed=3, **choices)]
+    assert generate(model, prompt, 24, seed=3, **choices) == [
+        without_cache(model, prompt, 24, seed=3, **choices)
+    ]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -65,7 +79,7 @@ def test_in_16_bits_the_cache_is_as_good_as_rounding(precision, masters):
 
     def forced(logits, *_):
         seen.append(logits)
-        return torch.tensor(text[3 + len(seen):4 + len(seen)] or [0])
+        return torch.tensor(text[3 + len(seen) : 4 + len(seen)] or [0])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("generate.choose", forced)
@@ -79,18 +93,24 @@ def test_in_16_bits_the_cache_is_as_good_as_rounding(precision, masters):
 
 def test_each_token_is_read_once_and_the_prompt_once_for_all_texts():
     model, read = build(), []
-    model.embedding.register_forward_hook(lambda module, args, out: read.append(tuple(args[0].shape)))
+    model.embedding.register_forward_hook(
+        lambda module, args, out: read.append(tuple(args[0].shape))
+    )
     generate(model, [1, 2, 3, 4], 12, n=5)
     assert read == [(1, 4)] + [(5, 1)] * 11
     read.clear()
     generate(model, [1, 2, 3, 4], 16, n=2)
-    assert read[12:] == [(2, 1), (2, 16), (2, 16), (2, 16)], "past max_seq_len the window is read anew"
+    assert read[12:] == [(2, 1), (2, 16), (2, 16), (2, 16)], (
+        "past max_seq_len the window is read anew"
+    )
 
 
 def test_text_i_of_n_is_the_text_of_seed_plus_i():
     model = build(n_kv_heads=2)
     texts = generate(model, [5, 6], 20, n=4, seed=10, top_k=50, top_p=0.95)
-    assert texts == [generate(model, [5, 6], 20, seed=10 + i, top_k=50, top_p=0.95)[0] for i in range(4)]
+    assert texts == [
+        generate(model, [5, 6], 20, seed=10 + i, top_k=50, top_p=0.95)[0] for i in range(4)
+    ]
     assert len(set(map(tuple, texts))) == 4
 
 
@@ -100,17 +120,48 @@ def test_a_text_ends_with_end_of_text_and_the_others_go_on():
     stop = whole[1][4]
     assert whole[1].index(stop) == 4
     ended = generate(model, [5, 6], 12, n=4, stop=stop)
-    assert ended == [text[:text.index(stop) + 1] if stop in text else text for text in whole] and ended[1] == whole[1][:5]
+    assert (
+        ended == [text[: text.index(stop) + 1] if stop in text else text for text in whole]
+        and ended[1] == whole[1][:5]
+    )
     steps = list(stream(model, [5, 6], 12, n=4, stop=stop))
     assert [step[1] for step in steps] == whole[1][:5] + [None] * (len(steps) - 5)
-    assert len(list(stream(model, [5, 6], 12, temperature=0, n=3, stop=generate(model, [5, 6], 1, temperature=0)[0][0]))) == 1, "all have ended"
+    assert (
+        len(
+            list(
+                stream(
+                    model,
+                    [5, 6],
+                    12,
+                    temperature=0,
+                    n=3,
+                    stop=generate(model, [5, 6], 1, temperature=0)[0][0],
+                )
+            )
+        )
+        == 1
+    ), "all have ended"
     found = list(finished_texts(iter(steps), stop))
-    assert found[0] == (1, ended[1]) and sorted(found) == list(enumerate(ended)), "each when it has ended"
+    assert found[0] == (1, ended[1]) and sorted(found) == list(enumerate(ended)), (
+        "each when it has ended"
+    )
 
 
 # ---------------------------------------------------------------- draws
 
-@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (2.0, 0, 0.6), (1.0, 6, 0.8), (1.0, 0, 1e-6), (1.0, 1000, 1.0)])
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p",
+    [
+        (1.0, 0, 1.0),
+        (0.7, 0, 1.0),
+        (1.0, 5, 1.0),
+        (2.0, 0, 0.6),
+        (1.0, 6, 0.8),
+        (1.0, 0, 1e-6),
+        (1.0, 1000, 1.0),
+    ],
+)
 def test_tokens_are_drawn_with_their_probability(temperature, top_k, top_p):
     logits = torch.tensor([0.3, -1.0, 2.0, 1.1, -0.2, 0.9, -3.0, 1.7])
     draws = (torch.arange(20_000) + 0.5) / 20_000
@@ -121,7 +172,7 @@ def test_tokens_are_drawn_with_their_probability(temperature, top_k, top_p):
         probs /= probs.sum()
     order = probs.argsort(descending=True)
     kept, held = [], 0.0
-    for token in order.tolist():        # the fewest likeliest that hold top_p
+    for token in order.tolist():  # the fewest likeliest that hold top_p
         if held >= top_p:
             break
         kept.append(token)
@@ -133,32 +184,58 @@ def test_tokens_are_drawn_with_their_probability(temperature, top_k, top_p):
 
 def test_the_ends_of_the_draws():
     logits = torch.tensor([[0.0, -200.0, 1.0, -200.0]])
-    for draw, expected in ((0.0, 2), (1 - 2 ** -24, 0)):
-        assert choose(logits, torch.tensor([draw]), 1.0, 0, 1.0).item() == expected, "never one without probability"
-    assert choose(logits, torch.tensor([1 - 2 ** -24]), 1.0, 1, 1.0).item() == 2
+    for draw, expected in ((0.0, 2), (1 - 2**-24, 0)):
+        assert choose(logits, torch.tensor([draw]), 1.0, 0, 1.0).item() == expected, (
+            "never one without probability"
+        )
+    assert choose(logits, torch.tensor([1 - 2**-24]), 1.0, 1, 1.0).item() == 2
     for top_k, top_p in ((0, 1.0), (2, 1.0), (0, 0.5)):
-        assert 0 <= choose(logits * torch.nan, torch.tensor([0.5]), 1.0, top_k, top_p).item() < 4, "of a model that has diverged"
+        assert 0 <= choose(logits * torch.nan, torch.tensor([0.5]), 1.0, top_k, top_p).item() < 4, (
+            "of a model that has diverged"
+        )
 
 
 # ---------------------------------------------------------------- transformers
 
+
 @pytest.mark.parametrize("changes", SHAPES[:4], ids=str)
 def test_greedy_text_is_that_of_transformers_generate(tmp_path, changes):
-    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(init_std=0.2, max_seq_len=64, **changes))
-    assert exit_code(export_hf.main, ["--checkpoint", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
-    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    write_checkpoint(
+        tmp_path / "checkpoint.pt", tiny_config(init_std=0.2, max_seq_len=64, **changes)
+    )
+    assert (
+        exit_code(
+            export_hf.main,
+            [
+                "--checkpoint",
+                str(tmp_path / "checkpoint.pt"),
+                "--out",
+                str(tmp_path / "hf"),
+                "--dtype",
+                "fp32",
+            ],
+        )
+        == 0
+    )
+    theirs, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
+        AutoTokenizer.from_pretrained(tmp_path / "hf"),
+    )
     ours, _ = checkpoint.load_model(tmp_path / "checkpoint.pt")
     lengths = []
     for text in ("The tea", "In winter 漢字 are", "7"):
         prompt = tokenizer(text)["input_ids"]
         with torch.no_grad():
-            expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[0, len(prompt):].tolist()
+            expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)[
+                0, len(prompt) :
+            ].tolist()
         assert generate(ours, prompt, 40, temperature=0, stop=tokenizer.eos_token_id) == [expected]
         lengths.append(len(expected))
     assert max(lengths) == 40
 
 
 # ---------------------------------------------------------------- text as it comes
+
 
 def test_text_comes_as_soon_as_its_characters_are_whole():
     tokenizer = Tokenizer.from_str(tokenizer_json())
@@ -175,8 +252,14 @@ def test_text_comes_as_soon_as_its_characters_are_whole():
     for piece in text_pieces(tokens(), tokenizer):
         pieces.append(piece)
         assert "".join(pieces) == tokenizer.decode(given) or piece == ""
-    assert "".join(pieces) == "a 漢字 naïve é" and len(pieces) > 8 and not any("\ufffd" in piece for piece in pieces)
-    assert "".join(text_pieces(iter(ids[:4]), tokenizer)) == tokenizer.decode(ids[:4]), "a character that is never completed is shown too"
+    assert (
+        "".join(pieces) == "a 漢字 naïve é"
+        and len(pieces) > 8
+        and not any("\ufffd" in piece for piece in pieces)
+    )
+    assert "".join(text_pieces(iter(ids[:4]), tokenizer)) == tokenizer.decode(ids[:4]), (
+        "a character that is never completed is shown too"
+    )
     assert "".join(text_pieces(iter([]), tokenizer)) == ""
 
 
@@ -196,19 +279,66 @@ def test_the_command_writes_as_it_goes(saved, capsys, monkeypatch):
             yield step
 
     monkeypatch.setattr("generate.stream", watched)
-    assert main(["sample", "--checkpoint", str(saved), "--prompt", "The tea", "--max_new_tokens", "40", "--temperature", "0"]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                "--checkpoint",
+                str(saved),
+                "--prompt",
+                "The tea",
+                "--max_new_tokens",
+                "40",
+                "--temperature",
+                "0",
+            ]
+        )
+        == 0
+    )
     rest = capsys.readouterr().out
     assert shown[0] == "The tea" and sum(map(bool, shown)) > 10 and rest.endswith("\n")
     whole = "".join(shown) + rest
     monkeypatch.undo()
-    assert main(["sample", "--checkpoint", str(saved), "--prompt", "The tea", "--max_new_tokens", "40", "--temperature", "0"]) == 0
+    assert (
+        main(
+            [
+                "sample",
+                "--checkpoint",
+                str(saved),
+                "--prompt",
+                "The tea",
+                "--max_new_tokens",
+                "40",
+                "--temperature",
+                "0",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == whole
 
 
 def test_the_command_writes_several_texts(saved, capsys):
     def text(*options):
-        assert main(["sample", "--checkpoint", str(saved), "--prompt", "The tea", "--max_new_tokens", "12", "--top_p", "0.9", *options]) == 0
+        assert (
+            main(
+                [
+                    "sample",
+                    "--checkpoint",
+                    str(saved),
+                    "--prompt",
+                    "The tea",
+                    "--max_new_tokens",
+                    "12",
+                    "--top_p",
+                    "0.9",
+                    *options,
+                ]
+            )
+            == 0
+        )
         return capsys.readouterr().out
+
     three = text("--n", "3", "--seed", "4")
     for i in range(3):
         assert f"--- {i + 1} of 3\n{text('--seed', str(4 + i))}" in three
@@ -227,13 +357,23 @@ def test_a_tokenizer_that_cannot_encode_the_prompt(tmp_path, capsys):
 def test_a_terminal_without_these_characters(saved, monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
-    assert main(["sample", "--checkpoint", str(saved), "--prompt", "é", "--max_new_tokens", "3"]) == 0
+    assert (
+        main(["sample", "--checkpoint", str(saved), "--prompt", "é", "--max_new_tokens", "3"]) == 0
+    )
     assert shown.getvalue().startswith(b"\\xe9")
 
 
-@pytest.mark.parametrize("options, words", [(["--n", "0"], "--n must lie"), (["--top_p", "0"], "--top_p must lie"), (["--top_p", "1.1"], "--top_p must lie"),
-                                            (["--top_p", "nan"], "--top_p must lie"), (["--precision", "int8"], "int8"),
-                                            (["--prompt", "caf\udce9"], "UTF-8")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--n", "0"], "--n must lie"),
+        (["--top_p", "0"], "--top_p must lie"),
+        (["--top_p", "1.1"], "--top_p must lie"),
+        (["--top_p", "nan"], "--top_p must lie"),
+        (["--precision", "int8"], "int8"),
+        (["--prompt", "caf\udce9"], "UTF-8"),
+    ],
+)
 def test_wrong_usage(saved, capsys, options, words):
     assert main(["sample", "--checkpoint", str(saved), "--prompt", "a", *options]) == 2
     assert words in capsys.readouterr().err

@@ -1,4 +1,5 @@
 """The whole model: an independent implementation, checkpointing, accumulation, the chunked loss, tables, compilation."""
+
 import dataclasses
 
 import pytest
@@ -8,16 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import model as model_module
-from tests.helpers import tiny_config
-from model import MoETransformer, chunked_cross_entropy
 from generate import generate
+from model import MoETransformer, chunked_cross_entropy
+from tests.helpers import tiny_config
 
 MODES = ["none", "selective", "full"]
 
 
 def build(**changes) -> MoETransformer:
     model = MoETransformer(tiny_config(**changes))
-    with torch.no_grad():       # initial norms are all ones and would hide a missing one
+    with torch.no_grad():  # initial norms are all ones and would hide a missing one
         for name, p in model.named_parameters():
             if p.ndim == 1:
                 p.copy_(torch.rand_like(p) + 0.5)
@@ -26,7 +27,9 @@ def build(**changes) -> MoETransformer:
 
 def batch(model, sequences=2, seed=0):
     c = model.config
-    tokens = torch.randint(c.vocab_size, (sequences, c.max_seq_len + 1), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        c.vocab_size, (sequences, c.max_seq_len + 1), generator=torch.Generator().manual_seed(seed)
+    )
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -43,20 +46,29 @@ def error(found, expected):
 
 def assert_close(found: dict, expected: dict, bound: float):
     assert found.keys() == expected.keys()
-    wrong = {name: e for name in expected if not (e := error(found[name].double(), expected[name].double())) <= bound}
+    wrong = {
+        name: e
+        for name in expected
+        if not (e := error(found[name].double(), expected[name].double())) <= bound
+    }
     assert not wrong
 
 
 # ---------------------------------------------------------------- an independent implementation
 
+
 def to_hugging_face(name: str, value: torch.Tensor, c) -> dict[str, torch.Tensor]:
     """Our tensor under Hugging Face's names and layout. Rotary pairs are neighbours here, and half a head apart there."""
+
     def halves(x, heads):
         return x.unflatten(0, (heads, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
     parts = name.split(".")
     if parts[0] != "blocks":
-        return {dict(embedding="model.embed_tokens", norm="model.norm", head="lm_head")[parts[0]] + ".weight": value}
+        return {
+            dict(embedding="model.embed_tokens", norm="model.norm", head="lm_head")[parts[0]]
+            + ".weight": value
+        }
     layer, rest = f"model.layers.{parts[1]}.", ".".join(parts[2:])
     if rest == "attention.q.weight":
         return {layer + "self_attn.q_proj.weight": halves(value, c.n_heads)}
@@ -68,32 +80,66 @@ def to_hugging_face(name: str, value: torch.Tensor, c) -> dict[str, torch.Tensor
         return {layer + "mlp.gate_proj.weight": value[0], layer + "mlp.up_proj.weight": value[1]}
     if rest == "ffn.experts.gate_up":
         return {layer + "mlp.experts.gate_up_proj": value.flatten(1, 2)}
-    theirs = {"attention_norm.weight": "input_layernorm.weight", "ffn_norm.weight": "post_attention_layernorm.weight",
-              "attention.v.weight": "self_attn.v_proj.weight", "attention.o.weight": "self_attn.o_proj.weight",
-              "ffn.down": "mlp.down_proj.weight", "ffn.experts.down": "mlp.experts.down_proj",
-              "ffn.router.weight": "mlp.gate.weight"}
+    theirs = {
+        "attention_norm.weight": "input_layernorm.weight",
+        "ffn_norm.weight": "post_attention_layernorm.weight",
+        "attention.v.weight": "self_attn.v_proj.weight",
+        "attention.o.weight": "self_attn.o_proj.weight",
+        "ffn.down": "mlp.down_proj.weight",
+        "ffn.experts.down": "mlp.experts.down_proj",
+        "ffn.router.weight": "mlp.gate.weight",
+    }
     return {layer + theirs[rest]: value}
 
 
 def hugging_face(model):
     c = model.config
-    theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, moe_intermediate_size=c.d_ff,
-        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim,
-        num_experts=c.num_experts, num_experts_per_tok=c.top_k, decoder_sparse_step=c.moe_every, mlp_only_layers=[],
-        norm_topk_prob=c.norm_topk_prob, max_position_embeddings=c.max_seq_len, tie_word_embeddings=c.tie_embeddings,
-        rms_norm_eps=c.rms_norm_eps, rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
-        attn_implementation="eager", use_cache=False))
-    state = {k: v for name, p in model.named_parameters() for k, v in to_hugging_face(name, p.detach(), c).items()}
+    theirs = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            intermediate_size=c.d_ff,
+            moe_intermediate_size=c.d_ff,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            head_dim=c.head_dim,
+            num_experts=c.num_experts,
+            num_experts_per_tok=c.top_k,
+            decoder_sparse_step=c.moe_every,
+            mlp_only_layers=[],
+            norm_topk_prob=c.norm_topk_prob,
+            max_position_embeddings=c.max_seq_len,
+            tie_word_embeddings=c.tie_embeddings,
+            rms_norm_eps=c.rms_norm_eps,
+            rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta),
+            attn_implementation="eager",
+            use_cache=False,
+        )
+    )
+    state = {
+        k: v
+        for name, p in model.named_parameters()
+        for k, v in to_hugging_face(name, p.detach(), c).items()
+    }
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= ({"lm_head.weight"} if c.tie_embeddings else set())
     return theirs.train()
 
 
-@pytest.mark.parametrize("changes", [
-    dict(moe_every=1), dict(moe_every=2, n_kv_heads=2), dict(moe_every=3, n_layers=6), dict(moe_every=1, tie_embeddings=True),
-    dict(moe_every=2, n_kv_heads=1, tie_embeddings=True, top_k=1), dict(moe_every=1, top_k=3, norm_topk_prob=False),
-    dict(moe_every=3, n_kv_heads=2, rope_theta=1e6)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(moe_every=1),
+        dict(moe_every=2, n_kv_heads=2),
+        dict(moe_every=3, n_layers=6),
+        dict(moe_every=1, tie_embeddings=True),
+        dict(moe_every=2, n_kv_heads=1, tie_embeddings=True, top_k=1),
+        dict(moe_every=1, top_k=3, norm_topk_prob=False),
+        dict(moe_every=3, n_kv_heads=2, rope_theta=1e6),
+    ],
+    ids=str,
+)
 def test_logits_and_gradients_equal_an_independent_implementation(changes):
     ours = build(load_balancing_weight=0.0, init_std=0.2, **changes)
     theirs = hugging_face(ours)
@@ -105,7 +151,9 @@ def test_logits_and_gradients_equal_an_independent_implementation(changes):
     reference.backward()
     assert loss.item() == pytest.approx(reference.item(), rel=1e-5)
     expected = {name: p.grad for name, p in theirs.named_parameters()}
-    found = {k: v for name, g in found.items() for k, v in to_hugging_face(name, g, ours.config).items()}
+    found = {
+        k: v for name, g in found.items() for k, v in to_hugging_face(name, g, ours.config).items()
+    }
     assert_close(found, expected, 1e-4)
 
 
@@ -115,10 +163,13 @@ def test_a_later_token_changes_nothing_before_it():
     changed = inputs.clone()
     changed[:, 9] = (changed[:, 9] + 1) % model.config.vocab_size
     before, after = model(inputs), model(changed)
-    assert torch.allclose(before[:, :9], after[:, :9], atol=1e-5) and not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-3)
+    assert torch.allclose(before[:, :9], after[:, :9], atol=1e-5) and not torch.allclose(
+        before[:, 9:], after[:, 9:], atol=1e-3
+    )
 
 
 # ---------------------------------------------------------------- checkpointing and accumulation
+
 
 class Count(TorchDispatchMode):
     """Counts calls of operators by name."""
@@ -133,10 +184,17 @@ class Count(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("mode, lighter", [("selective", 0), ("full", 0), ("selective", 2), ("full", 3)])
+@pytest.mark.parametrize(
+    "mode, lighter", [("selective", 0), ("full", 0), ("selective", 2), ("full", 3)]
+)
 def test_checkpointing_changes_neither_gradients_nor_routing(mode, lighter, precision):
-    models = [build(precision=precision, **changes) for changes in (dict(activation_checkpointing="none"),
-                                                                    dict(activation_checkpointing=mode, lighter_blocks=lighter))]
+    models = [
+        build(precision=precision, **changes)
+        for changes in (
+            dict(activation_checkpointing="none"),
+            dict(activation_checkpointing=mode, lighter_blocks=lighter),
+        )
+    ]
     models[1].load_state_dict(models[0].state_dict())
     (_, kept, expected), (_, recomputed, found) = (gradients(m, *batch(m)) for m in models)
     assert torch.equal(kept["expert_counts"], recomputed["expert_counts"])
@@ -153,7 +211,10 @@ def test_checkpointing_recomputes_what_it_should():
         with Count() as count:
             loss.backward()
         calls[mode] = count.calls
-    attention, experts = "aten._scaled_dot_product_flash_attention_for_cpu.default", "moe.expert_loop.default"
+    attention, experts = (
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "moe.expert_loop.default",
+    )
     for op, forward in ((attention, 4), (experts, 4)):
         assert [calls[mode].get(op, 0) for mode in MODES] == [0, 0, forward]
     assert calls["selective"]["aten.mm.default"] == calls["none"]["aten.mm.default"] + 4 * 2
@@ -165,24 +226,37 @@ def test_checkpointing_recomputes_what_it_should():
     with Count() as count:
         loss.backward()
     assert count.calls[attention] == 1, "the first block alone attends again"
-    assert calls["selective"].get("aten.silu.default", 0) > 0 == calls["none"].get("aten.silu.default", 0)
+    assert (
+        calls["selective"].get("aten.silu.default", 0)
+        > 0
+        == calls["none"].get("aten.silu.default", 0)
+    )
 
 
-@pytest.mark.parametrize("changes, equal", [
-    (dict(load_balancing_weight=0.0), True), (dict(load_balancing_weight=1.0, load_balancing_scope="sequence"), True),
-    (dict(load_balancing_weight=1.0, load_balancing_scope="batch"), False)], ids=str)
+@pytest.mark.parametrize(
+    "changes, equal",
+    [
+        (dict(load_balancing_weight=0.0), True),
+        (dict(load_balancing_weight=1.0, load_balancing_scope="sequence"), True),
+        (dict(load_balancing_weight=1.0, load_balancing_scope="batch"), False),
+    ],
+    ids=str,
+)
 def test_eight_micro_batches_of_one_are_one_of_eight(changes, equal):
     model = build(router_z_loss_weight=0.1, moe_every=1, **changes)
     inputs, targets = batch(model, 8)
     _, _, expected = gradients(model, inputs, targets)
     model.zero_grad()
     for i in range(8):
-        (model(inputs[i:i + 1], targets[i:i + 1])[0] / 8).backward()
+        (model(inputs[i : i + 1], targets[i : i + 1])[0] / 8).backward()
     found = {name: p.grad for name, p in model.named_parameters()}
     if equal:
         assert_close(found, expected, 1e-5)
     else:
-        assert error(found["blocks.1.ffn.router.weight"], expected["blocks.1.ffn.router.weight"]) > 0.01
+        assert (
+            error(found["blocks.1.ffn.router.weight"], expected["blocks.1.ffn.router.weight"])
+            > 0.01
+        )
 
 
 def test_metrics_are_those_of_the_logits():
@@ -195,7 +269,10 @@ def test_metrics_are_those_of_the_logits():
         assert metrics["cross_entropy"].item() == pytest.approx(cross_entropy.item(), rel=1e-5)
         assert metrics["correct"].item() == (logits.argmax(-1) == targets).sum().item()
         if model.config.num_experts:
-            assert metrics["expert_counts"].shape == (2, 4) and (metrics["expert_counts"].sum(1) == 2 * 16 * 2).all()
+            assert (
+                metrics["expert_counts"].shape == (2, 4)
+                and (metrics["expert_counts"].sum(1) == 2 * 16 * 2).all()
+            )
             auxiliary = 2 * (0.5 * metrics["load_balancing_loss"] + 0.25 * metrics["router_z_loss"])
             assert loss.item() == pytest.approx((cross_entropy + auxiliary).item(), rel=1e-5)
         else:
@@ -210,7 +287,9 @@ def test_every_precision_gives_fp32_logits_and_about_the_same_gradients(precisio
     with torch.no_grad():
         for p, q in zip(model.parameters(), exact.parameters()):
             p.copy_(q)
-    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision if masters == "split" else "", torch.float32)
+    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        precision if masters == "split" else "", torch.float32
+    )
     for name, p in model.named_parameters():
         assert p.dtype == (torch.float32 if p.ndim == 1 or "router" in name else narrow), name
     streams = []
@@ -221,13 +300,21 @@ def test_every_precision_gives_fp32_logits_and_about_the_same_gradients(precisio
     scale = 1024.0 if precision == "fp16" else 1.0
     loss, metrics, found = gradients(model, *batch(model), scale)
     expected_loss, exact_metrics, expected = gradients(exact, *batch(model))
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected_loss.item(), rel=2e-3)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(
+        expected_loss.item(), rel=2e-3
+    )
     if torch.equal(metrics["expert_counts"], exact_metrics["expert_counts"]):
-        for name in ("embedding.weight", "head.weight", "blocks.0.attention.q.weight", "blocks.3.ffn.experts.down"):
+        for name in (
+            "embedding.weight",
+            "head.weight",
+            "blocks.0.attention.q.weight",
+            "blocks.3.ffn.experts.down",
+        ):
             assert error(found[name].float() / scale, expected[name]) < 0.1, name
 
 
 # ---------------------------------------------------------------- the loss
+
 
 class Largest(TorchDispatchMode):
     elements = 0
@@ -240,7 +327,10 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize(
+    "dtype, bound",
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)],
+)
 @pytest.mark.parametrize("gradient", [0.1, 1.0, 4096.0])
 def test_chunked_loss_equals_plain_cross_entropy(monkeypatch, dtype, bound, gradient):
     monkeypatch.setattr(model_module, "LOSS_CHUNK", 16)
@@ -250,15 +340,23 @@ def test_chunked_loss_equals_plain_cross_entropy(monkeypatch, dtype, bound, grad
     with Largest() as largest:
         loss, correct = chunked_cross_entropy(x, weight, targets)
         (loss * gradient).backward()
-    assert largest.elements <= max(weight.numel(), 16 * 501), "the [tokens, vocabulary] matrix never exists"
+    assert largest.elements <= max(weight.numel(), 16 * 501), (
+        "the [tokens, vocabulary] matrix never exists"
+    )
     wide_x, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
     logits = wide_x @ wide_weight.T
     expected = F.cross_entropy(logits, targets)
     (expected * gradient).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=max(bound / 10, 1e-7))
-    assert correct == (logits.argmax(-1) == targets).sum() or dtype in (torch.bfloat16, torch.float16)
+    assert correct == (logits.argmax(-1) == targets).sum() or dtype in (
+        torch.bfloat16,
+        torch.float16,
+    )
     assert x.grad.dtype == weight.grad.dtype == dtype
-    assert error(x.grad.double(), wide_x.grad) < bound and error(weight.grad.double(), wide_weight.grad) < bound
+    assert (
+        error(x.grad.double(), wide_x.grad) < bound
+        and error(weight.grad.double(), wide_weight.grad) < bound
+    )
 
 
 def test_chunked_loss_sums_the_heads_gradient_in_fp32(monkeypatch):
@@ -270,7 +368,7 @@ def test_chunked_loss_sums_the_heads_gradient_in_fp32(monkeypatch):
     wide = weight.detach().double().requires_grad_()
     F.cross_entropy(x.double() @ wide.T, targets).backward()
     assert error(weight.grad.double(), wide.grad) < 4e-3
-    ones = torch.ones(1, 257).bfloat16()        # 257 is no bfloat16 number
+    ones = torch.ones(1, 257).bfloat16()  # 257 is no bfloat16 number
     assert model_module._wide_product(ones, ones.T).item() == 257
 
 
@@ -294,8 +392,16 @@ def test_no_gradient_forward_equals_the_training_forward():
 
 # ---------------------------------------------------------------- materialising and tables
 
-@pytest.mark.parametrize("move", [lambda m: m.to_empty(device="cpu"), lambda m: m.to(torch.bfloat16), lambda m: m.half(),
-                                  lambda m: m.double()])
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda m: m.to_empty(device="cpu"),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+    ],
+)
 def test_rotary_tables_are_fresh_fp32_after_any_move(move):
     fresh = build().rope.cache.clone()
     with torch.device("meta"):
@@ -319,18 +425,33 @@ def test_a_materialised_model_is_the_directly_built_one():
 def test_initial_weights_have_their_spread():
     model = MoETransformer(tiny_config(d_model=128, d_ff=256))
     parameters = dict(model.named_parameters())
-    residual = 0.02 / 8 ** 0.5
-    for name, std in (("embedding.weight", 0.02), ("blocks.1.ffn.experts.gate_up", 0.02), ("blocks.0.attention.q.weight", 0.02),
-                      ("blocks.0.attention.o.weight", residual), ("blocks.0.ffn.down", residual),
-                      ("blocks.1.ffn.experts.down", residual)):
+    residual = 0.02 / 8**0.5
+    for name, std in (
+        ("embedding.weight", 0.02),
+        ("blocks.1.ffn.experts.gate_up", 0.02),
+        ("blocks.0.attention.q.weight", 0.02),
+        ("blocks.0.attention.o.weight", residual),
+        ("blocks.0.ffn.down", residual),
+        ("blocks.1.ffn.experts.down", residual),
+    ):
         assert parameters[name].std().item() == pytest.approx(std, rel=0.05), name
-    assert not torch.equal(parameters["blocks.1.ffn.experts.down"][0], parameters["blocks.1.ffn.experts.down"][1])
-    starts = [m.flatten()[:100].sign() for p in parameters.values() if p.ndim > 1 for m in p.detach().view(-1, *p.shape[-2:])]
-    assert len(torch.stack(starts).unique(dim=0)) == len(starts), "every matrix draws numbers of its own"
+    assert not torch.equal(
+        parameters["blocks.1.ffn.experts.down"][0], parameters["blocks.1.ffn.experts.down"][1]
+    )
+    starts = [
+        m.flatten()[:100].sign()
+        for p in parameters.values()
+        if p.ndim > 1
+        for m in p.detach().view(-1, *p.shape[-2:])
+    ]
+    assert len(torch.stack(starts).unique(dim=0)) == len(starts), (
+        "every matrix draws numbers of its own"
+    )
     assert (parameters["norm.weight"] == 1).all()
 
 
 # ---------------------------------------------------------------- compilation
+
 
 @pytest.fixture
 def graphs(monkeypatch):
@@ -344,10 +465,21 @@ def graphs(monkeypatch):
         return aot_eager(graph, inputs)
 
     compiler = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiler(self, **kwargs | dict(backend=backend, options=None)))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **kwargs: compiler(self, **kwargs | dict(backend=backend, options=None)),
+    )
     compile_function = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function if function is model_module.chunk_loss
-                        else compile_function(function, **kwargs))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **kwargs: (
+            function
+            if function is model_module.chunk_loss
+            else compile_function(function, **kwargs)
+        ),
+    )
     yield seen
     torch._dynamo.reset()
 
@@ -355,7 +487,10 @@ def graphs(monkeypatch):
 @pytest.mark.parametrize("mode, lighter", [*((mode, 0) for mode in MODES), ("full", 6)])
 @pytest.mark.filterwarnings("ignore")
 def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(graphs, mode, lighter):
-    plain, compiled = (build(n_layers=12, moe_every=3, activation_checkpointing=mode, lighter_blocks=lighter) for _ in range(2))
+    plain, compiled = (
+        build(n_layers=12, moe_every=3, activation_checkpointing=mode, lighter_blocks=lighter)
+        for _ in range(2)
+    )
     compiled.load_state_dict(plain.state_dict())
     compiled.compile_blocks()
     loss, metrics, found = gradients(compiled, *batch(compiled))
@@ -384,7 +519,12 @@ def test_a_short_validation_batch_leaves_training_with_graphs_of_fixed_shape(gra
         for sequences in (3, 2):
             model(*batch(model, sequences))
     gradients(model, *batch(model, 3))
-    inputs = [node.meta["example_value"] for graph in graphs for node in graph.graph.nodes if node.op == "placeholder"]
+    inputs = [
+        node.meta["example_value"]
+        for graph in graphs
+        for node in graph.graph.nodes
+        if node.op == "placeholder"
+    ]
     assert len(graphs) == 6 and not any(isinstance(value, torch.SymInt) for value in inputs)
 
 

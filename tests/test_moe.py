@@ -7,9 +7,19 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe as moe_module
+from moe import (
+    MoE,
+    Router,
+    _clear_idle_gradient,
+    _Combine,
+    _Dispatch,
+    expert_loop,
+    expert_loop_backward,
+    grouped_linear,
+    load_balancing_loss,
+    router_z_loss,
+)
 from tests.helpers import tiny_config
-from moe import MoE, Router, _clear_idle_gradient, _Combine, _Dispatch, expert_loop, expert_loop_backward, grouped_linear, \
-    load_balancing_loss, router_z_loss
 
 B, S, D = 2, 6, 8
 
@@ -34,19 +44,23 @@ def naive(layer: MoE, x):
     out, counts = [], [0] * layer.num_experts
     for token in x.flatten(0, 1):
         probs = (layer.router.weight @ token).softmax(0)
-        chosen = sorted(range(len(probs)), key=lambda e: -probs[e].item())[:layer.top_k]
+        chosen = sorted(range(len(probs)), key=lambda e: -probs[e].item())[: layer.top_k]
         total = sum(probs[e] for e in chosen) if layer.router.norm_topk_prob else 1
         y = 0
         for e in chosen:
             gate, up = layer.experts.gate_up[e]
-            y = y + probs[e] / total * (layer.experts.down[e] @ (F.silu(gate @ token) * (up @ token)))
+            y = y + probs[e] / total * (
+                layer.experts.down[e] @ (F.silu(gate @ token) * (up @ token))
+            )
             counts[e] += 1
         out.append(y)
     return torch.stack(out).view_as(x), counts
 
 
 def gradients(layer, x, y):
-    return torch.autograd.grad(y, [x, *layer.parameters()], torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    return torch.autograd.grad(
+        y, [x, *layer.parameters()], torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    )
 
 
 def assert_equals_naive(layer):
@@ -63,8 +77,19 @@ def assert_equals_naive(layer):
 
 # ---------------------------------------------------------------- the layer
 
-@pytest.mark.parametrize("num_experts, top_k, norm", [(4, 2, True), (4, 2, False), (4, 1, False), (5, 3, True),
-                                                      (4, 4, True), (4, 4, False), (1, 1, False)])
+
+@pytest.mark.parametrize(
+    "num_experts, top_k, norm",
+    [
+        (4, 2, True),
+        (4, 2, False),
+        (4, 1, False),
+        (5, 3, True),
+        (4, 4, True),
+        (4, 4, False),
+        (1, 1, False),
+    ],
+)
 def test_layer_equals_a_loop_over_tokens(num_experts, top_k, norm):
     assert_equals_naive(make_moe(num_experts, top_k, norm))
 
@@ -98,10 +123,13 @@ def test_layer_computes_in_the_dtype_of_its_input(dtype, stored):
         y, _ = layer(x)
     assert y.dtype == dtype
     expected, _ = naive(layer.float(), x.float())
-    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+    torch.testing.assert_close(
+        y.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item()
+    )
 
 
 # ---------------------------------------------------------------- router
+
 
 def test_router_runs_in_fp32_under_autocast():
     router, x = make_moe(dtype=torch.float32).router, make_input(torch.float32).detach().bfloat16()
@@ -109,7 +137,9 @@ def test_router_runs_in_fp32_under_autocast():
         logits, probs, weights, experts, _ = router(x)
     assert logits.dtype == probs.dtype == weights.dtype == torch.float32
     assert logits.equal(F.linear(x.float(), router.weight))
-    assert probs.equal(logits.softmax(-1)) and probs.gather(-1, experts).equal(probs.sort(descending=True)[0][..., :2])
+    assert probs.equal(logits.softmax(-1)) and probs.gather(-1, experts).equal(
+        probs.sort(descending=True)[0][..., :2]
+    )
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -132,7 +162,11 @@ ENDS = [[3, 7, 12], [0, 5, 12], [5, 5, 12], [4, 12, 12], [0, 0, 12], [12, 12, 12
 
 def products(ends, dtype=torch.float64, width=(5, 4)):
     x, weight = torch.randn(ends[-1], width[0]), torch.randn(len(ends), *reversed(width))
-    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), torch.tensor(ends, dtype=torch.int32)
+    return (
+        x.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(),
+        torch.tensor(ends, dtype=torch.int32),
+    )
 
 
 @pytest.mark.parametrize("ends", ENDS, ids=str)
@@ -153,7 +187,10 @@ def test_expert_loop_is_a_well_formed_operator_with_the_right_gradient(ends, dty
 
 
 def test_an_idle_experts_gradient_is_cleared_whatever_it_holds():
-    weight, ends = torch.randn(4, 2, 3, requires_grad=True), torch.tensor([0, 2, 2, 5], dtype=torch.int32)
+    weight, ends = (
+        torch.randn(4, 2, 3, requires_grad=True),
+        torch.tensor([0, 2, 2, 5], dtype=torch.int32),
+    )
     upstream = torch.randn(4, 2, 3)
     upstream[0], upstream[2], upstream[3, 0, 0] = math.nan, math.inf, math.inf
     _clear_idle_gradient(weight, ends).backward(upstream)
@@ -162,6 +199,7 @@ def test_an_idle_experts_gradient_is_cleared_whatever_it_holds():
 
 class OnGpu(torch.Tensor):
     """A tensor on the CPU that says it is on a GPU."""
+
     is_cuda = True
 
 
@@ -172,24 +210,34 @@ def test_the_grouped_product_of_gpus_agrees_with_the_loop(ends, monkeypatch):
     monkeypatch.setattr(moe_module, "expert_loop", None)
     y = grouped_linear(x.as_subclass(OnGpu), weight, ends)
     upstream = torch.randn_like(expected)
-    found, wanted = ([out, *torch.autograd.grad(out, [x, weight], upstream)] for out in (y, expected))
-    torch.testing.assert_close([t.as_subclass(torch.Tensor) for t in found], wanted, rtol=0.01, atol=0.02)
+    found, wanted = (
+        [out, *torch.autograd.grad(out, [x, weight], upstream)] for out in (y, expected)
+    )
+    torch.testing.assert_close(
+        [t.as_subclass(torch.Tensor) for t in found], wanted, rtol=0.01, atol=0.02
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("function", [_Dispatch, _Combine])
 def test_dispatch_and_combine_have_the_right_gradients(function, k):
     order = torch.randperm(4 * k)
-    rows = torch.randn(4 if function is _Dispatch else 4 * k, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(
+        4 if function is _Dispatch else 4 * k, 3, dtype=torch.float64, requires_grad=True
+    )
     assert gradcheck(function.apply, (rows, order, order.argsort(), k))
 
 
 class Accumulations(TorchDispatchMode):
     """Records the shape of what operators add to at given indices, which on a GPU may happen in any order."""
+
     shapes: list = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(word in str(func) for word in ("index_put", "index_add", "scatter_add", "scatter_reduce", "embedding")):
+        if any(
+            word in str(func)
+            for word in ("index_put", "index_add", "scatter_add", "scatter_reduce", "embedding")
+        ):
             self.shapes.append(args[0].shape)
         return func(*args, **(kwargs or {}))
 
@@ -202,10 +250,13 @@ def test_gradients_are_the_same_in_every_pass_and_rows_are_never_scattered():
         with Accumulations():
             passes.append(gradients(layer, x, y))
     assert all(a.equal(b) for a, b in zip(*passes))
-    assert all(len(shape) == 1 for shape in Accumulations.shapes)        # the router's weights alone, each to a place of its own
+    assert all(
+        len(shape) == 1 for shape in Accumulations.shapes
+    )  # the router's weights alone, each to a place of its own
 
 
 # ---------------------------------------------------------------- balance
+
 
 def balance_formula(probs, counts):
     """E sum_e f_e P_e of probabilities [tokens][E] and counts [E]."""
@@ -215,11 +266,17 @@ def balance_formula(probs, counts):
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("num_experts, k", [(4, 1), (4, 2), (3, 3), (1, 1)])
-def test_load_balancing_loss_is_one_at_perfect_balance_and_largest_at_collapse(scope, num_experts, k):
+def test_load_balancing_loss_is_one_at_perfect_balance_and_largest_at_collapse(
+    scope, num_experts, k
+):
     probs = torch.full((3, S, num_experts), 1 / num_experts)
-    assert load_balancing_loss(probs, torch.full((3, num_experts), S * k // num_experts), scope).item() == pytest.approx(1)
+    assert load_balancing_loss(
+        probs, torch.full((3, num_experts), S * k // num_experts), scope
+    ).item() == pytest.approx(1)
     one = F.one_hot(torch.zeros(3, S, dtype=torch.long), num_experts)
-    assert load_balancing_loss(one.float(), one.sum(dim=1), scope).item() == pytest.approx(num_experts)
+    assert load_balancing_loss(one.float(), one.sum(dim=1), scope).item() == pytest.approx(
+        num_experts
+    )
 
 
 def test_load_balancing_loss_of_a_batch_takes_all_its_tokens_and_of_a_sequence_its_own():
@@ -228,13 +285,17 @@ def test_load_balancing_loss_of_a_batch_takes_all_its_tokens_and_of_a_sequence_i
     batch = balance_formula(probs.flatten(0, 1).tolist(), counts.sum(0).tolist())
     each = [balance_formula(p.tolist(), c.tolist()) for p, c in zip(probs, counts)]
     assert load_balancing_loss(probs, counts, "batch").item() == pytest.approx(batch, rel=1e-5)
-    assert load_balancing_loss(probs, counts, "sequence").item() == pytest.approx(sum(each) / len(each), rel=1e-5)
+    assert load_balancing_loss(probs, counts, "sequence").item() == pytest.approx(
+        sum(each) / len(each), rel=1e-5
+    )
     assert abs(batch - sum(each) / len(each)) > 1e-3
 
 
 def test_router_z_loss_is_the_mean_squared_log_partition():
     logits = torch.randn(2, 3, 4) * 3
-    values = [math.log(sum(math.exp(v) for v in token)) ** 2 for token in logits.flatten(0, 1).tolist()]
+    values = [
+        math.log(sum(math.exp(v) for v in token)) ** 2 for token in logits.flatten(0, 1).tolist()
+    ]
     assert router_z_loss(logits).item() == pytest.approx(sum(values) / 6, rel=1e-5)
 
 
@@ -246,4 +307,7 @@ def test_layer_returns_the_losses_of_its_routing(scope):
     counts_BE = F.one_hot(experts, 4).sum(dim=(1, 2))
     assert counts.equal(counts_BE.sum(0)) and z.equal(router_z_loss(logits))
     assert balance.equal(load_balancing_loss(probs, counts_BE, scope))
-    assert all((torch.autograd.grad(loss, layer.router.weight, retain_graph=True)[0] != 0).any() for loss in (balance, z))
+    assert all(
+        (torch.autograd.grad(loss, layer.router.weight, retain_graph=True)[0] != 0).any()
+        for loss in (balance, z)
+    )

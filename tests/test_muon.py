@@ -3,33 +3,50 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import muon
-from tests.helpers import tiny_config
-from model import MoETransformer
-from muon import (AdamW, Muon, adamw_update, gram_newton_schulz, muon_update, nesterov_direction, newton_schulz, product_dtype,
-                  split_parameters)
-from engine.precision import decode_master
 from engine.offload import OptimizerState
+from engine.precision import decode_master
+from model import MoETransformer
+from muon import (
+    AdamW,
+    Muon,
+    adamw_update,
+    gram_newton_schulz,
+    muon_update,
+    nesterov_direction,
+    newton_schulz,
+    product_dtype,
+    split_parameters,
+)
+from tests.helpers import tiny_config
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {"wide": (6, 10), "tall": (12, 4), "bank": (3, 2, 6, 10)}
-SMALL_PIECE = 130               # two matrices of the bank; a matrix of 12 x 20 is larger
+SMALL_PIECE = 130  # two matrices of the bank; a matrix of 12 x 20 is larger
 
 
 def parameters(dtype=torch.float32, **shapes):
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(shape, generator=generator).to(dtype).requires_grad_()
-            for name, shape in (shapes or SHAPES).items()}
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        for name, shape in (shapes or SHAPES).items()
+    }
 
 
 def set_gradients(named, step=0, factor=1.0, rounding=None):
     """Gaussian gradients, the same in the same step, times `factor`; rounded to the dtype `rounding` if it is given."""
     for i, p in enumerate(named.values()):
-        gradient = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)) * factor
+        gradient = (
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)) * factor
+        )
         p.grad = gradient.to(rounding or p.dtype).to(p.dtype)
 
 
 def make(kind, named, offload=False):
-    return Muon(named, 0.9, 0.1, offload) if kind is Muon else AdamW(named, 0.9, 0.95, 1e-8, 0.1, offload)
+    return (
+        Muon(named, 0.9, 0.1, offload)
+        if kind is Muon
+        else AdamW(named, 0.9, 0.95, 1e-8, 0.1, offload)
+    )
 
 
 def train(optimizer, named, steps=3, first=0, rounding=None):
@@ -41,7 +58,11 @@ def train(optimizer, named, steps=3, first=0, rounding=None):
 def snapshot(optimizer, named):
     """Copies of all weights and state tensors, by name."""
     tensors = {name: p.detach() for name, p in named.items()}
-    tensors |= {f"{name}/{key}": t for name, state in optimizer.state.tensors.items() for key, t in state.items()}
+    tensors |= {
+        f"{name}/{key}": t
+        for name, state in optimizer.state.tensors.items()
+        for key, t in state.items()
+    }
     return {name: t.clone() for name, t in tensors.items()}
 
 
@@ -51,11 +72,19 @@ def assert_same_bits(found: dict, expected: dict):
 
 # ---------------------------------------------------------------- Newton-Schulz
 
-SPECTRA = {"flat": torch.ones(24), "over 1e3": torch.logspace(0, -3, 24), "rank 12": torch.ones(24) * (torch.arange(24) < 12)}
+SPECTRA = {
+    "flat": torch.ones(24),
+    "over 1e3": torch.logspace(0, -3, 24),
+    "rank 12": torch.ones(24) * (torch.arange(24) < 12),
+}
 # largest error of a singular direction, for each spectrum
-BOUNDS = {(newton_schulz, torch.float32): (1e-5, 5e-5, 5e-5), (newton_schulz, torch.bfloat16): (0.08, 0.5, 0.6),
-          (newton_schulz, torch.float16): (0.01, 0.06, 0.08), (gram_newton_schulz, torch.float32): (1e-5, 1e-4, 1e-4),
-          (gram_newton_schulz, torch.float16): (0.01, 0.2, 0.2)}
+BOUNDS = {
+    (newton_schulz, torch.float32): (1e-5, 5e-5, 5e-5),
+    (newton_schulz, torch.bfloat16): (0.08, 0.5, 0.6),
+    (newton_schulz, torch.float16): (0.01, 0.06, 0.08),
+    (gram_newton_schulz, torch.float32): (1e-5, 1e-4, 1e-4),
+    (gram_newton_schulz, torch.float16): (0.01, 0.2, 0.2),
+}
 
 
 def orthogonalized(g, dtype, form=newton_schulz):
@@ -77,10 +106,13 @@ def test_newton_schulz_maps_singular_values_by_its_polynomial(form, dtype, spect
     s, (u, v) = list(SPECTRA.values())[spectrum].double(), factors(shape)
     mapped = s / s.norm()
     for a, b, c in [(3.4445, -4.7750, 2.0315)] * 5:
-        mapped = a * mapped + b * mapped ** 3 + c * mapped ** 5
+        mapped = a * mapped + b * mapped**3 + c * mapped**5
     found = orthogonalized((u * s @ v.T).float(), dtype, form)
     assert found.dtype == dtype and found.shape == shape
-    assert torch.linalg.matrix_norm(found.double() - u * mapped @ v.T, 2) < BOUNDS[form, dtype][spectrum]
+    assert (
+        torch.linalg.matrix_norm(found.double() - u * mapped @ v.T, 2)
+        < BOUNDS[form, dtype][spectrum]
+    )
 
 
 @pytest.mark.parametrize("largest", [1, 3])
@@ -88,7 +120,7 @@ def test_the_gram_form_stays_stable_when_few_singular_values_are_large(largest):
     u, v = factors((24, 40))
     s = torch.where(torch.arange(24) < largest, 1.0, 1e-3).double()
     found = orthogonalized((u * s @ v.T).float(), torch.float16, gram_newton_schulz)
-    assert torch.linalg.matrix_norm(found.double(), 2) < 1.25       # without the restart 2.4
+    assert torch.linalg.matrix_norm(found.double(), 2) < 1.25  # without the restart 2.4
 
 
 @pytest.mark.parametrize("condition", [1, 3, 10])
@@ -105,7 +137,9 @@ def test_newton_schulz_leaves_singular_values_near_one(dtype, condition):
 def test_newton_schulz_takes_small_and_large_gradients_alike(dtype, norm):
     g = torch.randn(12, 20)
     found, expected = (orthogonalized(g / g.norm() * n, dtype).float() for n in (norm, 1))
-    torch.testing.assert_close(found, expected, rtol=0, atol={torch.float32: 1e-5, torch.bfloat16: 0.05}.get(dtype, 0.01))
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol={torch.float32: 1e-5, torch.bfloat16: 0.05}.get(dtype, 0.01)
+    )
 
 
 def test_newton_schulz_multiplies_along_the_shorter_side():
@@ -118,10 +152,18 @@ def test_newton_schulz_multiplies_along_the_shorter_side():
 
 # ---------------------------------------------------------------- Muon
 
+
 def test_products_are_bf16_on_a_gpu_and_momentum_is_never_fp16():
-    assert [product_dtype(torch.device(d), False) for d in ("cuda", "cpu")] == [torch.bfloat16, torch.float32]
-    assert product_dtype(torch.device("cuda"), True) == torch.float16       # the Gram form goes wrong in bf16
-    momenta = [make(Muon, parameters(dtype)).state.tensors["bank"]["momentum"].dtype for dtype in FORMATS]
+    assert [product_dtype(torch.device(d), False) for d in ("cuda", "cpu")] == [
+        torch.bfloat16,
+        torch.float32,
+    ]
+    assert (
+        product_dtype(torch.device("cuda"), True) == torch.float16
+    )  # the Gram form goes wrong in bf16
+    momenta = [
+        make(Muon, parameters(dtype)).state.tensors["bank"]["momentum"].dtype for dtype in FORMATS
+    ]
     assert momenta == [torch.float32, torch.bfloat16, torch.bfloat16]
 
 
@@ -131,19 +173,33 @@ def test_muon_follows_torchs(shape):
     start = named["w"].data.mul_(0.1).clone()
     other = {"w": start.clone().requires_grad_()}
     ours = Muon(named, momentum=0.95, weight_decay=0.5)
-    theirs = torch.optim.Muon(other.values(), lr=0.02, momentum=0.95, nesterov=True, weight_decay=0.5, adjust_lr_fn="original")
+    theirs = torch.optim.Muon(
+        other.values(),
+        lr=0.02,
+        momentum=0.95,
+        nesterov=True,
+        weight_decay=0.5,
+        adjust_lr_fn="original",
+    )
     for step in range(8):
         set_gradients(named, step)
         set_gradients(other, step)
         ours.step(0.02, 1.0)
         theirs.step()
-    assert (named["w"] - other["w"]).norm() < 0.02 * (other["w"] - start).norm()      # theirs computes in bf16
-    torch.testing.assert_close(ours.state.tensors["w"]["momentum"], theirs.state[other["w"]]["momentum_buffer"] / 0.05)
+    assert (named["w"] - other["w"]).norm() < 0.02 * (
+        other["w"] - start
+    ).norm()  # theirs computes in bf16
+    torch.testing.assert_close(
+        ours.state.tensors["w"]["momentum"], theirs.state[other["w"]]["momentum_buffer"] / 0.05
+    )
 
 
 def test_muon_updates_a_bank_as_its_matrices():
     whole = parameters(bank=(3, 2, 12, 5))
-    parts = {str(i): m.clone().requires_grad_() for i, m in enumerate(whole["bank"].detach().flatten(0, 1))}
+    parts = {
+        str(i): m.clone().requires_grad_()
+        for i, m in enumerate(whole["bank"].detach().flatten(0, 1))
+    }
     optimizers = make(Muon, whole), make(Muon, parts)
     for step in range(3):
         set_gradients(whole, step)
@@ -151,7 +207,12 @@ def test_muon_updates_a_bank_as_its_matrices():
             part.grad = gradient.clone()
         for optimizer in optimizers:
             optimizer.step(0.05, 1.0)
-    torch.testing.assert_close(whole["bank"].detach().flatten(0, 1), torch.stack([*parts.values()]).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        whole["bank"].detach().flatten(0, 1),
+        torch.stack([*parts.values()]).detach(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("steps_before", [3, 0])
@@ -184,20 +245,27 @@ def test_muon_works_on_a_few_matrices_at_a_time(monkeypatch):
     train(pieces, limited)
     assert max(s.numel() for s in sizes if s[0] > 1) <= SMALL_PIECE
     assert sizes.count((2, 6, 10)) == 9 and sizes.count((1, 12, 20)) == 3
-    torch.testing.assert_close(snapshot(pieces, limited), snapshot(whole, named), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        snapshot(pieces, limited), snapshot(whole, named), rtol=1e-5, atol=1e-6
+    )
 
 
 # ---------------------------------------------------------------- AdamW
+
 
 def test_adamw_equals_torchs():
     shapes = SHAPES | {"vector": (9,)}
     named, other = parameters(**shapes), parameters(**shapes)
     ours = AdamW(named, 0.9, 0.95, 1e-8, 0.3)
-    theirs = torch.optim.AdamW([dict(params=[p], weight_decay=0.3 if p.ndim >= 2 else 0) for p in other.values()],
-                               lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    theirs = torch.optim.AdamW(
+        [dict(params=[p], weight_decay=0.3 if p.ndim >= 2 else 0) for p in other.values()],
+        lr=0.01,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     for step in range(10):
         for p in (named, other):
-            set_gradients(p, step, factor=1e-8 if step < 3 else 1)      # small ones for eps to count
+            set_gradients(p, step, factor=1e-8 if step < 3 else 1)  # small ones for eps to count
         ours.step(0.01, 1.0)
         theirs.step()
     torch.testing.assert_close(named, other, rtol=0, atol=1e-6)
@@ -210,7 +278,7 @@ OPTIMIZERS = pytest.mark.parametrize("kind", [Muon, AdamW])
 
 @OPTIMIZERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("factor", [2.0 ** -16, 2.0 ** 3])
+@pytest.mark.parametrize("factor", [2.0**-16, 2.0**3])
 def test_the_factor_scales_gradients_and_state_is_unscaled(kind, dtype, factor):
     named, scaled = parameters(dtype), parameters(dtype)
     optimizer, other = make(kind, named), make(kind, scaled)
@@ -249,12 +317,19 @@ def test_split_bf16_masters_are_fp32_masters_to_the_bit(kind, monkeypatch):
 def test_fused_muon_compiles_once_for_any_number_of_matrices_and_once_for_one(monkeypatch):
     """The GPU's path, with its graphs run as they are, beside the plain one."""
     graphs, compile_function = [], torch.compile
-    monkeypatch.setattr(OptimizerState, "PIECE", 5 * 60)       # five matrices: a bank of seven and the next one are cut
+    monkeypatch.setattr(
+        OptimizerState, "PIECE", 5 * 60
+    )  # five matrices: a bank of seven and the next one are cut
 
     def backend(graph, _):
         graphs.append(graph)
         return graph
-    monkeypatch.setattr(torch, "compile", lambda function, options, **kwargs: compile_function(function, backend=backend, **kwargs))
+
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, options, **kwargs: compile_function(function, backend=backend, **kwargs),
+    )
     torch._dynamo.reset()
     shapes = dict(bank=(7, 6, 10), pair=(2, 6, 10), large=(4, 2, 6, 10), one=(6, 10))
     results = []
@@ -265,7 +340,7 @@ def test_fused_muon_compiles_once_for_any_number_of_matrices_and_once_for_one(mo
         train(optimizer, named, steps=2)
         results.append(snapshot(optimizer, named))
     assert_same_bits(*results)
-    assert len(graphs) == 4     # two functions, for several and for one
+    assert len(graphs) == 4  # two functions, for several and for one
 
 
 @OPTIMIZERS
@@ -284,9 +359,19 @@ def test_streamed_state_gives_the_same_bits(kind, dtype, monkeypatch):
 def test_muon_gets_the_hidden_matrices_and_adamw_the_rest(tied):
     model = MoETransformer(tiny_config(tie_embeddings=tied, moe_every=2))
     hidden, others = split_parameters(model)
-    assert hidden.keys() | others.keys() == dict(model.named_parameters()).keys() and not hidden.keys() & others.keys()
+    assert (
+        hidden.keys() | others.keys() == dict(model.named_parameters()).keys()
+        and not hidden.keys() & others.keys()
+    )
     assert {name.split(".", 2)[2] for name in hidden} == {
-        *(f"attention.{m}.weight" for m in "qkvo"), "ffn.gate_up", "ffn.down", "ffn.experts.gate_up", "ffn.experts.down"}
+        *(f"attention.{m}.weight" for m in "qkvo"),
+        "ffn.gate_up",
+        "ffn.down",
+        "ffn.experts.gate_up",
+        "ffn.experts.down",
+    }
     norms = {name for name, p in model.named_parameters() if p.ndim == 1}
     routers = {f"blocks.{i}.ffn.router.weight" for i in (1, 3)}
-    assert others.keys() == norms | routers | {"embedding.weight"} | (set() if tied else {"head.weight"})
+    assert others.keys() == norms | routers | {"embedding.weight"} | (
+        set() if tied else {"head.weight"}
+    )

@@ -3,6 +3,7 @@
 fixtures/old_runs holds run folders of commit 4af493f, a cache of tokens, and in expected.json what
 that commit made of them. make_old_runs.py made all of it.
 """
+
 import dataclasses
 import hashlib
 import json
@@ -71,20 +72,24 @@ def places(tmp_path_factory) -> dict[str, str]:
     for name in ("text.jsonl", "tokenizer.json"):
         shutil.copy(OLD / name, folder)
     shutil.copytree(OLD / "cache", folder / "cache")
-    return dict(data=str(folder / "text.jsonl"), tokenizer=str(folder / "tokenizer.json"),
-                cache_dir=str(folder / "cache"))
+    return dict(
+        data=str(folder / "text.jsonl"),
+        tokenizer=str(folder / "tokenizer.json"),
+        cache_dir=str(folder / "cache"),
+    )
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes longer than the training here, and has a test of its own."""
     draw = plot.plot_training_curves
-    for module in list(sys.modules.values()):       # wherever it was imported by name
+    for module in list(sys.modules.values()):  # wherever it was imported by name
         if getattr(module, "plot_training_curves", None) is draw:
             monkeypatch.setattr(module, "plot_training_curves", lambda *args, **kwargs: None)
 
 
 # ---------------------------------------------------------------- the checkpoint
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_is_read_as_it_was_written(case, places, tmp_path):
@@ -98,15 +103,20 @@ def test_every_tensor_is_read_as_it_was_written(case, places, tmp_path):
     config, _ = resumed_config(state["config"], places | dict(save_dir=str(tmp_path)))
     run = trainer.Trainer(config, data.prepare(config), state, path)
     model = run.parameters | run.model.balancing_biases()
-    found = described(dict(model=model, optimizer=dict(muon=run.muon.state_dict(),
-                                                       adamw=run.adamw.state_dict())))
-    assert found == {name: text for name, text in expected["tensors"].items()
-                     if name.startswith(("model/", "optimizer/"))}
+    found = described(
+        dict(model=model, optimizer=dict(muon=run.muon.state_dict(), adamw=run.adamw.state_dict()))
+    )
+    assert found == {
+        name: text
+        for name, text in expected["tensors"].items()
+        if name.startswith(("model/", "optimizer/"))
+    }
     assert run.run_id == expected["plain"]["run_id"]
     assert run.step == SAVED_STEP
 
 
 # ---------------------------------------------------------------- going on
+
 
 def resume(case: str, folder: Path, places: dict) -> list[dict]:
     """Goes on with a copy of an old run to its end; returns the rows of its metrics.jsonl."""
@@ -122,8 +132,8 @@ def test_it_goes_on_as_the_old_program_did(case, places, tmp_path, no_pictures):
     expected = EXPECTED["runs"][case]
     rows = resume(case, tmp_path / "first", places)
     old_rows = [row for row in rows_of(OLD / case) if row["step"] <= SAVED_STEP]
-    assert rows[:len(old_rows)] == old_rows, "the rows before the checkpoint are kept"
-    new_rows = rows[len(old_rows):]
+    assert rows[: len(old_rows)] == old_rows, "the rows before the checkpoint are kept"
+    new_rows = rows[len(old_rows) :]
     losses = [row["train_loss"] for row in new_rows if "train_loss" in row]
     tolerance = TOLERANCE[run_precision(tmp_path / "first")]
     assert losses == pytest.approx(expected["train_losses"], rel=tolerance)
@@ -139,8 +149,10 @@ def test_it_goes_on_as_the_old_program_did(case, places, tmp_path, no_pictures):
     again = resume(case, tmp_path / "second", places)
     assert [row.get("train_loss") for row in again] == [row.get("train_loss") for row in rows]
     last = SAVED_STEP + len(losses)
-    first, second = (checkpoint.load(tmp_path / name / f"checkpoint_step_{last}.pt")
-                     for name in ("first", "second"))
+    first, second = (
+        checkpoint.load(tmp_path / name / f"checkpoint_step_{last}.pt")
+        for name in ("first", "second")
+    )
     assert described(first) == described(second)
 
 
@@ -149,6 +161,7 @@ def run_precision(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------- the text
+
 
 @pytest.fixture
 def config_and_position(places):
@@ -190,12 +203,19 @@ def test_an_old_cache_is_used(config_and_position, places):
 
 # ---------------------------------------------------------------- export and curves
 
+
 @pytest.mark.parametrize("case", CASES)
 def test_it_exports_the_same_weights(case, tmp_path):
     expected = EXPECTED["runs"][case]["exported_weights"]
-    argv = ["--checkpoint", str(saved_checkpoint(OLD / case)), "--out", str(tmp_path / "model"),
-            "--dtype", "fp32"]
-    if expected is None:        # balanced by biases, for which the format has no place
+    argv = [
+        "--checkpoint",
+        str(saved_checkpoint(OLD / case)),
+        "--out",
+        str(tmp_path / "model"),
+        "--dtype",
+        "fp32",
+    ]
+    if expected is None:  # balanced by biases, for which the format has no place
         with pytest.raises(ExperimentError, match="load_balancing=bias"):
             export_hf.main(argv)
         return

@@ -18,11 +18,29 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 def training_row(step, layers=2, experts=4, **changes):
     loss = 4 + 6 * math.exp(-step / 30)
-    return dict(step=step, train_loss=loss, train_perplexity=math.exp(loss), train_accuracy=0.3,
-                load_balancing_loss=1.0, grad_norm=1.0, muon_lr=0.01, adamw_lr=0.001, tokens_per_second=5e4, mfu=None,
-                expert_load=[[1 / experts] * experts] * layers, memory_allocated_gb=40.0, memory_reserved_gb=60.0,
-                memory_peak_gb=55.0, elapsed_seconds=1.0 * step, tokens_seen=1000 * step, loss_scale=65536.0,
-                skipped_steps=0) | changes
+    return (
+        dict(
+            step=step,
+            train_loss=loss,
+            train_perplexity=math.exp(loss),
+            train_accuracy=0.3,
+            load_balancing_loss=1.0,
+            grad_norm=1.0,
+            muon_lr=0.01,
+            adamw_lr=0.001,
+            tokens_per_second=5e4,
+            mfu=None,
+            expert_load=[[1 / experts] * experts] * layers,
+            memory_allocated_gb=40.0,
+            memory_reserved_gb=60.0,
+            memory_peak_gb=55.0,
+            elapsed_seconds=1.0 * step,
+            tokens_seen=1000 * step,
+            loss_scale=65536.0,
+            skipped_steps=0,
+        )
+        | changes
+    )
 
 
 def validation_row(step):
@@ -42,6 +60,7 @@ CPU = dict(memory_allocated_gb=1.2, memory_peak_gb=1.5, memory_reserved_gb=None)
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
     """Draws rows and returns the panels by name, as they were when the file was written."""
+
     def draw(rows, **options):
         panels = {}
 
@@ -49,10 +68,12 @@ def draw(tmp_path, monkeypatch):
             names = ("loss", "perplexity", "rate", "speed", "experts", "memory")
             panels.update(zip(names, figure.axes, strict=True))
             figure.savefig(path)
+
         monkeypatch.setattr(plot, "write_figure", write)
         plot.plot_training_curves(rows, tmp_path / "c.png", **options)
         assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
         return panels
+
     return draw
 
 
@@ -64,15 +85,30 @@ def lines(axes):
     return {line.get_label(): np.asarray(line.get_ydata(), float) for line in axes.lines}
 
 
-@pytest.mark.parametrize("rows", [
-    [], [validation_row(0)], [training_row(1)], run(2), run(20),
-    run(20, layers=48, experts=64), run(20, layers=1, experts=1), run(20, layers=0), run(20, **CPU),
-    run(3, layers=0, **CPU),
-    run(20, train_loss=math.nan, train_perplexity=math.inf), run(20, train_loss=None, tokens_per_second=None),
-    run(20, train_perplexity=0.0, muon_lr=0.0, adamw_lr=0.0, tokens_per_second=0.0), run(20, memory_peak_gb=math.inf),
-    run(5) + run(5, train_loss=-math.inf, grad_norm=math.nan), run(20, expert_load=[[None, math.nan, math.inf, 0.5]]),
-    [{"step": 3}, {"step": 4, "train_loss": 1.0}, {"step": 5, "val_loss": 1.0}], [training_row(10**7)],
-    [training_row(s, train_perplexity=200 + s) for s in range(9)]])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [validation_row(0)],
+        [training_row(1)],
+        run(2),
+        run(20),
+        run(20, layers=48, experts=64),
+        run(20, layers=1, experts=1),
+        run(20, layers=0),
+        run(20, **CPU),
+        run(3, layers=0, **CPU),
+        run(20, train_loss=math.nan, train_perplexity=math.inf),
+        run(20, train_loss=None, tokens_per_second=None),
+        run(20, train_perplexity=0.0, muon_lr=0.0, adamw_lr=0.0, tokens_per_second=0.0),
+        run(20, memory_peak_gb=math.inf),
+        run(5) + run(5, train_loss=-math.inf, grad_norm=math.nan),
+        run(20, expert_load=[[None, math.nan, math.inf, 0.5]]),
+        [{"step": 3}, {"step": 4, "train_loss": 1.0}, {"step": 5, "val_loss": 1.0}],
+        [training_row(10**7)],
+        [training_row(s, train_perplexity=200 + s) for s in range(9)],
+    ],
+)
 def test_any_history_gives_a_plot_without_warnings(tmp_path, rows):
     path = tmp_path / "training_curves.png"
     plot.plot_training_curves(rows, path, title="a title", unigram_entropy=7.0)
@@ -86,7 +122,11 @@ def test_panels_show_the_data(draw):
     assert set(lines(panels["loss"])["unigram entropy"]) == {7.0}
     assert panels["perplexity"].get_yscale() == "log"
     assert {k: v[0] for k, v in lines(panels["rate"]).items()} == {"Muon": 0.01, "AdamW": 0.001}
-    assert {k: v[0] for k, v in lines(panels["memory"]).items()} == {"allocated": 40, "reserved": 60, "peak": 55}
+    assert {k: v[0] for k, v in lines(panels["memory"]).items()} == {
+        "allocated": 40,
+        "reserved": 60,
+        "peak": 55,
+    }
     assert panels["memory"].get_title() == "GPU memory (GB)" and panels["memory"].get_ylim()[0] == 0
     for axes in panels.values():
         assert axes.get_title() and not texts(axes)
@@ -96,7 +136,10 @@ def test_expert_panel_has_the_extremes_of_each_layer(draw):
     load = [[0.1, 0.9], [0.4, 0.6], [0.3, 0.7]]
     panel = draw([training_row(s, expert_load=load) for s in range(5)])["experts"]
     shown = lines(panel)
-    assert shown["busiest expert, median layer"][0] == 0.7 and shown["idlest expert, median layer"][0] == 0.3
+    assert (
+        shown["busiest expert, median layer"][0] == 0.7
+        and shown["idlest expert, median layer"][0] == 0.3
+    )
     assert shown["even share, 1/2"][0] == 0.5
     bands = [b.get_paths()[0].vertices[:, 1] for b in panel.collections]
     assert [(b.min(), b.max()) for b in bands] == [(0.6, 0.9), (0.1, 0.4)]
@@ -106,7 +149,10 @@ def test_expert_panel_has_the_extremes_of_each_layer(draw):
 def test_dense_and_cpu_and_empty_runs_say_so(draw):
     panels = draw(run(20, layers=0, **CPU))
     assert texts(panels["experts"]) == ["dense model: no experts"]
-    assert panels["memory"].get_title() == "Memory (GB)" and set(lines(panels["memory"])) == {"resident", "peak"}
+    assert panels["memory"].get_title() == "Memory (GB)" and set(lines(panels["memory"])) == {
+        "resident",
+        "peak",
+    }
     assert {t for axes in draw([]).values() for t in texts(axes)} == {"no data yet"}
     assert texts(draw([validation_row(0)])["experts"]) == ["no data yet"]
 
@@ -128,17 +174,19 @@ def test_bad_values_leave_a_gap(draw):
 def test_smoothing():
     assert len(plot._smoothed(np.array([]))) == 0
     y = np.arange(200.0)
-    assert np.allclose(plot._smoothed(y)[:-4], y[:-4])      # a straight line stays where it is: no lag
+    assert np.allclose(plot._smoothed(y)[:-4], y[:-4])  # a straight line stays where it is: no lag
     assert np.allclose(plot._smoothed(np.full(100, 3.0)), 3.0)
     noise = np.random.default_rng(0).normal(size=10_000)
     assert plot._smoothed(noise)[200:-200].std() < 0.08
-    assert np.array_equal(plot._smoothed(np.array([np.nan, 2.0, np.nan])), [np.nan, 2.0, np.nan], equal_nan=True)
+    assert np.array_equal(
+        plot._smoothed(np.array([np.nan, 2.0, np.nan])), [np.nan, 2.0, np.nan], equal_nan=True
+    )
 
 
 def test_a_redrawn_plot_is_a_new_file(tmp_path):
     path = tmp_path / "c.png"
     path.write_bytes(b"old")
-    (tmp_path / "reader.png").hardlink_to(path)     # someone who has the old one open
+    (tmp_path / "reader.png").hardlink_to(path)  # someone who has the old one open
     plot.plot_training_curves(run(3), path)
     assert (tmp_path / "reader.png").read_bytes() == b"old" != path.read_bytes()
 
@@ -150,6 +198,7 @@ def test_a_failed_write_keeps_the_old_plot(tmp_path, monkeypatch):
     def fail(self, file, **_):
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(ExperimentError, match="c.png.*No space"):
         plot.plot_training_curves(run(3), path)
@@ -163,15 +212,19 @@ def test_ten_thousand_rows_are_fast(tmp_path):
     rows = run(10_000, layers=12, experts=8)
     start = time.perf_counter()
     plot.plot_training_curves(rows, tmp_path / "c.png")
-    assert time.perf_counter() - start < 15     # about 1 s on an idle machine
+    assert time.perf_counter() - start < 15  # about 1 s on an idle machine
 
 
 def test_pyplot_is_not_imported():
-    subprocess.run([sys.executable, "-c", "import plot, sys; assert 'matplotlib.pyplot' not in sys.modules"], cwd=ROOT,
-                   check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import plot, sys; assert 'matplotlib.pyplot' not in sys.modules"],
+        cwd=ROOT,
+        check=True,
+    )
 
 
 # --- command line
+
 
 def write_metrics(folder, rows, tail=""):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
@@ -196,26 +249,41 @@ def test_command_line_errors(tmp_path, capsys):
         assert "line 2" in capsys.readouterr().err
     write_metrics(tmp_path, [], '{"ste')
     assert plot.main([str(tmp_path)]) == 1
-    assert "no rows yet" in capsys.readouterr().err and not (tmp_path / "training_curves.png").exists()
+    assert (
+        "no rows yet" in capsys.readouterr().err and not (tmp_path / "training_curves.png").exists()
+    )
     write_metrics(tmp_path, run(2))
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "no" / "c.png")]) == 1
     assert "cannot be written" in capsys.readouterr().err
-    done = subprocess.run([sys.executable, ROOT / "plot.py", str(tmp_path / "missing")], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "plot.py", str(tmp_path / "missing")],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: ")
+        and "Traceback" not in done.stderr
+    )
 
 
 # --- several runs
 
+
 @pytest.fixture
 def runs(tmp_path):
     """runs(name=config, ...) writes a folder of metrics and configuration for each and returns their paths."""
+
     def make(file="run.json", **configs):
         for name, config in configs.items():
             (tmp_path / name).mkdir()
             write_metrics(tmp_path / name, run(20, train_loss=len(name)))
             if config is not None:
-                (tmp_path / name / file).write_text(json.dumps(dict(config=dict(config, save_dir=name, cache_dir=name))))
+                (tmp_path / name / file).write_text(
+                    json.dumps(dict(config=dict(config, save_dir=name, cache_dir=name)))
+                )
         return [tmp_path / name for name in configs]
+
     return make
 
 
@@ -224,16 +292,26 @@ def drawn(monkeypatch, folders, *options):
     figures = []
     monkeypatch.setattr(plot, "write_figure", lambda figure, path: figures.append(figure))
     assert plot.main([*map(str, folders), *options]) == 0
-    axes, = figures[0].axes
+    (axes,) = figures[0].axes
     handles, shown = axes.get_legend_handles_labels()
     assert [text.get_text() for text in axes.get_legend().get_texts()] == shown
     return {label: handle.get_ydata()[0] for label, handle in zip(shown, handles)}
 
 
 def test_several_runs_are_named_by_the_fields_in_which_they_differ(runs, monkeypatch):
-    folders = runs(a=dict(muon_lr=0.02, seed=1, d_model=8), bb=dict(muon_lr=0.02, seed=2, d_model=8), ccc=dict(muon_lr=0.1, seed=1, d_model=8))
-    assert drawn(monkeypatch, folders) == {"muon_lr=0.02, seed=1": 1, "muon_lr=0.02, seed=2": 2, "muon_lr=0.1, seed=1": 3}
-    assert drawn(monkeypatch, folders[:2] + folders[:1]) == {"seed=1": 1, "seed=2": 2}, "a run named twice is drawn once"
+    folders = runs(
+        a=dict(muon_lr=0.02, seed=1, d_model=8),
+        bb=dict(muon_lr=0.02, seed=2, d_model=8),
+        ccc=dict(muon_lr=0.1, seed=1, d_model=8),
+    )
+    assert drawn(monkeypatch, folders) == {
+        "muon_lr=0.02, seed=1": 1,
+        "muon_lr=0.02, seed=2": 2,
+        "muon_lr=0.1, seed=1": 3,
+    }
+    assert drawn(monkeypatch, folders[:2] + folders[:1]) == {"seed=1": 1, "seed=2": 2}, (
+        "a run named twice is drawn once"
+    )
 
 
 def test_a_run_that_is_named_twice_is_drawn_once_and_said_so(runs, tmp_path, monkeypatch, capsys):
@@ -241,14 +319,21 @@ def test_a_run_that_is_named_twice_is_drawn_once_and_said_so(runs, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert plot.main(["a", str(a)]) == 0
     said = capsys.readouterr()
-    assert said.out == f"{Path('a') / 'training_curves.png'}\n" and said.err == "note: a run that is named twice is drawn once: a\n"
+    assert (
+        said.out == f"{Path('a') / 'training_curves.png'}\n"
+        and said.err == "note: a run that is named twice is drawn once: a\n"
+    )
     assert plot.main([str(a), str(bb)]) == 0 and capsys.readouterr().err == ""
 
 
 def test_runs_that_are_alike_or_have_no_configuration_are_named_by_their_folder(runs):
     a, bb, ccc, none = runs(a=dict(seed=1), bb=dict(seed=1), ccc=dict(seed=2), dddd=None)
     assert plot.labels([a, bb], [plot.read_config(p) for p in (a, bb)]) == [str(a), str(bb)]
-    assert plot.labels([a, bb, ccc], [plot.read_config(p) for p in (a, bb, ccc)]) == [f"{a} (seed=1)", f"{bb} (seed=1)", "seed=2"]
+    assert plot.labels([a, bb, ccc], [plot.read_config(p) for p in (a, bb, ccc)]) == [
+        f"{a} (seed=1)",
+        f"{bb} (seed=1)",
+        "seed=2",
+    ]
     assert plot.labels([a, none], [plot.read_config(p) for p in (a, none)]) == ["seed=1", str(none)]
     (none / "run.json").write_text("[broken")
     assert plot.read_config(none) == {}
@@ -262,16 +347,26 @@ def test_any_folder_s_name_can_be_a_label(runs, monkeypatch, tmp_path):
 
 
 def test_an_older_run_has_its_configuration_in_its_results(runs, monkeypatch):
-    assert list(drawn(monkeypatch, runs("training_results.json", a=dict(seed=1), b=dict(seed=2)))) == ["seed=1", "seed=2"]
+    assert list(
+        drawn(monkeypatch, runs("training_results.json", a=dict(seed=1), b=dict(seed=2)))
+    ) == ["seed=1", "seed=2"]
 
 
 def test_the_comparison_is_written_beside_the_first_run(runs, tmp_path, capsys):
     folders = runs(**{"r" * n: dict(seed=n, data="a long path " * 20) for n in range(1, 10)})
     assert plot.main(list(map(str, folders))) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'comparison.png'}\n"
-    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("*/*.png"))
-    assert plot.main([*map(str, folders), "--out", str(tmp_path / "mine.png")]) == 0 and (tmp_path / "mine.png").exists()
-    assert plot.main([str(folders[0]), str(tmp_path / "missing")]) == 1 and "missing" in capsys.readouterr().err
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG") and not list(
+        tmp_path.glob("*/*.png")
+    )
+    assert (
+        plot.main([*map(str, folders), "--out", str(tmp_path / "mine.png")]) == 0
+        and (tmp_path / "mine.png").exists()
+    )
+    assert (
+        plot.main([str(folders[0]), str(tmp_path / "missing")]) == 1
+        and "missing" in capsys.readouterr().err
+    )
     write_metrics(folders[0], [])
     assert plot.main(list(map(str, folders[:2]))) == 0, "one has nothing to draw yet"
     write_metrics(folders[1], [])

@@ -1,4 +1,5 @@
 """The command line: what it answers, what it refuses and how, and whole runs that end, are killed, stopped and resumed."""
+
 import contextlib
 import dataclasses
 import errno
@@ -18,19 +19,36 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from record import checkpoint
-from planner.machine import GPUS
-from record import results
 import run_experiment
 from cli import add_config_options, config_options, locked, new_parser
 from config import PRESETS, Config, ConfigError, defaults, field_docs
+from planner.machine import GPUS
+from record import checkpoint, results
 
 ROOT = Path(run_experiment.__file__).parent
-SMALL = dict(preset="tiny", d_model=32, n_layers=2, n_heads=2, d_ff=32, num_experts=4, max_seq_len=16, vocab_size=300, batch_size=2,
-             gradient_accumulation_steps=2, max_steps=8, eval_every=1000, eval_steps=2, log_every=2, save_every=4, sample_tokens=0,
-             device="cpu", validation_fraction=0.1)
+SMALL = dict(
+    preset="tiny",
+    d_model=32,
+    n_layers=2,
+    n_heads=2,
+    d_ff=32,
+    num_experts=4,
+    max_seq_len=16,
+    vocab_size=300,
+    batch_size=2,
+    gradient_accumulation_steps=2,
+    max_steps=8,
+    eval_every=1000,
+    eval_steps=2,
+    log_every=2,
+    save_every=4,
+    sample_tokens=0,
+    device="cpu",
+    validation_fraction=0.1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +58,19 @@ def base(tmp_path_factory):
     (folder / "text").mkdir()
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(40)]
     for i in range(10):
-        lines = (" ".join(draw.choices(words[:8 + i], k=10)) for _ in range(60))
+        lines = (" ".join(draw.choices(words[: 8 + i], k=10)) for _ in range(60))
         (folder / "text" / f"{i}.txt").write_text("\n".join(lines))
     return folder
 
 
 def arguments(base, **options) -> list[str]:
     options = {**SMALL, "data": base / "text", "cache_dir": base / "cache", **options}
-    return [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
+    return [
+        text
+        for name, value in options.items()
+        if value is not None
+        for text in (f"--{name}", str(value))
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +82,7 @@ def no_pictures(monkeypatch):
 @pytest.fixture
 def cli(capsys):
     """cli(*arguments) is (exit code, stdout, stderr) of the program called in this process."""
+
     def call(*argv):
         capsys.readouterr()
         try:
@@ -66,6 +90,7 @@ def cli(capsys):
         except SystemExit as stop:
             code = stop.code or 0
         return (code, *capsys.readouterr())
+
     return call
 
 
@@ -74,23 +99,45 @@ def contents(folder: Path) -> dict:
 
 
 def rows(folder: Path, kind: str) -> list[dict]:
-    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if kind in row]
+    return [
+        row
+        for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if kind in row
+    ]
 
 
 # ---------------------------------------------------------------- answers without torch
 
+
 def answer(*argv):
     """(stdout, seconds) of the program in a process of its own, which must not import torch."""
-    code = ("import sys, runpy\nsys.argv[:] = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "finally:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
+    code = (
+        "import sys, runpy\nsys.argv[:] = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, ROOT / "run_experiment.py", *argv], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT / "run_experiment.py", *argv],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return done.stdout, time.monotonic() - start
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["plan", "--help"], ["sample", "--help"],
-                                  ["plan", "--preset", "18b", "--gpu", "h200"], ["plan", "--json"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["plan", "--help"],
+        ["sample", "--help"],
+        ["plan", "--preset", "18b", "--gpu", "h200"],
+        ["plan", "--json"],
+    ],
+    ids=" ".join,
+)
 def test_help_and_plan_answer_within_three_seconds_without_torch(argv):
     out, seconds = answer(*argv)
     assert seconds < 3 and len(out) > 300
@@ -102,15 +149,25 @@ def test_help_documents_every_field(cli):
     assert code == 0 and "run_experiment.py plan" in text
     for name, doc in field_docs().items():
         default = defaults()[name]
-        values = dict(precision="fp16|bf16|fp32", optimizer="muon|adamw").get(name) or re.findall(rf"--{name} (\S+) ", text)[-1]
-        assert f"--{name} {values} {doc} [{'derived' if default is None else default}]".replace("- ", "-") in text.replace("- ", "-"), name
+        values = (
+            dict(precision="fp16|bf16|fp32", optimizer="muon|adamw").get(name)
+            or re.findall(rf"--{name} (\S+) ", text)[-1]
+        )
+        assert f"--{name} {values} {doc} [{'derived' if default is None else default}]".replace(
+            "- ", "-"
+        ) in text.replace("- ", "-"), name
     assert set(field_docs()) == {f.name for f in dataclasses.fields(Config)}
     assert "--resume" in text and "--overwrite" in text
 
 
 def test_a_reader_that_leaves_is_no_error():
     for argv in (["--help"], ["plan", "--gpu", "h200"]):
-        process = subprocess.Popen([sys.executable, "run_experiment.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+        process = subprocess.Popen(
+            [sys.executable, "run_experiment.py", *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+        )
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() in (0, 1)
 
@@ -132,27 +189,69 @@ def test_plan_of_every_preset_on_every_gpu(cli, preset):
     c = Config(**PRESETS[preset])
     for gpu in GPUS:
         facts = planned(cli, "--preset", preset, "--gpu", gpu)
-        assert facts.keys() >= {"preset", "total_params", "active_params", "gpu", "fits", "tokens_per_step", "checkpoint_gb", "hours"}
+        assert facts.keys() >= {
+            "preset",
+            "total_params",
+            "active_params",
+            "gpu",
+            "fits",
+            "tokens_per_step",
+            "checkpoint_gb",
+            "hours",
+        }
         assert facts["memory_gb"].keys() == {*COMPONENTS, "total", "host"}
-        assert facts["choice"].keys() - {"lighter_blocks"} == {"batch_size", "gradient_accumulation_steps", "activation_checkpointing", "offload_optimizer"}
+        assert facts["choice"].keys() - {"lighter_blocks"} == {
+            "batch_size",
+            "gradient_accumulation_steps",
+            "activation_checkpointing",
+            "offload_optimizer",
+        }
         assert (facts["preset"], facts["gpu"]) == (preset, gpu)
-        assert (facts["total_params"], facts["active_params"], facts["tokens_per_step"]) == (c.total_params, c.active_params, c.tokens_per_step)
-        assert facts["memory_gb"]["total"] == pytest.approx(sum(facts["memory_gb"][k] for k in COMPONENTS), abs=0.005)
+        assert (facts["total_params"], facts["active_params"], facts["tokens_per_step"]) == (
+            c.total_params,
+            c.active_params,
+            c.tokens_per_step,
+        )
+        assert facts["memory_gb"]["total"] == pytest.approx(
+            sum(facts["memory_gb"][k] for k in COMPONENTS), abs=0.005
+        )
         assert (facts["memory_gb"]["host"] > 0) == facts["choice"]["offload_optimizer"]
         choice = facts["choice"]
-        assert choice["batch_size"] * choice["gradient_accumulation_steps"] * c.max_seq_len == c.tokens_per_step
+        assert (
+            choice["batch_size"] * choice["gradient_accumulation_steps"] * c.max_seq_len
+            == c.tokens_per_step
+        )
         assert facts["fits"] == (facts["memory_gb"]["total"] < 0.97 * facts["gpu_memory_gb"] - 0.6)
-        assert facts["checkpoint_gb"] == pytest.approx(c.total_params * (6 if c.precision == "fp16" else 8) / 1e9, rel=0.15)
+        assert facts["checkpoint_gb"] == pytest.approx(
+            c.total_params * (6 if c.precision == "fp16" else 8) / 1e9, rel=0.15
+        )
         assert facts["options"].split()[1] == str(choice["batch_size"])
 
 
-@pytest.mark.parametrize("gpu, fits, offload, at_most", [("b200", True, False, 4), ("h200", True, True, 4), ("h100", True, True, 2),
-                                                         ("rtx4090", False, True, 1)])
+@pytest.mark.parametrize(
+    "gpu, fits, offload, at_most",
+    [
+        ("b200", True, False, 4),
+        ("h200", True, True, 4),
+        ("h100", True, True, 2),
+        ("rtx4090", False, True, 1),
+    ],
+)
 def test_plan_of_18b(cli, gpu, fits, offload, at_most):
     facts = planned(cli, "--preset", "18b", "--gpu", gpu)
-    assert facts["fits"] is fits and facts["choice"]["offload_optimizer"] is offload and facts["choice"]["batch_size"] <= at_most
+    assert (
+        facts["fits"] is fits
+        and facts["choice"]["offload_optimizer"] is offload
+        and facts["choice"]["batch_size"] <= at_most
+    )
     code, out, _ = cli("plan", "--preset", "18b", "--gpu", gpu)
-    assert code == (0 if fits else 1) and ("does not fit" in out) is not fits and facts["options"] in out and "17.97B" in out and "Headroom" in out
+    assert (
+        code == (0 if fits else 1)
+        and ("does not fit" in out) is not fits
+        and facts["options"] in out
+        and "17.97B" in out
+        and "Headroom" in out
+    )
 
 
 def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
@@ -165,8 +264,13 @@ def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
 
 def test_plan_says_whose_host_memory_it_counts_on(cli):
     argv = ("--preset", "18b", "--gpu", "h200")
-    assert planned(cli, *argv)["host_memory_assumed"] and not planned(cli, *argv, "--host_memory_gb", "200")["host_memory_assumed"]
-    assert not planned(cli, "--preset", "tiny", "--device", "cpu")["host_memory_assumed"], "this machine's own"
+    assert (
+        planned(cli, *argv)["host_memory_assumed"]
+        and not planned(cli, *argv, "--host_memory_gb", "200")["host_memory_assumed"]
+    )
+    assert not planned(cli, "--preset", "tiny", "--device", "cpu")["host_memory_assumed"], (
+        "this machine's own"
+    )
     assert "host with 128 GB (assumed; --host_memory_gb" in cli("plan", *argv)[1]
     assert "host with 200 GB: fits" in cli("plan", *argv, "--host_memory_gb", "200")[1]
 
@@ -175,58 +279,142 @@ def test_several_gpus_and_one_that_is_used(cli, monkeypatch, tmp_path):
     assert "uses one GPU by design" in " ".join(cli("plan", "--help")[1].split())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=80e9)
+    )
     for count in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        assert ("2 GPUs are visible; a run uses one by design" in cli("--resume", "missing.pt")[1]) is (count == 2)
+        assert (
+            "2 GPUs are visible; a run uses one by design" in cli("--resume", "missing.pt")[1]
+        ) is (count == 2)
 
 
 def test_plan_says_what_is_short(cli):
-    assert "does not fit (the host: 74.3 GB needed, 18.0 usable)" in cli("plan", "--preset", "18b", "--gpu", "h200", "--host_memory_gb", "20")[1]
-    assert "does not fit (the GPU: " in cli("plan", "--preset", "18b", "--gpu", "rtx4090", "--host_memory_gb", "500")[1]
+    assert (
+        "does not fit (the host: 74.3 GB needed, 18.0 usable)"
+        in cli("plan", "--preset", "18b", "--gpu", "h200", "--host_memory_gb", "20")[1]
+    )
+    assert (
+        "does not fit (the GPU: "
+        in cli("plan", "--preset", "18b", "--gpu", "rtx4090", "--host_memory_gb", "500")[1]
+    )
     on_cpu = cli("plan", "--preset", "18b", "--device", "cpu", "--host_memory_gb", "130")[1]
-    assert "does not fit" in on_cpu and "--offload_optimizer false" in on_cpu, "streaming frees no host memory"
+    assert "does not fit" in on_cpu and "--offload_optimizer false" in on_cpu, (
+        "streaming frees no host memory"
+    )
 
 
 def test_plan_says_what_would_fit(cli):
     """Of 5b with the gradients of some blocks on the host, what is printed does fit; of 18b nothing does, but smaller presets."""
     out = cli("plan", "--preset", "5b", "--gpu", "rtx4090")[1]
-    options = re.search(r"This would fit: (--host_gradient_blocks \d+ .*), with this memory:\n", out)[1].split()
+    options = re.search(
+        r"This would fit: (--host_gradient_blocks \d+ .*), with this memory:\n", out
+    )[1].split()
     fits = planned(cli, "--preset", "5b", "--gpu", "rtx4090", *options)
     assert fits["fits"] and fits["as_configured"] and int(options[1]) > 1
     smallest = planned(cli, "--preset", "5b", "--gpu", "rtx4090")
-    assert smallest["advice"] == f"This would fit: {' '.join(options)}" and smallest["advised_memory_gb"] == fits["memory_gb"] and not smallest["fits"]
+    assert (
+        smallest["advice"] == f"This would fit: {' '.join(options)}"
+        and smallest["advised_memory_gb"] == fits["memory_gb"]
+        and not smallest["fits"]
+    )
     assert fits["advice"] is fits["advised_memory_gb"] is None
-    fewer = planned(cli, "--preset", "5b", "--gpu", "rtx4090", *options[:1], str(int(options[1]) - 1), *options[2:])
+    fewer = planned(
+        cli,
+        "--preset",
+        "5b",
+        "--gpu",
+        "rtx4090",
+        *options[:1],
+        str(int(options[1]) - 1),
+        *options[2:],
+    )
     assert not fewer["fits"], "as few as need be"
-    assert f"{fits['memory_gb']['gradients']:.2f}" in re.search(r"Gradients +(.*)", out)[1] and "Headroom                                 -" not in out
-    assert "fits, in micro-batches of 64 instead of 512\n  --batch_size 64 " in cli(
-        "plan", "--preset", "small", "--gpu", "rtx4090", "--batch_size", "512", "--gradient_accumulation_steps", "1")[1]
+    assert (
+        f"{fits['memory_gb']['gradients']:.2f}" in re.search(r"Gradients +(.*)", out)[1]
+        and "Headroom                                 -" not in out
+    )
+    assert (
+        "fits, in micro-batches of 64 instead of 512\n  --batch_size 64 "
+        in cli(
+            "plan",
+            "--preset",
+            "small",
+            "--gpu",
+            "rtx4090",
+            "--batch_size",
+            "512",
+            "--gradient_accumulation_steps",
+            "1",
+        )[1]
+    )
     out = cli("plan", "--preset", "25b", "--gpu", "h100")[1]
-    needed, options = re.search(r"With (\d+) GB of host memory this would fit: (--host_gradient_blocks .*)\n", out).groups()
+    needed, options = re.search(
+        r"With (\d+) GB of host memory this would fit: (--host_gradient_blocks .*)\n", out
+    ).groups()
     for host, fits in ((int(needed), True), (int(needed) - 1, False)):
-        assert planned(cli, "--preset", "25b", "--gpu", "h100", "--host_memory_gb", str(host), *options.split())["fits"] is fits
+        assert (
+            planned(
+                cli,
+                "--preset",
+                "25b",
+                "--gpu",
+                "h100",
+                "--host_memory_gb",
+                str(host),
+                *options.split(),
+            )["fits"]
+            is fits
+        )
     out = cli("plan", "--preset", "18b", "--gpu", "rtx4090")[1]
-    assert "No choice for this model would fit: use a smaller --preset; these fit: 2b small tiny\n" in out
-    assert all(planned(cli, "--preset", preset, "--gpu", "rtx4090")["fits"] is (preset == "2b") for preset in ("2b", "25b"))
+    assert (
+        "No choice for this model would fit: use a smaller --preset; these fit: 2b small tiny\n"
+        in out
+    )
+    assert all(
+        planned(cli, "--preset", preset, "--gpu", "rtx4090")["fits"] is (preset == "2b")
+        for preset in ("2b", "25b")
+    )
 
 
 def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_path):
     monkeypatch.setattr("planner.plan.__file__", str(tmp_path / "planner" / "plan.py"))
     argv = ("--preset", "18b", "--gpu", "h200")
-    assert planned(cli, *argv)["hours"] is None and "hours             not measured" in cli("plan", *argv)[1]
+    assert (
+        planned(cli, *argv)["hours"] is None
+        and "hours             not measured" in cli("plan", *argv)[1]
+    )
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
-    (results / "train_18b_fp16_h200.json").write_text(json.dumps(dict(value=5000.0, details=dict(
-        options="--preset 18b --batch_size 2 --activation_checkpointing none --offload_optimizer true --eval_steps 1"))))
+    (results / "train_18b_fp16_h200.json").write_text(
+        json.dumps(
+            dict(
+                value=5000.0,
+                details=dict(
+                    options="--preset 18b --batch_size 2 --activation_checkpointing none --offload_optimizer true --eval_steps 1"
+                ),
+            )
+        )
+    )
     assert planned(cli, *argv)["hours"] == pytest.approx(50_000 * 131_072 / 5000 / 3600)
     words = cli("plan", *argv)[1]
-    assert "364 at 5,000 tokens/s, measured with\n                  --batch_size 2 --activation_checkpointing none --offload_optimizer true\n" in words
+    assert (
+        "364 at 5,000 tokens/s, measured with\n                  --batch_size 2 --activation_checkpointing none --offload_optimizer true\n"
+        in words
+    )
     assert "not measured for the setup below; 364" in words
-    (results / "train_18b_fp16_h200.json").write_text(json.dumps(dict(value=5000.0, details=dict(options=planned(cli, *argv)["options"]))))
+    (results / "train_18b_fp16_h200.json").write_text(
+        json.dumps(dict(value=5000.0, details=dict(options=planned(cli, *argv)["options"])))
+    )
     assert "hours             364 at" in cli("plan", *argv)[1]
-    for other in (("--preset", "5b", "--gpu", "h200"), ("--preset", "18b", "--gpu", "h100"), (*argv, "--precision", "bf16"), (*argv, "--d_ff", "1024"),
-                  (*argv, "--max_seq_len", "8192"), (*argv, "--num_experts", "0")):
+    for other in (
+        ("--preset", "5b", "--gpu", "h200"),
+        ("--preset", "18b", "--gpu", "h100"),
+        (*argv, "--precision", "bf16"),
+        (*argv, "--d_ff", "1024"),
+        (*argv, "--max_seq_len", "8192"),
+        (*argv, "--num_experts", "0"),
+    ):
         assert planned(cli, *other)["hours"] is None
 
 
@@ -234,17 +422,26 @@ def test_precedence_on_the_command_line(cli, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert planned(cli)["preset"] == "tiny" and planned(cli, "--gpu", "h200")["preset"] == "18b"
     assert planned(cli, "--gpu", "h200", "--preset", "2b")["preset"] == "2b"
-    facts = planned(cli, "--gpu", "h200", "--preset", "2b", "--batch_size", "3", "--max-seq-len=100")
+    facts = planned(
+        cli, "--gpu", "h200", "--preset", "2b", "--batch_size", "3", "--max-seq-len=100"
+    )
     assert facts["tokens_per_step"] == 3 * 8 * 100
-    for argv, reason in ((["--gpu", "h200"], "18b: the GPU has 150 GB"), ([], "tiny: no GPU was found"),
-                         (["--preset", "5b"], "5b: chosen with --preset")):
+    for argv, reason in (
+        (["--gpu", "h200"], "18b: the GPU has 150 GB"),
+        ([], "tiny: no GPU was found"),
+        (["--preset", "5b"], "5b: chosen with --preset"),
+    ):
         assert reason in cli("plan", *argv)[1]
     monkeypatch.setattr("config.SHIPPED_DEFAULTS", "edited")
-    assert planned(cli, "--gpu", "h200")["preset"] == "config.py" and planned(cli, "--preset", "5b")["preset"] == "5b"
+    assert (
+        planned(cli, "--gpu", "h200")["preset"] == "config.py"
+        and planned(cli, "--preset", "5b")["preset"] == "5b"
+    )
     assert "its defaults were edited" in cli("plan")[1]
 
 
 # ---------------------------------------------------------------- refusals
+
 
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
@@ -264,27 +461,44 @@ def assert_refused(result, code, *words):
         assert word in result[2], (word, result[2])
 
 
-@pytest.mark.parametrize("argv, words", [
-    ("--max_stps 3", ["--max_stps", "--max_steps?"]),
-    ("--preset 18bb", ["unknown preset '18bb'", "mean 18b?", "tiny"]),
-    ("trian --preset tiny", ["unknown command 'trian'", "mean train?"]),
-    ("plan --gpu h10", ["unknown GPU 'h10'", "mean h100?", "b200"]),
-    ("plan --max_stps 3", ["--max_steps?"]),
-    ("plan extra", ["unexpected argument 'extra'"]),
-    ("--d_model abc --n_layers x --precision fp61", ["--d_model: 'abc' is not a whole number", "--n_layers: 'x'", "mean fp16?"]),
-    ("--tie_embeddings maybe", ["--tie_embeddings: 'maybe' is not true or false"]),
-    ("--preset tiny --d_model 30 --n_layers 0 --top_k 9", ["n_layers=0: must be at least 1", "change n_heads", "top_k=9: must not exceed"]),
-    ("--muon_lr nan", ["muon_lr=nan"]),
-    ("--d_model", ["--d_model", "expected one argument"]),
-    ("--resume latest --overwrite --device cpu", ["--resume", "--overwrite", "choose one"]),
-    ("--tracker tensorbord --device cpu", ["--tracker: 'tensorbord'", "mean tensorboard?"]),
-    ("sample --prompt a", ["--checkpoint"]),
-    ("sample --checkpoint x --prompt a --tokens 5", ["'--tokens'", "mean --max_new_tokens?"]),
-    ("--learning_rate 1e-3", ["Here it is --muon_lr and --adamw_lr."]), ("--fp16", ["Here it is --precision fp16."]),
-    ("sample --checkpoint x --prompt a --temperature warm", ["--temperature", "'warm'"]),
-    ("sample --checkpoint x --prompt a --temperature -1", ["--temperature must lie between 0"]),
-    ("sample --checkpoint x --prompt a --seed 99999999999999999999", ["--seed must lie between 0"]),
-    ("sample --checkpoint x --prompt a --max_new_tokens 0", ["--max_new_tokens must lie between 1"])])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--max_stps 3", ["--max_stps", "--max_steps?"]),
+        ("--preset 18bb", ["unknown preset '18bb'", "mean 18b?", "tiny"]),
+        ("trian --preset tiny", ["unknown command 'trian'", "mean train?"]),
+        ("plan --gpu h10", ["unknown GPU 'h10'", "mean h100?", "b200"]),
+        ("plan --max_stps 3", ["--max_steps?"]),
+        ("plan extra", ["unexpected argument 'extra'"]),
+        (
+            "--d_model abc --n_layers x --precision fp61",
+            ["--d_model: 'abc' is not a whole number", "--n_layers: 'x'", "mean fp16?"],
+        ),
+        ("--tie_embeddings maybe", ["--tie_embeddings: 'maybe' is not true or false"]),
+        (
+            "--preset tiny --d_model 30 --n_layers 0 --top_k 9",
+            ["n_layers=0: must be at least 1", "change n_heads", "top_k=9: must not exceed"],
+        ),
+        ("--muon_lr nan", ["muon_lr=nan"]),
+        ("--d_model", ["--d_model", "expected one argument"]),
+        ("--resume latest --overwrite --device cpu", ["--resume", "--overwrite", "choose one"]),
+        ("--tracker tensorbord --device cpu", ["--tracker: 'tensorbord'", "mean tensorboard?"]),
+        ("sample --prompt a", ["--checkpoint"]),
+        ("sample --checkpoint x --prompt a --tokens 5", ["'--tokens'", "mean --max_new_tokens?"]),
+        ("--learning_rate 1e-3", ["Here it is --muon_lr and --adamw_lr."]),
+        ("--fp16", ["Here it is --precision fp16."]),
+        ("sample --checkpoint x --prompt a --temperature warm", ["--temperature", "'warm'"]),
+        ("sample --checkpoint x --prompt a --temperature -1", ["--temperature must lie between 0"]),
+        (
+            "sample --checkpoint x --prompt a --seed 99999999999999999999",
+            ["--seed must lie between 0"],
+        ),
+        (
+            "sample --checkpoint x --prompt a --max_new_tokens 0",
+            ["--max_new_tokens must lie between 1"],
+        ),
+    ],
+)
 def test_wrong_usage(cli, argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("data.prepare", lambda _: pytest.fail("it trains"))
@@ -303,36 +517,69 @@ def test_what_comes_to_nothing_leaves_no_folder(cli, base, tmp_path):
 
 def test_resume_latest_of_nothing_says_that_a_new_run_starts(cli, base, finished, tmp_path):
     code, out, _ = cli(*arguments(base, save_dir=tmp_path / "run"), "--resume", "latest")
-    assert code == 0 and f"Nothing to resume: no checkpoint in {tmp_path / 'run'}. A new run starts." in out and "Done: 8 steps" in out
+    assert (
+        code == 0
+        and f"Nothing to resume: no checkpoint in {tmp_path / 'run'}. A new run starts." in out
+        and "Done: 8 steps" in out
+    )
     assert "Nothing to resume" not in cli("--resume", "latest", "--save_dir", tmp_path / "run")[1]
 
 
 def test_a_folder_that_holds_a_run_is_not_written_to(cli, base, finished):
     before = contents(finished)
-    assert_refused(cli(*arguments(base, save_dir=finished)), 2, "already holds a run", "--resume latest", "--save_dir", "--overwrite")
-    assert_refused(cli(*arguments(base, save_dir=finished, data="/nowhere"), "--overwrite"), 1, "/nowhere")
-    assert_refused(cli("--resume", finished), 2, "is a folder", f"--save_dir {finished} --resume latest")
+    assert_refused(
+        cli(*arguments(base, save_dir=finished)),
+        2,
+        "already holds a run",
+        "--resume latest",
+        "--save_dir",
+        "--overwrite",
+    )
+    assert_refused(
+        cli(*arguments(base, save_dir=finished, data="/nowhere"), "--overwrite"), 1, "/nowhere"
+    )
+    assert_refused(
+        cli("--resume", finished), 2, "is a folder", f"--save_dir {finished} --resume latest"
+    )
     assert contents(finished) == before
 
 
-@pytest.mark.parametrize("name, written, words", [
-    ("missing.txt", None, ["missing.txt", "--data"]), ("empty.txt", b"", ["empty.txt is empty"]),
-    ("bad.txt", b"ab\xff\xfe", ["bad.txt", "offset 2", "UTF-8"]), ("short.txt", b"hello", ["too small", "max_seq_len"]),
-    ("broken.jsonl", b'{"text": "a"}\n{', ["broken.jsonl:2"]), ("broken.parquet", b"PAR1", ["broken.parquet"])])
+@pytest.mark.parametrize(
+    "name, written, words",
+    [
+        ("missing.txt", None, ["missing.txt", "--data"]),
+        ("empty.txt", b"", ["empty.txt is empty"]),
+        ("bad.txt", b"ab\xff\xfe", ["bad.txt", "offset 2", "UTF-8"]),
+        ("short.txt", b"hello", ["too small", "max_seq_len"]),
+        ("broken.jsonl", b'{"text": "a"}\n{', ["broken.jsonl:2"]),
+        ("broken.parquet", b"PAR1", ["broken.parquet"]),
+    ],
+)
 def test_unusable_data(cli, base, tmp_path, name, written, words):
     if written is not None:
         (tmp_path / name).write_bytes(written)
-    assert_refused(cli(*arguments(base, data=tmp_path / name, save_dir=tmp_path / "run")), 1, *words)
+    assert_refused(
+        cli(*arguments(base, data=tmp_path / name, save_dir=tmp_path / "run")), 1, *words
+    )
     assert not list((tmp_path / "run").glob("*"))
 
 
-def test_more_readers_than_cores_and_a_missing_tracker_are_refused(cli, base, tmp_path, monkeypatch):
+def test_more_readers_than_cores_and_a_missing_tracker_are_refused(
+    cli, base, tmp_path, monkeypatch
+):
     argv = arguments(base, save_dir=tmp_path / "run", num_workers=os.cpu_count() + 1)
     assert_refused(cli(*argv), 2, f"num_workers={os.cpu_count() + 1}", f"{os.cpu_count()} cores")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("data.prepare", lambda _: pytest.fail("minutes of tokenizing before it is refused"))
-    assert_refused(cli(*arguments(base, save_dir=tmp_path / "run", tracker="wandb")), 1, "wandb is not installed", "pip install wandb",
-                   "--tracker none")
+    monkeypatch.setattr(
+        "data.prepare", lambda _: pytest.fail("minutes of tokenizing before it is refused")
+    )
+    assert_refused(
+        cli(*arguments(base, save_dir=tmp_path / "run", tracker="wandb")),
+        1,
+        "wandb is not installed",
+        "pip install wandb",
+        "--tracker none",
+    )
     assert not list((tmp_path / "run").glob("*"))
 
 
@@ -341,7 +588,7 @@ def damaged(finished, tmp_path, how) -> Path:
     raw = bytearray((finished / "checkpoint_latest.pt").read_bytes())
     if how == "flipped":
         raw[len(raw) // 2] ^= 1
-    path.write_bytes(raw[:len(raw) // 2] if how == "truncated" else b"" if how == "empty" else raw)
+    path.write_bytes(raw[: len(raw) // 2] if how == "truncated" else b"" if how == "empty" else raw)
     if how == "mismatched":
         state = checkpoint.load(path)
         state["model"]["norm.weight"] = state["model"]["norm.weight"][:-1].clone()
@@ -355,17 +602,33 @@ def damaged(finished, tmp_path, how) -> Path:
 def test_unusable_checkpoint(cli, base, finished, tmp_path, how):
     path = damaged(finished, tmp_path, how)
     before = contents(tmp_path)
-    assert_refused(cli("--resume", path, "--save_dir", tmp_path / "run"), 1, "norm.weight" if how == "mismatched" else "damaged.pt")
+    assert_refused(
+        cli("--resume", path, "--save_dir", tmp_path / "run"),
+        1,
+        "norm.weight" if how == "mismatched" else "damaged.pt",
+    )
     if how != "mismatched":
         assert_refused(cli("sample", "--checkpoint", path, "--prompt", "a"), 1, "damaged.pt")
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("changes, code, words", [
-    (dict(d_model=64, seed=7), 2, ["d_model: the checkpoint has 32, not 64", "seed: the checkpoint has"]),
-    (dict(batch_size=64), 2, ["4 sequences"]), (dict(data="other"), 1, ["other text", "--data"]),
-    (dict(tokenizer="tokenizer.json"), 1, ["other tokenizer", "--tokenizer"])], ids=str)
-def test_a_resumed_run_keeps_its_model_and_its_data(cli, base, finished, tmp_path, changes, code, words):
+@pytest.mark.parametrize(
+    "changes, code, words",
+    [
+        (
+            dict(d_model=64, seed=7),
+            2,
+            ["d_model: the checkpoint has 32, not 64", "seed: the checkpoint has"],
+        ),
+        (dict(batch_size=64), 2, ["4 sequences"]),
+        (dict(data="other"), 1, ["other text", "--data"]),
+        (dict(tokenizer="tokenizer.json"), 1, ["other tokenizer", "--tokenizer"]),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_keeps_its_model_and_its_data(
+    cli, base, finished, tmp_path, changes, code, words
+):
     if "data" in changes:
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "a.txt").write_text((base / "text" / "1.txt").read_text() * 3)
@@ -374,11 +637,18 @@ def test_a_resumed_run_keeps_its_model_and_its_data(cli, base, finished, tmp_pat
         text = checkpoint.load(finished / "checkpoint_latest.pt")["tokenizer_json"]
         (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(text)))
         changes = dict(tokenizer=tmp_path / "tokenizer.json")
-    before, argv = contents(finished), [text for name, value in changes.items() for text in (f"--{name}", value)]
+    before, argv = (
+        contents(finished),
+        [text for name, value in changes.items() for text in (f"--{name}", value)],
+    )
     assert_refused(cli("--resume", "latest", "--save_dir", finished, *argv), code, *words)
-    result = cli("--resume", finished / "checkpoint_step_4.pt", "--save_dir", tmp_path / "run", *argv)
+    result = cli(
+        "--resume", finished / "checkpoint_step_4.pt", "--save_dir", tmp_path / "run", *argv
+    )
     assert_refused(result, code, *words)
-    assert contents(finished) == before and not contents(tmp_path / "run"), "nothing that would look like a run"
+    assert contents(finished) == before and not contents(tmp_path / "run"), (
+        "nothing that would look like a run"
+    )
 
 
 @pytest.mark.parametrize("place", ["file.txt/run", "/proc/run"])
@@ -394,28 +664,41 @@ def test_a_disk_that_fills_up_costs_no_checkpoint(cli, base, finished, tmp_path)
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = contents(run)
-    size, limits = (run / "checkpoint_step_8.pt").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))       # Python ignores the signal that comes with it
+    size, limits = (
+        (run / "checkpoint_step_8.pt").stat().st_size,
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size // 2, limits[1])
+    )  # Python ignores the signal that comes with it
     try:
         result = cli("--resume", "latest", "--save_dir", run, "--max_steps", "16")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_refused(result, 1, "checkpoint_step_12.pt was not saved", "Free some space")
     after = contents(run)
-    assert all(after[name] == before[name] for name in before if name.suffix == ".pt") and not list(run.glob(".*"))
+    assert all(after[name] == before[name] for name in before if name.suffix == ".pt") and not list(
+        run.glob(".*")
+    )
     assert cli("--resume", "latest", "--save_dir", run, "--max_steps", "16")[0] == 0
     assert checkpoint.load(run / "checkpoint_latest.pt")["step"] == 16
 
 
 def test_free_space_is_checked_before_anything(cli, base, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), dict(free=1000)))
-    assert_refused(cli(*arguments(base, save_dir=tmp_path / "run")), 1, "not enough disk space", "--save_every 0")
+    assert_refused(
+        cli(*arguments(base, save_dir=tmp_path / "run")),
+        1,
+        "not enough disk space",
+        "--save_every 0",
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_an_os_error_is_one_line(cli, monkeypatch):
     def broken(_):
         raise PermissionError(13, "Permission denied", "/somewhere")
+
     monkeypatch.setattr(run_experiment, "plan", broken)
     assert_refused(cli("plan"), 1, "Permission denied", "/somewhere")
     monkeypatch.setattr(run_experiment, "plan", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -424,6 +707,7 @@ def test_an_os_error_is_one_line(cli, monkeypatch):
 
 # ---------------------------------------------------------------- resume and overwrite
 
+
 @pytest.fixture
 def run(finished, tmp_path):
     """A copy of the finished run's folder."""
@@ -431,38 +715,71 @@ def run(finished, tmp_path):
 
 
 def test_resume_goes_further_and_says_what_changed(cli, run):
-    code, out, _ = cli("--resume", "latest", "--save_dir", run, "--max_steps", "12", "--muon-lr", "0.005", "--preset", "18b")
+    code, out, _ = cli(
+        "--resume",
+        "latest",
+        "--save_dir",
+        run,
+        "--max_steps",
+        "12",
+        "--muon-lr",
+        "0.005",
+        "--preset",
+        "18b",
+    )
     assert code == 0 and f"Resuming {run / 'checkpoint_latest.pt'} at step 8" in out
-    assert "max_steps: 8 -> 12" in out and "muon_lr: 0.02 -> 0.005" in out and "adamw_lr" not in out.split("\n")[0]
+    assert (
+        "max_steps: 8 -> 12" in out
+        and "muon_lr: 0.02 -> 0.005" in out
+        and "adamw_lr" not in out.split("\n")[0]
+    )
     assert "18b ignored" in out, "a preset is for a fresh start"
-    assert "learning rates go on at 0.285 of their peaks, where they were at 0.1." in out, "after 8 of 12 steps, and of 8"
-    assert [r["step"] for r in rows(run, "train_loss")] == [2, 4, 6, 8, 10, 12] and rows(run, "val_loss")[-1]["step"] == 12
+    assert "learning rates go on at 0.285 of their peaks, where they were at 0.1." in out, (
+        "after 8 of 12 steps, and of 8"
+    )
+    assert [r["step"] for r in rows(run, "train_loss")] == [2, 4, 6, 8, 10, 12] and rows(
+        run, "val_loss"
+    )[-1]["step"] == 12
     assert checkpoint.load(run / "checkpoint_latest.pt")["step"] == 12
 
 
 def test_resume_to_a_step_that_is_past_is_refused(cli, base, run):
     before = contents(run)
-    assert_refused(cli("--save_dir", run, "--resume", "latest", "--max_steps", 3), 2, "max_steps=3", "step 8")
+    assert_refused(
+        cli("--save_dir", run, "--resume", "latest", "--max_steps", 3), 2, "max_steps=3", "step 8"
+    )
     assert contents(run) == before
 
 
 def test_resume_of_a_finished_run_changes_no_weights(cli, run):
     before = (run / "checkpoint_latest.pt").read_bytes()
     code, out, _ = cli("--resume", "latest", "--save_dir", run)
-    assert code == 0 and "Done: 8 steps" in out and "learning rates go on" not in out and (run / "checkpoint_latest.pt").read_bytes() == before
+    assert (
+        code == 0
+        and "Done: 8 steps" in out
+        and "learning rates go on" not in out
+        and (run / "checkpoint_latest.pt").read_bytes() == before
+    )
     assert [r["step"] for r in rows(run, "val_loss")] == [0, 8]
 
 
-def test_resume_latest_goes_on_in_its_folder_and_a_path_in_the_folder_of_its_run(cli, finished, run, monkeypatch):
+def test_resume_latest_goes_on_in_its_folder_and_a_path_in_the_folder_of_its_run(
+    cli, finished, run, monkeypatch
+):
     before = contents(finished)
     monkeypatch.chdir(run.parent)
-    run.rename("checkpoints")       # the default save_dir; the checkpoint names another
+    run.rename("checkpoints")  # the default save_dir; the checkpoint names another
     code, out, _ = cli("--resume", "latest", "--max_steps", "12")
-    assert code == 0 and f"save_dir: {finished} -> checkpoints" in out and contents(finished) == before
+    assert (
+        code == 0 and f"save_dir: {finished} -> checkpoints" in out and contents(finished) == before
+    )
     moved = Path("checkpoints").rename("moved")
     assert cli("--resume", "latest", "--save_dir", moved, "--max_steps", "14")[0] == 0
     assert cli("--resume", moved / "checkpoint_latest.pt", "--max_steps", "16")[0] == 0
-    assert checkpoint.load(moved / "checkpoint_latest.pt")["step"] == 16 and not Path("checkpoints").exists()
+    assert (
+        checkpoint.load(moved / "checkpoint_latest.pt")["step"] == 16
+        and not Path("checkpoints").exists()
+    )
     assert contents(finished) == before
 
 
@@ -478,17 +795,29 @@ def test_resume_from_elsewhere_takes_the_history_along(cli, finished, tmp_path):
     code, out, _ = cli("--resume", finished / "checkpoint_step_4.pt", "--save_dir", folder)
     assert code == 0 and "at step 4" in out and contents(finished) == before
     assert [r["step"] for r in rows(folder, "train_loss")] == [2, 4, 6, 8]
-    assert [r["train_loss"] for r in rows(folder, "train_loss")] == [r["train_loss"] for r in rows(finished, "train_loss")]
+    assert [r["train_loss"] for r in rows(folder, "train_loss")] == [
+        r["train_loss"] for r in rows(finished, "train_loss")
+    ]
 
 
 def test_resume_latest_without_a_checkpoint_is_a_fresh_start(cli, base, tmp_path, run):
-    code, out, _ = cli(*arguments(base, save_dir=tmp_path / "new", max_steps=2), "--resume", "latest")
-    assert code == 0 and "Preset tiny: chosen with --preset" in out and checkpoint.load(tmp_path / "new" / "checkpoint_latest.pt")["step"] == 2
+    code, out, _ = cli(
+        *arguments(base, save_dir=tmp_path / "new", max_steps=2), "--resume", "latest"
+    )
+    assert (
+        code == 0
+        and "Preset tiny: chosen with --preset" in out
+        and checkpoint.load(tmp_path / "new" / "checkpoint_latest.pt")["step"] == 2
+    )
     metrics = (run / "metrics.jsonl").read_bytes()
     for path in run.glob("*.pt"):
         path.unlink()
     code, out, _ = cli(*arguments(base, save_dir=run, max_steps=2), "--resume", "latest")
-    assert code == 0 and "Nothing to resume: no checkpoint in" in out and (run / "metrics.jsonl.1").read_bytes() == metrics, "set aside, not lost"
+    assert (
+        code == 0
+        and "Nothing to resume: no checkpoint in" in out
+        and (run / "metrics.jsonl.1").read_bytes() == metrics
+    ), "set aside, not lost"
     assert json.loads((run / "training_results.json.1").read_text())["totals"]["steps"] == 8
     assert [r["step"] for r in rows(run, "train_loss")] == [2]
 
@@ -503,41 +832,79 @@ def test_overwrite_starts_anew_and_leaves_other_files(cli, base, run):
 
 # ---------------------------------------------------------------- run.json
 
+
 def test_run_json_says_what_the_run_is_made_of(cli, finished, run, monkeypatch):
     facts = json.loads((finished / "run.json").read_text())
     results = json.loads((finished / "training_results.json").read_text())
     state = checkpoint.load(finished / "checkpoint_latest.pt")
-    assert facts["config"] == results["config"] and facts["config"]["d_model"] == 32 and facts["data"] == results["data"]
-    assert facts["data"]["data_hash"] == state["data"]["data_hash"] and facts["data"]["tokenizer_hash"] == state["data"]["tokenizer_hash"]
-    assert facts["run_id"] == state["run_id"] and (facts["step"], facts["resumed_from"], facts["earlier"]) == (0, None, [])
-    assert facts["packages"]["torch"] == torch.__version__ and facts["packages"]["numpy"] and facts["gpu"] is None
+    assert (
+        facts["config"] == results["config"]
+        and facts["config"]["d_model"] == 32
+        and facts["data"] == results["data"]
+    )
+    assert (
+        facts["data"]["data_hash"] == state["data"]["data_hash"]
+        and facts["data"]["tokenizer_hash"] == state["data"]["tokenizer_hash"]
+    )
+    assert facts["run_id"] == state["run_id"] and (
+        facts["step"],
+        facts["resumed_from"],
+        facts["earlier"],
+    ) == (0, None, [])
+    assert (
+        facts["packages"]["torch"] == torch.__version__
+        and facts["packages"]["numpy"]
+        and facts["gpu"] is None
+    )
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert git.returncode != 0 or facts["git"]["commit"] == git.stdout.strip()
 
     monkeypatch.setattr(sys, "argv", ["run_experiment.py", "--save_dir", "a folder"])
-    assert cli("--resume", "latest", "--save_dir", run, "--max_steps", "10", "--muon_lr", "0.5")[0] == 0
+    assert (
+        cli("--resume", "latest", "--save_dir", run, "--max_steps", "10", "--muon_lr", "0.5")[0]
+        == 0
+    )
     again = json.loads((run / "run.json").read_text())
     assert again["environment"]["command"] == "run_experiment.py --save_dir 'a folder'"
     assert again["earlier"] == [{k: v for k, v in facts.items() if k != "earlier"}]
-    assert again["step"] == 8 and again["resumed_from"] == str(run / "checkpoint_latest.pt") and again["run_id"] == facts["run_id"]
+    assert (
+        again["step"] == 8
+        and again["resumed_from"] == str(run / "checkpoint_latest.pt")
+        and again["run_id"] == facts["run_id"]
+    )
     assert (again["config"]["muon_lr"], facts["config"]["muon_lr"]) == (0.5, 0.02)
     (run / "run.json").write_text("my notes")
     assert cli("--resume", "latest", "--save_dir", run, "--max_steps", "12")[0] == 0
-    assert (run / "run.json.1").read_text() == "my notes" and json.loads((run / "run.json").read_text())["step"] == 10
+    assert (run / "run.json.1").read_text() == "my notes" and json.loads(
+        (run / "run.json").read_text()
+    )["step"] == 10
 
 
 def test_git_state(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "__file__", str(tmp_path / "record" / "results.py"))
     assert set(results.git_state().values()) == {None}, "no repository"
-    for argv in (["init", "-q"], ["add", "report.py"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"]):
+    for argv in (
+        ["init", "-q"],
+        ["add", "report.py"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"],
+    ):
         (tmp_path / "report.py").write_text("one\n")
         subprocess.run(["git", *argv], cwd=tmp_path, check=True)
     clean = results.git_state()
-    assert clean["clean"] is True and clean["diff"] == "" and clean["untracked"] == [] and len(clean["commit"]) == 40
+    assert (
+        clean["clean"] is True
+        and clean["diff"] == ""
+        and clean["untracked"] == []
+        and len(clean["commit"]) == 40
+    )
     (tmp_path / "report.py").write_text("two\n")
     (tmp_path / "new.py").write_text("")
     changed = results.git_state()
-    assert changed["clean"] is False and "-one\n+two" in changed["diff"] and changed["untracked"] == ["new.py"]
+    assert (
+        changed["clean"] is False
+        and "-one\n+two" in changed["diff"]
+        and changed["untracked"] == ["new.py"]
+    )
     assert changed["commit"] == clean["commit"] and changed["diff_sha256"] != clean["diff_sha256"]
     monkeypatch.setattr(results, "LONGEST_DIFF", 10)
     assert results.git_state() == changed | dict(diff=None)
@@ -547,56 +914,110 @@ def test_git_state(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- the option parser
 
+
 def values(name: str):
     """Any value that a field's type allows, whether or not Config would take it."""
     kind = typing.get_type_hints(Config)[name]
-    text = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1).filter(lambda t: not t.startswith("-"))
-    return st.sampled_from(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else {
-        int: st.integers(), float: st.floats(allow_nan=False), str: text}.get(kind, st.booleans())
+    text = st.text(st.characters(blacklist_categories=["Cs"]), min_size=1).filter(
+        lambda t: not t.startswith("-")
+    )
+    return (
+        st.sampled_from(typing.get_args(kind))
+        if typing.get_origin(kind) is typing.Literal
+        else {int: st.integers(), float: st.floats(allow_nan=False), str: text}.get(
+            kind, st.booleans()
+        )
+    )
 
 
-@given(st.data(), st.lists(st.sampled_from(list(defaults())), unique=True, max_size=6), st.booleans(), st.booleans())
+@given(
+    st.data(),
+    st.lists(st.sampled_from(list(defaults())), unique=True, max_size=6),
+    st.booleans(),
+    st.booleans(),
+)
 @settings(max_examples=100, deadline=None)
 def test_options_are_read_as_they_were_written(draw, names, dashes, joined):
     expected = {name: draw.draw(values(name), label=name) for name in names}
     argv = []
     for name, value in expected.items():
         option = "--" + (name.replace("_", "-") if dashes else name)
-        argv += [f"{option}={value}"] if joined or str(value).startswith("-") else [option, str(value)]
+        argv += (
+            [f"{option}={value}"] if joined or str(value).startswith("-") else [option, str(value)]
+        )
     parser = new_parser("", "")
     add_config_options(parser)
     read = config_options(parser.parse(argv))
-    assert read == expected and all(type(read[name]) is type(value) for name, value in expected.items())
+    assert read == expected and all(
+        type(read[name]) is type(value) for name, value in expected.items()
+    )
 
 
-@given(st.lists(st.one_of(st.text(), st.sampled_from([f"--{name}" for name in defaults()]), st.text().map("--{}".format))))
+@given(
+    st.lists(
+        st.one_of(
+            st.text(),
+            st.sampled_from([f"--{name}" for name in defaults()]),
+            st.text().map("--{}".format),
+        )
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_any_arguments_are_read_or_refused(argv):
     parser = new_parser("", "")
     add_config_options(parser)
-    with contextlib.suppress(ConfigError, SystemExit):      # --help leaves
+    with contextlib.suppress(ConfigError, SystemExit):  # --help leaves
         assert set(config_options(parser.parse(argv))) <= set(defaults())
 
 
 # ---------------------------------------------------------------- sample
 
+
 def test_sample(cli, finished):
-    assert_refused(cli("sample", "--checkpoint", finished, "--prompt", "a"), 2, "is a folder", "checkpoint_latest.pt")
+    assert_refused(
+        cli("sample", "--checkpoint", finished, "--prompt", "a"),
+        2,
+        "is a folder",
+        "checkpoint_latest.pt",
+    )
 
     def text(*argv, prompt="abc"):
-        code, out, err = cli("sample", "--checkpoint", finished / "checkpoint_latest.pt", "--prompt", prompt, "--max_new_tokens", "12", *argv)
+        code, out, err = cli(
+            "sample",
+            "--checkpoint",
+            finished / "checkpoint_latest.pt",
+            "--prompt",
+            prompt,
+            "--max_new_tokens",
+            "12",
+            *argv,
+        )
         assert code == 0 and err == "" and out.startswith(prompt) and len(out) > len(prompt) + 5
         return out
+
     assert text() == text("--seed", "0") != text("--seed", "1")
-    assert text("--temperature", "0", "--seed", "1") == text("--temperature", "0") == text("--top_k", "1") == text("--temperature", "1e-40")
+    assert (
+        text("--temperature", "0", "--seed", "1")
+        == text("--temperature", "0")
+        == text("--top_k", "1")
+        == text("--temperature", "1e-40")
+    )
     assert text("--top_k", "0") and text(prompt="") and text(prompt="--not-an-option in the prompt")
 
 
 # ---------------------------------------------------------------- whole runs in processes of their own
 
+
 def start(*argv) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "run_experiment.py", *map(str, argv)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [sys.executable, "run_experiment.py", *map(str, argv)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def wait_for(process, condition):
@@ -607,7 +1028,10 @@ def wait_for(process, condition):
 
 
 def trained(folder):
-    return lambda: (folder / "metrics.jsonl").exists() and "train_loss" in (folder / "metrics.jsonl").read_text()
+    return lambda: (
+        (folder / "metrics.jsonl").exists()
+        and "train_loss" in (folder / "metrics.jsonl").read_text()
+    )
 
 
 def assert_group_ends(process):
@@ -633,33 +1057,72 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp
     third = start("--resume", "latest", "--save_dir", killed)
     out, err = first.communicate(timeout=120)
     assert first.returncode == 0 and "Traceback" not in err
-    for words in ("step 0: validation loss", "step 40: validation loss", "step 80: validation loss", "A sample", "Done: 80 steps"):
+    for words in (
+        "step 0: validation loss",
+        "step 40: validation loss",
+        "step 80: validation loss",
+        "A sample",
+        "Done: 80 steps",
+    ):
         assert words in out
-    assert {p.name for p in whole.iterdir()} == {"metrics.jsonl", "training_results.json", "training_curves.png", "run.json", "checkpoint_latest.pt",
-                                                 *(f"checkpoint_step_{n}.pt" for n in (40, 60, 80))}
+    assert {p.name for p in whole.iterdir()} == {
+        "metrics.jsonl",
+        "training_results.json",
+        "training_curves.png",
+        "run.json",
+        "checkpoint_latest.pt",
+        *(f"checkpoint_step_{n}.pt" for n in (40, 60, 80)),
+    }
     assert (whole / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((whole / "training_results.json").read_text())
-    assert results["totals"]["steps"] == 80 and results["sample"]["text"] and results["config"]["d_model"] == 32
+    assert (
+        results["totals"]["steps"] == 80
+        and results["sample"]["text"]
+        and results["config"]["d_model"] == 32
+    )
 
     out, err = third.communicate(timeout=120)
     assert third.returncode == 0 and "Resuming" in out and "Traceback" not in err
     for kind in ("train_loss", "val_loss"):
         same = ("step", kind, "grad_norm", "expert_load", "tokens_seen", "muon_lr")
-        assert [[r.get(k) for k in same] for r in rows(whole, kind)] == [[r.get(k) for k in same] for r in rows(killed, kind)]
+        assert [[r.get(k) for k in same] for r in rows(whole, kind)] == [
+            [r.get(k) for k in same] for r in rows(killed, kind)
+        ]
     states = [checkpoint.load(folder / "checkpoint_step_80.pt") for folder in (whole, killed)]
-    flat = [{**s["model"], **{(o, n, k): t for o in ("muon", "adamw") for n, ts in s["optimizer"][o]["state"].items() for k, t in ts.items()}}
-            for s in states]
-    assert flat[0].keys() == flat[1].keys() and all(torch.equal(flat[0][k], flat[1][k]) for k in flat[0])
+    flat = [
+        {
+            **s["model"],
+            **{
+                (o, n, k): t
+                for o in ("muon", "adamw")
+                for n, ts in s["optimizer"][o]["state"].items()
+                for k, t in ts.items()
+            },
+        }
+        for s in states
+    ]
+    assert flat[0].keys() == flat[1].keys() and all(
+        torch.equal(flat[0][k], flat[1][k]) for k in flat[0]
+    )
     assert states[0]["data_position"] == states[1]["data_position"] == 320
 
 
 def test_a_folder_in_use_is_left_alone(cli, base, finished):
     before = contents(finished)
     with locked(finished, "--save_dir"):
-        for how in (("--resume", "latest"), ("--resume", finished / "checkpoint_step_4.pt"), ("--overwrite",)):
-            assert_refused(cli(*arguments(base, save_dir=finished), *how), 2, "another process is at work", "--save_dir")
+        for how in (
+            ("--resume", "latest"),
+            ("--resume", finished / "checkpoint_step_4.pt"),
+            ("--overwrite",),
+        ):
+            assert_refused(
+                cli(*arguments(base, save_dir=finished), *how),
+                2,
+                "another process is at work",
+                "--save_dir",
+            )
     assert contents(finished) == before
-    with locked(finished, "--save_dir"):      # and it is free again
+    with locked(finished, "--save_dir"):  # and it is free again
         pass
 
 
@@ -668,6 +1131,7 @@ def test_the_folder_is_looked_into_only_when_it_is_locked(cli, base, finished, m
         with pytest.raises(ConfigError, match="another process"), locked(finished, "--save_dir"):
             pass
         raise ConfigError("seen")
+
     monkeypatch.setattr(run_experiment, "resume_path", resume_path)
     for how in ([], ["--resume", "latest"]):
         assert_refused(cli(*arguments(base, save_dir=finished), *how), 2, "seen")
@@ -676,10 +1140,15 @@ def test_the_folder_is_looked_into_only_when_it_is_locked(cli, base, finished, m
 def test_who_has_no_lock_removes_no_folder(tmp_path):
     folder, exists = tmp_path / "run", Path.exists
     with locked(folder, "--save_dir"):
-        class Late(type(folder)):      # as it was before the other process made it
+
+        class Late(type(folder)):  # as it was before the other process made it
             def exists(self):
                 return False
-        with pytest.raises(ConfigError, match="another process"), locked(Late(folder), "--save_dir"):
+
+        with (
+            pytest.raises(ConfigError, match="another process"),
+            locked(Late(folder), "--save_dir"),
+        ):
             pass
         assert exists(folder)
     assert not exists(folder), "nothing came into it"
@@ -689,17 +1158,27 @@ def test_a_disk_too_small_for_the_new_run_keeps_the_old_one(cli, base, finished,
     before, size = contents(finished), (finished / "checkpoint_step_8.pt").stat().st_size
     usage = shutil.disk_usage(finished)
     there = sum(path.stat().st_size for path in finished.glob("checkpoint_step_*"))
-    def disk_usage(folder):     # what is there and half a checkpoint
+
+    def disk_usage(folder):  # what is there and half a checkpoint
         used = sum(path.stat().st_size for path in Path(folder).glob("checkpoint_step_*"))
         return usage._replace(free=there + size // 2 - used)
+
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_usage)
-    assert_refused(cli(*arguments(base, save_dir=finished, max_steps=40, save_every=8, keep_checkpoints=3), "--overwrite"), 1, "not enough disk space")
+    assert_refused(
+        cli(
+            *arguments(base, save_dir=finished, max_steps=40, save_every=8, keep_checkpoints=3),
+            "--overwrite",
+        ),
+        1,
+        "not enough disk space",
+    )
     assert contents(finished) == before
 
 
 def test_a_file_system_without_locks_is_good_enough(monkeypatch, tmp_path):
     def flock(*_):
         raise OSError(errno.ENOTSUP, "no locks")
+
     monkeypatch.setattr("cli.fcntl.flock", flock)
     with locked(tmp_path / "new", "--save_dir"):
         assert (tmp_path / "new").is_dir()
@@ -707,25 +1186,39 @@ def test_a_file_system_without_locks_is_good_enough(monkeypatch, tmp_path):
 
 def test_sigterm_and_an_interrupt_save_and_stop(cli, base, tmp_path):
     cases = [(signal.SIGTERM, 143, tmp_path / "a", 2), (signal.SIGINT, 130, tmp_path / "b", 2)]
-    processes = [start(*arguments(base, save_dir=run, max_steps=100_000, save_every=50_000, num_workers=workers))
-                 for _, _, run, workers in cases]
+    processes = [
+        start(
+            *arguments(
+                base, save_dir=run, max_steps=100_000, save_every=50_000, num_workers=workers
+            )
+        )
+        for _, _, run, workers in cases
+    ]
     for (number, code, run, _), process in zip(cases, processes):
         wait_for(process, trained(run))
-        os.killpg(process.pid, number)          # as a terminal does: the workers get it too
+        os.killpg(process.pid, number)  # as a terminal does: the workers get it too
         out, err = process.communicate(timeout=30)
-        assert process.returncode == code and "Traceback" not in err and "stopping after this step" in err
+        assert (
+            process.returncode == code
+            and "Traceback" not in err
+            and "stopping after this step" in err
+        )
         assert_group_ends(process)
         step = checkpoint.load(run / "checkpoint_latest.pt")["step"]
         assert f"Stopped at step {step}" in out and "--resume latest" in out and step > 0
-    code, out, _ = cli("--resume", "latest", "--save_dir", run, "--max_steps", step + 3, "--num_workers", "0")
+    code, out, _ = cli(
+        "--resume", "latest", "--save_dir", run, "--max_steps", step + 3, "--num_workers", "0"
+    )
     assert code == 0 and f"Done: {step + 3} steps" in out
 
 
 def test_the_second_interrupt_stops_at_once(base, tmp_path):
     run = tmp_path / "run"
-    process = start(*arguments(base, save_dir=run, gradient_accumulation_steps=1_000_000, num_workers=1))
+    process = start(
+        *arguments(base, save_dir=run, gradient_accumulation_steps=1_000_000, num_workers=1)
+    )
     wait_for(process, (run / "metrics.jsonl").exists)
-    time.sleep(0.5)         # the first step is under way; it takes hours
+    time.sleep(0.5)  # the first step is under way; it takes hours
     os.killpg(process.pid, signal.SIGINT)
     assert any("stopping after this step" in line for line in process.stderr)
     os.killpg(process.pid, signal.SIGINT)

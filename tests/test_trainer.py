@@ -1,4 +1,5 @@
 """The loop: exact resume, overflow, schedule, what is written down, signals, memory errors."""
+
 import contextlib
 import dataclasses
 import io
@@ -12,20 +13,31 @@ import numpy
 import pytest
 import torch
 
-from record import checkpoint
 import data
-from planner.choice import Choice, check_fits
-from planner.sizes import CPU_LIBRARY_GB, checkpoint_gb, predict_memory
-from planner.machine import Machine, known_gpu
-from record import results
-from config import PRESETS, Config, ConfigError, Diverged, ExperimentError, OutOfMemory, resumed_config
+from config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    Diverged,
+    ExperimentError,
+    OutOfMemory,
+    resumed_config,
+)
 from engine.precision import read_master
+from planner.choice import Choice, check_fits
+from planner.machine import Machine, known_gpu
+from planner.sizes import CPU_LIBRARY_GB, checkpoint_gb, predict_memory
+from record import checkpoint, results
 from trainer import Trainer, learning_rate_factor
 
-FORMS = {"fp32": dict(precision="fp32"), "bf16-split": dict(precision="bf16"), "fp16-split": dict(precision="fp16", loss_scale_growth_interval=10),
-         "bf16-fp32-masters": dict(precision="bf16", master_weights="fp32"),
-         "fp16-offload": dict(precision="fp16", offload_optimizer="true", host_gradient_blocks=2),
-         "adamw-bias": dict(optimizer="adamw", load_balancing="bias", load_balancing_bias_rate=0.01)}
+FORMS = {
+    "fp32": dict(precision="fp32"),
+    "bf16-split": dict(precision="bf16"),
+    "fp16-split": dict(precision="fp16", loss_scale_growth_interval=10),
+    "bf16-fp32-masters": dict(precision="bf16", master_weights="fp32"),
+    "fp16-offload": dict(precision="fp16", offload_optimizer="true", host_gradient_blocks=2),
+    "adamw-bias": dict(optimizer="adamw", load_balancing="bias", load_balancing_bias_rate=0.01),
+}
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +46,12 @@ def text(tmp_path_factory):
     folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(40)]
     for i in range(20):
-        lines = (" ".join(draw.choice(words[j % 40:j % 40 + 4] or words) for j in range(draw.randint(5, 15))) for _ in range(60))
+        lines = (
+            " ".join(
+                draw.choice(words[j % 40 : j % 40 + 4] or words) for j in range(draw.randint(5, 15))
+            )
+            for _ in range(60)
+        )
         (folder / f"{i:02}.txt").write_text("\n".join(lines))
     return folder
 
@@ -42,12 +59,38 @@ def text(tmp_path_factory):
 @pytest.fixture
 def settings(text, tmp_path):
     """settings(**changes) is the Config of a small run in tmp_path/run."""
+
     def make(**changes) -> Config:
-        return Config(**{**PRESETS["tiny"], **dict(
-            d_model=32, n_layers=2, n_heads=2, d_ff=32, num_experts=4, moe_every=1, max_seq_len=16, vocab_size=300, batch_size=2,
-            gradient_accumulation_steps=2, max_steps=30, eval_every=10, eval_steps=2, log_every=4, save_every=15, sample_tokens=0,
-            device="cpu", data=str(text), validation_fraction=0.1, cache_dir=str(text.parent / "cache"),
-            save_dir=str(tmp_path / "run")), **changes})
+        return Config(
+            **{
+                **PRESETS["tiny"],
+                **dict(
+                    d_model=32,
+                    n_layers=2,
+                    n_heads=2,
+                    d_ff=32,
+                    num_experts=4,
+                    moe_every=1,
+                    max_seq_len=16,
+                    vocab_size=300,
+                    batch_size=2,
+                    gradient_accumulation_steps=2,
+                    max_steps=30,
+                    eval_every=10,
+                    eval_steps=2,
+                    log_every=4,
+                    save_every=15,
+                    sample_tokens=0,
+                    device="cpu",
+                    data=str(text),
+                    validation_fraction=0.1,
+                    cache_dir=str(text.parent / "cache"),
+                    save_dir=str(tmp_path / "run"),
+                ),
+                **changes,
+            }
+        )
+
     return make
 
 
@@ -81,16 +124,27 @@ def stop_after(trainer, step, number=signal.SIGTERM):
         if trainer.step == step - 1:
             signal.raise_signal(number)
         return take(batches)
+
     trainer.train_step = train_step
 
 
 def states(trainer):
-    return {**{f"model/{k}": p.detach() for k, p in (trainer.parameters | trainer.model.balancing_biases()).items()},
-            **{f"{o}/{k}/{key}": t for o, opt in (("muon", trainer.muon), ("adamw", trainer.adamw))
-               for k, s in opt.state.tensors.items() for key, t in s.items()}}
+    return {
+        **{
+            f"model/{k}": p.detach()
+            for k, p in (trainer.parameters | trainer.model.balancing_biases()).items()
+        },
+        **{
+            f"{o}/{k}/{key}": t
+            for o, opt in (("muon", trainer.muon), ("adamw", trainer.adamw))
+            for k, s in opt.state.tensors.items()
+            for key, t in s.items()
+        },
+    }
 
 
 # ---------------------------------------------------------------- resume
+
 
 @pytest.mark.parametrize("form", FORMS)
 def test_stopped_and_resumed_run_equals_one_run_to_the_bit(settings, tmp_path, form):
@@ -102,21 +156,32 @@ def test_stopped_and_resumed_run_equals_one_run_to_the_bit(settings, tmp_path, f
     with pytest.raises(SystemExit) as stopped:
         first.run()
     assert stopped.value.code == 128 + signal.SIGTERM and first.step == 15
-    torch.manual_seed(99)       # a new process has other random states
+    torch.manual_seed(99)  # a new process has other random states
     random.seed(99)
     numpy.random.seed(99)
     second = resume(config, checkpoint.latest_path(config.save_dir))
     saved = checkpoint.load(checkpoint.latest_path(config.save_dir))["random"]
-    assert torch.equal(torch.get_rng_state(), saved["torch"]) and list(random.getstate()[1]) == saved["python"][1]
+    assert (
+        torch.equal(torch.get_rng_state(), saved["torch"])
+        and list(random.getstate()[1]) == saved["python"][1]
+    )
     assert numpy.random.get_state()[1].tolist() == saved["numpy"][1]
     second.run()
 
     expected, found = states(whole), states(second)
     assert expected.keys() == found.keys()
     for name in expected:
-        assert expected[name].dtype == found[name].dtype and torch.equal(expected[name], found[name]), name
+        assert expected[name].dtype == found[name].dtype and torch.equal(
+            expected[name], found[name]
+        ), name
     for kind in ("train_loss", "val_loss"):
-        exact = [{k: r.get(k) for k in ("step", kind, "grad_norm", "loss_scale", "expert_load", "tokens_seen")} for r in rows(whole.config, kind)]
+        exact = [
+            {
+                k: r.get(k)
+                for k in ("step", kind, "grad_norm", "loss_scale", "expert_load", "tokens_seen")
+            }
+            for r in rows(whole.config, kind)
+        ]
         assert exact == [{k: r.get(k) for k in exact[0]} for r in rows(config, kind)]
 
 
@@ -125,7 +190,7 @@ def test_rows_past_the_checkpoint_are_dropped_and_kept_aside(settings, tmp_path)
     build(config).run()
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 31, "train_lo')        # a crash in the middle of a line
+        file.write('{"step": 31, "train_lo')  # a crash in the middle of a line
     resumed = resume(config, checkpoint.step_path(config.save_dir, 15))
     stop_after(resumed, 16)
     with pytest.raises(SystemExit):
@@ -134,7 +199,9 @@ def test_rows_past_the_checkpoint_are_dropped_and_kept_aside(settings, tmp_path)
     resume(config, checkpoint.latest_path(config.save_dir)).run()
     assert [r["step"] for r in rows(config, "train_loss")] == list(range(1, 31))
     assert (tmp_path / "run" / "metrics.jsonl.1").read_text().startswith(before)
-    assert (tmp_path / "run" / "checkpoint_step_30.pt.1").exists(), "the first branch's later checkpoint is not written over"
+    assert (tmp_path / "run" / "checkpoint_step_30.pt.1").exists(), (
+        "the first branch's later checkpoint is not written over"
+    )
 
 
 def test_a_branch_makes_its_checkpoint_the_latest(settings, tmp_path):
@@ -143,10 +210,12 @@ def test_a_branch_makes_its_checkpoint_the_latest(settings, tmp_path):
     first = build(config)
     stop_after(first, 25)
     with pytest.raises(SystemExit):
-        first.run()         # step 25, saved as the numbered one of the end and the latest
-    (tmp_path / "run" / "checkpoint_step_25.pt").unlink()       # now latest is the only copy
+        first.run()  # step 25, saved as the numbered one of the end and the latest
+    (tmp_path / "run" / "checkpoint_step_25.pt").unlink()  # now latest is the only copy
     branch = resume(config, checkpoint.step_path(config.save_dir, 10))
-    assert checkpoint.load(checkpoint.latest_path(config.save_dir))["step"] == 25, "nothing is written before run"
+    assert checkpoint.load(checkpoint.latest_path(config.save_dir))["step"] == 25, (
+        "nothing is written before run"
+    )
     branch._take_over_folder()
     assert checkpoint.load(checkpoint.latest_path(config.save_dir))["step"] == 10
     assert checkpoint.load(tmp_path / "run" / "checkpoint_latest.pt.1")["step"] == 25
@@ -155,14 +224,24 @@ def test_a_branch_makes_its_checkpoint_the_latest(settings, tmp_path):
 
 def test_metrics_after_a_resume_with_another_micro_batch(settings):
     """The sums of a half-finished interval are weighted by sequences."""
-    whole, cut = settings(log_every=20, load_balancing_scope="sequence", max_steps=20), settings(
-        log_every=20, load_balancing_scope="sequence", max_steps=20, save_dir=settings().save_dir + "2")
+    whole, cut = (
+        settings(log_every=20, load_balancing_scope="sequence", max_steps=20),
+        settings(
+            log_every=20,
+            load_balancing_scope="sequence",
+            max_steps=20,
+            save_dir=settings().save_dir + "2",
+        ),
+    )
     build(whole).run()
     first = build(cut)
     stop_after(first, 15)
     with pytest.raises(SystemExit):
         first.run()
-    resume(dataclasses.replace(cut, batch_size=1, gradient_accumulation_steps=4), checkpoint.latest_path(cut.save_dir)).run()
+    resume(
+        dataclasses.replace(cut, batch_size=1, gradient_accumulation_steps=4),
+        checkpoint.latest_path(cut.save_dir),
+    ).run()
     (expected,), (found,) = rows(whole, "train_loss"), rows(cut, "train_loss")
     for key in ("train_loss", "train_accuracy", "load_balancing_loss", "router_z_loss"):
         assert found[key] == pytest.approx(expected[key], rel=1e-3), key
@@ -172,7 +251,11 @@ def test_an_evaluation_that_was_cut_off_is_made_up(settings, monkeypatch):
     config = settings(save_every=10)
     first = build(config)
     evaluate = first._evaluate
-    monkeypatch.setattr(first, "_evaluate", lambda: evaluate() if first.step < 10 else (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        first,
+        "_evaluate",
+        lambda: evaluate() if first.step < 10 else (_ for _ in ()).throw(KeyboardInterrupt),
+    )
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert [r["step"] for r in rows(config, "val_loss")] == [0], "saved before evaluating"
@@ -206,9 +289,13 @@ def test_resume_refuses_a_state_that_does_not_fit_the_model(settings):
 
 def test_resumed_config_keeps_shape_and_data_order():
     saved = dataclasses.asdict(Config(**PRESETS["tiny"]))
-    config, changes = resumed_config(saved, dict(muon_lr=0.5, batch_size=4, gradient_accumulation_steps=4, eval_every=50))
+    config, changes = resumed_config(
+        saved, dict(muon_lr=0.5, batch_size=4, gradient_accumulation_steps=4, eval_every=50)
+    )
     assert config.muon_lr == 0.5 and config.batch_size == 4
-    assert any(c.startswith("muon_lr: 0.02 -> 0.5") for c in changes) and not any("eval_every" in c for c in changes)
+    assert any(c.startswith("muon_lr: 0.02 -> 0.5") for c in changes) and not any(
+        "eval_every" in c for c in changes
+    )
     with pytest.raises(ConfigError) as refused:
         resumed_config(saved, dict(d_model=256, seed=7, batch_size=64))
     for name in ("d_model", "seed", "batch_size x gradient_accumulation_steps"):
@@ -216,6 +303,7 @@ def test_resumed_config_keeps_shape_and_data_order():
 
 
 # ---------------------------------------------------------------- overflow and divergence
+
 
 def poison(trainer, value, when):
     """Puts inf or nan into one gradient of the model at the micro-batches for which when(n) holds."""
@@ -227,6 +315,7 @@ def poison(trainer, value, when):
             grad = grad.clone()
             grad[1, 2, 3] = value
         return grad
+
     p.register_hook(hook)
 
 
@@ -235,7 +324,7 @@ def poison(trainer, value, when):
 def test_overflow_changes_nothing_but_the_scale_and_the_run_goes_on(settings, form, value):
     config = settings(save_every=0, save_minutes=0, **FORMS[form])
     trainer = build(config)
-    poison(trainer, value, when=lambda n: n == 7)       # the fourth step's first micro-batch
+    poison(trainer, value, when=lambda n: n == 7)  # the fourth step's first micro-batch
     batches = data.batches(trainer.corpus.train, config, 0)
     for _ in range(3):
         assert trainer.train_step(batches)
@@ -243,7 +332,11 @@ def test_overflow_changes_nothing_but_the_scale_and_the_run_goes_on(settings, fo
     scale, steps = trainer.scaler.scale, trainer.adamw.steps
     assert not trainer.train_step(batches)
     assert all(torch.equal(before[k], t) for k, t in states(trainer).items())
-    assert (trainer.step, trainer.adamw.steps, trainer.tokens_seen) == (3, steps, 3 * config.tokens_per_step)
+    assert (trainer.step, trainer.adamw.steps, trainer.tokens_seen) == (
+        3,
+        steps,
+        3 * config.tokens_per_step,
+    )
     assert trainer.scaler.scale == (scale / 2 if form.startswith("fp16") else 1)
     assert trainer.data_position == 4 * config.sequences_per_step, "the batch is not retried"
     assert trainer.skipped_steps == 1 and all(p.grad is None for p in trainer.parameters.values())
@@ -254,9 +347,11 @@ def test_overflow_changes_nothing_but_the_scale_and_the_run_goes_on(settings, fo
 def test_overflow_at_the_smallest_scale_stops_with_advice(settings):
     trainer = build(settings(precision="fp16", loss_scale=4.0))
     poison(trainer, math.inf, when=lambda n: True)
-    with pytest.raises(Diverged, match="10 batches in a row.*smallest loss scale.*\n.*muon_lr.*bf16"):
+    with pytest.raises(
+        Diverged, match="10 batches in a row.*smallest loss scale.*\n.*muon_lr.*bf16"
+    ):
         trainer.run()
-    assert trainer.skipped_steps == 2 + 10 and trainer.step == 0      # 4 -> 2 -> 1, then ten at 1
+    assert trainer.skipped_steps == 2 + 10 and trainer.step == 0  # 4 -> 2 -> 1, then ten at 1
 
 
 def test_fp32_is_not_told_to_try_fp32(settings):
@@ -273,9 +368,9 @@ def test_a_dense_model_has_nothing_to_balance_with_a_bias(settings):
 
 
 def test_search_for_the_scale_does_not_stop_a_run(settings):
-    trainer = build(settings(precision="fp16", loss_scale=2.0 ** 40, max_steps=3, eval_every=3))
+    trainer = build(settings(precision="fp16", loss_scale=2.0**40, max_steps=3, eval_every=3))
     trainer.run()
-    assert trainer.step == 3 and trainer.skipped_steps > 10 and trainer.scaler.scale < 2.0 ** 30
+    assert trainer.step == 3 and trainer.skipped_steps > 10 and trainer.scaler.scale < 2.0**30
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice_and_saves_nothing(settings):
@@ -288,12 +383,20 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_saves_nothing(settings)
 
 # ---------------------------------------------------------------- the step
 
-def test_clipping_and_scale_are_one_factor_on_gradients_that_stay_as_they_are(settings, monkeypatch):
+
+def test_clipping_and_scale_are_one_factor_on_gradients_that_stay_as_they_are(
+    settings, monkeypatch
+):
     for form in ("fp32", "fp16-split"):
         trainer = build(settings(grad_clip=0.01, loss_scale=1024.0, **FORMS[form]))
         seen = {}
-        monkeypatch.setattr(trainer.muon, "step", lambda lr, factor: seen.update(
-            factor=factor, grads=[p.grad.clone() for p in trainer.parameters.values()]))
+        monkeypatch.setattr(
+            trainer.muon,
+            "step",
+            lambda lr, factor: seen.update(
+                factor=factor, grads=[p.grad.clone() for p in trainer.parameters.values()]
+            ),
+        )
         monkeypatch.setattr(trainer.adamw, "step", lambda lr, factor: seen.update(adamw=factor))
         trainer.train_step(data.batches(trainer.corpus.train, trainer.config, 0))
         norm = torch.stack([g.double().norm() for g in seen["grads"]]).norm().item()
@@ -306,8 +409,14 @@ def test_the_split_into_micro_batches_does_not_change_a_step(settings):
     """With balancing within sequences; a batch is then a sum over its sequences."""
     results = []
     for batch, accumulation in ((1, 4), (4, 1)):
-        trainer = build(settings(batch_size=batch, gradient_accumulation_steps=accumulation, load_balancing_scope="sequence",
-                                 grad_clip=0))
+        trainer = build(
+            settings(
+                batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+                load_balancing_scope="sequence",
+                grad_clip=0,
+            )
+        )
         batches = data.batches(trainer.corpus.train, trainer.config, 0)
         for _ in range(3):
             trainer.train_step(batches)
@@ -320,12 +429,17 @@ def test_schedule_is_a_pure_function_of_the_step():
     c = Config(max_steps=100, warmup_fraction=0.1, min_lr_fraction=0.2)
     factors = [learning_rate_factor(s, c) for s in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
-    assert factors[10] == 1 and factors[-1] == pytest.approx(0.2) and factors[54:56] == pytest.approx([0.6, 0.6], abs=0.02)
+    assert (
+        factors[10] == 1
+        and factors[-1] == pytest.approx(0.2)
+        and factors[54:56] == pytest.approx([0.6, 0.6], abs=0.02)
+    )
     assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
     assert learning_rate_factor(0, dataclasses.replace(c, warmup_fraction=0.0)) == 1
 
 
 # ---------------------------------------------------------------- what is written down
+
 
 def test_metrics_results_and_curves(settings, tmp_path):
     config = settings(log_every=1, sample_tokens=5)
@@ -335,17 +449,39 @@ def test_metrics_results_and_curves(settings, tmp_path):
     assert [r["step"] for r in train] == list(range(1, 31)), "a step is an optimizer step"
     assert [r["step"] for r in val] == [0, 10, 20, 30]
     assert len({r["sample"] for r in val}) > 1 and all(r["sample"] for r in val)
-    assert train[-1]["train_loss"] < train[0]["train_loss"] - 0.5 and val[-1]["val_loss"] < val[0]["val_loss"] - 0.5
+    assert (
+        train[-1]["train_loss"] < train[0]["train_loss"] - 0.5
+        and val[-1]["val_loss"] < val[0]["val_loss"] - 0.5
+    )
     for row in train:
         assert row["train_perplexity"] == pytest.approx(math.exp(row["train_loss"]))
-        assert len(row["expert_load"]) == 2 and all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in row["expert_load"])
-        assert 0 <= row["train_accuracy"] <= 1 and row["tokens_per_second"] > 0 and row["mfu"] is None
-        assert row["muon_lr"] == pytest.approx(config.muon_lr * learning_rate_factor(row["step"] - 1, config))
+        assert len(row["expert_load"]) == 2 and all(
+            sum(layer) == pytest.approx(1, abs=1e-3) for layer in row["expert_load"]
+        )
+        assert (
+            0 <= row["train_accuracy"] <= 1 and row["tokens_per_second"] > 0 and row["mfu"] is None
+        )
+        assert row["muon_lr"] == pytest.approx(
+            config.muon_lr * learning_rate_factor(row["step"] - 1, config)
+        )
         assert row["tokens_seen"] == row["step"] * config.tokens_per_step
     results = json.loads((tmp_path / "run" / "training_results.json").read_text())
-    assert results.keys() >= {"config", "environment", "parameters", "history", "final_metrics", "totals"}
-    assert results["final_metrics"]["val_loss"] == val[-1]["val_loss"] and results["totals"]["steps"] == 30
-    assert "sample" not in results["final_metrics"] and results["history"][-1]["sample"] == val[-1]["sample"]
+    assert results.keys() >= {
+        "config",
+        "environment",
+        "parameters",
+        "history",
+        "final_metrics",
+        "totals",
+    }
+    assert (
+        results["final_metrics"]["val_loss"] == val[-1]["val_loss"]
+        and results["totals"]["steps"] == 30
+    )
+    assert (
+        "sample" not in results["final_metrics"]
+        and results["history"][-1]["sample"] == val[-1]["sample"]
+    )
     assert len(results["history"]) == 34 and results["parameters"]["total"] == config.total_params
     assert results["sample"]["text"] and Config(**results["config"]) == trainer.config
     assert (tmp_path / "run" / "training_curves.png").stat().st_size > 10_000
@@ -354,7 +490,11 @@ def test_metrics_results_and_curves(settings, tmp_path):
 
 def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     drawn = []
-    monkeypatch.setattr(results, "plot_training_curves", lambda history, *args, **kwargs: drawn.append(history[-1]["step"]))
+    monkeypatch.setattr(
+        results,
+        "plot_training_curves",
+        lambda history, *args, **kwargs: drawn.append(history[-1]["step"]),
+    )
     build(settings(max_steps=6, eval_every=2)).run()
     assert drawn == [6], "in less than a minute, at the end alone"
     monkeypatch.setattr("trainer.CURVES_SECONDS", 0)
@@ -366,7 +506,9 @@ def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     trainer.run()
     assert drawn[6:] == [0, 6], "and then not for a minute"
     trainer = build(settings(max_steps=6, eval_every=2))
-    monkeypatch.setattr(trainer, "train_step", lambda batches: setattr(trainer, "stop_signal", 15) or False)
+    monkeypatch.setattr(
+        trainer, "train_step", lambda batches: setattr(trainer, "stop_signal", 15) or False
+    )
     with pytest.raises(SystemExit):
         trainer.run()
     assert len(drawn) == 9, "also when a signal ends the run"
@@ -375,7 +517,11 @@ def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     with pytest.raises(Diverged):
         trainer.run()
     assert drawn[9:] == [4], "and when it diverges"
-    monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space")))
+    monkeypatch.setattr(
+        results,
+        "plot_training_curves",
+        lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space")),
+    )
     trainer = build(settings(max_steps=6, eval_every=2, precision="fp16", loss_scale=1.0))
     poison(trainer, math.inf, when=lambda n: True)
     with pytest.raises(Diverged):
@@ -386,10 +532,14 @@ def test_validation_loss_is_the_mean_over_its_windows(settings):
     config = settings(max_steps=1, eval_every=1, eval_steps=3)
     trainer = build(config)
     trainer.run()
-    inputs, targets = map(torch.cat, zip(*data.validation_batches(trainer.corpus.validation, config)))
+    inputs, targets = map(
+        torch.cat, zip(*data.validation_batches(trainer.corpus.validation, config))
+    )
     assert inputs.shape == (6, 16)
     with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(trainer.model(inputs).flatten(0, 1).double(), targets.flatten())
+        expected = torch.nn.functional.cross_entropy(
+            trainer.model(inputs).flatten(0, 1).double(), targets.flatten()
+        )
     assert rows(config, "val_loss")[-1]["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert "sample" not in rows(config, "val_loss")[-1], "sample_tokens is 0"
 
@@ -399,18 +549,37 @@ def test_a_spike_of_the_gradient_norm_names_its_parameter(settings):
     poison(trainer, 1e4, when=lambda n: n == 2 * 20)
     trainer.run()
     spikes = [r for r in rows(trainer.config, "train_loss") if "grad_norm_spike" in r]
-    assert [(r["step"], r["grad_norm_spike"]["parameter"]) for r in spikes] == [(20, "blocks.1.ffn.experts.down")]
+    assert [(r["step"], r["grad_norm_spike"]["parameter"]) for r in spikes] == [
+        (20, "blocks.1.ffn.experts.down")
+    ]
 
 
 def test_checkpoints_are_numbered_kept_and_linked(settings, tmp_path):
     config = settings(save_every=4, keep_checkpoints=2)
     build(config).run()
     folder = tmp_path / "run"
-    assert {p.name for p in folder.glob("*.pt")} == {"checkpoint_step_28.pt", "checkpoint_step_30.pt", "checkpoint_latest.pt"}
+    assert {p.name for p in folder.glob("*.pt")} == {
+        "checkpoint_step_28.pt",
+        "checkpoint_step_30.pt",
+        "checkpoint_latest.pt",
+    }
     assert (folder / "checkpoint_latest.pt").samefile(folder / "checkpoint_step_30.pt")
     state = torch.load(folder / "checkpoint_latest.pt", weights_only=True)
-    assert state.keys() >= {"model", "optimizer", "schedule", "loss_scaler", "random", "data_position", "metrics", "config", "step"}
-    assert state["config"]["d_model"] == 32 and state["data_position"] == 30 * config.sequences_per_step
+    assert state.keys() >= {
+        "model",
+        "optimizer",
+        "schedule",
+        "loss_scaler",
+        "random",
+        "data_position",
+        "metrics",
+        "config",
+        "step",
+    }
+    assert (
+        state["config"]["d_model"] == 32
+        and state["data_position"] == 30 * config.sequences_per_step
+    )
 
 
 def test_saving_by_minutes_writes_latest_alone_and_zero_switches_off(settings, tmp_path):
@@ -441,13 +610,18 @@ def test_load_model_decodes_the_exact_masters(settings, form):
 
 # ---------------------------------------------------------------- before the first step, and running out
 
+
 def test_free_space_is_checked_before_the_first_step(settings, monkeypatch):
     trainer = build(settings(save_every=10, keep_checkpoints=2))
     asked = []
-    monkeypatch.setattr(checkpoint, "check_free_space", lambda folder, size: asked.append((trainer.step, size)))
+    monkeypatch.setattr(
+        checkpoint, "check_free_space", lambda folder, size: asked.append((trainer.step, size))
+    )
     trainer.run()
     size = checkpoint.latest_path(trainer.config.save_dir).stat().st_size
-    assert asked[0][0] == 0 and asked[0][1] == pytest.approx(4 * checkpoint_gb(trainer.config) * 1e9)
+    assert asked[0][0] == 0 and asked[0][1] == pytest.approx(
+        4 * checkpoint_gb(trainer.config) * 1e9
+    )
     tokenizer_and_plain = 100_000
     assert abs(asked[0][1] / 4 - size) < tokenizer_and_plain + 0.05 * size
 
@@ -458,7 +632,9 @@ def test_a_branch_needs_room_beside_the_other(settings):
     first = checkpoint.step_path(config.save_dir, 2)
     branch = Trainer(config, data.prepare(config), checkpoint.load(first), first)
     assert branch.checkpoint_bytes_to_come() == pytest.approx(2 * checkpoint_gb(config) * 1e9)
-    checkpoint.step_path(config.save_dir, 6).unlink()       # the latest is the only copy then, and is kept
+    checkpoint.step_path(
+        config.save_dir, 6
+    ).unlink()  # the latest is the only copy then, and is kept
     assert branch.checkpoint_bytes_to_come() == pytest.approx(2 * checkpoint_gb(config) * 1e9)
 
 
@@ -466,19 +642,29 @@ def test_forecast_warns_above_four_passes(settings, capsys):
     trainer = build(settings(max_steps=5000))
     trainer._print_forecast()
     out = capsys.readouterr()
-    assert "training tokens" in out.out and "passes over the corpus" in out.out and "warning" in out.err
+    assert (
+        "training tokens" in out.out
+        and "passes over the corpus" in out.out
+        and "warning" in out.err
+    )
     build(settings(max_steps=10))._print_forecast()
     assert "warning" not in capsys.readouterr().err
 
 
 def test_out_of_memory_carries_the_plans_advice(settings, monkeypatch):
-    monkeypatch.setitem(CPU_LIBRARY_GB, 4, 0)        # nearly all of so small a run's memory, whatever the choice
+    monkeypatch.setitem(
+        CPU_LIBRARY_GB, 4, 0
+    )  # nearly all of so small a run's memory, whatever the choice
     trainer = build(settings(activation_checkpointing="none", batch_size=8, max_seq_len=128))
 
     def no_memory(batches):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
     monkeypatch.setattr(trainer, "train_step", no_memory)
-    with pytest.raises(OutOfMemory, match=r"out of memory at step 1.*\n.*--batch_size \d+ --gradient_accumulation_steps"):
+    with pytest.raises(
+        OutOfMemory,
+        match=r"out of memory at step 1.*\n.*--batch_size \d+ --gradient_accumulation_steps",
+    ):
         trainer.run()
 
 
@@ -492,22 +678,31 @@ def test_no_host_memory_for_streaming(settings):
 def test_mfu_only_for_known_gpus(settings):
     trainer = build(settings(precision="bf16"))
     assert trainer._mfu(1e6) is None
-    trainer.machine = Machine("NVIDIA H100 80GB HBM3", 84.9, 128, known_gpu("NVIDIA H100 80GB HBM3"))
+    trainer.machine = Machine(
+        "NVIDIA H100 80GB HBM3", 84.9, 128, known_gpu("NVIDIA H100 80GB HBM3")
+    )
     assert trainer._mfu(1e6) == pytest.approx(trainer.config.flops_per_token * 1e6 / 989e12)
     assert known_gpu("NVIDIA H100 PCIe") is None and known_gpu("Tesla T4") is None
 
 
-def test_a_configuration_that_is_not_expected_to_fit_goes_on_with_its_gradients_on_the_host(settings, monkeypatch):
+def test_a_configuration_that_is_not_expected_to_fit_goes_on_with_its_gradients_on_the_host(
+    settings, monkeypatch
+):
     monkeypatch.setattr(Choice, "fits", lambda *_: False)
     assert build(settings(host_gradient_blocks=1)).config.offload_optimizer == "true"
 
 
 def test_a_run_larger_than_a_cpu_has_memory_is_refused(settings):
     """All of it, as the system would kill it in the first step; and with what would fit, where something does."""
-    with pytest.raises(ExperimentError, match="GB are predicted and 0.0 GB of this machine.*\n.*smaller --preset.*--host_memory_gb"):
+    with pytest.raises(
+        ExperimentError,
+        match="GB are predicted and 0.0 GB of this machine.*\n.*smaller --preset.*--host_memory_gb",
+    ):
         build(settings(host_memory_gb=1e-6))
     large = settings(batch_size=64, max_seq_len=16384)
-    with pytest.raises(ExperimentError, match="2.0 GB of this machine.*\n.*This would fit: --batch_size"):
+    with pytest.raises(
+        ExperimentError, match="2.0 GB of this machine.*\n.*This would fit: --batch_size"
+    ):
         check_fits(large, Machine(None, 0, 2))
 
 
@@ -524,7 +719,10 @@ def test_adamw_alone_trains_every_parameter(settings):
     trainer = build(settings(optimizer="adamw", max_steps=20, eval_every=20))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     trainer.run()
-    assert not trainer.muon.state.tensors and trainer.adamw.state.tensors.keys() == trainer.parameters.keys()
+    assert (
+        not trainer.muon.state.tensors
+        and trainer.adamw.state.tensors.keys() == trainer.parameters.keys()
+    )
     assert all((p != before[name]).any() for name, p in trainer.parameters.items())
     first, last = rows(trainer.config, "val_loss")
     assert last["val_loss"] < first["val_loss"] - 0.1
@@ -533,11 +731,13 @@ def test_adamw_alone_trains_every_parameter(settings):
 
 
 def test_a_bias_evens_the_load_that_the_router_would_not(settings):
-    model = build(settings(load_balancing="bias", load_balancing_bias_rate=0.001, n_layers=1, top_k=2)).model
+    model = build(
+        settings(load_balancing="bias", load_balancing_bias_rate=0.001, n_layers=1, top_k=2)
+    ).model
     router, x = model.blocks[0].ffn.router, torch.randn(4, 64, 32)
     x[..., 0] = 3
     router.weight.data *= 8
-    router.weight.data[:2, 0] = 0.5         # experts 0 and 1 for nearly every token
+    router.weight.data[:2, 0] = 0.5  # experts 0 and 1 for nearly every token
     loads = []
     for _ in range(600):
         with torch.no_grad():

@@ -8,6 +8,7 @@ A domain is a top-level folder of the text or, for files beside such folders, th
 end-of-text between documents, in windows of max_seq_len tokens; every token is predicted once. Bits per byte leave out
 end-of-text, which has no bytes, and so compare models whatever their tokenizers.
 """
+
 import functools
 import json
 import math
@@ -24,26 +25,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from corpus.tokenizer import load_tokenizer
-from corpus import shards
+from cli import exit_code, new_parser
 from config import Config, ConfigError, ExperimentError, resumed_config
+from corpus import shards
+from corpus.sources import SHARD_SUFFIX, Text
+from corpus.tokenizer import encode, load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
-from cli import exit_code, new_parser
 from record.checkpoint import open_model
-from corpus.sources import SHARD_SUFFIX, Text
-from corpus.tokenizer import encode
 
-SHOWN = 20          # domains in the table
-LOGITS = 2 ** 26    # numbers that may exist at a time
+SHOWN = 20  # domains in the table
+LOGITS = 2**26  # numbers that may exist at a time
 
 
 @dataclass
 class Sums:
     """What is added up over tokens; losses are in nats."""
+
     tokens: int = 0
     loss: float = 0.0
-    text_loss: float = 0.0      # without end-of-text's share
+    text_loss: float = 0.0  # without end-of-text's share
     correct: int = 0
     bytes: int = 0
 
@@ -52,14 +53,22 @@ class Sums:
 
     def figures(self) -> dict:
         loss = self.loss / self.tokens
-        return dict(tokens=self.tokens, bytes=self.bytes, loss=loss, perplexity=math.exp(min(loss, 700)),
-                    bits_per_byte=self.text_loss / math.log(2) / self.bytes, accuracy=self.correct / self.tokens)
+        return dict(
+            tokens=self.tokens,
+            bytes=self.bytes,
+            loss=loss,
+            perplexity=math.exp(min(loss, 700)),
+            bits_per_byte=self.text_loss / math.log(2) / self.bytes,
+            accuracy=self.correct / self.tokens,
+        )
 
 
 # ---------------------------------------------------------------- the text
 
+
 class DomainText(Text):
     """The text that config.data names, and which of its files is being read."""
+
     now: str | None = None
 
     @functools.cached_property
@@ -82,16 +91,22 @@ def texts(config: Config) -> Iterator[tuple[str, str, bool]]:
     """(domain, text, whether its document ends with it) of all that config.data names."""
     text = DomainText(config)
     if text.files and text.files[0].lower().endswith(SHARD_SUFFIX):
-        raise ExperimentError(f"{config.data} holds token shards, which have no bytes to count. Give the text itself with --data")
+        raise ExperimentError(
+            f"{config.data} holds token shards, which have no bytes to count. Give the text itself with --data"
+        )
     for piece, last in text.documents():
         yield text.domain(), piece, last
 
 
 def held_out(config: Config, data_hash: str, remedy: str) -> numpy.ndarray:
     """Which of the `texts` of a run are held out, bool. Raises ExperimentError with the remedy when the text is no longer that run's."""
-    pieces = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE)
+    pieces = numpy.array(
+        [(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE
+    )
     if shards.data_hash(pieces) != data_hash:
-        raise ExperimentError(f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. {remedy}")
+        raise ExperimentError(
+            f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. {remedy}"
+        )
     deciding = shards.surveyed(pieces) if Text(config).hub else pieces
     return pieces["hash"] <= shards.last_held_out(deciding, config.validation_fraction)
 
@@ -100,9 +115,13 @@ def held_out_texts(config: Config, data_hash: str | None) -> Iterator[tuple[str,
     """As `texts`, of what a run of this Config holds out. Raises ExperimentError when the text is no longer that run's, or
     when the model has not been trained here (data_hash None)."""
     if data_hash is None:
-        raise ExperimentError("the checkpoint was imported and has not been trained on any text here, so nothing was held out. Give the "
-                              "text to measure with --data")
-    chosen = held_out(config, data_hash, "Give the text to measure with --data, all of which is read")
+        raise ExperimentError(
+            "the checkpoint was imported and has not been trained on any text here, so nothing was held out. Give the "
+            "text to measure with --data"
+        )
+    chosen = held_out(
+        config, data_hash, "Give the text to measure with --data, all of which is read"
+    )
     for mine, (domain, text, last), following in zip(chosen, texts(config), [*chosen[1:], False]):
         if mine:
             yield domain, text, last or not following
@@ -110,15 +129,24 @@ def held_out_texts(config: Config, data_hash: str | None) -> Iterator[tuple[str,
 
 # ---------------------------------------------------------------- the measurement
 
-def evaluate(model: MoETransformer, pieces: Iterator[tuple[str, str, bool]], tokenizer, end_of_text: int, limit: int) -> dict[str, Sums]:
+
+def evaluate(
+    model: MoETransformer,
+    pieces: Iterator[tuple[str, str, bool]],
+    tokenizer,
+    end_of_text: int,
+    limit: int,
+) -> dict[str, Sums]:
     """Sums by domain over pieces of text; of a domain that has `limit` tokens (0: no limit) no further piece is read."""
-    waiting: dict[str, list[int]] = defaultdict(lambda: [end_of_text])      # the last token read, and those not read yet
+    waiting: dict[str, list[int]] = defaultdict(
+        lambda: [end_of_text]
+    )  # the last token read, and those not read yet
     sums: dict[str, Sums] = defaultdict(Sums)
     taken: dict[str, int] = defaultdict(int)
     length, together = model.config.max_seq_len, model.config.batch_size * model.config.max_seq_len
 
     def read(domain: str, count: int) -> None:
-        ids, waiting[domain] = waiting[domain][:count + 1], waiting[domain][count:]
+        ids, waiting[domain] = waiting[domain][: count + 1], waiting[domain][count:]
         sums[domain] += measure(model, torch.tensor(ids), min(count, length), end_of_text)
 
     with tqdm(desc="evaluating", unit="token", unit_scale=True, leave=False, disable=None) as bar:
@@ -160,34 +188,60 @@ def table(domains: dict[str, Sums], total: Sums) -> str:
     ordered = sorted(domains.items(), key=lambda item: -item[1].tokens)
     rows = ordered[:SHOWN]
     if len(ordered) > SHOWN:
-        rows.append((f"({len(ordered) - SHOWN} others)", sum((s for _, s in ordered[SHOWN:]), Sums())))
-    lines = [f"{'domain':24s} {'tokens':>12s} {'loss':>8s} {'perplexity':>11s} {'bits/byte':>10s} {'accuracy':>9s}"]
+        rows.append(
+            (f"({len(ordered) - SHOWN} others)", sum((s for _, s in ordered[SHOWN:]), Sums()))
+        )
+    lines = [
+        f"{'domain':24s} {'tokens':>12s} {'loss':>8s} {'perplexity':>11s} {'bits/byte':>10s} {'accuracy':>9s}"
+    ]
     for name, sums in [*rows, ("all", total)]:
         f = sums.figures()
-        lines.append(f"{name[:24]:24s} {f['tokens']:12,} {f['loss']:8.4f} {f['perplexity']:11.2f} {f['bits_per_byte']:10.4f} "
-                     f"{f['accuracy']:9.4f}")
+        lines.append(
+            f"{name[:24]:24s} {f['tokens']:12,} {f['loss']:8.4f} {f['perplexity']:11.2f} {f['bits_per_byte']:10.4f} "
+            f"{f['accuracy']:9.4f}"
+        )
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the command
 
+
 def main(argv: list[str]) -> None:
-    parser = new_parser("python -m tools.evaluate --checkpoint PATH [--data PATH] [--limit N] [--json]", __doc__)
+    parser = new_parser(
+        "python -m tools.evaluate --checkpoint PATH [--data PATH] [--limit N] [--json]", __doc__
+    )
     parser.add_argument("--checkpoint", required=True, help="a checkpoint file of a run")
-    parser.add_argument("--data", help="text to measure, as in training [what the run held out of its own]")
-    parser.add_argument("--text_field", help="field of a .jsonl or .parquet row that holds the text [the run's]")
-    parser.add_argument("--limit", type=int, default=0, help="tokens of each domain that are enough; 0: all [0]")
+    parser.add_argument(
+        "--data", help="text to measure, as in training [what the run held out of its own]"
+    )
+    parser.add_argument(
+        "--text_field", help="field of a .jsonl or .parquet row that holds the text [the run's]"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, help="tokens of each domain that are enough; 0: all [0]"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="[auto: the GPU when there is one]")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="[the run's own on a GPU, fp32 on a CPU]")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cuda", "cpu"],
+        default="auto",
+        help="[auto: the GPU when there is one]",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16", "fp16"],
+        help="[the run's own on a GPU, fp32 on a CPU]",
+    )
     args = parser.parse(argv)
     if args.limit < 0:
         raise ConfigError("--limit must not be negative")
     model, config, state = open_model(args.checkpoint, args.device, args.precision)
-    given = {name: value for name in ("data", "text_field") if (value := getattr(args, name)) is not None}
+    given = {
+        name: value for name in ("data", "text_field") if (value := getattr(args, name)) is not None
+    }
     its_own = args.data is None
     if not its_own:
-        given["max_characters"] = 0     # where the run ended its own text says nothing about this one
+        given["max_characters"] = 0  # where the run ended its own text says nothing about this one
     config, _ = resumed_config(state["config"], given)
     tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
     pieces = held_out_texts(config, state["data"]["data_hash"]) if its_own else texts(config)
@@ -197,12 +251,28 @@ def main(argv: list[str]) -> None:
     if not total.bytes:
         raise ExperimentError(f"there is no text in {config.data}. Give --data a corpus with text")
     if not its_own and os.path.abspath(config.data) == os.path.abspath(state["config"]["data"]):
-        print(f"note: the run was trained on {config.data}; without --data only what it held out is measured", file=sys.stderr)
+        print(
+            f"note: the run was trained on {config.data}; without --data only what it held out is measured",
+            file=sys.stderr,
+        )
     if args.json:
-        print(json.dumps(dict(checkpoint=args.checkpoint, step=state["step"], data=config.data, held_out=its_own, **total.figures(),
-                              domains={name: sums.figures() for name, sums in domains.items()}), indent=1))
+        print(
+            json.dumps(
+                dict(
+                    checkpoint=args.checkpoint,
+                    step=state["step"],
+                    data=config.data,
+                    held_out=its_own,
+                    **total.figures(),
+                    domains={name: sums.figures() for name, sums in domains.items()},
+                ),
+                indent=1,
+            )
+        )
         return
-    print(f"{args.checkpoint}, step {state['step']}, on {'what its run held out of ' if its_own else ''}{config.data}")
+    print(
+        f"{args.checkpoint}, step {state['step']}, on {'what its run held out of ' if its_own else ''}{config.data}"
+    )
     print(table(domains, total))
 
 

@@ -1,4 +1,5 @@
 """sources.py and tokenizer.py: formats, bad rows, data sets and tokenizers of the Hugging Face hub, all without a network."""
+
 import gzip
 import json
 import os
@@ -13,16 +14,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
-from corpus import shards
-from corpus import sources
 from config import Config, ConfigError, ExperimentError
+from corpus import shards, sources
 from corpus.sources import Text
-from tests.test_data import config_for, fails, story
 from corpus.tokenizer import encoder, load_tokenizer, train_tokenizer, trained_size
+from tests.test_data import config_for, fails, story
 
 STORIES = [story(i) for i in range(40)]
 
@@ -33,13 +34,19 @@ def documents(config: Config) -> list[str]:
 
 def write_rows(path: Path, rows, field: str = "text") -> Path:
     """A .jsonl, .jsonl.gz, .jsonl.zst or .parquet file of the rows."""
-    lines = "".join(json.dumps({field: row, "id": number}) + "\n" for number, row in enumerate(rows)).encode()
+    lines = "".join(
+        json.dumps({field: row, "id": number}) + "\n" for number, row in enumerate(rows)
+    ).encode()
     if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pa.table({"id": list(range(len(rows))), field: rows}), path, row_group_size=10)
+        pyarrow.parquet.write_table(
+            pa.table({"id": list(range(len(rows))), field: rows}), path, row_group_size=10
+        )
     elif path.suffix == ".jsonl":
         path.write_bytes(lines)
     elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines[:1000]) + gzip.compress(lines[1000:]))     # as cat joins two
+        path.write_bytes(
+            gzip.compress(lines[:1000]) + gzip.compress(lines[1000:])
+        )  # as cat joins two
     else:
         with pa.CompressedOutputStream(str(path), "zstd") as file:
             file.write(lines)
@@ -51,13 +58,18 @@ FORMATS = ("rows.jsonl", "rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet")
 
 # --- files
 
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_documents(tmp_path, name):
     texts = [*STORIES, "é 🙂\r\nend", "", None]
-    config = config_for(tmp_path, data=str(write_rows(tmp_path / name, texts, "body")), text_field="body")
+    config = config_for(
+        tmp_path, data=str(write_rows(tmp_path / name, texts, "body")), text_field="body"
+    )
     assert documents(config) == [*STORIES, "é 🙂\r\nend"]
     shutil.copy(tmp_path / name, tmp_path / name.replace("rows", "ROWS").upper())
-    assert documents(config_for(tmp_path, data=str(tmp_path / "*.[!x]*"), text_field="body")) == 2 * documents(config)
+    assert documents(
+        config_for(tmp_path, data=str(tmp_path / "*.[!x]*"), text_field="body")
+    ) == 2 * documents(config)
 
 
 @pytest.mark.parametrize("name", FORMATS[1:3])
@@ -66,7 +78,9 @@ def test_a_damaged_compressed_file_is_refused(tmp_path, name, how):
     raw = bytearray(write_rows(tmp_path / name, STORIES).read_bytes())
     raw[len(raw) // 2] ^= 255
     whole = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(dict(cut=whole[:-20], flipped=bytes(raw), other=b"no archive", empty=b"")[how])
+    (tmp_path / name).write_bytes(
+        dict(cut=whole[:-20], flipped=bytes(raw), other=b"no archive", empty=b"")[how]
+    )
     fails(config_for(tmp_path, data=str(tmp_path / name)), name, "no sound", "again")
 
 
@@ -77,7 +91,10 @@ def test_linked_folders_are_read_once(tmp_path, pattern):
         (tmp_path / name).write_text(name)
     for link, folder in {"text/b": "elsewhere", "text/a/loop": "text/a"}.items():
         (tmp_path / link).symlink_to(tmp_path / folder)
-    assert documents(config_for(tmp_path, data=str(tmp_path / "text" / pattern))) == ["text/a/one.txt", "elsewhere/two.txt"]
+    assert documents(config_for(tmp_path, data=str(tmp_path / "text" / pattern))) == [
+        "text/a/one.txt",
+        "elsewhere/two.txt",
+    ]
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
@@ -85,21 +102,38 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
     (tmp_path / "text" / "a.txt").write_text("text")
     scandir = os.scandir
 
-    def denied(path):       # what permissions do, except to root
+    def denied(path):  # what permissions do, except to root
         if Path(path).name == "secret":
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
+
     monkeypatch.setattr(os, "scandir", denied)
     fails(config_for(tmp_path), "cannot read", "secret: Permission denied")
 
 
 def test_what_the_program_itself_wrote_among_the_text_is_not_read(tmp_path):
     """A run's rows in a folder of text, and the cache of its tokens."""
-    for name in ("text/a.txt", "text/run/run.json", "text/run/metrics.jsonl", "text/cache/0.bin", "text/other/metrics.jsonl"):
+    for name in (
+        "text/a.txt",
+        "text/run/run.json",
+        "text/run/metrics.jsonl",
+        "text/cache/0.bin",
+        "text/other/metrics.jsonl",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text('{"text": "b"}\n' if name == "text/other/metrics.jsonl" else "a" if name == "text/a.txt" else "{}\n")
+        (tmp_path / name).write_text(
+            '{"text": "b"}\n'
+            if name == "text/other/metrics.jsonl"
+            else "a"
+            if name == "text/a.txt"
+            else "{}\n"
+        )
     for pattern in ("text", "text/**"):
-        assert documents(config_for(tmp_path, data=str(tmp_path / pattern), cache_dir=str(tmp_path / "text" / "cache"))) == ["a", "b"]
+        assert documents(
+            config_for(
+                tmp_path, data=str(tmp_path / pattern), cache_dir=str(tmp_path / "text" / "cache")
+            )
+        ) == ["a", "b"]
     fails(config_for(tmp_path, data=str(tmp_path / "text/run/metrics.jsonl")), "no field 'text'")
 
 
@@ -109,20 +143,30 @@ def test_a_folder_of_text_and_token_shards_is_refused(tmp_path):
     fails(config_for(tmp_path, data=str(tmp_path)), "b.bin", "a.txt", "*.bin")
 
 
-@pytest.mark.parametrize("limit, expected", [(0, 40), (1, 1), (len(STORIES[0]), 1), (len(STORIES[0]) + 1, 2), (10**9, 40)])
+@pytest.mark.parametrize(
+    "limit, expected",
+    [(0, 40), (1, 1), (len(STORIES[0]), 1), (len(STORIES[0]) + 1, 2), (10**9, 40)],
+)
 def test_max_characters_ends_the_corpus(tmp_path, limit, expected):
-    config = config_for(tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), max_characters=limit)
+    config = config_for(
+        tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), max_characters=limit
+    )
     assert documents(config) == STORIES[:expected]
 
 
 def test_max_characters_ends_a_long_document(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE_CHARACTERS", (50, 50))
     (tmp_path / "a.txt").write_text("".join(STORIES[:3]))
-    pieces = list(Text(config_for(tmp_path, data=str(tmp_path / "a.txt"), max_characters=120)).documents())
-    assert 120 <= sum(len(text) for text, _ in pieces) < 220 and [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
+    pieces = list(
+        Text(config_for(tmp_path, data=str(tmp_path / "a.txt"), max_characters=120)).documents()
+    )
+    assert 120 <= sum(len(text) for text, _ in pieces) < 220 and [last for _, last in pieces] == [
+        False
+    ] * (len(pieces) - 1) + [True]
 
 
 # --- bad rows
+
 
 def spoiled(tmp_path, name: str, good: int) -> tuple[Path, list[str]]:
     """A file of good + 2 rows of which two cannot be read, and the texts of the others."""
@@ -139,7 +183,9 @@ def spoiled(tmp_path, name: str, good: int) -> tuple[Path, list[str]]:
         raw = [text.encode() for text in texts]
         raw[3:3] = [b"caf\xe9", b"\xff\xfe"]
         offsets = np.cumsum([0, *map(len, raw)]).astype(np.int32)
-        column = pa.StringArray.from_buffers(len(raw), pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"".join(raw)))
+        column = pa.StringArray.from_buffers(
+            len(raw), pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"".join(raw))
+        )
         pyarrow.parquet.write_table(pa.table({"text": column}), path)
     return path, texts
 
@@ -147,14 +193,17 @@ def spoiled(tmp_path, name: str, good: int) -> tuple[Path, list[str]]:
 @pytest.mark.parametrize("name", ["rows.txt", "rows.jsonl", "rows.parquet"])
 def test_bad_rows_are_counted_and_left_out_up_to_the_stated_share(tmp_path, name, capsys):
     path, texts = spoiled(tmp_path, name, 998)
-    for share, enough in ((0.002, True), (0.0019, False)):      # 2 of 1000
+    for share, enough in ((0.002, True), (0.0019, False)):  # 2 of 1000
         config = config_for(tmp_path, data=str(path), max_bad_share=share)
         if enough:
             text = Text(config)
             assert "".join(t for t, _ in text.documents()).replace("\n", "") == "".join(texts)
             assert (text.rows, text.bad) == (1000, 2)
             corpus = data.prepare(config)
-            assert "2 of 1,000 lines or rows cannot be read and are left out: " in capsys.readouterr().out
+            assert (
+                "2 of 1,000 lines or rows cannot be read and are left out: "
+                in capsys.readouterr().out
+            )
             assert len(corpus.train) > 500
         else:
             fails(config, "2 of 1,000", "0.19%", "--max_bad_share", name, "UTF-8")
@@ -166,67 +215,129 @@ def test_no_more_lines_are_bad_than_there_are(tmp_path):
 
 
 def test_the_default_share_is_one_in_a_thousand(tmp_path):
-    assert len(documents(config_for(tmp_path, data=str(spoiled(tmp_path, "rows.jsonl", 1998)[0])))) == 1998
-    fails(config_for(tmp_path, data=str(spoiled(tmp_path, "rows.jsonl", 1997)[0])), "2 of 1,999", "rows.jsonl:4", "rows.jsonl:5",
-          "offset", "not valid JSON")
+    assert (
+        len(documents(config_for(tmp_path, data=str(spoiled(tmp_path, "rows.jsonl", 1998)[0]))))
+        == 1998
+    )
+    fails(
+        config_for(tmp_path, data=str(spoiled(tmp_path, "rows.jsonl", 1997)[0])),
+        "2 of 1,999",
+        "rows.jsonl:4",
+        "rows.jsonl:5",
+        "offset",
+        "not valid JSON",
+    )
 
 
 def test_each_bad_row_is_named_with_its_own_place(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"text": "caf\xe9"}\n{"text": "ab\xff"}\n{"text": "a" "b"}\n{"text": "\\ud800"}\n')
+    path.write_bytes(
+        b'{"text": "caf\xe9"}\n{"text": "ab\xff"}\n{"text": "a" "b"}\n{"text": "\\ud800"}\n'
+    )
     config = config_for(tmp_path, data=str(path))
-    fails(config, "rows.jsonl:1: field 'text' is not text in UTF-8: invalid byte at offset 3;", "rows.jsonl:2: field 'text' is not text "
-          "in UTF-8: invalid byte at offset 2;", "rows.jsonl:3: not valid JSON (Expecting ',' delimiter: character 14)", "; ...")
+    fails(
+        config,
+        "rows.jsonl:1: field 'text' is not text in UTF-8: invalid byte at offset 3;",
+        "rows.jsonl:2: field 'text' is not text in UTF-8: invalid byte at offset 2;",
+        "rows.jsonl:3: not valid JSON (Expecting ',' delimiter: character 14)",
+        "; ...",
+    )
     text = Text(replace(config, max_bad_share=1.0))
     assert list(text.documents()) == [] and text.bad == 4
 
 
-@pytest.mark.parametrize("encoding, place", [("utf-16", "invalid byte at offset 0"), ("utf-16-le", "a byte 0 at offset 1, as in UTF-16"),
-                                             ("utf-32-be", "a byte 0 at offset 0, as in UTF-16")])
+@pytest.mark.parametrize(
+    "encoding, place",
+    [
+        ("utf-16", "invalid byte at offset 0"),
+        ("utf-16-le", "a byte 0 at offset 1, as in UTF-16"),
+        ("utf-32-be", "a byte 0 at offset 0, as in UTF-16"),
+    ],
+)
 def test_text_in_utf_16_is_not_read_as_text_full_of_nul(tmp_path, encoding, place):
     for name in "ab":
         (tmp_path / f"{name}.txt").write_bytes("".join(STORIES).encode(encoding))
-    fails(config_for(tmp_path, data=str(tmp_path / "*.txt"), max_bad_share=0.5), f"a.txt: not text in UTF-8: {place}", "b.txt: not text",
-          "--max_bad_share", "iconv")
+    fails(
+        config_for(tmp_path, data=str(tmp_path / "*.txt"), max_bad_share=0.5),
+        f"a.txt: not text in UTF-8: {place}",
+        "b.txt: not text",
+        "--max_bad_share",
+        "iconv",
+    )
 
 
 def test_a_damaged_row_group_is_left_out_or_refused(tmp_path):
     path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pa.table({"text": [f"row {i} " + "x" * 30 for i in range(1000)]}), path, row_group_size=100,
-                                write_page_checksum=True, use_dictionary=False, compression="none")
+    pyarrow.parquet.write_table(
+        pa.table({"text": [f"row {i} " + "x" * 30 for i in range(1000)]}),
+        path,
+        row_group_size=100,
+        write_page_checksum=True,
+        use_dictionary=False,
+        compression="none",
+    )
     group = pyarrow.parquet.ParquetFile(path).metadata.row_group(3).column(0)
     raw = bytearray(path.read_bytes())
     raw[group.data_page_offset + group.total_compressed_size // 2] ^= 1
     path.write_bytes(raw)
     config = config_for(tmp_path, data=str(path))
-    fails(config, "rows.parquet", "row group 4 of 10: rows 301 to 400", "100 of 1,000", "--max_bad_share")
+    fails(
+        config,
+        "rows.parquet",
+        "row group 4 of 10: rows 301 to 400",
+        "100 of 1,000",
+        "--max_bad_share",
+    )
     found = documents(config_for(tmp_path, data=str(path), max_bad_share=0.1))
-    assert [int(text.split()[1]) for text in found] == [i for i in range(1000) if not 300 <= i < 400]
+    assert [int(text.split()[1]) for text in found] == [
+        i for i in range(1000) if not 300 <= i < 400
+    ]
 
 
 def test_a_missing_field_is_refused_at_once_wherever_it_is_missing(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 5000 + '{"body": "b"}\n')
-    fails(config_for(tmp_path, data=str(tmp_path / "rows.jsonl")), "rows.jsonl:5001", "'text'", "body", "--text_field")
+    fails(
+        config_for(tmp_path, data=str(tmp_path / "rows.jsonl")),
+        "rows.jsonl:5001",
+        "'text'",
+        "body",
+        "--text_field",
+    )
 
 
 # --- data sets of the hub
+
 
 @pytest.fixture
 def hub(tmp_path) -> Path:
     """A data set as `datasets` reads it, in two configurations, and two files of the training split."""
     folder = tmp_path / "stories"
-    for name, texts in {"big/train-0": STORIES[:25], "big/train-1": STORIES[25:], "big/test-0": ["held"], "small/train-0": ["one", "two"]}.items():
+    for name, texts in {
+        "big/train-0": STORIES[:25],
+        "big/train-1": STORIES[25:],
+        "big/test-0": ["held"],
+        "small/train-0": ["one", "two"],
+    }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_rows((folder / name).with_suffix(".parquet"), texts)
-    configs = [dict(config_name=name, data_files=[dict(split=split, path=f"{name}/{split}-*") for split in splits])
-               for name, splits in (("big", ("train", "test")), ("small", ("train",)))]
+    configs = [
+        dict(
+            config_name=name,
+            data_files=[dict(split=split, path=f"{name}/{split}-*") for split in splits],
+        )
+        for name, splits in (("big", ("train", "test")), ("small", ("train",)))
+    ]
     (folder / "README.md").write_text("---\nconfigs: " + json.dumps(configs) + "\n---\n")
     return folder
 
 
 def test_the_form_of_a_hub_name():
     assert sources._hub_name("hf:a/b") == ("a/b", None, "train")
-    assert sources._hub_name("hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2") == ("HuggingFaceTB/smollm-corpus", "cosmopedia-v2", "train")
+    assert sources._hub_name("hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2") == (
+        "HuggingFaceTB/smollm-corpus",
+        "cosmopedia-v2",
+        "train",
+    )
     assert sources._hub_name("hf:a/b::test") == ("a/b", None, "test")
     for name in ("hf:", "hf::c", "hf:a:b:c:d"):
         with pytest.raises(ConfigError, match="hf:DATASET"):
@@ -237,35 +348,63 @@ def test_a_data_set_is_streamed(tmp_path, hub):
     assert documents(config_for(tmp_path, data=f"hf:{hub}:big")) == STORIES
     assert documents(config_for(tmp_path, data=f"hf:{hub}:big:test")) == ["held"]
     assert documents(config_for(tmp_path, data=f"hf:{hub}:small:train")) == ["one", "two"]
-    assert documents(config_for(tmp_path, data=f"hf:{hub}:big", max_characters=len(STORIES[0]) + 1)) == STORIES[:2]
+    assert (
+        documents(config_for(tmp_path, data=f"hf:{hub}:big", max_characters=len(STORIES[0]) + 1))
+        == STORIES[:2]
+    )
 
 
 def test_a_data_set_becomes_the_corpus_that_its_files_are(tmp_path, hub, monkeypatch):
-    files = data.prepare(config_for(tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), cache_dir=str(tmp_path / "other")))
+    files = data.prepare(
+        config_for(
+            tmp_path,
+            data=str(write_rows(tmp_path / "rows.jsonl", STORIES)),
+            cache_dir=str(tmp_path / "other"),
+        )
+    )
     config = config_for(tmp_path, data=f"hf:{hub}:big")
     corpus = data.prepare(config)
     assert corpus.data_hash == files.data_hash and corpus.tokenizer_json == files.tokenizer_json
-    assert np.array_equal(corpus.train, files.train) and np.array_equal(corpus.validation, files.validation)
-    monkeypatch.setattr(sources, "_open_hub", lambda config: pytest.fail("the data set was opened again"))
+    assert np.array_equal(corpus.train, files.train) and np.array_equal(
+        corpus.validation, files.validation
+    )
+    monkeypatch.setattr(
+        sources, "_open_hub", lambda config: pytest.fail("the data set was opened again")
+    )
     assert np.array_equal(data.prepare(config).train, corpus.train)
 
 
 def test_of_a_long_data_set_the_beginning_decides_split_and_tokenizer(tmp_path, hub, monkeypatch):
-    whole = data.prepare(config_for(tmp_path, data=f"hf:{hub}:big", cache_dir=str(tmp_path / "other")))
+    whole = data.prepare(
+        config_for(tmp_path, data=f"hf:{hub}:big", cache_dir=str(tmp_path / "other"))
+    )
     monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
     corpus = data.prepare(config_for(tmp_path, data=f"hf:{hub}:big"))
-    assert corpus.data_hash == whole.data_hash and corpus.documents == 40 and corpus.characters == whole.characters
+    assert (
+        corpus.data_hash == whole.data_hash
+        and corpus.documents == 40
+        and corpus.characters == whole.characters
+    )
     decode = corpus.tokenizer.decode
-    sides = [decode(t.tolist(), skip_special_tokens=False).split("<|endoftext|>")[:-1] for t in (corpus.train, corpus.validation)]
+    sides = [
+        decode(t.tolist(), skip_special_tokens=False).split("<|endoftext|>")[:-1]
+        for t in (corpus.train, corpus.validation)
+    ]
     assert sorted(sides[0] + sides[1]) == sorted(STORIES)
     limit = max(shards.text_hash(text) for text in sides[1])
     assert all(shards.text_hash(text) > limit for text in sides[0])
-    held = [text for text in STORIES[:20] if shards.text_hash(text) <= limit]     # a fifth of the beginning, not of all
+    held = [
+        text for text in STORIES[:20] if shards.text_hash(text) <= limit
+    ]  # a fifth of the beginning, not of all
     assert 0.2 <= sum(map(len, held)) / sum(map(len, STORIES[:20])) < 0.3
-    assert corpus.tokenizer_json == train_tokenizer([text for text in STORIES[:20] if text not in held], 300)
+    assert corpus.tokenizer_json == train_tokenizer(
+        [text for text in STORIES[:20] if text not in held], 300
+    )
 
 
-def test_the_same_text_from_a_file_does_not_take_over_a_split_that_the_beginning_decided(tmp_path, hub, monkeypatch):
+def test_the_same_text_from_a_file_does_not_take_over_a_split_that_the_beginning_decided(
+    tmp_path, hub, monkeypatch
+):
     rows = str(write_rows(tmp_path / "rows.jsonl", STORIES))
     own = data.prepare(config_for(tmp_path, data=rows, cache_dir=str(tmp_path / "other")))
     monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
@@ -273,7 +412,9 @@ def test_the_same_text_from_a_file_does_not_take_over_a_split_that_the_beginning
     Path(changes["tokenizer"]).write_text(own.tokenizer_json)
     beginning = data.prepare(config_for(tmp_path, data=f"hf:{hub}:big", **changes))
     corpus = data.prepare(config_for(tmp_path, data=rows, **changes))
-    assert np.array_equal(corpus.validation, own.validation) and not np.array_equal(corpus.validation, beginning.validation)
+    assert np.array_equal(corpus.validation, own.validation) and not np.array_equal(
+        corpus.validation, beginning.validation
+    )
 
 
 def test_a_data_set_that_save_to_disk_left(tmp_path):
@@ -283,7 +424,9 @@ def test_a_data_set_that_save_to_disk_left(tmp_path):
     reading = text.documents()
     assert [next(reading)[0] for _ in range(25)] == STORIES[:25]
     again = Text(config_for(tmp_path, data=f"hf:{tmp_path / 'saved'}"))
-    assert [piece for piece, _ in again.documents(json.loads(json.dumps(text.position())))] == STORIES[25:]
+    assert [
+        piece for piece, _ in again.documents(json.loads(json.dumps(text.position())))
+    ] == STORIES[25:]
 
 
 @pytest.mark.parametrize("cut", [1, 24, 25, 26, 39])
@@ -293,9 +436,16 @@ def test_a_data_set_goes_on_from_a_position(tmp_path, hub, cut):
     assert [next(reading)[0] for _ in range(cut)] == STORIES[:cut]
     position = json.loads(json.dumps(first.position()))
     reads = []
-    second._row_pieces, read = lambda rows: read(map(lambda row: reads.append(1) or row, rows)), second._row_pieces
+    second._row_pieces, read = (
+        lambda rows: read(map(lambda row: reads.append(1) or row, rows)),
+        second._row_pieces,
+    )
     assert [text for text, _ in second.documents(position)] == STORIES[cut:]
-    assert len(reads) == 40 - cut and second.pieces == 40 and second.characters == sum(map(len, STORIES))
+    assert (
+        len(reads) == 40 - cut
+        and second.pieces == 40
+        and second.characters == sum(map(len, STORIES))
+    )
 
 
 def test_time_left_is_known_when_the_data_set_says_how_long_it_is(tmp_path, hub):
@@ -312,13 +462,32 @@ def test_time_left_is_known_when_the_data_set_says_how_long_it_is(tmp_path, hub)
 
 
 def test_data_sets_that_cannot_be_used(tmp_path, hub):
-    fails(config_for(tmp_path, data="hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2"), "needs the network", "Go online", "to_parquet",
-          "'cosmopedia-v2'", "--data FILE.parquet", "python and installed")
-    fails(config_for(tmp_path, data=f"hf:{tmp_path / 'none'}"), "none", "hf:DATASET[:CONFIG[:SPLIT]]")
+    fails(
+        config_for(tmp_path, data="hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2"),
+        "needs the network",
+        "Go online",
+        "to_parquet",
+        "'cosmopedia-v2'",
+        "--data FILE.parquet",
+        "python and installed",
+    )
+    fails(
+        config_for(tmp_path, data=f"hf:{tmp_path / 'none'}"), "none", "hf:DATASET[:CONFIG[:SPLIT]]"
+    )
     fails(config_for(tmp_path, data=f"hf:{hub}:huge"), "huge", "hf:DATASET")
     fails(config_for(tmp_path, data=f"hf:{hub}:big:dev"), "dev", "hf:DATASET")
-    fails(config_for(tmp_path, data=f"hf:{hub}:big", text_field="body"), "'body'", "id, text", "--text_field")
-    fails(config_for(tmp_path, data=f"hf:{hub}:big", text_field="id"), "row 1", "holds no text", "--text_field")
+    fails(
+        config_for(tmp_path, data=f"hf:{hub}:big", text_field="body"),
+        "'body'",
+        "id, text",
+        "--text_field",
+    )
+    fails(
+        config_for(tmp_path, data=f"hf:{hub}:big", text_field="id"),
+        "row 1",
+        "holds no text",
+        "--text_field",
+    )
     (hub / "big" / "train-1.parquet").write_bytes(b"PAR1")
     fails(config_for(tmp_path, data=f"hf:{hub}:big"), "could not be read to its end", "Run again")
 
@@ -330,14 +499,17 @@ def test_nothing_of_the_hub_is_imported_without_being_asked_for(tmp_path):
         import data
         from record import tracker
         from config import PRESETS, Config
-        data.prepare(Config(**{{**PRESETS['tiny'], 'data': {str(write_rows(tmp_path / 'rows.jsonl', STORIES))!r}, 'vocab_size': 300,
-                               'max_seq_len': 16, 'validation_fraction': 0.2, 'cache_dir': {str(tmp_path / 'cache')!r}}}))
+        data.prepare(Config(**{{**PRESETS['tiny'], 'data': {str(write_rows(tmp_path / "rows.jsonl", STORIES))!r}, 'vocab_size': 300,
+                               'max_seq_len': 16, 'validation_fraction': 0.2, 'cache_dir': {str(tmp_path / "cache")!r}}}))
         assert not sys.modules.keys() & {{'datasets', 'huggingface_hub', 'pyarrow', 'tensorboard', 'trackio', 'wandb'}}"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 # --- tokenizers
+
 
 @pytest.fixture(scope="module")
 def trained() -> str:
@@ -346,7 +518,11 @@ def trained() -> str:
 
 def test_a_folder_with_a_tokenizer(tmp_path, trained):
     (tmp_path / "tok").mkdir()
-    config = config_for(tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer=str(tmp_path / "tok"))
+    config = config_for(
+        tmp_path,
+        data=str(write_rows(tmp_path / "rows.jsonl", STORIES)),
+        tokenizer=str(tmp_path / "tok"),
+    )
     fails(config, "tok", "tokenizer.json", "--tokenizer")
     (tmp_path / "tok" / "tokenizer.json").write_text(trained)
     assert data.prepare(config).tokenizer_json == trained
@@ -356,6 +532,7 @@ def test_a_folder_with_a_tokenizer(tmp_path, trained):
 def hub_cache(tmp_path, monkeypatch, trained):
     """The hub's local cache, with a model `org/model` that has a tokenizer."""
     import huggingface_hub.constants
+
     snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (snapshot / "tokenizer.json").write_text(trained)
@@ -366,38 +543,82 @@ def hub_cache(tmp_path, monkeypatch, trained):
 
 
 def test_a_tokenizer_of_the_hub(tmp_path, hub_cache, trained):
-    config = config_for(tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer="hf:org/model")
+    config = config_for(
+        tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer="hf:org/model"
+    )
     corpus = data.prepare(config)
     assert corpus.tokenizer_json == trained
-    fails(config_for(tmp_path, data=config.data, tokenizer="hf:org/model", vocab_size=299), "hf:org/model", "300", "--vocab_size")
-    (hub_cache / "tokenizer.json").unlink()     # the corpus is there: nothing is asked of the hub any more
+    fails(
+        config_for(tmp_path, data=config.data, tokenizer="hf:org/model", vocab_size=299),
+        "hf:org/model",
+        "300",
+        "--vocab_size",
+    )
+    (
+        hub_cache / "tokenizer.json"
+    ).unlink()  # the corpus is there: nothing is asked of the hub any more
     assert np.array_equal(data.prepare(config).train, corpus.train)
-    fails(config_for(tmp_path, data=config.data, tokenizer="hf:org/model", cache_dir=str(tmp_path / "new")), "hf:org/model", "cannot be reached",
-          "Go online")
+    fails(
+        config_for(
+            tmp_path, data=config.data, tokenizer="hf:org/model", cache_dir=str(tmp_path / "new")
+        ),
+        "hf:org/model",
+        "cannot be reached",
+        "Go online",
+    )
     fails(config_for(tmp_path, data=config.data, tokenizer="hf:a b/c"), "hf:a b/c", "--tokenizer")
 
 
-@pytest.mark.parametrize("written, size", [("train", 300), ("train:280", 280), ("train:2_80", 280), ("train:257", 257), ("hf:a/b", None),
-                                           ("trained.json", None)])
+@pytest.mark.parametrize(
+    "written, size",
+    [
+        ("train", 300),
+        ("train:280", 280),
+        ("train:2_80", 280),
+        ("train:257", 257),
+        ("hf:a/b", None),
+        ("trained.json", None),
+    ],
+)
 def test_the_size_of_a_tokenizer_to_train(tmp_path, written, size):
     assert trained_size(config_for(tmp_path, tokenizer=written)) == size
     if size and size != 257:
-        corpus = data.prepare(config_for(tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer=written))
+        corpus = data.prepare(
+            config_for(
+                tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer=written
+            )
+        )
         assert corpus.tokenizer.get_vocab_size() == size
 
 
-@pytest.mark.parametrize("written", ["train:256", "train:301", "train:many", "train:-1", "train:3.5", "train:²"])
+@pytest.mark.parametrize(
+    "written", ["train:256", "train:301", "train:many", "train:-1", "train:3.5", "train:²"]
+)
 def test_a_size_that_cannot_be_trained(tmp_path, written):
     with pytest.raises(ConfigError, match=r"train:VOCAB.*257.*vocab_size=300"):
-        data.prepare(config_for(tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer=written))
+        data.prepare(
+            config_for(
+                tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer=written
+            )
+        )
 
 
 def slow(tokenizer, texts):
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    return [
+        encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ]
 
 
 @given(st.lists(st.text(), max_size=3))
-@example(["a" * 70_000, " " * 70_000 + "x", "!?" * 30_000, "<|endoftext|>", "\r\n \u2028\u00a0\u3000 don't  I'LL 1²③Ⅷ"])
+@example(
+    [
+        "a" * 70_000,
+        " " * 70_000 + "x",
+        "!?" * 30_000,
+        "<|endoftext|>",
+        "\r\n \u2028\u00a0\u3000 don't  I'LL 1²③Ⅷ",
+    ]
+)
 @settings(max_examples=100, deadline=None)
 def test_tiktoken_gives_the_ids_of_tokenizers(trained, texts):
     tokenizer, _ = load_tokenizer(trained)
@@ -410,29 +631,56 @@ def test_every_character_is_cut_alike(trained):
     """Both engines must hold the same characters for letters, numbers and space; letters, digits and signs on both sides show it."""
     tokenizer, _ = load_tokenizer(trained)
     fast = encoder(tokenizer)
-    known = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")]
-    known = [c for c in known if unicodedata.name(c, "?").split("-")[0] not in ("CJK UNIFIED IDEOGRAPH",)] + list("一龥")
+    known = [
+        chr(c)
+        for c in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")
+    ]
+    known = [
+        c for c in known if unicodedata.name(c, "?").split("-")[0] not in ("CJK UNIFIED IDEOGRAPH",)
+    ] + list("一龥")
     for first in range(0, len(known), 5000):
-        text = "".join(f"a{c}1{c}!{c}" for c in known[first:first + 5000])
+        text = "".join(f"a{c}1{c}!{c}" for c in known[first : first + 5000])
         assert fast([text])[0].tolist() == slow(tokenizer, [text])[0]
 
 
 def bpe(merges, pre_tokenizer=None, **options) -> Tokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(a + b for a, b in merges), "<|endoftext|>"]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, **options))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, **options)
+    )
     tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(["<|endoftext|>"])
     return tokenizer
 
 
-@pytest.mark.parametrize("tokenizer, used", [
-    (bpe([("a", "b"), ("ab", "c")]), True),
-    (bpe([("a", "b"), ("b", "c"), ("a", "bc")]), False),        # abc, alone, is ab and c: tiktoken would join them
-    (bpe([("a", "b")], pre_tokenizers.ByteLevel(add_prefix_space=True)), False),
-    (bpe([("a", "b")], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)), False),
-    (bpe([("a", "b")], pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])), False),
-    (bpe([("a", "b")], ignore_merges=True), False)], ids=range(6))
+@pytest.mark.parametrize(
+    "tokenizer, used",
+    [
+        (bpe([("a", "b"), ("ab", "c")]), True),
+        (
+            bpe([("a", "b"), ("b", "c"), ("a", "bc")]),
+            False,
+        ),  # abc, alone, is ab and c: tiktoken would join them
+        (bpe([("a", "b")], pre_tokenizers.ByteLevel(add_prefix_space=True)), False),
+        (
+            bpe([("a", "b")], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+            False,
+        ),
+        (
+            bpe(
+                [("a", "b")],
+                pre_tokenizers.Sequence(
+                    [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+                ),
+            ),
+            False,
+        ),
+        (bpe([("a", "b")], ignore_merges=True), False),
+    ],
+    ids=range(6),
+)
 def test_tiktoken_is_used_only_where_it_is_the_same(tokenizer, used):
     texts = ["abc abcabc 123 xabcx", "aab bc cab  "]
     encode = encoder(tokenizer)

@@ -1,23 +1,27 @@
 """Optimizer state and gradients that are streamed from host memory: the results are those of everything on the device."""
+
 import gc
 import weakref
 
 import pytest
 import torch
 
-from engine import offload
 from config import ExperimentError
-from tests.helpers import tiny_config
+from engine import offload
+from engine.offload import HostGradients, OptimizerState
+from engine.precision import gradient_norms
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
-from engine.precision import gradient_norms
-from engine.offload import HostGradients, OptimizerState
+from tests.helpers import tiny_config
 
 # ---------------------------------------------------------------- optimizer state
 
+
 def parameters(dtype=torch.bfloat16):
     shapes = {"matrix": (6, 10), "bank": (3, 2, 4, 5), "vector": (7,), "idle": (2, 2)}
-    named = {name: torch.zeros(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()}
+    named = {
+        name: torch.zeros(shape, dtype=dtype, requires_grad=True) for name, shape in shapes.items()
+    }
     for name, p in named.items():
         p.grad = None if name == "idle" else torch.zeros_like(p)
     return named
@@ -30,7 +34,9 @@ def state_of(named, offload=False, matrices=False):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_only_16_bit_parameters_have_a_residual(dtype):
     for tensors in state_of(parameters(dtype)).tensors.values():
-        kinds = {"m": torch.float32, "v": torch.float32} | ({} if dtype == torch.float32 else {"residual": torch.int16})
+        kinds = {"m": torch.float32, "v": torch.float32} | (
+            {} if dtype == torch.float32 else {"residual": torch.int16}
+        )
         assert {key: t.dtype for key, t in tensors.items()} == kinds
 
 
@@ -43,7 +49,9 @@ def test_groups_cover_each_element_once_and_stay_small(monkeypatch, offload, mat
         del named["vector"]
     owner = state_of(named, offload, matrices)
     for group in owner.groups():
-        assert sum(weight.numel() for weight, *_ in group) <= (60 if matrices else 45)       # a single matrix may be larger
+        assert sum(weight.numel() for weight, *_ in group) <= (
+            60 if matrices else 45
+        )  # a single matrix may be larger
         assert not matrices or len({weight.shape[1:] for weight, *_ in group}) == 1
         for weight, gradient, state in group:
             assert weight.shape == gradient.shape == state["m"].shape == state["residual"].shape
@@ -52,7 +60,10 @@ def test_groups_cover_each_element_once_and_stay_small(monkeypatch, offload, mat
                 tensor += 1
     for name, p in named.items():
         expected = 0 if name == "idle" else 1
-        assert all((t == expected).all() for t in (p, owner.tensors[name]["m"], owner.tensors[name]["residual"]))
+        assert all(
+            (t == expected).all()
+            for t in (p, owner.tensors[name]["m"], owner.tensors[name]["residual"])
+        )
         assert (owner.tensors[name]["v"] == 0).all() and (p.grad is None or (p.grad == 1).all())
 
 
@@ -68,12 +79,25 @@ def test_state_survives_a_round_trip_in_dtype_value_and_place():
     assert {key: t.data_ptr() for key, t in bank.items()} == places
 
 
-@pytest.mark.parametrize("spoil, found", [
-    (lambda s: s.pop("vector"), "vector"), (lambda s: s.update(more=s["vector"]), "more"),
-    (lambda s: s["bank"].pop("m"), "bank/m.*nothing"), (lambda s: s["bank"].update(m=torch.zeros(3)), r"bank/m.*\(3,\)"),
-    (lambda s: s["bank"].update(m=s["bank"]["m"].half()), "bank/m.*float16"),
-    (lambda s: s["bank"].update(w=torch.zeros(3)), "bank.*w")],
-    ids=["parameter missing", "parameter unknown", "tensor missing", "shape", "dtype", "tensor unknown"])
+@pytest.mark.parametrize(
+    "spoil, found",
+    [
+        (lambda s: s.pop("vector"), "vector"),
+        (lambda s: s.update(more=s["vector"]), "more"),
+        (lambda s: s["bank"].pop("m"), "bank/m.*nothing"),
+        (lambda s: s["bank"].update(m=torch.zeros(3)), r"bank/m.*\(3,\)"),
+        (lambda s: s["bank"].update(m=s["bank"]["m"].half()), "bank/m.*float16"),
+        (lambda s: s["bank"].update(w=torch.zeros(3)), "bank.*w"),
+    ],
+    ids=[
+        "parameter missing",
+        "parameter unknown",
+        "tensor missing",
+        "shape",
+        "dtype",
+        "tensor unknown",
+    ],
+)
 def test_state_of_another_kind_is_refused(spoil, found):
     saved = state_of(parameters()).state_dict()
     spoil(saved)
@@ -84,9 +108,12 @@ def test_state_of_another_kind_is_refused(spoil, found):
 def test_lack_of_host_memory_names_the_remedy(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("can't allocate memory")
+
     named = parameters()
     monkeypatch.setattr(torch, "zeros", refuse)
-    with pytest.raises(ExperimentError, match=r"can't allocate memory(.|\n)*--offload_optimizer false"):
+    with pytest.raises(
+        ExperimentError, match=r"can't allocate memory(.|\n)*--offload_optimizer false"
+    ):
         state_of(named, offload=True)
 
 
@@ -101,9 +128,14 @@ def trained(host_blocks: int, steps: int = 2, **changes):
     model = MoETransformer(config)
     sums = HostGradients(model, host_blocks)
     hidden, others = split_parameters(model)
-    muon, adamw = Muon(hidden, 0.95, 0.1, True, gradients=sums.tensors), AdamW(others, 0.9, 0.95, 1e-8, 0.1, True, gradients=sums.tensors)
+    muon, adamw = (
+        Muon(hidden, 0.95, 0.1, True, gradients=sums.tensors),
+        AdamW(others, 0.9, 0.95, 1e-8, 0.1, True, gradients=sums.tensors),
+    )
     parameters, norms = dict(model.named_parameters()), []
-    tokens = torch.randint(264, (steps, MICRO_BATCHES, 2, 17), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        264, (steps, MICRO_BATCHES, 2, 17), generator=torch.Generator().manual_seed(0)
+    )
     for step in tokens:
         for i, batch in enumerate(step):
             loss, _ = model(batch[:, :-1], batch[:, 1:])
@@ -117,19 +149,30 @@ def trained(host_blocks: int, steps: int = 2, **changes):
             optimizer.step(0.01, 0.5)
         for p in parameters.values():
             p.grad = None
-    state = {f"{name} {key}": t for o in (muon, adamw) for name, tensors in o.state.tensors.items() for key, t in tensors.items()}
+    state = {
+        f"{name} {key}": t
+        for o in (muon, adamw)
+        for name, tensors in o.state.tensors.items()
+        for key, t in tensors.items()
+    }
     return torch.stack(norms), {name: p.detach() for name, p in parameters.items()} | state, sums
 
 
-@pytest.mark.parametrize("precision, mode", [("fp32", "none"), ("bf16", "full"), ("fp16", "selective")])
+@pytest.mark.parametrize(
+    "precision, mode", [("fp32", "none"), ("bf16", "full"), ("fp16", "selective")]
+)
 @pytest.mark.parametrize("blocks", [1, 3, 4])
-def test_gradients_summed_on_the_host_are_those_summed_on_the_device_to_the_bit(precision, mode, blocks):
+def test_gradients_summed_on_the_host_are_those_summed_on_the_device_to_the_bit(
+    precision, mode, blocks
+):
     changes = dict(precision=precision, activation_checkpointing=mode)
     norms, found, sums = trained(blocks, **changes)
     expected_norms, expected, _ = trained(0, **changes)
     assert torch.equal(norms, expected_norms) and norms.min() > 0
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert {name.split(".")[1] for name in sums.tensors} == {str(i) for i in range(blocks)}, "those of the first blocks"
+    assert {name.split(".")[1] for name in sums.tensors} == {str(i) for i in range(blocks)}, (
+        "those of the first blocks"
+    )
 
 
 def test_adamw_reads_gradients_from_the_host_too():
@@ -138,7 +181,9 @@ def test_adamw_reads_gradients_from_the_host_too():
     for blocks in (0, 4):
         model = MoETransformer(config)
         sums = HostGradients(model, blocks)
-        adamw = AdamW(dict(model.named_parameters()), 0.9, 0.95, 1e-8, 0.1, True, gradients=sums.tensors)
+        adamw = AdamW(
+            dict(model.named_parameters()), 0.9, 0.95, 1e-8, 0.1, True, gradients=sums.tensors
+        )
         tokens = torch.arange(34).view(2, 17)
         sums.micro_batch(0, 1)
         model(tokens[:, :-1], tokens[:, 1:])[0].backward()
@@ -154,6 +199,7 @@ def test_no_more_than_two_blocks_sums_are_fetched_at_a_time(monkeypatch):
     def watched(self, i):
         fetch(self, i)
         largest.append(len(self.fetched))
+
     monkeypatch.setattr(HostGradients, "_fetch", watched)
     trained(4)
     assert max(largest) == 2
@@ -166,12 +212,15 @@ def test_the_sums_do_not_outlive_their_owner():
     assert weak() is None
     tokens = torch.arange(34).view(2, 17)
     model(tokens[:, :-1], tokens[:, 1:])[0].backward()
-    assert all(p.grad is not None for p in model.parameters()), "without it gradients stay where they are"
+    assert all(p.grad is not None for p in model.parameters()), (
+        "without it gradients stay where they are"
+    )
 
 
 def test_lack_of_host_memory_for_gradients_is_said(monkeypatch):
     def zeros(*args, **kwargs):
         raise RuntimeError("not enough memory")
+
     model = MoETransformer(tiny_config())
     monkeypatch.setattr(offload.torch, "zeros", zeros)
     with pytest.raises(ExperimentError, match="no host memory for what is streamed"):

@@ -2,11 +2,19 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from engine.precision import (LossScaler, decode_master, encode_master, gradient_norms, read_master, write_master)
+from engine.precision import (
+    LossScaler,
+    decode_master,
+    encode_master,
+    gradient_norms,
+    read_master,
+    write_master,
+)
 
-FP16_NORMAL = 2.0 ** -14        # smallest normal float16
+FP16_NORMAL = 2.0**-14  # smallest normal float16
 
 
 def bits(tensor):
@@ -21,13 +29,21 @@ def round_trip(master, dtype):
 
 # ---------------------------------------------------------------- bfloat16 masters
 
+
 def every_low_half(upper: torch.Tensor) -> torch.Tensor:
     """fp32 numbers of the given upper 16 bits, with each of the 65536 lower halves."""
-    return ((upper.to(torch.int32)[:, None] << 16) | torch.arange(65536, dtype=torch.int32)).view(torch.float32)
+    return ((upper.to(torch.int32)[:, None] << 16) | torch.arange(65536, dtype=torch.int32)).view(
+        torch.float32
+    )
 
 
 def uppers():
-    positive = torch.cat([torch.tensor([0, 1, 0x7f, 0x80, 0x3f7f, 0x3f80, 0x7f7e, 0x7f7f]), torch.randint(0x7f80, (24,))])
+    positive = torch.cat(
+        [
+            torch.tensor([0, 1, 0x7F, 0x80, 0x3F7F, 0x3F80, 0x7F7E, 0x7F7F]),
+            torch.randint(0x7F80, (24,)),
+        ]
+    )
     return torch.cat([positive, positive - 0x8000]).to(torch.int16)
 
 
@@ -41,21 +57,36 @@ def test_bf16_masters_are_exact_to_the_bit():
 def test_bf16_weight_is_the_nearest_to_its_master():
     master = every_low_half(uppers())
     weight, residual = encode_master(master, torch.bfloat16)
-    tie = residual == -0x8000                                   # half a unit either way: rounded away from zero
+    tie = residual == -0x8000  # half a unit either way: rounded away from zero
     nearest = torch.where(tie, weight, master.to(torch.bfloat16))
     assert bits(weight).equal(bits(nearest))
-    assert (weight.float() - master).abs()[tie & weight.isfinite()].max() > 0 and tie.sum() == len(master)
+    assert (weight.float() - master).abs()[tie & weight.isfinite()].max() > 0 and tie.sum() == len(
+        master
+    )
     assert (weight.abs() >= master.abs())[tie].all()
 
 
 # ---------------------------------------------------------------- float16 masters
 
+
 def fp16_range(low: int, high: int, count=20_000):
     """fp32 numbers of every exponent in [low, high), both signs, random mantissas, ties of float16 and their neighbours."""
-    mantissa = torch.cat([torch.randint(2 ** 23, (count,)), torch.arange(1024).repeat(3) * 8192 + 4096 +
-                          torch.tensor([-1, 0, 1]).repeat_interleave(1024), torch.tensor([0, 1, 2 ** 23 - 1])])
+    mantissa = torch.cat(
+        [
+            torch.randint(2**23, (count,)),
+            torch.arange(1024).repeat(3) * 8192
+            + 4096
+            + torch.tensor([-1, 0, 1]).repeat_interleave(1024),
+            torch.tensor([0, 1, 2**23 - 1]),
+        ]
+    )
     exponent = torch.arange(low, high)[:, None] + 127
-    return torch.cat([(sign << 31 | exponent << 23 | mantissa).to(torch.int32).view(torch.float32).flatten() for sign in (0, 1)])
+    return torch.cat(
+        [
+            (sign << 31 | exponent << 23 | mantissa).to(torch.int32).view(torch.float32).flatten()
+            for sign in (0, 1)
+        ]
+    )
 
 
 def test_fp16_masters_are_exact_where_float16_is_normal():
@@ -74,15 +105,19 @@ def test_fp16_master_is_exact(value, sign):
 def test_fp16_masters_below_the_normal_range_are_off_by_a_fixed_step_at_most():
     master = torch.cat([fp16_range(-40, -14), torch.zeros(1)])
     error = (round_trip(master, torch.float16).double() - master.double()).abs()
-    tie = ((master.double() / 2.0 ** -24).remainder(1) - 0.5).abs() < 2.0 ** -17    # to within half a residual's step
-    assert error[~tie].max() <= 2.0 ** -41 and error.max() <= 2.0 ** -40
-    assert error[master.abs() >= 2.0 ** -16].max() == 0         # fp32 itself is no finer there
+    tie = (
+        (master.double() / 2.0**-24).remainder(1) - 0.5
+    ).abs() < 2.0**-17  # to within half a residual's step
+    assert error[~tie].max() <= 2.0**-41 and error.max() <= 2.0**-40
+    assert error[master.abs() >= 2.0**-16].max() == 0  # fp32 itself is no finer there
 
 
-@pytest.mark.parametrize("residual", [0, 1, -1, 8, 4095, -4096, 12345, 0x7ff8, -0x7ff8, 0x7fff, -0x7fff])
+@pytest.mark.parametrize(
+    "residual", [0, 1, -1, 8, 4095, -4096, 12345, 0x7FF8, -0x7FF8, 0x7FFF, -0x7FFF]
+)
 def test_fp16_encoding_what_was_decoded_changes_nothing(residual):
     weight = torch.arange(-0x8000, 0x8000).to(torch.int16).view(torch.float16)
-    weight = weight[weight.abs() < 65504]                       # all finite ones but the last, whose tie is infinite
+    weight = weight[weight.abs() < 65504]  # all finite ones but the last, whose tie is infinite
     residual = torch.full_like(weight, residual).to(torch.int16)
     master = decode_master(weight, residual)
     stored = encode_master(master, torch.float16)
@@ -94,19 +129,24 @@ def test_fp16_encoding_what_was_decoded_changes_nothing(residual):
 
 # ---------------------------------------------------------------- masters over many updates
 
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_updates_of_split_masters_follow_fp32_masters(dtype):
     truth = (torch.randn(20_000) * 0.02).to(dtype).float()
     weight = truth.to(dtype)
-    state = {} if dtype == torch.float32 else {"residual": torch.zeros(weight.shape, dtype=torch.int16)}
+    state = (
+        {} if dtype == torch.float32 else {"residual": torch.zeros(weight.shape, dtype=torch.int16)}
+    )
     for _ in range(200):
-        update = torch.randn_like(truth) * 1e-5                 # under half a unit of a typical weight
+        update = torch.randn_like(truth) * 1e-5  # under half a unit of a typical weight
         master = read_master(weight, state)
         write_master(master.mul_(1 - 1e-6).sub_(update), weight, state)
         truth.mul_(1 - 1e-6).sub_(update)
     master = read_master(weight, state)
     if dtype == torch.float16:
-        assert ((master - truth).abs() <= (truth.abs() * 2.0 ** -23).clamp(min=2.0 ** -28)).all() and truth.abs().max() < 0.25
+        assert (
+            (master - truth).abs() <= (truth.abs() * 2.0**-23).clamp(min=2.0**-28)
+        ).all() and truth.abs().max() < 0.25
         assert (master == truth).float().mean() >= 0.999
     else:
         assert master.equal(truth)
@@ -114,6 +154,7 @@ def test_updates_of_split_masters_follow_fp32_masters(dtype):
 
 
 # ---------------------------------------------------------------- loss scale
+
 
 def test_loss_scale_halves_on_overflow_and_doubles_after_an_interval_without_one():
     scaler, seen = LossScaler(1024.0, growth_interval=3, enabled=True), []
@@ -152,15 +193,22 @@ def test_loss_scale_resumes_where_it_was():
 
 # ---------------------------------------------------------------- gradient norms
 
+
 def with_gradient(gradient):
     p = torch.zeros_like(gradient, requires_grad=True)
     p.grad = gradient
     return p
 
 
-@pytest.mark.parametrize("gradient, norm", [
-    (torch.full((2, 2), 40960.0).half(), 81920.0), (torch.full((10_000,), 1e-7).half(), 100 * 2.0 ** -23),
-    (torch.tensor([3.0, 4.0]).bfloat16(), 5.0), (torch.tensor([[3e-20, 4e-20]]), 5e-20)])
+@pytest.mark.parametrize(
+    "gradient, norm",
+    [
+        (torch.full((2, 2), 40960.0).half(), 81920.0),
+        (torch.full((10_000,), 1e-7).half(), 100 * 2.0**-23),
+        (torch.tensor([3.0, 4.0]).bfloat16(), 5.0),
+        (torch.tensor([[3e-20, 4e-20]]), 5e-20),
+    ],
+)
 def test_gradient_norms_neither_overflow_nor_vanish(gradient, norm):
     norms = gradient_norms([with_gradient(gradient), torch.zeros(3, requires_grad=True)])
     assert norms.dtype == torch.float32 and norms.tolist() == [pytest.approx(norm, rel=1e-6), 0]

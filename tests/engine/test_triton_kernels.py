@@ -1,4 +1,5 @@
 """The plain twins, which a CPU runs; benchmarks/check_gpu.py holds the kernels to them."""
+
 import pytest
 import torch
 from torchtune.modules import RotaryPositionalEmbeddings
@@ -12,7 +13,10 @@ def test_normalize_and_rotate_is_a_norm_and_torchtunes_rotation(dtype):
     rope, norm = RotaryPositionalEmbeddings(8, 16), torch.nn.RMSNorm(8, eps=1e-6)
     norm.weight.data.copy_(weight)
     results = []
-    for function in (lambda x: normalize_and_rotate(x, norm.weight, rope.cache, 1e-6), lambda x: rope(norm(x.float()).to(dtype))):
+    for function in (
+        lambda x: normalize_and_rotate(x, norm.weight, rope.cache, 1e-6),
+        lambda x: rope(norm(x.float()).to(dtype)),
+    ):
         leaf = x.clone().requires_grad_()
         norm.zero_grad()
         out = function(leaf)
@@ -40,6 +44,8 @@ def test_symmetric_product_is_its_sum(tall):
     add = torch.randn(2, 6, 6, dtype=torch.float64)
     kept = add.clone()
     found = symmetric_product(a, a, 0.7, add, -1.3, 0.4)
-    torch.testing.assert_close(found, 0.7 * a @ a.mT - 1.3 * add + 0.4 * torch.eye(6, dtype=torch.float64))
+    torch.testing.assert_close(
+        found, 0.7 * a @ a.mT - 1.3 * add + 0.4 * torch.eye(6, dtype=torch.float64)
+    )
     torch.testing.assert_close(symmetric_product(a, a), a @ a.mT)
     assert torch.equal(add, kept)

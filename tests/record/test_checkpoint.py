@@ -12,14 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from record import checkpoint
 from record.checkpoint import CheckpointError
 from tests.helpers import tiny_config
 
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int16, torch.int32,
-          torch.int64, torch.uint8, torch.uint16, torch.bool, torch.complex64, torch.float8_e4m3fn]
+DTYPES = [
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.uint16,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+]
 ROOT = Path(checkpoint.__file__).parent.parent
 
 
@@ -35,7 +49,12 @@ def assert_same(a, b):
         for key in a:
             assert_same(a[key], b[key])
     elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and not a.requires_grad
+        assert (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.stride() == b.stride()
+            and not a.requires_grad
+        )
         assert raw(a) == raw(b)
     else:
         assert json.dumps(a) == json.dumps(b)
@@ -43,10 +62,18 @@ def assert_same(a, b):
 
 def example(seed=0):
     g = torch.Generator().manual_seed(seed)
-    return {"model": {"embed.weight": torch.randn(20, 8, generator=g), "w.low": torch.arange(50, dtype=torch.int16) - 9,
-                      "w.high": torch.randn(50, generator=g).bfloat16()},
-            "optimizer": {"muon": {"step": 7, "momentum": torch.randn(8, 20, generator=g).t()}},
-            "rng": torch.get_rng_state()[:100].clone(), "step": 123, "best": math.inf, "losses": [1.5, None, True, "é"]}
+    return {
+        "model": {
+            "embed.weight": torch.randn(20, 8, generator=g),
+            "w.low": torch.arange(50, dtype=torch.int16) - 9,
+            "w.high": torch.randn(50, generator=g).bfloat16(),
+        },
+        "optimizer": {"muon": {"step": 7, "momentum": torch.randn(8, 20, generator=g).t()}},
+        "rng": torch.get_rng_state()[:100].clone(),
+        "step": 123,
+        "best": math.inf,
+        "losses": [1.5, None, True, "é"],
+    }
 
 
 def names(folder):
@@ -56,26 +83,42 @@ def names(folder):
 @pytest.mark.parametrize("mmap", [True, False])
 def test_every_dtype_shape_and_stride(tmp_path, mmap):
     base = torch.randint(0, 2, (5, 6, 7))
-    state = {str(d): {"full": base.to(d), "scalar": base[1, 2, 3].to(d), "empty": base.to(d)[:0],
-                      "transposed": base.to(d).transpose(0, 2), "slice": base.to(d)[2:4]} for d in DTYPES}
+    state = {
+        str(d): {
+            "full": base.to(d),
+            "scalar": base[1, 2, 3].to(d),
+            "empty": base.to(d)[:0],
+            "transposed": base.to(d).transpose(0, 2),
+            "slice": base.to(d)[2:4],
+        }
+        for d in DTYPES
+    }
     checkpoint.save(tmp_path / "c.pt", state)
     assert_same(state, checkpoint.load(tmp_path / "c.pt", mmap=mmap))
     assert names(tmp_path) == ["c.pt"]
 
 
 def test_extreme_bits(tmp_path):
-    bits = torch.arange(-2**15, 2**15, dtype=torch.int16)   # every bfloat16 and float16, all NaNs included
+    bits = torch.arange(
+        -(2**15), 2**15, dtype=torch.int16
+    )  # every bfloat16 and float16, all NaNs included
     state = {"bf16": bits.clone().view(torch.bfloat16), "fp16": bits.clone().view(torch.float16)}
     checkpoint.save(tmp_path / "c.pt", state)
     assert_same(state, checkpoint.load(tmp_path / "c.pt"))
 
 
 plain_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-2**200, 2**200) | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=20)
+    st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.dictionaries(st.text(max_size=5), plain_values, max_size=4))
 def test_plain_values(tmp_path, state):
     checkpoint.save(tmp_path / "c.pt", state)
@@ -86,15 +129,26 @@ def test_torch_alone_opens_it(tmp_path):
     checkpoint.save(tmp_path / "c.pt", example())
     state = torch.load(tmp_path / "c.pt", weights_only=True)
     assert state.pop("format") == 1
-    assert set(state.pop("checksums")) == {"model/embed.weight", "model/w.low", "model/w.high", "rng", "plain values",
-                                           "optimizer/muon/momentum"}
+    assert set(state.pop("checksums")) == {
+        "model/embed.weight",
+        "model/w.low",
+        "model/w.high",
+        "rng",
+        "plain values",
+        "optimizer/muon/momentum",
+    }
     assert_same(state, example() | {"rng": state["rng"]})
 
 
 def test_views_store_only_their_bytes(tmp_path):
     large = torch.randn(1000, 1000)
-    state = {"rows": large[10:12], "column": large[:, 3], "one": large[5, 5], "last": large[-1],
-             "wide": large[:1].expand(3, -1)}
+    state = {
+        "rows": large[10:12],
+        "column": large[:, 3],
+        "one": large[5, 5],
+        "last": large[-1],
+        "wide": large[:1].expand(3, -1),
+    }
     checkpoint.save(tmp_path / "c.pt", state)
     assert (tmp_path / "c.pt").stat().st_size < 4 * (2000 + 1000 + 1 + 1000 + 3000) + 5000
     loaded = checkpoint.load(tmp_path / "c.pt")
@@ -115,39 +169,76 @@ def test_compacting_copies_nothing_and_keeps_memory_alive():
 def test_shared_tensors_are_stored_once(tmp_path):
     weight = torch.randn(100_000)
     flat = torch.randn(200_000)
-    state = {"embed": weight, "head": weight, "a": flat[:100_000], "b": flat[:100_000].view(100, 1000),
-             "bits": weight.view(torch.int32)}
+    state = {
+        "embed": weight,
+        "head": weight,
+        "a": flat[:100_000],
+        "b": flat[:100_000].view(100, 1000),
+        "bits": weight.view(torch.int32),
+    }
     checkpoint.save(tmp_path / "c.pt", state)
-    assert (tmp_path / "c.pt").stat().st_size < 3 * 400_000 + 10_000     # "bits" is a copy
+    assert (tmp_path / "c.pt").stat().st_size < 3 * 400_000 + 10_000  # "bits" is a copy
     loaded = checkpoint.load(tmp_path / "c.pt")
     assert_same(state, loaded)
-    assert loaded["embed"].data_ptr() == loaded["head"].data_ptr() and loaded["a"].data_ptr() == loaded["b"].data_ptr()
+    assert (
+        loaded["embed"].data_ptr() == loaded["head"].data_ptr()
+        and loaded["a"].data_ptr() == loaded["b"].data_ptr()
+    )
 
 
 def test_parameters_and_dict_subclasses_become_plain(tmp_path):
     model = torch.nn.Linear(3, 2)
-    checkpoint.save(tmp_path / "c.pt", {"model": model.state_dict(), "p": model.weight, "o": OrderedDict(x=1)})
+    checkpoint.save(
+        tmp_path / "c.pt", {"model": model.state_dict(), "p": model.weight, "o": OrderedDict(x=1)}
+    )
     loaded = checkpoint.load(tmp_path / "c.pt")
-    assert type(loaded["model"]) is dict and type(loaded["o"]) is dict and type(loaded["p"]) is torch.Tensor
+    assert (
+        type(loaded["model"]) is dict
+        and type(loaded["o"]) is dict
+        and type(loaded["p"]) is torch.Tensor
+    )
     assert torch.equal(loaded["p"], model.weight) and not loaded["p"].requires_grad
 
 
-@pytest.mark.parametrize("value", [(1, 2), {1: 2}, {1, 2}, b"x", 1j, [torch.ones(1)], object(), torch.half, Path("x"),
-                                   torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta")])
+@pytest.mark.parametrize(
+    "value",
+    [
+        (1, 2),
+        {1: 2},
+        {1, 2},
+        b"x",
+        1j,
+        [torch.ones(1)],
+        object(),
+        torch.half,
+        Path("x"),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, device="meta"),
+    ],
+)
 def test_other_types_are_refused(tmp_path, value):
     with pytest.raises(TypeError):
         checkpoint.save(tmp_path / "c.pt", {"a": {"b": value}})
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("state", [{"format": 1}, {"checksums": {}}, {"plain values": torch.ones(1)}, [1],
-                                   {"a/b": torch.ones(1), "a": {"b": torch.ones(1)}}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"format": 1},
+        {"checksums": {}},
+        {"plain values": torch.ones(1)},
+        [1],
+        {"a/b": torch.ones(1), "a": {"b": torch.ones(1)}},
+    ],
+)
 def test_reserved_and_ambiguous_keys_are_refused(tmp_path, state):
     with pytest.raises(TypeError):
         checkpoint.save(tmp_path / "c.pt", state)
 
 
 # --- damage
+
 
 def load_or_refuse(path, state, mmap=True):
     """Whether the file loads; if so it must hold `state`, if not it must be a CheckpointError naming the file."""
@@ -165,7 +256,16 @@ def test_truncation(tmp_path, mmap):
     path = tmp_path / "c.pt"
     checkpoint.save(path, example())
     data = path.read_bytes()
-    for length in [0, 1, 4, 64, 500, len(data) // 2, *range(len(data) - 1200, len(data), 37), len(data) - 1]:
+    for length in [
+        0,
+        1,
+        4,
+        64,
+        500,
+        len(data) // 2,
+        *range(len(data) - 1200, len(data), 37),
+        len(data) - 1,
+    ]:
         path.write_bytes(data[:length])
         assert not load_or_refuse(path, example(), mmap)
 
@@ -178,10 +278,12 @@ def test_damaged_bytes_never_give_wrong_values(tmp_path):
     rng = random.Random(0)
     intact = 0
     for position in range(0, len(data), 3):
-        for value in {data[position] ^ (1 << rng.randrange(8)), rng.randrange(256)} - {data[position]}:
-            path.write_bytes(data[:position] + bytes([value]) + data[position + 1:])
+        for value in {data[position] ^ (1 << rng.randrange(8)), rng.randrange(256)} - {
+            data[position]
+        }:
+            path.write_bytes(data[:position] + bytes([value]) + data[position + 1 :])
             intact += load_or_refuse(path, state, mmap=bool(rng.randrange(4)))
-    assert intact > 0   # padding and the zip file's unused fields
+    assert intact > 0  # padding and the zip file's unused fields
 
 
 def test_every_tensor_byte_and_every_plain_value_is_covered(tmp_path):
@@ -192,22 +294,40 @@ def test_every_tensor_byte_and_every_plain_value_is_covered(tmp_path):
     for needle in (bytes(range(100, 164)), b"unmistakable", b"\x40\x93\x4a\x45\x6d\x5c\xfa\xad"):
         start = data.index(needle)
         for position in range(start, start + len(needle)):
-            path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1:])
+            path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
             with pytest.raises(CheckpointError, match="damaged"):
                 checkpoint.load(path)
 
 
-@pytest.mark.parametrize("change", [
-    lambda s: s.pop("step"), lambda s: s["model"].pop("w.low"), lambda s: s.update(extra=1),
-    lambda s: s.update(step=123.0), lambda s: s.update(step=True), lambda s: s.update(best=-math.inf),
-    lambda s: s["model"].update(new=torch.ones(1)), lambda s: s["losses"].reverse(),
-    lambda s: s["model"].update({"w.low": s["model"]["w.low"].view(torch.float16)}),
-    lambda s: s["model"].update({"w.low": s["model"]["w.low"].view(5, 10)}),
-    lambda s: s["model"].update({"embed.weight": s["model"]["embed.weight"].as_strided((20, 8), (1, 20))}),
-    lambda s: s["model"].update({"w.low": torch.cat([s["model"]["w.low"], torch.ones(9, dtype=torch.int16)])[1:51]}),
-    lambda s: s["model"]["embed.weight"].requires_grad_(), lambda s: s["checksums"].pop("rng"),
-    lambda s: s.update(checksums=None), lambda s: s.update(checksums=[1]), lambda s: s.update(rng=(1,)),
-    lambda s: s.update(format=torch.ones(2)), lambda s: s.update(format="1"), lambda s: s.update({5: 1})])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.pop("step"),
+        lambda s: s["model"].pop("w.low"),
+        lambda s: s.update(extra=1),
+        lambda s: s.update(step=123.0),
+        lambda s: s.update(step=True),
+        lambda s: s.update(best=-math.inf),
+        lambda s: s["model"].update(new=torch.ones(1)),
+        lambda s: s["losses"].reverse(),
+        lambda s: s["model"].update({"w.low": s["model"]["w.low"].view(torch.float16)}),
+        lambda s: s["model"].update({"w.low": s["model"]["w.low"].view(5, 10)}),
+        lambda s: s["model"].update(
+            {"embed.weight": s["model"]["embed.weight"].as_strided((20, 8), (1, 20))}
+        ),
+        lambda s: s["model"].update(
+            {"w.low": torch.cat([s["model"]["w.low"], torch.ones(9, dtype=torch.int16)])[1:51]}
+        ),
+        lambda s: s["model"]["embed.weight"].requires_grad_(),
+        lambda s: s["checksums"].pop("rng"),
+        lambda s: s.update(checksums=None),
+        lambda s: s.update(checksums=[1]),
+        lambda s: s.update(rng=(1,)),
+        lambda s: s.update(format=torch.ones(2)),
+        lambda s: s.update(format="1"),
+        lambda s: s.update({5: 1}),
+    ],
+)
 def test_tampered_contents(tmp_path, monkeypatch, change):
     monkeypatch.setattr(checkpoint, "PIECE", 100)
     path = tmp_path / "c.pt"
@@ -222,8 +342,23 @@ def test_tampered_contents(tmp_path, monkeypatch, change):
 Row = namedtuple("Row", "a")
 
 
-@pytest.mark.parametrize("contents", [b"", b"hello\n", b"PK\x03\x04", b"\x80\x02.", b"\x00" * 5000, {"a": 1}, [1], None,
-                                      torch.ones(3), Row(1), OrderedDict(a=torch.ones(1)), random.Random])
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"",
+        b"hello\n",
+        b"PK\x03\x04",
+        b"\x80\x02.",
+        b"\x00" * 5000,
+        {"a": 1},
+        [1],
+        None,
+        torch.ones(3),
+        Row(1),
+        OrderedDict(a=torch.ones(1)),
+        random.Random,
+    ],
+)
 def test_not_a_checkpoint(tmp_path, contents):
     path = tmp_path / "c.pt"
     path.write_bytes(contents) if isinstance(contents, bytes) else torch.save(contents, path)
@@ -262,7 +397,7 @@ def test_missing_file_names_other_checkpoints_newest_first(tmp_path):
     os.link(checkpoint.step_path(tmp_path, 3), checkpoint.latest_path(tmp_path))
     with pytest.raises(CheckpointError, match=r"step_3.pt, .*step_100.pt, checkpoint_step_20.pt"):
         checkpoint.load(tmp_path / "checkpoint_step_5.pt")
-    with pytest.raises(CheckpointError) as caught:      # a link to the damaged file is no way out
+    with pytest.raises(CheckpointError) as caught:  # a link to the damaged file is no way out
         checkpoint.load(checkpoint.step_path(tmp_path, 3))
     assert "latest" not in str(caught.value)
     with pytest.raises(CheckpointError, match="directory"):
@@ -277,8 +412,10 @@ def test_shapes_of_no_bytes_are_covered():
 
 # --- failures while writing
 
+
 class StopsWriting:
     """A file that fails in the middle, like a full disk."""
+
     def __init__(self, file, after, error):
         self.file, self.left, self.error = file, after, error
 
@@ -299,13 +436,22 @@ class StopsWriting:
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 12])
-@pytest.mark.parametrize("error, expected, text", [
-    (OSError(errno.ENOSPC, "x"), CheckpointError, "No space left on device"),
-    (KeyboardInterrupt(), KeyboardInterrupt, None), (RuntimeError("odd"), CheckpointError, None)])
-def test_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch, after, error, expected, text):
+@pytest.mark.parametrize(
+    "error, expected, text",
+    [
+        (OSError(errno.ENOSPC, "x"), CheckpointError, "No space left on device"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (RuntimeError("odd"), CheckpointError, None),
+    ],
+)
+def test_failure_while_writing_keeps_the_old_file(
+    tmp_path, monkeypatch, after, error, expected, text
+):
     path = tmp_path / "checkpoint_latest.pt"
     checkpoint.save(path, example(1))
-    monkeypatch.setattr(checkpoint, "open", lambda *a: StopsWriting(open(*a), after, error), raising=False)
+    monkeypatch.setattr(
+        checkpoint, "open", lambda *a: StopsWriting(open(*a), after, error), raising=False
+    )
     with pytest.raises(expected, match=text) as caught:
         checkpoint.save(path, example(2))
     if expected is CheckpointError:
@@ -314,13 +460,20 @@ def test_failure_while_writing_keeps_the_old_file(tmp_path, monkeypatch, after, 
     monkeypatch.undo()
     assert names(tmp_path) == ["checkpoint_latest.pt"]
     assert_same(checkpoint.load(path)["model"], example(1)["model"])
-    torch.save(torch.ones(3), tmp_path / "other.pt")        # nothing that torch.save reads is left changed
+    torch.save(
+        torch.ones(3), tmp_path / "other.pt"
+    )  # nothing that torch.save reads is left changed
     assert torch.load(tmp_path / "other.pt").sum() == 3
 
 
 @pytest.mark.parametrize("after", [0, 3])
-@pytest.mark.parametrize("error, expected", [(OSError(errno.ENOSPC, "x"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)])
-def test_failure_while_writing_tensors_keeps_the_old_file(tmp_path, monkeypatch, after, error, expected):
+@pytest.mark.parametrize(
+    "error, expected",
+    [(OSError(errno.ENOSPC, "x"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_failure_while_writing_tensors_keeps_the_old_file(
+    tmp_path, monkeypatch, after, error, expected
+):
     path, calls, pwrite = tmp_path / "checkpoint_latest.pt", [], os.pwrite
     checkpoint.save(path, example(1))
 
@@ -351,6 +504,7 @@ def test_pieces_and_short_writes(tmp_path, monkeypatch):
 def test_failure_after_writing(tmp_path, monkeypatch, function):
     def fail(*_):
         raise OSError(errno.EIO, "x")
+
     monkeypatch.setattr(os, function, fail)
     with pytest.raises(CheckpointError, match="Input/output error"):
         checkpoint.save(tmp_path / "c.pt", example())
@@ -371,7 +525,9 @@ def test_a_real_size_limit(tmp_path):
                 print(error)
     """
     path = tmp_path / "c.pt"
-    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("File too large") == 2 and done.stderr == ""
     assert names(tmp_path) == ["c.pt"] and torch.equal(checkpoint.load(path)["a"], torch.ones(1000))
@@ -386,7 +542,9 @@ def test_unwritable_folder(tmp_path):
 
 def test_the_file_and_then_the_folder_are_synced(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(os, "fsync", lambda handle: done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+    )
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace(a, b)))
     checkpoint.save(tmp_path / "c.pt", {"a": torch.ones(3)})
@@ -402,6 +560,7 @@ def test_the_checksum_reads_in_pieces(tmp_path, monkeypatch):
 
 # --- latest, pruning, space
 
+
 def test_latest_is_a_hard_link(tmp_path):
     latest = checkpoint.latest_path(tmp_path)
     for step in (1, 1, 2):
@@ -411,14 +570,19 @@ def test_latest_is_a_hard_link(tmp_path):
         checkpoint.link_latest(path, latest)
         assert latest.stat().st_ino == path.stat().st_ino and not latest.is_symlink()
         assert not any(name.endswith(".tmp") for name in names(tmp_path))
-    assert names(tmp_path) == ["checkpoint_latest.pt", "checkpoint_step_1.pt", "checkpoint_step_2.pt"]
-    checkpoint.save(latest, {"step": 3})    # must not write through the link
+    assert names(tmp_path) == [
+        "checkpoint_latest.pt",
+        "checkpoint_step_1.pt",
+        "checkpoint_step_2.pt",
+    ]
+    checkpoint.save(latest, {"step": 3})  # must not write through the link
     assert checkpoint.load(path) == {"step": 2} and checkpoint.load(latest) == {"step": 3}
 
 
 def test_latest_falls_back_to_a_symbolic_link(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EPERM, "x")
+
     monkeypatch.setattr(os, "link", fail)
     latest = checkpoint.latest_path(tmp_path / "run")
     (tmp_path / "run").mkdir()
@@ -426,7 +590,11 @@ def test_latest_falls_back_to_a_symbolic_link(tmp_path, monkeypatch):
         checkpoint.save(checkpoint.step_path(tmp_path / "run", step), {"step": step})
         checkpoint.link_latest(checkpoint.step_path(tmp_path / "run", step), latest)
         assert os.readlink(latest) == f"checkpoint_step_{step}.pt"
-    assert names(latest.parent) == ["checkpoint_latest.pt", "checkpoint_step_1.pt", "checkpoint_step_2.pt"]
+    assert names(latest.parent) == [
+        "checkpoint_latest.pt",
+        "checkpoint_step_1.pt",
+        "checkpoint_step_2.pt",
+    ]
     (tmp_path / "run").rename(tmp_path / "moved")
     assert checkpoint.load(checkpoint.latest_path(tmp_path / "moved")) == {"step": 2}
     checkpoint.save(checkpoint.latest_path(tmp_path / "moved"), {"step": 3})
@@ -451,7 +619,7 @@ def test_latest_replaces_a_dangling_link_and_refuses_a_missing_file(tmp_path):
 def test_a_leftover_link_is_not_written_through(tmp_path):
     path = checkpoint.step_path(tmp_path, 1)
     checkpoint.save(path, {"step": 1})
-    os.link(path, tmp_path / ".checkpoint_latest.pt.tmp")   # killed between link and replace
+    os.link(path, tmp_path / ".checkpoint_latest.pt.tmp")  # killed between link and replace
     checkpoint.save(checkpoint.latest_path(tmp_path), {"step": 2})
     assert checkpoint.load(path) == {"step": 1} and len(names(tmp_path)) == 2
 
@@ -461,9 +629,16 @@ def test_prune(tmp_path):
         checkpoint.step_path(tmp_path, step).touch()
     assert checkpoint.prune(tmp_path, [], 1) == []
     assert checkpoint.prune(tmp_path, [100, 5, 10], 3) == [5, 10, 100]
-    assert checkpoint.prune(tmp_path, [100, 5, 10, 7], 2) == [10, 100]      # 7 was deleted by someone else
+    assert checkpoint.prune(tmp_path, [100, 5, 10, 7], 2) == [
+        10,
+        100,
+    ]  # 7 was deleted by someone else
     assert checkpoint.prune(tmp_path, [10, 100], 1) == [100]
-    assert names(tmp_path) == ["checkpoint_step_100.pt", "checkpoint_step_1000.pt", "checkpoint_step_20.pt"]
+    assert names(tmp_path) == [
+        "checkpoint_step_100.pt",
+        "checkpoint_step_1000.pt",
+        "checkpoint_step_20.pt",
+    ]
     checkpoint.latest_path(tmp_path).symlink_to("checkpoint_step_20.pt")
     assert checkpoint.prune(tmp_path, [20, 100, 1000], 1) == [20, 1000]
 
@@ -472,8 +647,15 @@ def test_prune(tmp_path):
 @pytest.mark.parametrize("save_minutes", [0, 5])
 def test_files_to_come_are_those_that_a_run_writes(save_every, save_minutes):
     """Against a run that is played step by step, and saves by time in each step that it can."""
-    for max_steps, keep, step, there, own_latest in itertools.product((10, 25), (1, 3), (0, 4, 10), (0, 1, 3), (False, True)):
-        config = tiny_config(max_steps=max_steps, save_every=save_every, save_minutes=save_minutes, keep_checkpoints=keep)
+    for max_steps, keep, step, there, own_latest in itertools.product(
+        (10, 25), (1, 3), (0, 4, 10), (0, 1, 3), (False, True)
+    ):
+        config = tiny_config(
+            max_steps=max_steps,
+            save_every=save_every,
+            save_minutes=save_minutes,
+            keep_checkpoints=keep,
+        )
         numbered, own, most = there, own_latest, there + own_latest
         for now in range(step + 1, max_steps + 1):
             if save_every and (now % save_every == 0 or now == max_steps):
@@ -482,8 +664,13 @@ def test_files_to_come_are_those_that_a_run_writes(save_every, save_minutes):
             elif save_minutes:
                 most = max(most, numbered + own + 1)
                 own = True
-        needed, asked = most - there - own_latest, checkpoint.files_to_come(config, step, there, own_latest)
-        by_time = bool(save_minutes and step < max_steps)      # which may not come to pass, or not beside the most of the others
+        needed, asked = (
+            most - there - own_latest,
+            checkpoint.files_to_come(config, step, there, own_latest),
+        )
+        by_time = bool(
+            save_minutes and step < max_steps
+        )  # which may not come to pass, or not beside the most of the others
         assert needed <= asked <= needed + by_time, (max_steps, keep, step, there, own_latest)
 
 
@@ -493,7 +680,13 @@ def test_free_space(tmp_path):
     assert folder.is_dir() and names(folder) == []
     with pytest.raises(CheckpointError, match="1000000000.00 GB are needed") as caught:
         checkpoint.check_free_space(folder, 10**18)
-    for part in (str(folder), "are free", "--keep_checkpoints", "--save_every 0 --save_minutes 0", "--save_dir"):
+    for part in (
+        str(folder),
+        "are free",
+        "--keep_checkpoints",
+        "--save_every 0 --save_minutes 0",
+        "--save_dir",
+    ):
         assert part in str(caught.value)
     (tmp_path / "file").touch()
     for bad in (tmp_path / "file", tmp_path / "file" / "x", "/proc/x", "/proc"):

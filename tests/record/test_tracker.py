@@ -1,4 +1,5 @@
 """tracker.py: what each tracker was sent is read back from what it wrote. Without its package a test is skipped."""
+
 import dataclasses
 import json
 import struct
@@ -7,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from record import tracker
 from config import ExperimentError
+from record import tracker
 from tests.test_trainer import build, no_pictures, resume, rows, settings, stop_after, text  # noqa: F401 (some are fixtures)
 
 NUMBERS = ("train_loss", "grad_norm", "tokens_per_second", "expert_load_max", "val_loss")
@@ -17,6 +18,7 @@ NUMBERS = ("train_loss", "grad_norm", "tokens_per_second", "expert_load_max", "v
 @pytest.fixture
 def run(settings):  # noqa: F811
     """run(name) trains 4 steps, is stopped, goes on to 8 with a tracker, and returns (its configuration, its rows by step, its name)."""
+
     def make(name: str):
         config = settings(tracker=name, max_steps=8, eval_every=4, save_every=100, log_every=1)
         first = build(config)
@@ -29,6 +31,7 @@ def run(settings):  # noqa: F811
             expected.setdefault(row["step"], {}).update(tracker.numbers(row))
         assert sorted(expected) == list(range(9)) and set(NUMBERS) <= set(expected[8])
         return first.config, expected, f"run-{first.run_id[:8]}"
+
     return make
 
 
@@ -41,8 +44,9 @@ def check(found: dict[int, dict], expected: dict[int, dict], rel: float = 1e-6) 
 def test_tensorboard(run):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     config, expected, name = run("tensorboard")
-    events = EventAccumulator(f"{config.save_dir}/tensorboard/{name}")      # both parts of the run
+    events = EventAccumulator(f"{config.save_dir}/tensorboard/{name}")  # both parts of the run
     events.Reload()
     found = {}
     for key in events.Tags()["scalars"]:
@@ -56,6 +60,7 @@ def test_tensorboard(run):
 def test_tensorboard_hides_rows_past_the_checkpoint(settings):  # noqa: F811
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     config = settings(tracker="tensorboard", max_steps=8, eval_every=100, save_every=4, log_every=1)
     first = build(config)
     first.run()
@@ -70,7 +75,10 @@ def test_trackio(run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("trackio")
     import trackio.utils
     from trackio.sqlite_storage import SQLiteStorage
-    for module in [m for n, m in sys.modules.items() if n.startswith("trackio") and hasattr(m, "TRACKIO_DIR")]:
+
+    for module in [
+        m for n, m in sys.modules.items() if n.startswith("trackio") and hasattr(m, "TRACKIO_DIR")
+    ]:
         monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
     config, expected, name = run("trackio")
     found = {}
@@ -87,14 +95,14 @@ def wandb_records(path: Path):
     raw, place, whole = path.read_bytes(), 7, b""
     while place + 7 <= len(raw):
         _, length, kind = struct.unpack_from("<IHB", raw, place)
-        if kind == 0:       # the rest of a block
+        if kind == 0:  # the rest of a block
             place = (place // 32768 + 1) * 32768
             continue
-        whole += raw[place + 7:place + 7 + length]
+        whole += raw[place + 7 : place + 7 + length]
         place += 7 + length
         if 32768 - place % 32768 < 7:
             place = (place // 32768 + 1) * 32768
-        if kind in (1, 4):      # all of a record, or its last part
+        if kind in (1, 4):  # all of a record, or its last part
             yield whole
             whole = b""
 
@@ -102,6 +110,7 @@ def wandb_records(path: Path):
 def test_wandb_offline(run, monkeypatch):
     pytest.importorskip("wandb")
     from wandb.proto.wandb_internal_pb2 import Record
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     config, expected, name = run("wandb")
@@ -112,7 +121,10 @@ def test_wandb_offline(run, monkeypatch):
             record.ParseFromString(raw)
             if record.HasField("run"):
                 names.add((record.run.project, record.run.run_id))
-            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            items = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
             if items:
                 found.setdefault(items["_step"], {}).update(items)
     check(found, expected)
@@ -120,7 +132,13 @@ def test_wandb_offline(run, monkeypatch):
 
 
 def test_numbers_are_what_can_be_drawn():
-    row = dict(step=3, train_loss=2.5, mfu=None, expert_load=[[0.1, 0.9], [0.5, 0.5]], grad_norm_spike=dict(parameter="x"))
+    row = dict(
+        step=3,
+        train_loss=2.5,
+        mfu=None,
+        expert_load=[[0.1, 0.9], [0.5, 0.5]],
+        grad_norm_spike=dict(parameter="x"),
+    )
     assert tracker.numbers(row) == dict(train_loss=2.5, expert_load_max=0.9, expert_load_min=0.1)
 
 
@@ -130,16 +148,21 @@ def test_a_package_that_is_not_installed(name, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "meta_path", sys.meta_path[-1:])
     monkeypatch.delitem(sys.modules, name, raising=False)
     for _ in range(2):
-        with pytest.raises(ExperimentError, match=f"{name} is not installed.*pip install {name}.*--tracker none"):
+        with pytest.raises(
+            ExperimentError, match=f"{name} is not installed.*pip install {name}.*--tracker none"
+        ):
             tracker.require(name)
-        (tmp_path / name).mkdir(exist_ok=True)      # a folder that such a tracker wrote is no package
+        (tmp_path / name).mkdir(exist_ok=True)  # a folder that such a tracker wrote is no package
     tracker.require("none")
 
 
 def test_a_tracker_that_cannot_start_ends_the_run_before_it_begins(settings, monkeypatch):  # noqa: F811
     monkeypatch.setattr(tracker, "_wandb", lambda *_: 1 / 0)
     trainer = build(settings(tracker="wandb"))
-    with pytest.raises(ExperimentError, match="wandb could not be started: division by zero.*WANDB_MODE=offline.*--tracker none"):
+    with pytest.raises(
+        ExperimentError,
+        match="wandb could not be started: division by zero.*WANDB_MODE=offline.*--tracker none",
+    ):
         trainer.run()
     assert trainer.step == 0 and not (trainer.folder / "run.json").exists()
 
@@ -151,17 +174,30 @@ def test_a_tracker_that_fails_costs_the_run_nothing(settings, monkeypatch, capsy
         sent.append(step)
         if step == 3:
             raise OSError("the network is gone")
+
     monkeypatch.setattr(tracker, "_trackio", lambda *_: (send, lambda: sent.append("end")))
     config = settings(tracker="trackio", max_steps=6, log_every=1)
     build(config).run()
-    assert sent == [0, 1, 2, 3] and [row["step"] for row in rows(config, "train_loss")] == [1, 2, 3, 4, 5, 6]
-    assert capsys.readouterr().err.count("trackio failed and is off from here on: the network is gone") == 1
+    assert sent == [0, 1, 2, 3] and [row["step"] for row in rows(config, "train_loss")] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+    assert (
+        capsys.readouterr().err.count("trackio failed and is off from here on: the network is gone")
+        == 1
+    )
 
 
 @pytest.mark.parametrize("error", [None, SystemExit, RuntimeError])
 def test_a_tracker_is_closed_however_the_run_ends(settings, monkeypatch, error):  # noqa: F811
     ends = []
-    monkeypatch.setattr(tracker, "_trackio", lambda *_: (lambda values, step: None, lambda: ends.append(1)))
+    monkeypatch.setattr(
+        tracker, "_trackio", lambda *_: (lambda values, step: None, lambda: ends.append(1))
+    )
     try:
         with tracker.tracking(settings(tracker="trackio"), "a" * 32, 0) as track:
             track(dict(step=1, train_loss=1.0))

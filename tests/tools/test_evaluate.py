@@ -1,4 +1,5 @@
 """The evaluation: every token once, losses that can be had another way, domains, held-out text, lm-evaluation-harness."""
+
 import contextlib
 import importlib.util
 import io
@@ -16,15 +17,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from record import checkpoint
 import data
-from corpus.tokenizer import load_tokenizer
-from record import results
 import run_experiment
-from corpus import shards
-from config import PRESETS, Config
-from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
 from cli import exit_code
+from config import PRESETS, Config
+from corpus import shards
+from corpus.tokenizer import load_tokenizer
+from record import checkpoint, results
+from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
 from tools import evaluate, export_hf
 
 
@@ -33,37 +33,64 @@ def corpus(tmp_path_factory):
     """Two folders of text and two files beside them."""
     folder, draw = tmp_path_factory.mktemp("corpus") / "text", random.Random(0)
     words = TEXT.splitlines(True)[0].split()
-    for name, n in (("wiki/a.txt", 90), ("wiki/deep/b.md", 60), ("wiki/c.txt", 2), ("code/d.py", 50), ("e.md", 40), ("f.jsonl", 30)):
+    for name, n in (
+        ("wiki/a.txt", 90),
+        ("wiki/deep/b.md", 60),
+        ("wiki/c.txt", 2),
+        ("code/d.py", 50),
+        ("e.md", 40),
+        ("f.jsonl", 30),
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         lines = [" ".join(draw.choices(words, k=8)) for _ in range(n)]
-        (folder / name).write_text("\n".join(json.dumps(dict(text=line, body="x" * 5)) if name.endswith("jsonl") else line for line in lines))
+        (folder / name).write_text(
+            "\n".join(
+                json.dumps(dict(text=line, body="x" * 5)) if name.endswith("jsonl") else line
+                for line in lines
+            )
+        )
     return folder
 
 
 @pytest.fixture
 def measure(tmp_path, capsys):
     """measure(*options) is (exit code, the JSON object or the text, stderr) for tmp_path/checkpoint.pt."""
+
     def call(*options):
         capsys.readouterr()
-        code = exit_code(evaluate.main, ["--checkpoint", str(tmp_path / "checkpoint.pt"), *map(str, options)])
+        code = exit_code(
+            evaluate.main, ["--checkpoint", str(tmp_path / "checkpoint.pt"), *map(str, options)]
+        )
         out, err = capsys.readouterr()
         return code, json.loads(out) if "--json" in options and code == 0 else out, err
+
     return call
 
 
 def documents(folder) -> dict[str, list[str]]:
     """The texts of each domain, in reading order."""
+
     def lines(path):
         return [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    return {"code": [(folder / "code/d.py").read_text()], ".md": [(folder / "e.md").read_text()], ".jsonl": lines(folder / "f.jsonl"),
-            "wiki": [(folder / name).read_text() for name in ("wiki/a.txt", "wiki/c.txt", "wiki/deep/b.md")]}
+
+    return {
+        "code": [(folder / "code/d.py").read_text()],
+        ".md": [(folder / "e.md").read_text()],
+        ".jsonl": lines(folder / "f.jsonl"),
+        "wiki": [
+            (folder / name).read_text() for name in ("wiki/a.txt", "wiki/c.txt", "wiki/deep/b.md")
+        ],
+    }
 
 
 # ---------------------------------------------------------------- figures
 
+
 def test_figures_are_those_of_plain_forward_passes(measure, corpus, tmp_path):
     """Each domain's tokens in a row after an end-of-text, in windows of max_seq_len; the last one is shorter."""
-    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(init_std=0.2, precision="fp16", batch_size=3))
+    write_checkpoint(
+        tmp_path / "checkpoint.pt", tiny_config(init_std=0.2, precision="fp16", batch_size=3)
+    )
     code, found, err = measure("--data", corpus, "--json")
     assert code == 0, err
     model, _ = checkpoint.load_model(tmp_path / "checkpoint.pt")
@@ -76,39 +103,65 @@ def test_figures_are_those_of_plain_forward_passes(measure, corpus, tmp_path):
             ids += tokenizer.encode(text).ids + [end]
         losses, right = [], 0
         for start in range(0, len(ids) - 1, 16):
-            window = torch.tensor(ids[start:start + 17])
+            window = torch.tensor(ids[start : start + 17])
             with torch.no_grad():
                 logits = model(window[None, :-1])[0].double()
             losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
             right += (logits.argmax(-1) == window[1:]).sum().item()
         losses, targets = torch.cat(losses), torch.tensor(ids[1:])
         n_bytes = sum(len(text.encode()) for text in texts)
-        expected = dict(tokens=len(targets), bytes=n_bytes, loss=losses.mean().item(), perplexity=losses.mean().exp().item(),
-                        bits_per_byte=losses[targets != end].sum().item() / math.log(2) / n_bytes, accuracy=right / len(targets))
+        expected = dict(
+            tokens=len(targets),
+            bytes=n_bytes,
+            loss=losses.mean().item(),
+            perplexity=losses.mean().exp().item(),
+            bits_per_byte=losses[targets != end].sum().item() / math.log(2) / n_bytes,
+            accuracy=right / len(targets),
+        )
         assert found["domains"][domain] == pytest.approx(expected, rel=1e-5), domain
         sums += torch.tensor([len(targets), n_bytes, losses.sum(), right])
-    assert (found["tokens"], found["bytes"]) == (sums[0], sums[1]) and found["loss"] == pytest.approx((sums[2] / sums[0]).item(), rel=1e-5)
+    assert (found["tokens"], found["bytes"]) == (sums[0], sums[1]) and found[
+        "loss"
+    ] == pytest.approx((sums[2] / sums[0]).item(), rel=1e-5)
     assert found["step"] == 7 and found["held_out"] is False
 
 
-def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_for_each_token(measure, corpus, tmp_path):
+def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_for_each_token(
+    measure, corpus, tmp_path
+):
     state = write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40))
-    checkpoint.save(tmp_path / "checkpoint.pt", state | dict(model=state["model"] | {"head.weight": torch.zeros(264, 32)}))
+    checkpoint.save(
+        tmp_path / "checkpoint.pt",
+        state | dict(model=state["model"] | {"head.weight": torch.zeros(264, 32)}),
+    )
     _, found, _ = measure("--data", corpus, "--json")
     texts = [text for texts in documents(corpus).values() for text in texts]
-    assert found["loss"] == pytest.approx(math.log(264)) and found["perplexity"] == pytest.approx(264)
-    assert found["bits_per_byte"] == pytest.approx((found["tokens"] - len(texts)) * math.log2(264) / sum(len(t.encode()) for t in texts))
+    assert found["loss"] == pytest.approx(math.log(264)) and found["perplexity"] == pytest.approx(
+        264
+    )
+    assert found["bits_per_byte"] == pytest.approx(
+        (found["tokens"] - len(texts)) * math.log2(264) / sum(len(t.encode()) for t in texts)
+    )
 
 
 def test_the_table(measure, corpus, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40))
     code, out, _ = measure("--data", corpus)
     lines = out.splitlines()
-    assert code == 0 and "step 7" in lines[0] and "held out" not in lines[0] and lines[1].split() == ["domain", "tokens", "loss", "perplexity", "bits/byte", "accuracy"]
-    assert [line.split()[0] for line in lines[2:]] == ["wiki", "code", ".md", ".jsonl", "all"], "the largest first"
+    assert (
+        code == 0
+        and "step 7" in lines[0]
+        and "held out" not in lines[0]
+        and lines[1].split() == ["domain", "tokens", "loss", "perplexity", "bits/byte", "accuracy"]
+    )
+    assert [line.split()[0] for line in lines[2:]] == ["wiki", "code", ".md", ".jsonl", "all"], (
+        "the largest first"
+    )
     monkeypatch.setattr(evaluate, "SHOWN", 2)
     short = measure("--data", corpus)[1].splitlines()
-    assert [line.split()[0] for line in short[2:]] == ["wiki", "code", "(2", "all"] and short[-1] == lines[-1]
+    assert [line.split()[0] for line in short[2:]] == ["wiki", "code", "(2", "all"] and short[
+        -1
+    ] == lines[-1]
     _, found, _ = measure("--data", corpus, "--json")
     others = found["domains"][".md"]["tokens"] + found["domains"][".jsonl"]["tokens"]
     assert f"(2 others) {others:,}" in " ".join(short[4].split())
@@ -132,21 +185,45 @@ def test_another_field_of_the_rows(measure, corpus, tmp_path):
 def test_text_is_read_to_its_end_though_the_run_read_less_of_its_own(measure, corpus, tmp_path):
     write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40, max_characters=1))
     _, found, _ = measure("--data", corpus, "--json")
-    assert found["bytes"] == sum(len(text.encode()) for texts in documents(corpus).values() for text in texts)
+    assert found["bytes"] == sum(
+        len(text.encode()) for texts in documents(corpus).values() for text in texts
+    )
 
 
 # ---------------------------------------------------------------- held-out text
+
 
 @pytest.fixture
 def run(corpus, tmp_path, monkeypatch):
     """The folder of a run of one step on a copy of the corpus."""
     monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
     shutil.copytree(corpus, tmp_path / "text")
-    options = dict(preset="tiny", d_model=32, n_layers=2, n_heads=2, d_ff=32, num_experts=4, max_seq_len=16, vocab_size=300, batch_size=2, max_steps=1,
-                   eval_steps=10_000, sample_tokens=0, device="cpu", validation_fraction=0.3, data=tmp_path / "text", cache_dir=tmp_path / "cache",
-                   save_dir=tmp_path / "run")
+    options = dict(
+        preset="tiny",
+        d_model=32,
+        n_layers=2,
+        n_heads=2,
+        d_ff=32,
+        num_experts=4,
+        max_seq_len=16,
+        vocab_size=300,
+        batch_size=2,
+        max_steps=1,
+        eval_steps=10_000,
+        sample_tokens=0,
+        device="cpu",
+        validation_fraction=0.3,
+        data=tmp_path / "text",
+        cache_dir=tmp_path / "cache",
+        save_dir=tmp_path / "run",
+    )
     with contextlib.redirect_stdout(io.StringIO()):
-        assert run_experiment.main([text for name, value in options.items() for text in (f"--{name}", str(value))]) == 0
+        assert (
+            run_experiment.main(
+                [text for name, value in options.items() for text in (f"--{name}", str(value))]
+            )
+            == 0
+        )
     (tmp_path / "run" / "checkpoint_latest.pt").rename(tmp_path / "checkpoint.pt")
     return tmp_path / "run"
 
@@ -155,39 +232,68 @@ def test_without_data_the_text_is_what_the_run_held_out(measure, run, tmp_path):
     code, found, err = measure("--json")
     assert code == 0, err
     results = json.loads((run / "training_results.json").read_text())
-    assert found["held_out"] and found["tokens"] == results["data"]["validation_tokens"], "each token of the validation shard"
-    assert found["loss"] == pytest.approx(results["final_metrics"]["val_loss"], rel=0.03), "in other windows"
+    assert found["held_out"] and found["tokens"] == results["data"]["validation_tokens"], (
+        "each token of the validation shard"
+    )
+    assert found["loss"] == pytest.approx(results["final_metrics"]["val_loss"], rel=0.03), (
+        "in other windows"
+    )
     _, whole, note = measure("--json", "--data", tmp_path / "text")
-    assert "the run was trained on" in note and "trained" not in err + measure("--data", tmp_path / "text" / "wiki")[2]
-    assert all(found["domains"][name]["bytes"] < whole["domains"][name]["bytes"] for name in found["domains"])
+    assert (
+        "the run was trained on" in note
+        and "trained" not in err + measure("--data", tmp_path / "text" / "wiki")[2]
+    )
+    assert all(
+        found["domains"][name]["bytes"] < whole["domains"][name]["bytes"]
+        for name in found["domains"]
+    )
     assert "what its run held out of" in measure()[1]
     assert measure("--json", "--text_field", "text")[1] == found, "a field is no other text"
 
 
 def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_path, monkeypatch):
     pieces = list(evaluate.texts(Config(**PRESETS["tiny"] | dict(data=str(corpus)))))
-    record = numpy.array([(shards.text_hash(text), len(text), last) for _, text, last in pieces], shards.PIECE)
+    record = numpy.array(
+        [(shards.text_hash(text), len(text), last) for _, text, last in pieces], shards.PIECE
+    )
     config = Config(**PRESETS["tiny"] | dict(data=f"hf:{tmp_path}", validation_fraction=0.3))
     monkeypatch.setattr(evaluate, "texts", lambda config: iter(pieces))
     held_out = {}
-    for sample in (int(record["length"].sum()) // 3, 10 ** 9):
+    for sample in (int(record["length"].sum()) // 3, 10**9):
         monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sample)
-        held_out[sample] = [text for _, text, _ in evaluate.held_out_texts(config, shards.data_hash(record))]
+        held_out[sample] = [
+            text for _, text, _ in evaluate.held_out_texts(config, shards.data_hash(record))
+        ]
         beginning = shards.surveyed(record)
-        assert (len(beginning) < len(record)) == (sample < 10 ** 9) and sum(beginning["length"]) >= min(sample, sum(record["length"]))
-        limit = beginning["hash"][shards.split(beginning["hash"], beginning["length"].astype(int), 0.3)].max()
-        assert held_out[sample] == [text for _, text, _ in pieces if shards.text_hash(text) <= limit]
+        assert (len(beginning) < len(record)) == (sample < 10**9) and sum(
+            beginning["length"]
+        ) >= min(sample, sum(record["length"]))
+        limit = beginning["hash"][
+            shards.split(beginning["hash"], beginning["length"].astype(int), 0.3)
+        ].max()
+        assert held_out[sample] == [
+            text for _, text, _ in pieces if shards.text_hash(text) <= limit
+        ]
     assert len(set(map(len, held_out.values()))) == 2
 
 
 def test_held_out_text_that_is_no_longer_known(measure, run, tmp_path):
     (tmp_path / "text" / "e.md").write_text("other text")
     code, _, err = measure()
-    assert code == 1 and "not the text that the checkpoint was trained on" in err and "--data" in err and "Traceback" not in err
+    assert (
+        code == 1
+        and "not the text that the checkpoint was trained on" in err
+        and "--data" in err
+        and "Traceback" not in err
+    )
 
 
 def test_of_an_imported_model_nothing_was_held_out(measure, tmp_path):
-    write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40), data=dict(data_hash=None, tokenizer_hash="t"))
+    write_checkpoint(
+        tmp_path / "checkpoint.pt",
+        tiny_config(batch_size=40),
+        data=dict(data_hash=None, tokenizer_hash="t"),
+    )
     code, _, err = measure()
     assert code == 1 and "imported" in err and "--data" in err
 
@@ -199,9 +305,16 @@ def test_a_tokenizer_that_cannot_encode_the_text(measure, corpus, tmp_path):
     assert code == 1 and err.startswith("error: the tokenizer cannot encode this text")
 
 
-@pytest.mark.parametrize("options, code, words", [
-    (["--data", "/nowhere"], 1, "/nowhere"), (["--limit", "-1"], 2, "--limit"), (["--dat", "x"], 2, "--data"), (["--precision", "x"], 2, "'x'"),
-    (["--data", "empty.txt"], 1, "no text")])
+@pytest.mark.parametrize(
+    "options, code, words",
+    [
+        (["--data", "/nowhere"], 1, "/nowhere"),
+        (["--limit", "-1"], 2, "--limit"),
+        (["--dat", "x"], 2, "--data"),
+        (["--precision", "x"], 2, "'x'"),
+        (["--data", "empty.txt"], 1, "no text"),
+    ],
+)
 def test_wrong_usage(measure, tmp_path, monkeypatch, options, code, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("")
@@ -212,11 +325,28 @@ def test_wrong_usage(measure, tmp_path, monkeypatch, options, code, words):
 
 # ---------------------------------------------------------------- lm-evaluation-harness
 
-@pytest.mark.skipif(not (importlib.util.find_spec("lm_eval") and importlib.util.find_spec("accelerate")), reason="needs pip install 'lm_eval[hf]'")
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("lm_eval") and importlib.util.find_spec("accelerate")),
+    reason="needs pip install 'lm_eval[hf]'",
+)
 def test_the_harness_finds_the_same_bits_per_byte(measure, tmp_path):
     """A real run of lm_eval on the exported folder, with a task that is a JSON file."""
     write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(init_std=0.2, max_seq_len=256))
-    assert exit_code(export_hf.main, ["--checkpoint", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "hf"), "--dtype", "fp32"]) == 0
+    assert (
+        exit_code(
+            export_hf.main,
+            [
+                "--checkpoint",
+                str(tmp_path / "checkpoint.pt"),
+                "--out",
+                str(tmp_path / "hf"),
+                "--dtype",
+                "fp32",
+            ],
+        )
+        == 0
+    )
     (tmp_path / "one.jsonl").write_text(json.dumps(dict(text=TEXT[:150])))
     (tmp_path / "task.yaml").write_text(f"""task: one_text
 dataset_path: json
@@ -230,9 +360,28 @@ doc_to_target: "{{{{text}}}}"
 metric_list:
   - metric: bits_per_byte
 """)
-    done = subprocess.run([sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'hf'},dtype=float32",
-                           "--tasks", "one_text", "--include_path", tmp_path, "--device", "cpu", "--output_path", tmp_path / "out"],
-                          capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lm_eval",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={tmp_path / 'hf'},dtype=float32",
+            "--tasks",
+            "one_text",
+            "--include_path",
+            tmp_path,
+            "--device",
+            "cpu",
+            "--output_path",
+            tmp_path / "out",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )
     assert done.returncode == 0, done.stderr
     [path] = (tmp_path / "out").rglob("results_*.json")
     theirs = json.loads(path.read_text())["results"]["one_text"]["bits_per_byte,none"]

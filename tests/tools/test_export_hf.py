@@ -1,4 +1,5 @@
 """The export to Hugging Face: transformers computes the same, whatever the shape; whole or not at all; in little memory."""
+
 import ctypes
 import json
 import resource
@@ -11,23 +12,34 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3MoeForCausalLM
 
-from record import checkpoint
 import data
-from corpus.tokenizer import load_tokenizer
-from config import PRESETS, Config
-from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
-from engine.precision import decode_master
 from cli import exit_code
+from config import PRESETS, Config
+from corpus.tokenizer import load_tokenizer
+from engine.precision import decode_master
+from record import checkpoint
+from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
 from tools import export_hf
 
 
 @pytest.fixture
 def export(tmp_path, capsys):
     """export(config, *options, **changes of the state) is (exit code, output folder, state, stderr)."""
+
     def call(config, *options, **changes):
         state = write_checkpoint(tmp_path / "checkpoint.pt", config, **changes)
-        code = exit_code(export_hf.main, ["--checkpoint", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "model"), *options])
+        code = exit_code(
+            export_hf.main,
+            [
+                "--checkpoint",
+                str(tmp_path / "checkpoint.pt"),
+                "--out",
+                str(tmp_path / "model"),
+                *options,
+            ],
+        )
         return code, tmp_path / "model", state, capsys.readouterr().err
+
     return call
 
 
@@ -44,17 +56,33 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def masters(state: dict) -> dict[str, torch.Tensor]:
     kept = {**state["optimizer"]["muon"]["state"], **state["optimizer"]["adamw"]["state"]}
-    return {name: decode_master(p, kept[name]["residual"]) if "residual" in kept[name] else p for name, p in state["model"].items()}
+    return {
+        name: decode_master(p, kept[name]["residual"]) if "residual" in kept[name] else p
+        for name, p in state["model"].items()
+    }
 
 
 # ---------------------------------------------------------------- the same model
 
-@pytest.mark.parametrize("changes", [
-    dict(moe_every=1), dict(moe_every=2, n_kv_heads=2), dict(moe_every=3, n_layers=7, top_k=4), dict(moe_every=4, n_kv_heads=1),
-    dict(moe_every=1, tie_embeddings=True, top_k=3, norm_topk_prob=False), dict(moe_every=2, top_k=1, n_kv_heads=2, tie_embeddings=True),
-    dict(num_experts=1, top_k=1), dict(num_experts=0, n_kv_heads=2), dict(num_experts=0, tie_embeddings=True, moe_every=9),
-    dict(n_heads=16, n_kv_heads=4, rope_theta=1e6), dict(rms_norm_eps=1e-3, d_ff=8, n_layers=1, moe_every=1),
-    dict(num_experts=12, top_k=5, vocab_size=300, max_seq_len=100)], ids=str)
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(moe_every=1),
+        dict(moe_every=2, n_kv_heads=2),
+        dict(moe_every=3, n_layers=7, top_k=4),
+        dict(moe_every=4, n_kv_heads=1),
+        dict(moe_every=1, tie_embeddings=True, top_k=3, norm_topk_prob=False),
+        dict(moe_every=2, top_k=1, n_kv_heads=2, tie_embeddings=True),
+        dict(num_experts=1, top_k=1),
+        dict(num_experts=0, n_kv_heads=2),
+        dict(num_experts=0, tie_embeddings=True, moe_every=9),
+        dict(n_heads=16, n_kv_heads=4, rope_theta=1e6),
+        dict(rms_norm_eps=1e-3, d_ff=8, n_layers=1, moe_every=1),
+        dict(num_experts=12, top_k=5, vocab_size=300, max_seq_len=100),
+    ],
+    ids=str,
+)
 def test_transformers_gives_the_same_logits(export, tmp_path, changes):
     config = tiny_config(init_std=0.2, **changes)
     code, folder, _, err = export(config, "--dtype", "fp32")
@@ -71,13 +99,32 @@ def test_transformers_gives_the_same_logits(export, tmp_path, changes):
 
 def per_expert_names(c: Config) -> list[str]:
     """The tensors of a published Qwen3-MoE model of this shape."""
-    names = ["model.embed_tokens.weight", "model.norm.weight"] + ["lm_head.weight"] * (not c.tie_embeddings)
+    names = ["model.embed_tokens.weight", "model.norm.weight"] + ["lm_head.weight"] * (
+        not c.tie_embeddings
+    )
     for i in range(c.n_layers):
-        mlp = [f"experts.{e}.{part}" for e in range(c.num_experts) for part in ("gate_proj", "up_proj", "down_proj")] + ["gate"] \
-            if c.is_moe(i) else ["gate_proj", "up_proj", "down_proj"]
-        names += [f"model.layers.{i}.{name}.weight" for name in (
-            "input_layernorm", "post_attention_layernorm", *(f"mlp.{part}" for part in mlp),
-            *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")))]
+        mlp = (
+            [
+                f"experts.{e}.{part}"
+                for e in range(c.num_experts)
+                for part in ("gate_proj", "up_proj", "down_proj")
+            ]
+            + ["gate"]
+            if c.is_moe(i)
+            else ["gate_proj", "up_proj", "down_proj"]
+        )
+        names += [
+            f"model.layers.{i}.{name}.weight"
+            for name in (
+                "input_layernorm",
+                "post_attention_layernorm",
+                *(f"mlp.{part}" for part in mlp),
+                *(
+                    f"self_attn.{part}"
+                    for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+                ),
+            )
+        ]
     return names
 
 
@@ -89,14 +136,22 @@ def test_weights_are_the_exact_masters_or_rounded_from_them(export, tmp_path, pr
         code, folder, state, err = export(config, *(["--dtype", dtype] if dtype else []))
         assert code == 0, err
         found, expected = tensors(folder), masters(state)
-        names = {"lm_head.weight": "head.weight", "model.norm.weight": "norm.weight", "model.layers.0.mlp.down_proj.weight": "blocks.0.ffn.down",
-                 "model.layers.1.mlp.gate.weight": "blocks.1.ffn.router.weight"}
-        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype or precision]
+        names = {
+            "lm_head.weight": "head.weight",
+            "model.norm.weight": "norm.weight",
+            "model.layers.0.mlp.down_proj.weight": "blocks.0.ffn.down",
+            "model.layers.1.mlp.gate.weight": "blocks.1.ffn.router.weight",
+        }
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            dtype or precision
+        ]
         assert all(t.dtype == kind for t in found.values())
         for theirs, ours in names.items():
             assert torch.equal(found[theirs], expected[ours].to(kind)), (theirs, dtype)
         if dtype == "fp32" and precision != "fp32":
-            assert not torch.equal(expected["head.weight"], state["model"]["head.weight"].float()), "the residual counts"
+            assert not torch.equal(
+                expected["head.weight"], state["model"]["head.weight"].float()
+            ), "the residual counts"
         for path in folder.iterdir():
             path.unlink()
         torch.manual_seed(0)
@@ -106,10 +161,25 @@ def test_the_config_is_that_of_the_architecture(export):
     config = tiny_config(n_kv_heads=2, moe_every=2, d_model=64, rope_theta=5e5)
     _, folder, _, _ = export(config, "--dtype", "bf16")
     found = json.loads((folder / "config.json").read_text())
-    expected = dict(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", head_dim=16, hidden_size=64, num_key_value_heads=2,
-                    norm_topk_prob=True, decoder_sparse_step=2, mlp_only_layers=[], intermediate_size=48, moe_intermediate_size=48,
-                    tie_word_embeddings=False, rope_theta=5e5, rms_norm_eps=1e-6, num_experts=4, num_experts_per_tok=2,
-                    max_position_embeddings=16, torch_dtype="bfloat16")
+    expected = dict(
+        architectures=["Qwen3MoeForCausalLM"],
+        model_type="qwen3_moe",
+        head_dim=16,
+        hidden_size=64,
+        num_key_value_heads=2,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[],
+        intermediate_size=48,
+        moe_intermediate_size=48,
+        tie_word_embeddings=False,
+        rope_theta=5e5,
+        rms_norm_eps=1e-6,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=16,
+        torch_dtype="bfloat16",
+    )
     assert {name: found[name] for name in expected} == expected
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
 
@@ -117,10 +187,18 @@ def test_the_config_is_that_of_the_architecture(export):
 def test_the_tokenizer_and_the_end_of_text_go_along(export):
     _, folder, state, _ = export(tiny_config())
     assert (folder / "tokenizer.json").read_text() == state["tokenizer_json"]
-    theirs, (ours, end_of_text) = AutoTokenizer.from_pretrained(folder), load_tokenizer(state["tokenizer_json"])
+    theirs, (ours, end_of_text) = (
+        AutoTokenizer.from_pretrained(folder),
+        load_tokenizer(state["tokenizer_json"]),
+    )
     text = TEXT[:300] + "  \n\t x"
-    assert theirs(text)["input_ids"] == ours.encode(text).ids and theirs.decode(theirs(text)["input_ids"]) == text
-    assert theirs.eos_token_id == GenerationConfig.from_pretrained(folder).eos_token_id == end_of_text
+    assert (
+        theirs(text)["input_ids"] == ours.encode(text).ids
+        and theirs.decode(theirs(text)["input_ids"]) == text
+    )
+    assert (
+        theirs.eos_token_id == GenerationConfig.from_pretrained(folder).eos_token_id == end_of_text
+    )
     assert theirs.model_max_length == 16
 
 
@@ -130,36 +208,74 @@ def test_weights_are_cut_into_files_of_the_size_asked_for(export, tmp_path):
     assert code == 0, err
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
-    assert len(files) > 3 and [f.name for f in files] == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    assert index["metadata"]["total_size"] == 4 * config.total_params == sum(t.nbytes for t in tensors(folder).values())
-    assert {name: f.name for f in files for name in safe_open(f, "pt").keys()} == index["weight_map"]
-    with_headers = [f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files]
-    assert max(with_headers) <= 40_000 and all(a + b > 30_000 for a, b in zip(with_headers, with_headers[1:])), "full, not one each"
+    assert len(files) > 3 and [f.name for f in files] == [
+        f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))
+    ]
+    assert (
+        index["metadata"]["total_size"]
+        == 4 * config.total_params
+        == sum(t.nbytes for t in tensors(folder).values())
+    )
+    assert {name: f.name for f in files for name in safe_open(f, "pt").keys()} == index[
+        "weight_map"
+    ]
+    with_headers = [
+        f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files
+    ]
+    assert max(with_headers) <= 40_000 and all(
+        a + b > 30_000 for a, b in zip(with_headers, with_headers[1:])
+    ), "full, not one each"
     ours, _ = checkpoint.load_model(tmp_path / "checkpoint.pt")
     tokens = torch.arange(16)[None]
     with torch.no_grad():
-        assert (AutoModelForCausalLM.from_pretrained(folder)(tokens).logits - ours(tokens)).abs().max() < 1e-4
+        assert (
+            AutoModelForCausalLM.from_pretrained(folder)(tokens).logits - ours(tokens)
+        ).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------- the model card
 
+
 def test_the_model_card_has_the_runs_figures(export, tmp_path):
-    metrics = dict(step=7, train_loss=3.25, elapsed_seconds=12.5, val_loss=5.5, val_perplexity=244.7, val_accuracy=0.125)
+    metrics = dict(
+        step=7,
+        train_loss=3.25,
+        elapsed_seconds=12.5,
+        val_loss=5.5,
+        val_perplexity=244.7,
+        val_accuracy=0.125,
+    )
     config = tiny_config(data="/home/someone/secret", save_dir="/home/someone/run")
     _, folder, _, _ = export(config, metrics=metrics)
     card = (folder / "README.md").read_text()
-    for words in (f"{config.total_params:,}, {config.active_params:,} active", "7 of 250 steps, 700 tokens", "350", "5.5000", "0.1250", "3.2500",
-                  "d" * 32, "2 of 4 blocks", "2 of 4 experts", "muon_lr: 0.02"):
+    for words in (
+        f"{config.total_params:,}, {config.active_params:,} active",
+        "7 of 250 steps, 700 tokens",
+        "350",
+        "5.5000",
+        "0.1250",
+        "3.2500",
+        "d" * 32,
+        "2 of 4 blocks",
+        "2 of 4 experts",
+        "muon_lr: 0.02",
+    ):
         assert words in card, words
     assert "someone" not in card, "what is on that machine stays there"
 
     for path in folder.iterdir():
         path.unlink()
-    rows = [metrics, dict(step=7, val_loss=4.5, val_perplexity=90.0, val_accuracy=0.25, elapsed_seconds=13.0), dict(step=9, val_loss=1.0, elapsed_seconds=14.0)]
+    rows = [
+        metrics,
+        dict(step=7, val_loss=4.5, val_perplexity=90.0, val_accuracy=0.25, elapsed_seconds=13.0),
+        dict(step=9, val_loss=1.0, elapsed_seconds=14.0),
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     _, folder, _, _ = export(config, metrics=metrics)
     card = (folder / "README.md").read_text()
-    assert "4.5000" in card and "5.5000" not in card, "the validation at its step came after the checkpoint"
+    assert "4.5000" in card and "5.5000" not in card, (
+        "the validation at its step came after the checkpoint"
+    )
     for path in folder.iterdir():
         path.unlink()
     _, folder, _, _ = export(config, metrics=metrics | dict(elapsed_seconds=99.0))
@@ -167,10 +283,13 @@ def test_the_model_card_has_the_runs_figures(export, tmp_path):
     for path in folder.iterdir():
         path.unlink()
     _, folder, _, _ = export(config, data=dict(data_hash=None, tokenizer_hash="t"))
-    assert "training text" not in (folder / "README.md").read_text(), "an imported model's is not known"
+    assert "training text" not in (folder / "README.md").read_text(), (
+        "an imported model's is not known"
+    )
 
 
 # ---------------------------------------------------------------- whole or not at all
+
 
 def test_nothing_is_written_over(export, tmp_path):
     (tmp_path / "model").mkdir()
@@ -180,7 +299,13 @@ def test_nothing_is_written_over(export, tmp_path):
     assert code == 1 and "no empty folder" in err and "Traceback" not in err
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     (tmp_path / "file").write_text("mine")
-    assert exit_code(export_hf.main, ["--checkpoint", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "file")]) == 1
+    assert (
+        exit_code(
+            export_hf.main,
+            ["--checkpoint", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "file")],
+        )
+        == 1
+    )
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -216,9 +341,16 @@ def test_a_disk_that_fills_up(export, tmp_path):
 
 
 def test_too_little_space_is_said_before_anything_is_written(export, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_hf.shutil, "disk_usage", lambda _: type("Usage", (), dict(free=1000)))
+    monkeypatch.setattr(
+        export_hf.shutil, "disk_usage", lambda _: type("Usage", (), dict(free=1000))
+    )
     code, _, _, err = export(tiny_config(), "--dtype", "fp32")
-    assert code == 1 and "not enough disk space" in err and "--dtype" in err and not (tmp_path / "model").exists()
+    assert (
+        code == 1
+        and "not enough disk space" in err
+        and "--dtype" in err
+        and not (tmp_path / "model").exists()
+    )
 
 
 def test_a_weight_that_fp16_cannot_hold(export, tmp_path):
@@ -227,37 +359,68 @@ def test_a_weight_that_fp16_cannot_hold(export, tmp_path):
     state["model"]["blocks.1.ffn.experts.down"][2, 3, 4] = 1e5
     large = dict(model=state["model"])
     code, _, _, err = export(config, "--dtype", "fp16", **large)
-    assert code == 1 and "model.layers.1.mlp.experts.2.down_proj.weight" in err and "65,504" in err and "--dtype" in err
+    assert (
+        code == 1
+        and "model.layers.1.mlp.experts.2.down_proj.weight" in err
+        and "65,504" in err
+        and "--dtype" in err
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt"}
     assert export(config, "--dtype", "bf16", **large)[0] == 0
 
 
-@pytest.mark.parametrize("options, code, words", [
-    (["--dtype", "int8"], 2, ["int8"]), (["--shard_gb", "0"], 2, ["--shard_gb"]), (["--shard_gb", "nan"], 2, ["--shard_gb"]),
-    (["--outt", "x"], 2, ["--outt", "--out"]), (["--checkpoint", "missing.pt"], 1, ["missing.pt"]), (["--checkpoint", "."], 2, ["is a folder"])])
+@pytest.mark.parametrize(
+    "options, code, words",
+    [
+        (["--dtype", "int8"], 2, ["int8"]),
+        (["--shard_gb", "0"], 2, ["--shard_gb"]),
+        (["--shard_gb", "nan"], 2, ["--shard_gb"]),
+        (["--outt", "x"], 2, ["--outt", "--out"]),
+        (["--checkpoint", "missing.pt"], 1, ["missing.pt"]),
+        (["--checkpoint", "."], 2, ["is a folder"]),
+    ],
+)
 def test_wrong_usage(tmp_path, capsys, monkeypatch, options, code, words):
     monkeypatch.chdir(tmp_path)
-    arguments = dict(zip(["--checkpoint", "--out", *options[::2]], ["checkpoint.pt", "model", *options[1::2]]))
+    arguments = dict(
+        zip(["--checkpoint", "--out", *options[::2]], ["checkpoint.pt", "model", *options[1::2]])
+    )
     assert exit_code(export_hf.main, [text for pair in arguments.items() for text in pair]) == code
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and "Traceback" not in err and all(word in err for word in words)
+    assert (
+        err.startswith("error: ") and "Traceback" not in err and all(word in err for word in words)
+    )
     assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- memory
 
+
 def anonymous_bytes() -> int:
     """Memory of this process that no file backs."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+    [line] = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    ]
     return 1024 * int(line.split()[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_the_host_never_holds_a_second_copy(tmp_path):
-    config = Config(**{**PRESETS["tiny"], "precision": "bf16", "d_model": 256, "d_ff": 3072, "n_layers": 2, "vocab_size": 16384})
+    config = Config(
+        **{
+            **PRESETS["tiny"],
+            "precision": "bf16",
+            "d_model": 256,
+            "d_ff": 3072,
+            "n_layers": 2,
+            "vocab_size": 16384,
+        }
+    )
     path, peak, done = tmp_path / "checkpoint.pt", 0, threading.Event()
     write_checkpoint(path, config)
-    ctypes.CDLL(None).malloc_trim(0)        # what was freed is taken anew, and seen
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed is taken anew, and seen
 
     def watch():
         nonlocal peak
@@ -269,7 +432,10 @@ def test_the_host_never_holds_a_second_copy(tmp_path):
     before = anonymous_bytes()
     thread.start()
     try:
-        code = exit_code(export_hf.main, ["--checkpoint", str(path), "--out", str(tmp_path / "model"), "--dtype", "fp32"])
+        code = exit_code(
+            export_hf.main,
+            ["--checkpoint", str(path), "--out", str(tmp_path / "model"), "--dtype", "fp32"],
+        )
     finally:
         done.set()
         thread.join()
