@@ -94,7 +94,7 @@ def train(argv: list[str]) -> None:
                 + (". Changed: " + "; ".join(changes) if changes else "")
             )
             factors = [
-                trainer.learning_rate_factor(state["step"], c)
+                trainer.lr_schedule(state["step"], c)
                 for c in (resumed_config(state["config"], {})[0], config)
             ]
             if factors[0] != factors[1]:

@@ -58,7 +58,7 @@ STUCK_STEPS = 10  # overflows in a row at the smallest loss scale that end the r
 EVALUATION_SAMPLE = 32  # tokens of text that each evaluation keeps
 
 
-def learning_rate_factor(step: int, config: Config) -> float:
+def lr_schedule(step: int, config: Config) -> float:
     """Share of the peak learning rate at update `step` (from 0): a linear rise, then a cosine to min_lr_fraction."""
     warmup = round(config.warmup_fraction * config.max_steps)
     if step < warmup:
@@ -185,7 +185,7 @@ class Trainer:
             factor = (
                 min(1.0, c.grad_clip / (norm + 1e-6)) if c.grad_clip else 1.0
             ) / self.scaler.scale
-            rate = learning_rate_factor(self.step, c)
+            rate = lr_schedule(self.step, c)
             self.meter.note("backward")
             self.host_gradients.wait()
             self.muon.step(rate * c.muon_lr, factor)
@@ -428,7 +428,7 @@ class Trainer:
                     for layer in (counts / counts.sum(1, keepdim=True)).tolist()
                 ],
             )
-        rate = learning_rate_factor(self.step - 1, c)
+        rate = lr_schedule(self.step - 1, c)
         row |= dict(
             grad_norm=sums["grad_norm"],
             muon_lr=rate * c.muon_lr,
@@ -594,9 +594,7 @@ class Trainer:
                 for name, p in (self.parameters | self.model.balancing_biases()).items()
             },
             optimizer=dict(muon=self.muon.state_dict(), adamw=self.adamw.state_dict()),
-            schedule=dict(
-                step=self.step, max_steps=c.max_steps, factor=learning_rate_factor(self.step, c)
-            ),
+            schedule=dict(step=self.step, max_steps=c.max_steps, factor=lr_schedule(self.step, c)),
             loss_scaler=self.scaler.state_dict(),
             random=checkpoint.random_states(self.device),
             data=self._data_identity(),

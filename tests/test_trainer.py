@@ -28,7 +28,7 @@ from planner.choice import Choice, check_fits
 from planner.machine import Machine, known_gpu
 from planner.sizes import CPU_LIBRARY_GB, checkpoint_gb, predict_memory
 from record import checkpoint, results
-from trainer import Trainer, learning_rate_factor
+from trainer import Trainer, lr_schedule
 
 FORMS = {
     "fp32": dict(precision="fp32"),
@@ -427,7 +427,7 @@ def test_the_split_into_micro_batches_does_not_change_a_step(settings):
 
 def test_schedule_is_a_pure_function_of_the_step():
     c = Config(max_steps=100, warmup_fraction=0.1, min_lr_fraction=0.2)
-    factors = [learning_rate_factor(s, c) for s in range(100)]
+    factors = [lr_schedule(s, c) for s in range(100)]
     assert factors[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert (
         factors[10] == 1
@@ -435,7 +435,7 @@ def test_schedule_is_a_pure_function_of_the_step():
         and factors[54:56] == pytest.approx([0.6, 0.6], abs=0.02)
     )
     assert all(a >= b for a, b in zip(factors[10:], factors[11:]))
-    assert learning_rate_factor(0, dataclasses.replace(c, warmup_fraction=0.0)) == 1
+    assert lr_schedule(0, dataclasses.replace(c, warmup_fraction=0.0)) == 1
 
 
 # ---------------------------------------------------------------- what is written down
@@ -462,7 +462,7 @@ def test_metrics_results_and_curves(settings, tmp_path):
             0 <= row["train_accuracy"] <= 1 and row["tokens_per_second"] > 0 and row["mfu"] is None
         )
         assert row["muon_lr"] == pytest.approx(
-            config.muon_lr * learning_rate_factor(row["step"] - 1, config)
+            config.muon_lr * lr_schedule(row["step"] - 1, config)
         )
         assert row["tokens_seen"] == row["step"] * config.tokens_per_step
     results = json.loads((tmp_path / "run" / "training_results.json").read_text())

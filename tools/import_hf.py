@@ -28,7 +28,7 @@ from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint
 from tools.qwen3_moe import from_hugging_face, fused_name, places, their_rows
-from trainer import learning_rate_factor
+from trainer import lr_schedule
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 UNUSED = (
@@ -134,7 +134,7 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
         mean_norm=None,
         model=parameters,
         optimizer=dict(muon=muon, adamw=adamw),
-        schedule=dict(step=0, max_steps=config.max_steps, factor=learning_rate_factor(0, config)),
+        schedule=dict(step=0, max_steps=config.max_steps, factor=lr_schedule(0, config)),
         loss_scaler=scaler.state_dict(),
         random=checkpoint.random_states(torch.device("cpu")),
         data=dict(data_hash=None, tokenizer_hash=sha256(tokenizer_json)),
