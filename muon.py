@@ -47,7 +47,7 @@ def gram_newton_schulz(x: Tensor) -> Tensor:
         x = x.mT
     for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
         if step == RESTART:
-            x = torch.bmm(product, x)
+            x = torch.bmm(product, x)  # noqa: F821
         if step in (0, RESTART):
             gram, product = symmetric_product(x, x), None
         polynomial = symmetric_product(gram, gram, alpha=c, add=gram, beta=b, diagonal=a)

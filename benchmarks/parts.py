@@ -215,7 +215,7 @@ def vs_transformers(_: Path) -> None:
     theirs.train()
     theirs.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     theirs.compile()
-    their_speed, their_gb = measure(lambda: theirs(input_ids=tokens, labels=tokens).loss.backward())
+    their_speed, their_gb = measure(lambda: theirs(input_ids=tokens, labels=tokens).loss.backward())  # noqa: F821
     del theirs
     ours = {}
     for mode in ("none", "selective", "full"):
@@ -226,7 +226,7 @@ def vs_transformers(_: Path) -> None:
         model.materialize(device)
         model.compile_blocks()
         with attention_backends(device):
-            ours[mode] = measure(lambda: model(tokens, tokens)[0].backward())
+            ours[mode] = measure(lambda: model(tokens, tokens)[0].backward())  # noqa: F821
         del model
     speed, mode = max((speed, mode) for mode, (speed, gb) in ours.items() if gb <= their_gb)
     write(
