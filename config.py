@@ -354,7 +354,7 @@ PRESETS = {
 
 # Bounds of temporary memory, shared by what computes and what predicts.
 LOSS_CHUNK = 2048  # tokens whose logits exist at a time
-OPTIMIZER_PIECE = (
+OPTIMIZER_BUCKET = (
     2**28
 )  # elements that an optimizer updates at a time; a single matrix may be larger
 

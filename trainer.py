@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from config import Config, Diverged, ExperimentError, OutOfMemory
-from engine.offload import HostGradients
+from engine.offload import GradientOffload
 from engine.precision import LossScaler, gradient_norms
 from engine.triton_kernels import attention_backends
 from generate import generate
@@ -135,7 +135,7 @@ class Trainer:
             config.compile == "auto" and self.device.type == "cuda"
         )
         fused = compiling and self.device.type == "cuda"
-        self.host_gradients = HostGradients(self.model, config.host_gradient_blocks)
+        self.host_gradients = GradientOffload(self.model, config.host_gradient_blocks)
         gradients = self.host_gradients.tensors
         self.muon = Muon(
             hidden, config.muon_momentum, config.weight_decay, offload, fused, gradients

@@ -23,7 +23,7 @@ from torch._inductor.utils import run_and_get_code
 
 import moe
 from config import PRESETS, Config
-from engine.offload import HostGradients, OptimizerState
+from engine.offload import GradientOffload, OptimizerState
 from engine.precision import decode_master, gradient_norms
 from engine.triton_kernels import (
     attention_backends,
@@ -94,14 +94,14 @@ def run(changes: dict) -> tuple[list[float], dict[str, torch.Tensor], dict[str, 
     warnings.simplefilter("ignore")
     config = dataclasses.replace(BASE, **changes)
     device = find_device(config)
-    OptimizerState.PIECE = 2**19  # many groups, so that streaming has something to overlap
+    OptimizerState.BUCKET = 2**19  # many groups, so that streaming has something to overlap
     with attention_backends(device):
         model = MoETransformer(config).to(device)
         compiling, offload = config.compile == "true", config.offload_optimizer == "true"
         if compiling:
             model.compile_blocks()
         hidden, others = split_parameters(model)
-        sums = HostGradients(model, config.host_gradient_blocks)
+        sums = GradientOffload(model, config.host_gradient_blocks)
         muon = Muon(
             hidden,
             config.muon_momentum,

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from config import OPTIMIZER_PIECE, ExperimentError
+from config import OPTIMIZER_BUCKET, ExperimentError
 from engine.precision import gradient_norm
 
 PINNING_THREADS = 8  # one thread pins about 2 GB/s
@@ -30,11 +30,11 @@ class OptimizerState:
     computed with, and back while the next one is. The order of arithmetic is the same, so results are too.
 
     `matrices=True` cuts pieces between matrices (the last two dimensions), else between rows of the first dimension.
-    `gradients` are those that lie on the host, by name (HostGradients.tensors); they come with the state, which is streamed then.
+    `gradients` are those that lie on the host, by name (GradientOffload.tensors); they come with the state, which is streamed then.
     Raises ExperimentError when host memory does not hold the state.
     """
 
-    PIECE = OPTIMIZER_PIECE
+    BUCKET = OPTIMIZER_BUCKET
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class OptimizerState:
             self.tensors[name][key] = tensor
 
     def groups(self) -> Iterator[list[tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-        """Yields lists of (weight, gradient, state), views to be updated in place, together at most PIECE elements unless a
+        """Yields lists of (weight, gradient, state), views to be updated in place, together at most BUCKET elements unless a
         single matrix is larger; a parameter without a gradient is passed over. With matrices=True each tensor is
         [n, rows, columns], and rows and columns are the same throughout a list; else [rows, ...]."""
         groups = self._groups()
@@ -178,7 +178,7 @@ class OptimizerState:
             while start < n:
                 if room < size or (self.matrices and rest != last):
                     groups.append([])
-                    room, last = max(self.PIECE, size), rest
+                    room, last = max(self.BUCKET, size), rest
                 stop = min(n, start + room // size)
                 groups[-1].append((name, slice(start, stop)))
                 room -= (stop - start) * size
@@ -217,7 +217,7 @@ class OptimizerState:
                 tensor.copy_(saved)
 
 
-class HostGradients:
+class GradientOffload:
     """Gradients of some blocks of the model, summed over a step's micro-batches in host memory.
 
     As soon as the backward pass has made a gradient, the sum so far, which was fetched while the block after was computed with,

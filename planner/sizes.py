@@ -1,6 +1,6 @@
 """TODO sizes"""
 
-from config import LOSS_CHUNK, OPTIMIZER_PIECE, Config, block_modes
+from config import LOSS_CHUNK, OPTIMIZER_BUCKET, Config, block_modes
 from planner.machine import GB
 
 # Bytes of an element that the optimizer updates on a CPU, of temporary fp32 and integer tensors (measured; fp16's residual is arithmetic).
@@ -118,11 +118,11 @@ def predict_memory(
     # a group of matrices, as they come and orthogonalised, and four Gram matrices each; in fp32, not fused, more copies
     # of each; streamed state of this group, of two on their way in and of one on its way out, or of three with their gradients
     matrix, gram = c.d_model * max(c.d_ff, c.d_model), min(c.d_model, c.d_ff) ** 2
-    piece = min(max(OPTIMIZER_PIECE // matrix, 1) * matrix, hidden)
+    piece = min(max(OPTIMIZER_BUCKET // matrix, 1) * matrix, hidden)
     streamed = max(4 * 4, 3 * (4 + weight_bytes) if matrices else 0) if offload else 0
     optimizer = piece * (4 + 8 * gram / matrix if c.split_masters else 24)
     others = c.total_params - hidden  # AdamW's groups: the same of its larger state
-    adamw = 0 if c.split_masters else 16 * min(OPTIMIZER_PIECE, others)
+    adamw = 0 if c.split_masters else 16 * min(OPTIMIZER_BUCKET, others)
     if cpu:  # in fp32; updates are made a parameter at a time, with every step of the arithmetic a tensor
         update = CPU_UPDATE_BYTES[c.precision if c.split_masters else "fp32"]
         banks = [c.num_experts if c.is_moe(i) else 1 for i in range(c.n_layers)]
@@ -133,10 +133,10 @@ def predict_memory(
         optimizer = max(
             group * (12 + 10 * gram / matrix), 8 * group + update * min(group, gate_up * max(banks))
         )
-        adamw = update * min(OPTIMIZER_PIECE, head if hidden else max(head, gate_up * max(banks)))
+        adamw = update * min(OPTIMIZER_BUCKET, head if hidden else max(head, gate_up * max(banks)))
     optimizer = max(
         optimizer + piece * streamed,
-        adamw + (10 * min(4 * OPTIMIZER_PIECE, others) if offload else 0),
+        adamw + (10 * min(4 * OPTIMIZER_BUCKET, others) if offload else 0),
     )
 
     sizes = dict(

@@ -21,7 +21,7 @@ from tests.helpers import tiny_config
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {"wide": (6, 10), "tall": (12, 4), "bank": (3, 2, 6, 10)}
-SMALL_PIECE = 130  # two matrices of the bank; a matrix of 12 x 20 is larger
+SMALL_BUCKET = 130  # two matrices of the bank; a matrix of 12 x 20 is larger
 
 
 def parameters(dtype=torch.float32, **shapes):
@@ -240,10 +240,10 @@ def test_muon_works_on_a_few_matrices_at_a_time(monkeypatch):
     named, limited = parameters(**shapes), parameters(**shapes)
     whole, pieces, sizes = make(Muon, named), make(Muon, limited), []
     train(whole, named)
-    monkeypatch.setattr(OptimizerState, "PIECE", SMALL_PIECE)
+    monkeypatch.setattr(OptimizerState, "BUCKET", SMALL_BUCKET)
     pieces.orthogonalize = lambda x: sizes.append(x.shape) or newton_schulz(x)
     train(pieces, limited)
-    assert max(s.numel() for s in sizes if s[0] > 1) <= SMALL_PIECE
+    assert max(s.numel() for s in sizes if s[0] > 1) <= SMALL_BUCKET
     assert sizes.count((2, 6, 10)) == 9 and sizes.count((1, 12, 20)) == 3
     torch.testing.assert_close(
         snapshot(pieces, limited), snapshot(whole, named), rtol=1e-5, atol=1e-6
@@ -318,7 +318,7 @@ def test_fused_muon_compiles_once_for_any_number_of_matrices_and_once_for_one(mo
     """The GPU's path, with its graphs run as they are, beside the plain one."""
     graphs, compile_function = [], torch.compile
     monkeypatch.setattr(
-        OptimizerState, "PIECE", 5 * 60
+        OptimizerState, "BUCKET", 5 * 60
     )  # five matrices: a bank of seven and the next one are cut
 
     def backend(graph, _):
@@ -346,7 +346,7 @@ def test_fused_muon_compiles_once_for_any_number_of_matrices_and_once_for_one(mo
 @OPTIMIZERS
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_streamed_state_gives_the_same_bits(kind, dtype, monkeypatch):
-    monkeypatch.setattr(OptimizerState, "PIECE", SMALL_PIECE)
+    monkeypatch.setattr(OptimizerState, "BUCKET", SMALL_BUCKET)
     streamed, resident = parameters(dtype), parameters(dtype)
     optimizers = make(kind, streamed, offload=True), make(kind, resident)
     for optimizer, named in zip(optimizers, (streamed, resident)):

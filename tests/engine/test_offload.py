@@ -8,7 +8,7 @@ import torch
 
 from config import ExperimentError
 from engine import offload
-from engine.offload import HostGradients, OptimizerState
+from engine.offload import GradientOffload, OptimizerState
 from engine.precision import gradient_norms
 from model import MoETransformer
 from muon import AdamW, Muon, split_parameters
@@ -43,7 +43,7 @@ def test_only_16_bit_parameters_have_a_residual(dtype):
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("matrices", [False, True])
 def test_groups_cover_each_element_once_and_stay_small(monkeypatch, offload, matrices):
-    monkeypatch.setattr(OptimizerState, "PIECE", 45)
+    monkeypatch.setattr(OptimizerState, "BUCKET", 45)
     named = parameters()
     if matrices:
         del named["vector"]
@@ -126,7 +126,7 @@ def trained(host_blocks: int, steps: int = 2, **changes):
     """Norms of each step's gradients, and weights and state after them."""
     config = tiny_config(moe_every=2, init_std=0.2, **changes)
     model = MoETransformer(config)
-    sums = HostGradients(model, host_blocks)
+    sums = GradientOffload(model, host_blocks)
     hidden, others = split_parameters(model)
     muon, adamw = (
         Muon(hidden, 0.95, 0.1, True, gradients=sums.tensors),
@@ -180,7 +180,7 @@ def test_adamw_reads_gradients_from_the_host_too():
     results = []
     for blocks in (0, 4):
         model = MoETransformer(config)
-        sums = HostGradients(model, blocks)
+        sums = GradientOffload(model, blocks)
         adamw = AdamW(
             dict(model.named_parameters()), 0.9, 0.95, 1e-8, 0.1, True, gradients=sums.tensors
         )
@@ -194,20 +194,20 @@ def test_adamw_reads_gradients_from_the_host_too():
 
 def test_no_more_than_two_blocks_sums_are_fetched_at_a_time(monkeypatch):
     """What a step takes on the device is bounded: the sums of a block and of the next."""
-    largest, fetch = [], HostGradients._fetch
+    largest, fetch = [], GradientOffload._fetch
 
     def watched(self, i):
         fetch(self, i)
         largest.append(len(self.fetched))
 
-    monkeypatch.setattr(HostGradients, "_fetch", watched)
+    monkeypatch.setattr(GradientOffload, "_fetch", watched)
     trained(4)
     assert max(largest) == 2
 
 
 def test_the_sums_do_not_outlive_their_owner():
     model = MoETransformer(tiny_config())
-    weak = weakref.ref(HostGradients(model, 4))
+    weak = weakref.ref(GradientOffload(model, 4))
     gc.collect()
     assert weak() is None
     tokens = torch.arange(34).view(2, 17)
@@ -224,4 +224,4 @@ def test_lack_of_host_memory_for_gradients_is_said(monkeypatch):
     model = MoETransformer(tiny_config())
     monkeypatch.setattr(offload.torch, "zeros", zeros)
     with pytest.raises(ExperimentError, match="no host memory for what is streamed"):
-        HostGradients(model, 2)
+        GradientOffload(model, 2)

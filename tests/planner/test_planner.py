@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from config import OPTIMIZER_PIECE, PRESETS, Config, ConfigError
+from config import OPTIMIZER_BUCKET, PRESETS, Config, ConfigError
 from model import COMPUTE_DTYPE, MoETransformer
 from planner.choice import Choice, apply_choice, candidates, choose, could_fit, next_smaller
 from planner.machine import (
@@ -264,7 +264,7 @@ def test_forward_and_backward_of_18b_are_as_measured_on_a_gpu(batch_size, mode, 
 def test_workspace_is_what_the_optimizer_needs_beyond_the_activations():
     c = config_of("18b", max_seq_len=64, num_experts=0, vocab_size=512)
     here, streamed = (predict_memory(c, "full", 1, offload) for offload in (False, True))
-    piece = OPTIMIZER_PIECE // (4096 * 11008) * (4096 * 11008)  # whole matrices
+    piece = OPTIMIZER_BUCKET // (4096 * 11008) * (4096 * 11008)  # whole matrices
     assert here["activations"] + here["workspace"] == pytest.approx(
         (4 * piece + 8 * 4096**2 * 5) / 1e9
     )
