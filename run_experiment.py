@@ -14,6 +14,7 @@ LAUNCHED = time.monotonic()  # before the slow imports
 import contextlib  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
+import re  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -193,7 +194,7 @@ def plan(argv: list[str]) -> None:
         options.get("host_memory_gb", 0), args.gpu, options.get("device") == "cpu"
     )
     config, name, why = resolve(options, args.preset, machine.memory_gb or None)
-    facts = build_plan(config, name, machine)
+    facts = build_plan(config, name, machine, measured_speed(config, name, machine.key))
     facts["host_memory_assumed"] = bool(args.gpu and not options.get("host_memory_gb"))
     if args.json:
         print(json.dumps(facts, indent=1))
@@ -201,6 +202,32 @@ def plan(argv: list[str]) -> None:
         print_plan(config, name, why, facts, machine)
     if not facts["fits"]:
         raise SystemExit(1)
+
+
+SHAPE = """d_model n_layers n_heads n_kv_heads d_ff num_experts top_k moe_every max_seq_len vocab_size tie_embeddings optimizer
+master_weights""".split()
+
+
+def measured_speed(c: Config, preset: str, gpu: str | None) -> tuple[float, str] | None:
+    """(median training speed in tokens/s, the options it was measured with) from benchmarks/results, where there is one for this
+    preset, unchanged in shape, this precision and this GPU."""
+    path = (
+        Path(__file__).parent
+        / "benchmarks"
+        / "results"
+        / f"train_{preset}_{c.precision}_{gpu}.json"
+    )
+    if (
+        gpu is None
+        or not path.exists()
+        or any(getattr(c, name) != getattr(Config(**PRESETS[preset]), name) for name in SHAPE)
+    ):
+        return None
+    result = json.loads(path.read_text())
+    options = re.search(
+        r"--batch_size .*--offload_optimizer \w+", result.get("details", {}).get("options", "")
+    )
+    return result["value"], options[0] if options else "options that its file does not name"
 
 
 def print_plan(config: Config, name: str, why: str, facts: dict, machine: Machine) -> None:

@@ -1,11 +1,8 @@
 """TODO plan"""
 
 import dataclasses
-import json
-import re
-from pathlib import Path
 
-from config import PRESETS, Config
+from config import Config
 from planner.choice import advise, choose
 from planner.machine import Machine
 from planner.sizes import checkpoint_gb
@@ -61,36 +58,15 @@ def format_count(n: float) -> str:
     return f"{n / 1e9:,.2f}B" if n >= 1e9 else f"{n / 1e6:,.2f}M" if n >= 1e6 else f"{n:,.0f}"
 
 
-SHAPE = """d_model n_layers n_heads n_kv_heads d_ff num_experts top_k moe_every max_seq_len vocab_size tie_embeddings optimizer
-master_weights""".split()
+def build_plan(
+    c: Config, preset: str, machine: Machine, measured: tuple[float, str] | None = None
+) -> dict:
+    """Everything `plan` prints, as plain types; see its keys.
 
-
-def measured_speed(c: Config, preset: str, gpu: str | None) -> tuple[float, str] | None:
-    """(median training speed in tokens/s, the options it was measured with) from benchmarks/results, where there is one for this
-    preset, unchanged in shape, this precision and this GPU."""
-    path = (
-        Path(__file__).parent.parent
-        / "benchmarks"
-        / "results"
-        / f"train_{preset}_{c.precision}_{gpu}.json"
-    )
-    if (
-        gpu is None
-        or not path.exists()
-        or any(getattr(c, name) != getattr(Config(**PRESETS[preset]), name) for name in SHAPE)
-    ):
-        return None
-    result = json.loads(path.read_text())
-    options = re.search(
-        r"--batch_size .*--offload_optimizer \w+", result.get("details", {}).get("options", "")
-    )
-    return result["value"], options[0] if options else "options that its file does not name"
-
-
-def build_plan(c: Config, preset: str, machine: Machine) -> dict:
-    """Everything `plan` prints, as plain types; see its keys."""
+    `measured` is a training speed in tokens/s and the options it was measured with.
+    """
     choice, kept = choose(c, machine, fixed_batch=False)
-    speed, measured_with = measured_speed(c, preset, machine.key) or (None, None)
+    speed, measured_with = measured or (None, None)
     words, instead = (None, None) if choice.fits(machine) else advise(choice, c, machine)
 
     def rounded(memory_gb: dict) -> dict:
