@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.triton_kernels import FEW_ROWS, triton
+from engine.triton_kernels import GEMV_MAX_ROWS, triton
 from model import MoETransformer
 
 # cuDNN's attention, training's first choice on some GPUs, makes a plan for each length, and each prompt brings a new one.
@@ -61,7 +61,7 @@ def stream(
         for _ in model.blocks
     ]
     # the products of many rows by expert may ask the host for the ranges, which a graph cannot
-    few = not config.n_moe_layers or triton is not None and n * config.top_k <= FEW_ROWS
+    few = not config.n_moe_layers or triton is not None and n * config.top_k <= GEMV_MAX_ROWS
     read_next = (
         _GraphedRead(model, cache)
         if device.type == "cuda" and few

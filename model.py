@@ -22,7 +22,8 @@ from torch.utils.checkpoint import (
 )
 
 from config import LOSS_CHUNK, Config
-from engine.triton_kernels import COMPILE_OPTIONS, compile_with_barriers, normalize_and_rotate
+from engine.linear import linear
+from engine.triton_kernels import COMPILE_OPTIONS, compile_with_barriers, qk_norm_rope
 from moe import MoE, SwiGLU
 
 logging.getLogger("torchao").setLevel(
@@ -58,13 +59,11 @@ class Attention(nn.Module):
         super().__init__()
         d, hd = config.d_model, config.head_dim
         self.head_dim, self.grouped = hd, config.n_kv_heads != config.n_heads
-        linear = functools.partial(nn.Linear, bias=False, dtype=dtype)
-        self.q, self.k, self.v = (
-            linear(d, config.n_heads * hd),
-            linear(d, config.n_kv_heads * hd),
-            linear(d, config.n_kv_heads * hd),
-        )
-        self.o = linear(config.n_heads * hd, d)
+        projection = functools.partial(nn.Linear, bias=False, dtype=dtype)
+        self.q = projection(d, config.n_heads * hd)
+        self.k = projection(d, config.n_kv_heads * hd)
+        self.v = projection(d, config.n_kv_heads * hd)
+        self.o = projection(config.n_heads * hd, d)
         self.q_norm, self.k_norm = (
             RMSNorm(hd, config.rms_norm_eps),
             RMSNorm(hd, config.rms_norm_eps),
@@ -79,12 +78,12 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, S, hd] of tokens at these positions, by default 0, 1, 2 ..."""
         q, k, v = (
-            project(x_BSD).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q, self.k, self.v)
+            linear(x_BSD, projection.weight).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q, self.k, self.v)
         )  # [B, S, H, hd]
         angles = self.rope.cache if positions_S is None else self.rope.cache[positions_S]
         q, k = (
-            normalize_and_rotate(x, norm.weight, angles, norm.eps)
+            qk_norm_rope(x, norm.weight, angles, norm.eps)
             for norm, x in ((self.q_norm, q), (self.k_norm, k))
         )
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -98,7 +97,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 rows, k, v, attn_mask=seen_L.expand(rows.shape[2], -1)
             ).reshape(q.shape)
-        return self.o(out.transpose(1, 2).flatten(2))
+        return linear(out.transpose(1, 2).flatten(2), self.o.weight)
 
 
 # ---------------------------------------------------------------- activation checkpointing
@@ -106,12 +105,12 @@ class Attention(nn.Module):
 aten = torch.ops.aten
 # The router's choice is kept even when all else is recomputed: rounding could flip a near tie between the two passes. And the row
 # ranges that the host has asked for, so that it need not ask again.
-KEEP_ROUTING = {aten.topk.default, torch.ops.moe.on_host.default}
+KEEP_ROUTING = {aten.topk.default, torch.ops.engine.on_host.default}
 # Products and attention: nearly all the FLOPs of a block for about half of its bytes.
 KEEP_PRODUCTS = KEEP_ROUTING | {
     aten.mm.default,
     aten._grouped_mm.default,
-    torch.ops.moe.expert_loop.default,
+    torch.ops.engine.expert_loop.default,
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,

@@ -12,121 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
-from engine.triton_kernels import FEW_ROWS, few_rows_linear, swiglu, triton
-
-# ---------------------------------------------------------------- grouped products
-
-# Blackwell's grouped product leaves the weight gradient of an expert without rows unwritten; Hopper's writes zeros.
-IDLE_GRADIENTS_UNWRITTEN = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (
-    10,
-    0,
-)
-
-
-def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows ends[e-1] : ends[e] of x times weight[e] transposed, for every expert e, [R, O]; a range may be empty.
-
-    x and weight have one dtype; ends is int32 and ends[-1] == R. In bfloat16 on a GPU this is one grouped product and the
-    host is not waited for; elsewhere a product for each expert (F.grouped_mm lacks float64, is broken in fp32 on CPUs
-    and reads `ends` back to the host in fp16 anyway). A few rows without gradients, of text that is being written, take a kernel
-    of their own.
-    """
-    if _one_by_one(x_RI):
-        return expert_loop(x_RI, weight_EOI, ends_E)
-    if _few_rows(x_RI):
-        return few_rows_linear(x_RI, weight_EOI, ends_E)
-    weight_EOI = (
-        _clear_idle_gradient(weight_EOI, ends_E) if IDLE_GRADIENTS_UNWRITTEN else weight_EOI
-    )
-    return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=ends_E)
-
-
-def ends_for(x_RI: Tensor, ends_E: Tensor) -> Tensor:
-    """`ends` where `grouped_linear` reads them for such rows: on the host, which waits for the GPU here, once for all products of a
-    layer and its backward pass; or where they are."""
-    return on_host(ends_E) if _one_by_one(x_RI) else ends_E
-
-
-def _few_rows(x_RI: Tensor) -> bool:
-    writing = (
-        not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    )  # blocks are compiled for training and validation
-    return writing and x_RI.is_cuda and triton is not None and len(x_RI) <= FEW_ROWS
-
-
-def _one_by_one(x_RI: Tensor) -> bool:
-    return not (_few_rows(x_RI) or x_RI.is_cuda and x_RI.dtype == torch.bfloat16)
-
-
-@torch.library.custom_op("moe::on_host", mutates_args=())
-def on_host(ends_E: Tensor) -> Tensor:
-    return ends_E.to("cpu", copy=True)
-
-
-@on_host.register_fake
-def _(ends_E):
-    return torch.empty_like(ends_E, device="cpu")
-
-
-# An operator of its own, so that torch.compile and selective checkpointing see one product instead of a data-dependent loop.
-@torch.library.custom_op("moe::expert_loop", mutates_args=())
-def expert_loop(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """`grouped_linear` as a loop over experts, for any dtype and device."""
-    out_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
-    for e, rows in enumerate(_ranges(ends_E)):
-        torch.mm(x_RI[rows], weight_EOI[e].T, out=out_RO[rows])
-    return out_RO
-
-
-@torch.library.custom_op("moe::expert_loop_backward", mutates_args=())
-def expert_loop_backward(
-    grad_RO: Tensor, x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor
-) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = torch.empty_like(x_RI), torch.empty_like(weight_EOI)
-    for e, rows in enumerate(_ranges(ends_E)):
-        torch.mm(grad_RO[rows], weight_EOI[e], out=grad_x[rows])
-        torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_weight[e])  # zero for an expert without rows
-    return grad_x, grad_weight
-
-
-@expert_loop.register_fake
-def _(x_RI, weight_EOI, ends_E):
-    return x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
-
-
-@expert_loop_backward.register_fake
-def _(grad_RO, x_RI, weight_EOI, ends_E):
-    return torch.empty_like(x_RI), torch.empty_like(weight_EOI)
-
-
-expert_loop.register_autograd(
-    lambda ctx, grad: (*expert_loop_backward(grad.contiguous(), *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-def _ranges(ends_E: Tensor) -> list[slice]:
-    ends = ends_E.tolist()
-    return [slice(start, end) for start, end in zip([0] + ends, ends)]
-
-
-class _ClearIdleGradient(torch.autograd.Function):
-    """Identity whose gradient is zero for experts without rows."""
-
-    @staticmethod
-    def forward(ctx, weight_EOI, ends_E):
-        ctx.save_for_backward(ends_E)
-        return weight_EOI.view_as(weight_EOI)
-
-    @staticmethod
-    def backward(ctx, grad_EOI):
-        (ends_E,) = ctx.saved_tensors
-        rows_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-        return torch.where(rows_E[:, None, None] > 0, grad_EOI, 0), None
-
-
-_clear_idle_gradient = _ClearIdleGradient.apply
-
+from engine.linear import grouped_linear, linear, offs_for
+from engine.triton_kernels import swiglu
 
 # ---------------------------------------------------------------- tokens to experts and back
 
@@ -198,8 +85,8 @@ class SwiGLU(nn.Module):
         self.down = nn.Parameter(torch.empty(config.d_model, config.d_ff, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = F.linear(x, self.gate_up.flatten(0, 1))
-        return F.linear(swiglu(gate_up.flatten(0, -2)).view(*x.shape[:-1], -1), self.down)
+        gate_up = linear(x, self.gate_up.flatten(0, 1))
+        return linear(swiglu(gate_up.flatten(0, -2)).view(*x.shape[:-1], -1), self.down)
 
 
 class Router(nn.Module):
@@ -246,16 +133,16 @@ class Experts(nn.Module):
             torch.empty(config.num_experts, config.d_model, config.d_ff, dtype=dtype)
         )
 
-    def forward(self, x_RD: Tensor, weights_R: Tensor, ends_E: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, weights_R: Tensor, offs_E: Tensor) -> Tensor:
         """Each expert on its rows, times the router's weight (before the down product: the same, and fused)."""
-        dtype, ends_E = (
+        dtype, offs_E = (
             x_RD.dtype,
-            ends_for(x_RD, ends_E),
+            offs_for(x_RD, offs_E),
         )  # grouped products are not autocast: fp32 masters are cast here
         hidden_RF = swiglu(
-            grouped_linear(x_RD, self.gate_up.flatten(1, 2).to(dtype), ends_E), weights_R
+            grouped_linear(x_RD, self.gate_up.flatten(1, 2).to(dtype), offs_E), weights_R
         )
-        return grouped_linear(hidden_RF, self.down.to(dtype), ends_E)
+        return grouped_linear(hidden_RF, self.down.to(dtype), offs_E)
 
 
 class MoE(nn.Module):
@@ -275,7 +162,7 @@ class MoE(nn.Module):
         logits_BSE, probs_BSE, weights_BSK, experts_BSK, chosen_BSKE = self.router(x_BSD)
         counts_BE = chosen_BSKE.sum(dim=(1, 2))
         counts_E = counts_BE.sum(dim=0)
-        ends_E = counts_E.cumsum(dim=0).to(torch.int32)
+        offs_E = counts_E.cumsum(dim=0).to(torch.int32)
 
         order_R = experts_BSK.flatten().argsort(
             stable=True
@@ -285,7 +172,7 @@ class MoE(nn.Module):
         )
         x_RD = _Dispatch.apply(x_BSD.flatten(0, 1), order_R, place_R, self.top_k)
         weights_R = _Dispatch.apply(weights_BSK.view(-1, 1), order_R, place_R, 1).squeeze(1)
-        y_RD = self.experts(x_RD, weights_R, ends_E)
+        y_RD = self.experts(x_RD, weights_R, offs_E)
         y_BSD = _Combine.apply(y_RD, order_R, place_R, self.top_k).view_as(x_BSD)
         return y_BSD, (
             load_balancing_loss(probs_BSE, counts_BE, self.scope),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.offload import OptimizerState
 from engine.precision import read_master, write_master
-from engine.triton_kernels import COMPILE_OPTIONS, symmetric_product
+from engine.triton_kernels import COMPILE_OPTIONS, symmetric_matmul
 
 # Keller Jordan's quintic: steepest at zero, singular values end between about 0.7 and 1.2
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
@@ -49,11 +49,11 @@ def gram_newton_schulz(x: Tensor) -> Tensor:
         if step == RESTART:
             x = torch.bmm(product, x)  # noqa: F821
         if step in (0, RESTART):
-            gram, product = symmetric_product(x, x), None
-        polynomial = symmetric_product(gram, gram, alpha=c, add=gram, beta=b, diagonal=a)
-        product = polynomial if product is None else symmetric_product(polynomial, product)
+            gram, product = symmetric_matmul(x, x), None
+        polynomial = symmetric_matmul(gram, gram, alpha=c, add=gram, beta=b, diagonal=a)
+        product = polynomial if product is None else symmetric_matmul(polynomial, product)
         if step + 1 not in (RESTART, len(NEWTON_SCHULZ)):
-            gram = symmetric_product(polynomial, symmetric_product(gram, polynomial))
+            gram = symmetric_matmul(polynomial, symmetric_matmul(gram, polynomial))
     x = torch.bmm(product, x)
     return x.mT if tall else x
 

@@ -21,17 +21,17 @@ import warnings
 import torch
 from torch._inductor.utils import run_and_get_code
 
-import moe
 from config import PRESETS, Config
+from engine.linear import expert_loop, grouped_linear
 from engine.offload import GradientOffload, OptimizerState
 from engine.precision import decode_master, gradient_norms
 from engine.triton_kernels import (
     attention_backends,
-    normalize_and_rotate,
-    plain_normalize_and_rotate,
-    plain_swiglu,
+    qk_norm_rope,
+    qk_norm_rope_reference,
     swiglu,
-    symmetric_product,
+    swiglu_reference,
+    symmetric_matmul,
 )
 from generate import generate
 from model import MoETransformer
@@ -331,11 +331,7 @@ def check_grouped_products(device: torch.device) -> None:
 
     def product(dtype):
         a, b = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        y = (
-            moe.grouped_linear(a, b, ends)
-            if dtype != torch.float64
-            else moe.expert_loop(a, b, ends)
-        )
+        y = grouped_linear(a, b, ends) if dtype != torch.float64 else expert_loop(a, b, ends)
         y.backward(out.to(dtype))
         return [t.double() for t in (y, a.grad, b.grad)]
 
@@ -357,8 +353,8 @@ def check_grouped_products(device: torch.device) -> None:
         )
         with torch.no_grad():
             found, exact = (
-                moe.grouped_linear(few, weight.to(dtype), few_ends).double(),
-                moe.expert_loop(few.double(), weight.double(), few_ends),
+                grouped_linear(few, weight.to(dtype), few_ends).double(),
+                expert_loop(few.double(), weight.double(), few_ends),
             )
         check(
             f"grouped product {dtype}, few rows",
@@ -398,7 +394,7 @@ def check_sampling(device: torch.device) -> None:
         )
 
 
-def check_symmetric_product(device: torch.device) -> None:
+def check_symmetric_matmul(device: torch.device) -> None:
     """Wide and tall operands, sizes that no tile divides, every term of the sum; against float64."""
     for m, k, tall in (
         (512, 1024, False),
@@ -411,7 +407,7 @@ def check_symmetric_product(device: torch.device) -> None:
         a = a.mT.contiguous().mT if tall else a
         add = torch.randn(3, m, m, device=device).half()
         add = add + add.mT
-        found = symmetric_product(a, a, 0.7, add, -1.3, 0.4).double()
+        found = symmetric_matmul(a, a, 0.7, add, -1.3, 0.4).double()
         exact = (
             0.7 * a.double() @ a.double().mT
             - 1.3 * add.double()
@@ -463,17 +459,17 @@ def check_rows_kernels(device: torch.device) -> None:
         for layout in (as_attention_returns_it, lambda grad: grad):
             compare(
                 f"rotation {dtype}",
-                lambda x, w: normalize_and_rotate(x, w, angles, 1e-6),
-                lambda x, w: plain_normalize_and_rotate(x, w, angles.double(), 1e-6),
+                lambda x, w: qk_norm_rope(x, w, angles, 1e-6),
+                lambda x, w: qk_norm_rope_reference(x, w, angles.double(), 1e-6),
                 (x, weight),
                 layout,
             )
         gate_up = torch.randn(77, 2 * 11008, device=device, dtype=dtype)
-        compare(f"SwiGLU {dtype}", swiglu, lambda x: plain_swiglu(x, None), (gate_up,))
+        compare(f"SwiGLU {dtype}", swiglu, lambda x: swiglu_reference(x, None), (gate_up,))
         compare(
             f"SwiGLU {dtype}, weighted",
             swiglu,
-            plain_swiglu,
+            swiglu_reference,
             (gate_up, torch.rand(77, device=device)),
         )
 
@@ -583,7 +579,7 @@ def main() -> int:
     check_model()
     check_grouped_products(device)
     check_newton_schulz(device)
-    check_symmetric_product(device)
+    check_symmetric_matmul(device)
     check_rows_kernels(device)
     check_checkpoint(device)
     check_sampling(device)

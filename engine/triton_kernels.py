@@ -26,12 +26,12 @@ HEADS, REPEAT = (
     8,
 )  # heads of the rotation at a time, few enough for many programs on a multiprocessor; times of a program, back
 SWIGLU_BLOCK = 2048  # columns at a time
-FEW_ROWS = 64  # up to here an expert's product is one row's after the other
-FEW_ROWS_BLOCK = 16, 256  # outputs and inputs at a time
+GEMV_MAX_ROWS = 64  # up to here an expert's product is one row's after the other
+GEMV_BLOCK = 16, 256  # outputs and inputs at a time
 GROUP = 8  # rows of tiles whose programs run side by side, so that operands are read from the cache
 
 
-def symmetric_product(
+def symmetric_matmul(
     a: Tensor,
     b: Tensor,
     alpha: float = 1.0,
@@ -53,7 +53,7 @@ def symmetric_product(
         or m % 8
         or k % 8
     ):
-        return plain_symmetric_product(a, b, alpha, add, beta, diagonal)
+        return symmetric_matmul_reference(a, b, alpha, add, beta, diagonal)
     rows, columns, depth = TILE
     tall = a.stride(-1) != 1
 
@@ -67,7 +67,7 @@ def symmetric_product(
     out = torch.empty(n, m, m, dtype=a.dtype, device=a.device)
     part = [1, rows, columns // PARTS]
     grid = (triton.cdiv(m, rows) * triton.cdiv(m, columns), n)
-    _symmetric_product[grid](
+    _symmetric_matmul[grid](
         blocks(a, rows),
         blocks(b, columns),
         TensorDescriptor.from_tensor(out if add is None else add, part),
@@ -91,10 +91,10 @@ def symmetric_product(
     return out
 
 
-def plain_symmetric_product(
+def symmetric_matmul_reference(
     a: Tensor, b: Tensor, alpha: float, add: Tensor | None, beta: float, diagonal: float
 ) -> Tensor:
-    """`symmetric_product` in full, for any device and dtype."""
+    """`symmetric_matmul` in full, for any device and dtype."""
     out = (
         torch.bmm(a, b.mT) * alpha
         if add is None
@@ -113,8 +113,8 @@ def _has_tensor_memory_access(device: int) -> bool:
 # ---------------------------------------------------------------- queries and keys: normalised, then rotated
 
 
-def plain_normalize_and_rotate(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
-    """`normalize_and_rotate` for any device and dtype."""
+def qk_norm_rope_reference(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
+    """`qk_norm_rope` for any device and dtype."""
     wide = x.to(weight.dtype)
     normal = (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight).to(
         x.dtype
@@ -128,7 +128,7 @@ def plain_normalize_and_rotate(x: Tensor, weight: Tensor, angles: Tensor, eps: f
     )
 
 
-def normalize_and_rotate(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
+def qk_norm_rope(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> Tensor:
     """RMSNorm over heads, then rotary embedding of neighbouring pairs (Su et al. 2021), of x [B, S, H, hd] at positions 0 ... S-1.
 
     weight [hd] and angles [positions, hd / 2, 2] (cosine, sine) are fp32; both steps compute in fp32, the norm is rounded to x's
@@ -140,14 +140,12 @@ def normalize_and_rotate(x: Tensor, weight: Tensor, angles: Tensor, eps: float) 
         or x.dtype == torch.float32
         or x.shape[-1] & (x.shape[-1] - 1)
     ):
-        return plain_normalize_and_rotate(x, weight, angles, eps)
-    return torch.ops.moe.normalize_and_rotate(x, weight, angles, eps)[0]
+        return qk_norm_rope_reference(x, weight, angles, eps)
+    return torch.ops.engine.qk_norm_rope(x, weight, angles, eps)[0]
 
 
-@torch.library.custom_op("moe::normalize_and_rotate", mutates_args=())
-def _normalize_and_rotate(
-    x: Tensor, weight: Tensor, angles: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("engine::qk_norm_rope", mutates_args=())
+def _qk_norm_rope(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     out, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     _rotate_rows[(triton.cdiv(scale.numel(), HEADS),)](
@@ -166,8 +164,8 @@ def _normalize_and_rotate(
     return out, scale
 
 
-@torch.library.custom_op("moe::normalize_and_rotate_backward", mutates_args=())
-def _normalize_and_rotate_backward(
+@torch.library.custom_op("engine::qk_norm_rope_backward", mutates_args=())
+def _qk_norm_rope_backward(
     grad: Tensor, x: Tensor, weight: Tensor, angles: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
@@ -196,12 +194,12 @@ def _normalize_and_rotate_backward(
     return grad_x, grad_weight.sum(dim=0)
 
 
-@_normalize_and_rotate.register_fake
+@_qk_norm_rope.register_fake
 def _(x, weight, angles, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@_normalize_and_rotate_backward.register_fake
+@_qk_norm_rope_backward.register_fake
 def _(grad, x, weight, angles, scale):
     return x.new_empty(x.shape), torch.empty_like(weight)
 
@@ -210,8 +208,8 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], output[1])
 
 
-_normalize_and_rotate.register_autograd(
-    lambda ctx, grad, _: (*_normalize_and_rotate_backward(grad, *ctx.saved_tensors), None, None),
+_qk_norm_rope.register_autograd(
+    lambda ctx, grad, _: (*_qk_norm_rope_backward(grad, *ctx.saved_tensors), None, None),
     setup_context=_save,
 )
 
@@ -219,7 +217,7 @@ _normalize_and_rotate.register_autograd(
 # ---------------------------------------------------------------- SwiGLU
 
 
-def plain_swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
+def swiglu_reference(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     """`swiglu` for any device and dtype."""
     gate, up = gate_up.chunk(2, dim=-1)
     hidden = F.silu(gate) * up
@@ -232,11 +230,11 @@ def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
     On a GPU the backward pass is one kernel, which reads and writes everything once, the weights' gradients too.
     """
     if triton is None or not gate_up.is_cuda or gate_up.dtype == torch.float32:
-        return plain_swiglu(gate_up, weights)
-    return torch.ops.moe.swiglu(gate_up, weights)
+        return swiglu_reference(gate_up, weights)
+    return torch.ops.engine.swiglu(gate_up, weights)
 
 
-@torch.library.custom_op("moe::swiglu", mutates_args=())
+@torch.library.custom_op("engine::swiglu", mutates_args=())
 def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     gate_up = gate_up.contiguous()
     n, width = len(gate_up), gate_up.shape[1] // 2
@@ -252,7 +250,7 @@ def _swiglu(gate_up: Tensor, weights: Tensor | None) -> Tensor:
     return out
 
 
-@torch.library.custom_op("moe::swiglu_backward", mutates_args=())
+@torch.library.custom_op("engine::swiglu_backward", mutates_args=())
 def _swiglu_backward(
     grad: Tensor, gate_up: Tensor, weights: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -299,14 +297,14 @@ _swiglu.register_autograd(
 # ---------------------------------------------------------------- experts on a few rows
 
 
-def few_rows_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_gemv(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`moe.grouped_linear` without gradients, for the few rows of text that is being written: each row times its expert's weight
     in fp32, read as it lies. The host need not know the ranges, in any dtype. For GPUs with Triton."""
     assert weight_EOI.is_contiguous()
     x_RI, (experts, width, depth), (outputs, inputs) = (
         x_RI.contiguous(),
         weight_EOI.shape,
-        FEW_ROWS_BLOCK,
+        GEMV_BLOCK,
     )
     out_RO = x_RI.new_empty(len(x_RI), width)
     with torch.cuda.device_of(x_RI):
@@ -354,7 +352,7 @@ def compile_with_barriers() -> None:
 if triton is not None:
 
     @triton.jit
-    def _symmetric_product(
+    def _symmetric_matmul(
         a_blocks,
         b_blocks,
         add_blocks,

@@ -147,14 +147,14 @@ def expert_flops(x, weight, *args, out_shape=None, **kwargs) -> int:
     ids=str,
 )
 def test_flops_per_token_are_those_of_the_operators_that_run(changes):
-    c, aten, moe = tiny_config(**changes), torch.ops.aten, torch.ops.moe
+    c, aten, engine = tiny_config(**changes), torch.ops.aten, torch.ops.engine
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, *a, **k: (
             2 * attention_flops(q)
         ),
-        moe.expert_loop: expert_flops,
-        moe.expert_loop_backward: lambda grad, x, w, *a, **k: 2 * expert_flops(x, w),
+        engine.expert_loop: expert_flops,
+        engine.expert_loop_backward: lambda grad, x, w, *a, **k: 2 * expert_flops(x, w),
     }
     tokens = torch.randint(c.vocab_size, (2, c.max_seq_len))
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:

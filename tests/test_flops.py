@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import moe  # noqa: F401  defines the operators
+import engine.linear  # noqa: F401  defines the operators
 from config import Config
 from model import MoETransformer
 from tests.helpers import tiny_config
@@ -40,8 +40,8 @@ def causal_attention_backward(grad, q, k, v, out, logsumexp, dropout, causal, *_
 
 
 FORMULAS = {
-    torch.ops.moe.expert_loop: grouped,
-    torch.ops.moe.expert_loop_backward: grouped_backward,
+    torch.ops.engine.expert_loop: grouped,
+    torch.ops.engine.expert_loop_backward: grouped_backward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: causal_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: causal_attention_backward,
 }

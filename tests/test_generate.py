@@ -14,7 +14,7 @@ from generate import choose, finished_texts, generate, stream, text_pieces
 from model import MoETransformer
 from record import checkpoint
 from run_experiment import main
-from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
+from tests.helpers import tiny_config, tokenizer_json, write_checkpoint
 from tools import export_hf
 
 SHAPES = [

@@ -213,7 +213,7 @@ def test_checkpointing_recomputes_what_it_should():
         calls[mode] = count.calls
     attention, experts = (
         "aten._scaled_dot_product_flash_attention_for_cpu.default",
-        "moe.expert_loop.default",
+        "engine.expert_loop.default",
     )
     for op, forward in ((attention, 4), (experts, 4)):
         assert [calls[mode].get(op, 0) for mode in MODES] == [0, 0, forward]

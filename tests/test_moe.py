@@ -6,16 +6,11 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import moe as moe_module
 from moe import (
     MoE,
     Router,
-    _clear_idle_gradient,
     _Combine,
     _Dispatch,
-    expert_loop,
-    expert_loop_backward,
-    grouped_linear,
     load_balancing_loss,
     router_z_loss,
 )
@@ -155,67 +150,7 @@ def test_router_learns_from_one_expert_a_token_only_if_its_weight_is_not_normali
     assert (weights == 1).all() if norm else (weights < 1).all()
 
 
-# ---------------------------------------------------------------- grouped products
-
-ENDS = [[3, 7, 12], [0, 5, 12], [5, 5, 12], [4, 12, 12], [0, 0, 12], [12, 12, 12], [0, 0, 0]]
-
-
-def products(ends, dtype=torch.float64, width=(5, 4)):
-    x, weight = torch.randn(ends[-1], width[0]), torch.randn(len(ends), *reversed(width))
-    return (
-        x.to(dtype).requires_grad_(),
-        weight.to(dtype).requires_grad_(),
-        torch.tensor(ends, dtype=torch.int32),
-    )
-
-
-@pytest.mark.parametrize("ends", ENDS, ids=str)
-def test_grouped_linear_is_a_product_for_each_expert(ends):
-    x, weight, ends_E = products(ends)
-    expected = torch.cat([x[start:end] @ w.T for start, end, w in zip([0, *ends], ends, weight)])
-    torch.testing.assert_close(grouped_linear(x, weight, ends_E), expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("ends", ENDS[:2] + ENDS[-2:], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_expert_loop_is_a_well_formed_operator_with_the_right_gradient(ends, dtype):
-    x, weight, ends = products(ends, dtype)
-    torch.library.opcheck(expert_loop, (x, weight, ends))
-    assert dtype != torch.float64 or gradcheck(expert_loop, (x, weight, ends))
-    grad = torch.randn(len(x), weight.shape[1]).to(dtype)
-    torch.library.opcheck(expert_loop_backward, (grad, x.detach(), weight.detach(), ends))
-
-
-def test_an_idle_experts_gradient_is_cleared_whatever_it_holds():
-    weight, ends = (
-        torch.randn(4, 2, 3, requires_grad=True),
-        torch.tensor([0, 2, 2, 5], dtype=torch.int32),
-    )
-    upstream = torch.randn(4, 2, 3)
-    upstream[0], upstream[2], upstream[3, 0, 0] = math.nan, math.inf, math.inf
-    _clear_idle_gradient(weight, ends).backward(upstream)
-    assert (weight.grad[[0, 2]] == 0).all() and weight.grad[[1, 3]].equal(upstream[[1, 3]])
-
-
-class OnGpu(torch.Tensor):
-    """A tensor on the CPU that says it is on a GPU."""
-
-    is_cuda = True
-
-
-@pytest.mark.parametrize("ends", [[8, 24, 32], [0, 8, 32], [5, 5, 32]], ids=str)
-def test_the_grouped_product_of_gpus_agrees_with_the_loop(ends, monkeypatch):
-    x, weight, ends = products(ends, torch.bfloat16, width=(16, 24))
-    expected = expert_loop(x, weight, ends)
-    monkeypatch.setattr(moe_module, "expert_loop", None)
-    y = grouped_linear(x.as_subclass(OnGpu), weight, ends)
-    upstream = torch.randn_like(expected)
-    found, wanted = (
-        [out, *torch.autograd.grad(out, [x, weight], upstream)] for out in (y, expected)
-    )
-    torch.testing.assert_close(
-        [t.as_subclass(torch.Tensor) for t in found], wanted, rtol=0.01, atol=0.02
-    )
+# ---------------------------------------------------------------- tokens to experts and back
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

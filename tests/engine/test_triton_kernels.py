@@ -4,17 +4,17 @@ import pytest
 import torch
 from torchtune.modules import RotaryPositionalEmbeddings
 
-from engine.triton_kernels import normalize_and_rotate, swiglu, symmetric_product
+from engine.triton_kernels import qk_norm_rope, swiglu, symmetric_matmul
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_normalize_and_rotate_is_a_norm_and_torchtunes_rotation(dtype):
+def test_qk_norm_rope_is_a_norm_and_torchtunes_rotation(dtype):
     x, weight = torch.randn(2, 5, 3, 8, dtype=dtype), torch.rand(8) + 0.5
     rope, norm = RotaryPositionalEmbeddings(8, 16), torch.nn.RMSNorm(8, eps=1e-6)
     norm.weight.data.copy_(weight)
     results = []
     for function in (
-        lambda x: normalize_and_rotate(x, norm.weight, rope.cache, 1e-6),
+        lambda x: qk_norm_rope(x, norm.weight, rope.cache, 1e-6),
         lambda x: rope(norm(x.float()).to(dtype)),
     ):
         leaf = x.clone().requires_grad_()
@@ -38,14 +38,14 @@ def test_swiglu_keeps_the_rows_dtype_whatever_the_weights():
 
 
 @pytest.mark.parametrize("tall", [False, True])
-def test_symmetric_product_is_its_sum(tall):
+def test_symmetric_matmul_is_its_sum(tall):
     a = torch.randn(2, 6, 10, dtype=torch.float64)
     a = a.mT.contiguous().mT if tall else a
     add = torch.randn(2, 6, 6, dtype=torch.float64)
     kept = add.clone()
-    found = symmetric_product(a, a, 0.7, add, -1.3, 0.4)
+    found = symmetric_matmul(a, a, 0.7, add, -1.3, 0.4)
     torch.testing.assert_close(
         found, 0.7 * a @ a.mT - 1.3 * add + 0.4 * torch.eye(6, dtype=torch.float64)
     )
-    torch.testing.assert_close(symmetric_product(a, a), a @ a.mT)
+    torch.testing.assert_close(symmetric_matmul(a, a), a @ a.mT)
     assert torch.equal(add, kept)
