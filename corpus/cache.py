@@ -14,42 +14,19 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Config, ConfigError, ExperimentError
-from corpus.external import _header, _map, adopt, open_foreign_shard
+from corpus.external import Joined, cut_shards, import_shards, open_external_shard
 from corpus.shards import (
-    FORMAT_VERSION,
-    HEADER,
-    HEADER_BYTES,
-    MAGIC,
     build,
+    build_key,
     data_hash,
-    recipe,
+    open_shard,
     replace_file,
-    survey,
+    scan,
 )
 from corpus.sources import SHARD_SUFFIX, Text
 from corpus.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer, sha256, trained_size
 
 UNFINISHED_DAYS = 7  # after which what a killed build left is deleted
-
-
-class Joined:
-    """Token arrays one after the other as one, without a copy: its length, and slices [first:last] of it."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, place: slice) -> np.ndarray:
-        first, last, _ = place.indices(len(self))
-        taken = []
-        for number in range(int(np.searchsorted(self.ends, first, side="right")), len(self.parts)):
-            begin = int(self.ends[number]) - len(self.parts[number])
-            if begin >= last:
-                break
-            taken.append(self.parts[number][max(0, first - begin) : last - begin])
-        return taken[0] if len(taken) == 1 else np.concatenate(taken or [self.parts[0][:0]])
 
 
 @dataclass(frozen=True)
@@ -104,7 +81,7 @@ def prepare(config: Config) -> Corpus:
             _delete_old_leftovers(cache)
             with _unfinished(cache, folder.name) as unfinished:
                 if foreign:
-                    adopt(config, text.files, tokenizer_json, unfinished)
+                    import_shards(config, text.files, tokenizer_json, unfinished)
                 else:
                     _build_or_link(config, text, tokenizer_json, unfinished)
                 try:
@@ -134,7 +111,7 @@ def prepare(config: Config) -> Corpus:
 
 def _cache_key(config: Config, text: Text, tokenizer_json: str | None) -> str:
     """Changes with whatever changes the shards."""
-    return sha256(json.dumps([recipe(config, tokenizer_json), text.identity()]))[:16]
+    return sha256(json.dumps([build_key(config, tokenizer_json), text.identity()]))[:16]
 
 
 def _open_or_discard(folder: Path) -> Corpus | None:
@@ -204,14 +181,14 @@ def _lock(folder: Path) -> int | None:
 
 def _build_or_link(config: Config, text: Text, tokenizer_json: str | None, folder: Path) -> None:
     """Makes the shards, unless the cache has those of the same text, from wherever it was read, and the same recipe."""
-    found = survey(text, folder)
+    found = scan(text, folder)
     if found["bad"]:
         print(
             f"data: {found['bad']:,} of {found['rows']:,} lines or rows cannot be read and are left out: {found['bad_rows']}"
         )
     same = dict(
         data_hash=data_hash(found["pieces"]) if found["whole"] else None,
-        recipe=recipe(config, tokenizer_json),
+        recipe=build_key(config, tokenizer_json),
     )
     for other in folder.parent.glob("*/corpus.json"):
         with contextlib.suppress(
@@ -258,8 +235,8 @@ def _open(folder: Path) -> Corpus:
             raise ValueError("tokenizer.json was changed")
         tokenizer, end_of_text = load_tokenizer(tokenizer_json)
         if "files" in facts:
-            train, validation = _cut(
-                [open_foreign_shard(path) for path in facts["files"]], facts["train_tokens"]
+            train, validation = cut_shards(
+                [open_external_shard(path) for path in facts["files"]], facts["train_tokens"]
             )
         else:
             train, validation = (
@@ -282,44 +259,3 @@ def _open(folder: Path) -> Corpus:
         raise ExperimentError(
             f"the cache folder {folder} is damaged ({error}): delete it and run again"
         ) from error
-
-
-def _cut(shards: list[np.ndarray], first: int) -> tuple[np.ndarray | Joined, np.ndarray | Joined]:
-    """The first tokens of several shards, and the others."""
-    sides = ([], [])
-    for shard in shards:
-        taken = min(first, len(shard))
-        first -= taken
-        for side, part in zip(sides, (shard[:taken], shard[taken:])):
-            if len(part):
-                side.append(part)
-    return tuple(
-        parts[0] if len(parts) == 1 else Joined(parts or [np.empty(0, np.uint16)])
-        for parts in sides
-    )
-
-
-def open_shard(path, tokenizer_hash: str) -> np.ndarray:
-    """Maps a token shard of our own into memory, uint16 or uint32 [tokens]. Raises ExperimentError when its header or size
-    is not what a whole shard of this tokenizer has."""
-    path = Path(path)
-    header, size = _header(path)
-    problem = "is cut short"
-    if len(header) == HEADER_BYTES:
-        magic, version, width, count, tokenizer = HEADER.unpack_from(header)
-        problem = (
-            "is not a token shard"
-            if magic != MAGIC
-            else f"has format version {version}, not {FORMAT_VERSION}"
-            if version != FORMAT_VERSION
-            else f"has tokens of {width} bytes, not 2 or 4"
-            if width not in (2, 4)
-            else "belongs to another tokenizer"
-            if tokenizer.hex() != tokenizer_hash
-            else f"holds {size - HEADER_BYTES:,} bytes of tokens, not {count * width:,}"
-            if size != HEADER_BYTES + count * width
-            else None
-        )
-    if problem:
-        raise ExperimentError(f"{path} {problem}: delete the folder {path.parent} and run again")
-    return _map(path, np.dtype(f"<u{width}"), HEADER_BYTES, count)

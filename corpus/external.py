@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, ExperimentError
-from corpus.shards import HEADER_BYTES, MAGIC, Bar, count_tokens, entropy, replace_file
+from corpus.shards import (
+    HEADER_BYTES,
+    MAGIC,
+    Bar,
+    count_tokens,
+    entropy,
+    map_tokens,
+    read_header,
+    replace_file,
+)
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
 
 # Shards of llm.c (dev/data/data_common.py; modded-nanogpt's are the first kind) begin with 256 int32, of which magic,
@@ -19,25 +28,11 @@ LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, type of 
 LLM_C_EVALUATION = 20240522
 
 
-def _header(path) -> tuple[bytes, int]:
-    """The first HEADER_BYTES bytes of a file, or fewer, and its size."""
-    with open(path, "rb") as file:
-        return file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
-
-
-def _map(path: Path, dtype, offset: int, count: int) -> np.ndarray:
-    return (
-        np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
-        if count
-        else np.empty(0, dtype)
-    )
-
-
-def open_foreign_shard(path) -> np.ndarray:
+def open_external_shard(path) -> np.ndarray:
     """Maps a .bin file of nanoGPT (uint16 without a header), modded-nanogpt or llm.c into memory, uint16 or uint32 [tokens].
     Raises ExperimentError when it is not whole."""
     try:
-        header, size = _header(path)
+        header, size = read_header(path)
     except OSError as error:
         raise ExperimentError(
             f"cannot read {path}: {error.strerror}. Mend it or take it out of --data"
@@ -49,7 +44,7 @@ def open_foreign_shard(path) -> np.ndarray:
                 f"{path} is cut short: {size:,} bytes are no whole number of uint16 tokens. Make or download "
                 "it again"
             )
-        return _map(path, "<u2", 0, size // 2)
+        return map_tokens(path, "<u2", 0, size // 2)
     if header.startswith(MAGIC):
         raise ExperimentError(
             f"{path} belongs to this program's cache. Give --data and --tokenizer as they were when it was "
@@ -69,10 +64,10 @@ def open_foreign_shard(path) -> np.ndarray:
             f"{path} is cut short: it holds {max(0, size - HEADER_BYTES):,} bytes of tokens, not "
             f"{count * np.dtype(dtype).itemsize:,}. Make or download it again"
         )
-    return _map(path, dtype, HEADER_BYTES, count)
+    return map_tokens(path, dtype, HEADER_BYTES, count)
 
 
-def adopt(config: Config, files: list[str], tokenizer_json: str, folder: Path) -> None:
+def import_shards(config: Config, files: list[str], tokenizer_json: str, folder: Path) -> None:
     """Checks and counts foreign shards, which are used where they lie, and writes tokenizer.json and corpus.json into
     `folder`. Held out are the files named val or validation, else the last tokens. Raises ExperimentError."""
     held_out = [
@@ -81,7 +76,7 @@ def adopt(config: Config, files: list[str], tokenizer_json: str, folder: Path) -
         if re.search(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", Path(path).stem.lower())
     ]
     files = [path for path in files if path not in held_out] + held_out
-    shards = [open_foreign_shard(path) for path in files]
+    shards = [open_external_shard(path) for path in files]
     tokens = [
         sum(len(s) for path, s in zip(files, shards) if (path in held_out) is side)
         for side in (False, True)
@@ -136,4 +131,41 @@ def adopt(config: Config, files: list[str], tokenizer_json: str, folder: Path) -
             if held_out and len(held_out) < len(files)
             else ": the last ones, as no file is named val"
         )
+    )
+
+
+class Joined:
+    """Token arrays one after the other as one, without a copy: its length, and slices [first:last] of it."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, place: slice) -> np.ndarray:
+        first, last, _ = place.indices(len(self))
+        taken = []
+        for number in range(int(np.searchsorted(self.ends, first, side="right")), len(self.parts)):
+            begin = int(self.ends[number]) - len(self.parts[number])
+            if begin >= last:
+                break
+            taken.append(self.parts[number][max(0, first - begin) : last - begin])
+        return taken[0] if len(taken) == 1 else np.concatenate(taken or [self.parts[0][:0]])
+
+
+def cut_shards(
+    shards: list[np.ndarray], first: int
+) -> tuple[np.ndarray | Joined, np.ndarray | Joined]:
+    """The first tokens of several shards, and the others."""
+    sides = ([], [])
+    for shard in shards:
+        taken = min(first, len(shard))
+        first -= taken
+        for side, part in zip(sides, (shard[:taken], shard[taken:])):
+            if len(part):
+                side.append(part)
+    return tuple(
+        parts[0] if len(parts) == 1 else Joined(parts or [np.empty(0, np.uint16)])
+        for parts in sides
     )

@@ -47,7 +47,7 @@ HEADER = struct.Struct(
     "<8sIIQ32s"
 )  # magic, version, bytes in a token, tokens, the tokenizer's sha256
 # A piece of text: its hash, its length in characters, whether its document ends with it.
-PIECE = np.dtype([("hash", "<u8"), ("length", "<u4"), ("last", "?")])
+CHUNK = np.dtype([("hash", "<u8"), ("length", "<u4"), ("last", "?")])
 
 
 # --- what the text is like
@@ -89,7 +89,7 @@ def text_hash(text: str) -> int:
 
 
 def data_hash(pieces: np.ndarray) -> str:
-    """The identity of a corpus, of its pieces (PIECE array, which may be mapped): the same on every machine."""
+    """The identity of a corpus, of its pieces (CHUNK array, which may be mapped): the same on every machine."""
     total = hashlib.blake2b(digest_size=16)
     for name in ("hash", "last"):
         for first in range(0, len(pieces), COUNT_TOKENS):
@@ -97,9 +97,9 @@ def data_hash(pieces: np.ndarray) -> str:
     return total.hexdigest()
 
 
-def survey(text: Text, folder: Path) -> dict:
+def scan(text: Text, folder: Path) -> dict:
     """Reads the text once; of a hub's data set only as much as a tokenizer is trained on. Kept in the folder for the next
-    time. Returns pieces (PIECE array), whole (whether they are all), and rows, bad, bad_rows as Text has them."""
+    time. Returns pieces (CHUNK array), whole (whether they are all), and rows, bad, bad_rows as Text has them."""
     path = folder / "survey.npz"
     if path.exists():
         with np.load(path) as saved:
@@ -125,7 +125,7 @@ def survey(text: Text, folder: Path) -> dict:
             else text.config.data
         )
         raise ExperimentError(f"{what} is empty. Give --data a corpus with text")
-    pieces = np.empty(len(hashes), PIECE)
+    pieces = np.empty(len(hashes), CHUNK)
     pieces["hash"], pieces["length"], pieces["last"] = hashes, lengths, np.frombuffer(ends, bool)
     found = dict(
         pieces=pieces, whole=whole, rows=text.rows, bad=text.bad, bad_rows="; ".join(text.bad_rows)
@@ -135,7 +135,7 @@ def survey(text: Text, folder: Path) -> dict:
     return found
 
 
-def surveyed(pieces: np.ndarray) -> np.ndarray:
+def scanned(pieces: np.ndarray) -> np.ndarray:
     """Of all pieces of a hub's data set, those that `survey` reads."""
     enough = (np.cumsum(pieces["length"], dtype=np.int64) >= TOKENIZER_SAMPLE) & pieces["last"]
     return pieces[: enough.argmax() + 1] if enough.any() else pieces
@@ -152,7 +152,7 @@ def split(hashes: np.ndarray, lengths: np.ndarray, validation_fraction: float) -
 
 
 def last_held_out(pieces: np.ndarray, validation_fraction: float) -> int:
-    """The highest hash that is held out of a text with these pieces (PIECE array); -1 when none is."""
+    """The highest hash that is held out of a text with these pieces (CHUNK array); -1 when none is."""
     held_out = split(pieces["hash"], pieces["length"].astype(np.int64), validation_fraction)
     return int(pieces["hash"][held_out].max()) if held_out.any() else -1
 
@@ -170,7 +170,7 @@ def token_dtype(config: Config) -> np.dtype:
     return np.dtype("<u2" if config.vocab_size <= 65536 else "<u4")
 
 
-def recipe(config: Config, tokenizer_json: str | None) -> str:
+def build_key(config: Config, tokenizer_json: str | None) -> str:
     """Changes with whatever changes the shards of a text, besides the text."""
     size = trained_size(config)
     tokenizer = (
@@ -200,7 +200,7 @@ def build(
 ) -> None:
     """Trains the tokenizer when tokenizer_json is None, and writes train.bin, validation.bin, tokenizer.json and the facts
     in corpus.json; `found` is the text's survey. Goes on from what a killed build left in the folder."""
-    start, made_by = time.perf_counter(), recipe(config, tokenizer_json)
+    start, made_by = time.perf_counter(), build_key(config, tokenizer_json)
     pieces, lengths = found["pieces"], found["pieces"]["length"].astype(np.int64)
     limit, characters = last_held_out(pieces, config.validation_fraction), int(lengths.sum())
     held_out = pieces["hash"] <= limit
@@ -244,7 +244,7 @@ def build(
             vocabulary(tokenizer),
             bar,
         )
-    read = np.memmap(folder / "pieces.bin", PIECE, mode="r")
+    read = np.memmap(folder / "pieces.bin", CHUNK, mode="r")
     facts = dict(
         data=config.data,
         documents=len(read),
@@ -324,7 +324,7 @@ def _start_worker(_number: int):
 
 
 def _batches(text: Text, found: dict, limit: int, start: dict | None):
-    """Cuts the text after `start` into batches: yields (what _Encoder is indexed by, its PIECE array, a position to go on
+    """Cuts the text after `start` into batches: yields (what _Encoder is indexed by, its CHUNK array, a position to go on
     from or None). Pieces whose hash is at most `limit` are held out. Raises ExperimentError when the text has changed."""
     pieces, number, since = found["pieces"], start["pieces"] if start else 0, 0
 
@@ -343,7 +343,7 @@ def _batches(text: Text, found: dict, limit: int, start: dict | None):
 
     def packed(batch: list, position: dict | None):
         texts, hashes, last, sides, separated = zip(*batch)
-        record = np.empty(len(batch), PIECE)
+        record = np.empty(len(batch), CHUNK)
         record["hash"], record["length"], record["last"] = hashes, list(map(len, texts)), last
         return (list(texts), sides, separated), record, position
 
@@ -380,7 +380,7 @@ def _progress(folder: Path, names: tuple, width: int) -> dict:
         return dict(
             zip(
                 names,
-                [HEADER_BYTES + width * n for n in done["tokens"]] + [PIECE.itemsize * pieces],
+                [HEADER_BYTES + width * n for n in done["tokens"]] + [CHUNK.itemsize * pieces],
             )
         )
 
@@ -410,7 +410,7 @@ def _write_shards(folder: Path, text: Text, found: dict, limit: int, tokens_of: 
         total = text.expected_characters(total, int(found["pieces"]["last"].sum()))
     waiting = (
         collections.deque()
-    )  # of the batches whose tokens are being made: PIECE array, position
+    )  # of the batches whose tokens are being made: CHUNK array, position
 
     def batches():
         for batch, *rest in _batches(text, found, limit, done["position"]):
@@ -480,3 +480,46 @@ def entropy(counts: np.ndarray) -> float:
     """Of the distribution with these counts, in nats."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
+
+
+# --- opening shards
+
+
+def read_header(path) -> tuple[bytes, int]:
+    """The first HEADER_BYTES bytes of a file, or fewer, and its size."""
+    with open(path, "rb") as file:
+        return file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
+
+
+def map_tokens(path: Path, dtype, offset: int, count: int) -> np.ndarray:
+    return (
+        np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
+        if count
+        else np.empty(0, dtype)
+    )
+
+
+def open_shard(path, tokenizer_hash: str) -> np.ndarray:
+    """Maps a token shard of our own into memory, uint16 or uint32 [tokens]. Raises ExperimentError when its header or size
+    is not what a whole shard of this tokenizer has."""
+    path = Path(path)
+    header, size = read_header(path)
+    problem = "is cut short"
+    if len(header) == HEADER_BYTES:
+        magic, version, width, count, tokenizer = HEADER.unpack_from(header)
+        problem = (
+            "is not a token shard"
+            if magic != MAGIC
+            else f"has format version {version}, not {FORMAT_VERSION}"
+            if version != FORMAT_VERSION
+            else f"has tokens of {width} bytes, not 2 or 4"
+            if width not in (2, 4)
+            else "belongs to another tokenizer"
+            if tokenizer.hex() != tokenizer_hash
+            else f"holds {size - HEADER_BYTES:,} bytes of tokens, not {count * width:,}"
+            if size != HEADER_BYTES + count * width
+            else None
+        )
+    if problem:
+        raise ExperimentError(f"{path} {problem}: delete the folder {path.parent} and run again")
+    return map_tokens(path, np.dtype(f"<u{width}"), HEADER_BYTES, count)

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import data
 from config import PRESETS, Config, ExperimentError
 from corpus import shards, sources
-from corpus.cache import open_shard
-from corpus.tokenizer import load_tokenizer, sha256, train_tokenizer
+from corpus.shards import open_shard
+from corpus.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(data.__file__).parent
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
@@ -592,7 +592,7 @@ def test_tokenizer_training_is_deterministic_across_processes(trained):
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert out.strip() == sha256(trained)
+    assert out.strip() == tokenizer.sha256(trained)
 
 
 @pytest.mark.parametrize("moment", ["train_tokenizer", "_write_shards"])

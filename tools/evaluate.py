@@ -101,13 +101,13 @@ def texts(config: Config) -> Iterator[tuple[str, str, bool]]:
 def held_out(config: Config, data_hash: str, remedy: str) -> numpy.ndarray:
     """Which of the `texts` of a run are held out, bool. Raises ExperimentError with the remedy when the text is no longer that run's."""
     pieces = numpy.array(
-        [(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.PIECE
+        [(shards.text_hash(text), len(text), last) for _, text, last in texts(config)], shards.CHUNK
     )
     if shards.data_hash(pieces) != data_hash:
         raise ExperimentError(
             f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. {remedy}"
         )
-    deciding = shards.surveyed(pieces) if Text(config).hub else pieces
+    deciding = shards.scanned(pieces) if Text(config).hub else pieces
     return pieces["hash"] <= shards.last_held_out(deciding, config.validation_fraction)
 
 

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 import data
 from config import ConfigError, ExperimentError
 from corpus import cache, external, shards, sources, tokenizer
-from corpus.cache import Joined, _cache_key, _cut, _lock, _unfinished, open_shard
-from corpus.external import open_foreign_shard
+from corpus.cache import _cache_key, _lock, _unfinished
+from corpus.external import Joined, cut_shards, open_external_shard
+from corpus.shards import open_shard
 from corpus.tokenizer import load_tokenizer
 from tests.corpus.test_sources import STORIES, hub, write_rows  # noqa: F401 (hub is a fixture)
 from tests.test_data import config_for, fails, folder, save_tokenizer, story, text_of  # noqa: F401 (folder is a fixture)
@@ -470,7 +471,7 @@ def test_foreign_shards_are_read_as_they_were_written_and_refused_when_cut_short
     tmp_path_factory, tokens, cut, layout
 ):
     path = foreign(tmp_path_factory.getbasetemp() / "foreign.bin", tokens, **layout)
-    read = open_foreign_shard(path)
+    read = open_external_shard(path)
     assert (
         read.dtype == (np.uint32 if layout.get("version") == 7 else np.uint16)
         and read.tolist() == tokens
@@ -479,7 +480,7 @@ def test_foreign_shards_are_read_as_they_were_written_and_refused_when_cut_short
     path.write_bytes(whole[: -min(cut, len(whole) - 1)])
     if layout != LAYOUTS[0] or cut % 2:  # without a header, half a token is all that can be seen
         with pytest.raises(ExperimentError, match="cut short.*again"):
-            open_foreign_shard(path)
+            open_external_shard(path)
 
 
 @given(
@@ -496,7 +497,7 @@ def test_joined_arrays_are_sliced_like_one(lengths, first, last):
         and joined[:last].dtype == np.uint16
     )
     for taken in range(len(whole) + 1):
-        one, other = _cut(parts, taken)
+        one, other = cut_shards(parts, taken)
         assert (one[:].tolist(), other[:].tolist()) == (
             whole[:taken].tolist(),
             whole[taken:].tolist(),

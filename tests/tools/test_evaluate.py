@@ -254,7 +254,7 @@ def test_without_data_the_text_is_what_the_run_held_out(measure, run, tmp_path):
 def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_path, monkeypatch):
     pieces = list(evaluate.texts(Config(**PRESETS["tiny"] | dict(data=str(corpus)))))
     record = numpy.array(
-        [(shards.text_hash(text), len(text), last) for _, text, last in pieces], shards.PIECE
+        [(shards.text_hash(text), len(text), last) for _, text, last in pieces], shards.CHUNK
     )
     config = Config(**PRESETS["tiny"] | dict(data=f"hf:{tmp_path}", validation_fraction=0.3))
     monkeypatch.setattr(evaluate, "texts", lambda config: iter(pieces))
@@ -264,7 +264,7 @@ def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_
         held_out[sample] = [
             text for _, text, _ in evaluate.held_out_texts(config, shards.data_hash(record))
         ]
-        beginning = shards.surveyed(record)
+        beginning = shards.scanned(record)
         assert (len(beginning) < len(record)) == (sample < 10**9) and sum(
             beginning["length"]
         ) >= min(sample, sum(record["length"]))
