@@ -19,62 +19,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import data
 from config import PRESETS, Config, ExperimentError
 from corpus import shards, sources
 from corpus.shards import open_shard
-from corpus.tokenizer import load_tokenizer, train_tokenizer
+from corpus.tokenizer import load_tokenizer, sha256, train_tokenizer
+from tests.corpus.conftest import folder  # noqa: F401 (a fixture)
+from tests.corpus.stories import config_for, fails, save_tokenizer, story, text_of
 
 ROOT = Path(data.__file__).parent
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
-
-
-def story(number: int, words: int = 60) -> str:
-    """A document that no other number gives; its marker word occurs in every line."""
-    rng = np.random.default_rng(number)
-    return "".join(f"doc{number}x {' '.join(rng.choice(WORDS, 10))}\n" for _ in range(words // 10))
-
-
-def config_for(tmp_path, **changes) -> Config:
-    return Config(
-        **{
-            **PRESETS["tiny"],
-            "data": str(tmp_path / "text"),
-            "cache_dir": str(tmp_path / "cache"),
-            "vocab_size": 300,
-            "max_seq_len": 16,
-            "validation_fraction": 0.2,
-            "seed": 7,
-            **changes,
-        }
-    )
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """40 short documents as .txt files."""
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(40):
-        (text / f"{i:02}.txt").write_text(story(i))
-    return text
-
-
-def fails(config: Config, *words: str):
-    """prepare(config) raises one ExperimentError that holds all the words; nothing is left in the cache."""
-    with pytest.raises(ExperimentError) as caught:
-        data.prepare(config)
-    for word in words:
-        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
-    assert not list(Path(config.cache_dir).glob("*.unfinished"))
-
-
-def text_of(corpus: data.Corpus, tokens) -> str:
-    return corpus.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
-
-
 # --- sources
 
 
@@ -474,20 +428,6 @@ def test_tokenizer_is_trained_on_an_even_sample_of_training_documents(
     assert sum(map(len, seen[0])) <= corpus.characters / 3 and max(gaps) <= 5
 
 
-def save_tokenizer(path: Path, vocabulary: dict, special: list[str]) -> str:
-    """A tokenizer of words, with everything on that a corpus must not get: truncation, padding, added tokens."""
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(special)
-    tokenizer.enable_truncation(3)
-    tokenizer.enable_padding(length=100)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        "$A " + special[0], special_tokens=[(special[0], tokenizer.token_to_id(special[0]))]
-    )
-    tokenizer.save(str(path))
-    return str(path)
-
-
 def test_given_tokenizer(tmp_path, folder, trained):
     (tmp_path / "given.json").write_text(trained)
     corpus = data.prepare(
@@ -586,13 +526,13 @@ def test_hashes_do_not_depend_on_place_or_time(tmp_path, folder):
 
 def test_tokenizer_training_is_deterministic_across_processes(trained):
     code = (
-        "import sys; sys.path[:0] = ['.', 'tests']; import hashlib; from corpus import tokenizer; from tests.test_data import story; "
+        "import sys; sys.path[:0] = ['.', 'tests']; import hashlib; from corpus import tokenizer; from tests.corpus.stories import story; "
         "print(hashlib.sha256(tokenizer.train_tokenizer([story(i) for i in range(20)], 300).encode()).hexdigest())"
     )
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert out.strip() == tokenizer.sha256(trained)
+    assert out.strip() == sha256(trained)
 
 
 @pytest.mark.parametrize("moment", ["train_tokenizer", "_write_shards"])
@@ -617,7 +557,7 @@ def test_a_killed_build_is_not_taken_for_a_cache(tmp_path, folder):
         sys.path[:0] = ['.', 'tests']
         import data
         from corpus import shards
-        from tests.test_data import config_for, Path
+        from pathlib import Path; from tests.corpus.stories import config_for
         shards._write_shards = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
         data.prepare(config_for(Path({str(tmp_path)!r})))"""
     assert (

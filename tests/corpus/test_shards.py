@@ -26,8 +26,8 @@ from corpus.cache import _cache_key, _lock, _unfinished
 from corpus.external import Joined, cut_shards, open_external_shard
 from corpus.shards import open_shard
 from corpus.tokenizer import load_tokenizer
-from tests.corpus.test_sources import STORIES, hub, write_rows  # noqa: F401 (hub is a fixture)
-from tests.test_data import config_for, fails, folder, save_tokenizer, story, text_of  # noqa: F401 (folder is a fixture)
+from tests.corpus.stories import STORIES, config_for, fails, save_tokenizer
+from tests.corpus.test_sources import hub, write_rows  # noqa: F401 (hub is a fixture)
 
 ROOT = Path(data.__file__).parent
 
@@ -68,7 +68,7 @@ def killed_build(tmp_path, commits: int, **changes) -> subprocess.CompletedProce
         sys.path[:0] = ['.', 'tests']
         import data
         from corpus import shards
-        from tests.test_data import config_for, Path
+        from pathlib import Path; from tests.corpus.stories import config_for
         shards.TOKENIZE_CHARACTERS, shards.SHARD_CHARACTERS, replace, count = 700, 3000, shards.replace_file, [0]
         def counted(path, content):
             replace(path, content)
@@ -295,7 +295,7 @@ def test_tokenizing_stays_within_a_memory_limit_that_the_corpus_exceeds(tmp_path
         sys.path[:0] = ['.', 'tests']
         import data
         from corpus import shards
-        from tests.test_data import config_for, Path
+        from pathlib import Path; from tests.corpus.stories import config_for
         shards.TOKENIZER_SAMPLE = shards.TOKENIZE_CHARACTERS = 200_000
         os.sched_getaffinity = lambda _: range(2)
         threading.stack_size(512 * 1024)

@@ -19,13 +19,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
-from config import Config, ConfigError, ExperimentError
+from config import Config, ConfigError
 from corpus import shards, sources
 from corpus.sources import Text
 from corpus.tokenizer import encoder, load_tokenizer, train_tokenizer, trained_size
-from tests.test_data import config_for, fails, story
-
-STORIES = [story(i) for i in range(40)]
+from tests.corpus.stories import STORIES, config_for, fails
 
 
 def documents(config: Config) -> list[str]:
