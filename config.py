@@ -8,12 +8,14 @@ that `--help` and `plan` answer at once.
 import ast
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
+import math
 import typing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 class ExperimentError(Exception):
@@ -232,58 +234,215 @@ class Config:
         """What block `layer` does of none, selective and full."""
         return block_modes(self.activation_checkpointing, self.n_layers, self.lighter_blocks)[layer]
 
+    def feed_forwards(self, layer: int) -> list["FeedForward"]:
+        """The feed-forward networks of block `layer`, in the order of their parameters.
+
+        The parameter table, the FLOPs and the planner's bytes loop over this list.
+        """
+        if not self.is_moe(layer):
+            return [FeedForward("ffn", "dense_ffn", self.d_ff)]
+        return [FeedForward("ffn.experts", "experts", self.d_ff, self.num_experts, self.top_k)]
+
     def matrices_of(self, layer: int) -> int:
-        """Parameters of block `layer` but norms and router."""
-        experts = self.num_experts if self.is_moe(layer) else 1
-        return (
-            2 * (self.n_heads + self.n_kv_heads) * self.head_dim * self.d_model
-            + 3 * experts * self.d_ff * self.d_model
-        )
+        """Number of elements in the matrices of block `layer`, without its norms and router."""
+        return self._matrices_by_kind_of_block[self.is_moe(layer)]
+
+    @functools.cached_property
+    def _matrices_by_kind_of_block(self) -> dict[bool, int]:
+        """`matrices_of` for dense blocks (False) and MoE blocks (True); the planner reads it often."""
+        matrices = {}
+        for layer in range(self.n_layers):
+            if self.is_moe(layer) not in matrices:
+                specs = block_parameters(self, layer).values()
+                matrices[self.is_moe(layer)] = sum(
+                    spec.numel for spec in specs if spec.kind not in ("norms", "router")
+                )
+        return matrices
 
     @property
     def n_moe_layers(self) -> int:
         return sum(self.is_moe(i) for i in range(self.n_layers))
 
-    @property
+    @functools.cached_property
     def parameter_groups(self) -> dict[str, int]:
-        """Exact parameter counts by kind: embedding, head, attention, dense_ffn, experts, router, norms."""
-        d, hd, moe = self.d_model, self.head_dim, self.n_moe_layers
-        ffn = 3 * d * self.d_ff
-        return dict(
-            embedding=self.vocab_size * d,
-            head=0 if self.tie_embeddings else self.vocab_size * d,
-            attention=self.n_layers * (2 * self.n_heads + 2 * self.n_kv_heads) * hd * d,
-            dense_ffn=(self.n_layers - moe) * ffn,
-            experts=moe * self.num_experts * ffn,
-            router=moe * self.num_experts * d,
-            norms=self.n_layers * (2 * d + 2 * hd) + d,
-        )
+        """Number of parameters of each kind in PARAMETER_KINDS."""
+        counts = dict.fromkeys(PARAMETER_KINDS, 0)
+        for spec in parameter_table(self).values():
+            counts[spec.kind] += spec.numel
+        return counts
 
     @property
     def total_params(self) -> int:
         return sum(self.parameter_groups.values())
 
-    @property
+    @functools.cached_property
     def active_params(self) -> int:
         """Parameters that one token uses: all of them, but only top_k of the num_experts experts."""
-        idle = (
-            0
-            if not self.num_experts
-            else self.parameter_groups["experts"]
-            // self.num_experts
-            * (self.num_experts - self.top_k)
-        )
-        return self.total_params - idle
+        return sum(spec.active_numel for spec in parameter_table(self).values())
 
     @property
     def flops_per_token(self) -> int:
-        """Training FLOPs of one token: 6 for each active parameter of a matrix product (the head is one, the embedding
-        look-up is not), and causal attention at half; recomputation is not counted (PaLM, appendix B)."""
-        products = self.active_params - (
-            0 if self.tie_embeddings else self.parameter_groups["embedding"]
-        )
-        return 6 * products + 6 * self.n_layers * self.max_seq_len * self.d_model
+        """Training FLOPs of one token, without recomputation (PaLM, appendix B).
 
+        A matmul takes 2 FLOPs for each weight in the forward pass and 4 in the backward pass (the
+        gradients of input and weight): 6 for each active parameter. The head is a matmul, the
+        look-up of the embedding is none; with tied embeddings one matrix serves for both, and counts
+        once, as the head.
+
+        Attention multiplies queries with keys, and probabilities with values. Each takes
+        2 max_seq_len d_model FLOPs of a token in the forward pass, so the two take
+        12 max_seq_len d_model with the backward pass; the causal mask leaves half.
+        """
+        matmul_params = self.active_params
+        if not self.tie_embeddings:
+            matmul_params -= self.parameter_groups["embedding"]
+        attention = 6 * self.n_layers * self.max_seq_len * self.d_model
+        return 6 * matmul_params + attention
+
+
+# ---------------------------------------------------------------- table of parameters
+
+PARAMETER_KINDS = ("embedding", "head", "attention", "dense_ffn", "experts", "router", "norms")
+
+
+class FeedForward(NamedTuple):
+    """A feed-forward network of a block: SwiGLU, or a bank of `num_experts` of them."""
+
+    name: str  # of its module in the block: "ffn", "ffn.experts"
+    kind: str  # of its parameters: "dense_ffn", "experts"
+    d_ff: int
+    num_experts: int = 1
+    top_k: int = 1  # of the num_experts networks, how many a token passes through
+
+
+class ParameterSpec(NamedTuple):
+    """A parameter of the model: its shape, its kind (one of PARAMETER_KINDS) and its use."""
+
+    shape: tuple[int, ...]
+    kind: str
+    active_numel: int  # elements that one token uses: all, but for experts that it is not sent to
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@functools.lru_cache(maxsize=32)
+def parameter_table(config: Config) -> dict[str, ParameterSpec]:
+    """Every parameter of the model, by name, in the order of `model.named_parameters()`.
+
+    This is the one place that knows shapes without building the model: parameter counts, FLOPs,
+    the planner's bytes, the optimizers' groups and the names of an export derive from it. The
+    result is cached: do not change it.
+    """
+    embedding = _parameter("embedding", config.vocab_size, config.d_model)
+    table = {"embedding.weight": embedding}
+    blocks = {}  # the blocks of a kind have the same parameters: they are listed once
+    for layer in range(config.n_layers):
+        moe = config.is_moe(layer)
+        if moe not in blocks:
+            blocks[moe] = block_parameters(config, layer)
+        for name, spec in blocks[moe].items():
+            table[f"blocks.{layer}.{name}"] = spec
+    table["norm.weight"] = _parameter("norms", config.d_model)
+    if not config.tie_embeddings:
+        table["head.weight"] = _parameter("head", config.vocab_size, config.d_model)
+    return table
+
+
+def block_parameters(config: Config, layer: int) -> dict[str, ParameterSpec]:
+    """The parameters of block `layer`, by their names in the block."""
+    d_model = config.d_model
+    q_width = config.n_heads * config.head_dim
+    kv_width = config.n_kv_heads * config.head_dim
+    table = {
+        "attention_norm.weight": _parameter("norms", d_model),
+        "attention.q.weight": _parameter("attention", q_width, d_model),
+        "attention.k.weight": _parameter("attention", kv_width, d_model),
+        "attention.v.weight": _parameter("attention", kv_width, d_model),
+        "attention.o.weight": _parameter("attention", d_model, q_width),
+        "attention.q_norm.weight": _parameter("norms", config.head_dim),
+        "attention.k_norm.weight": _parameter("norms", config.head_dim),
+        "ffn_norm.weight": _parameter("norms", d_model),
+    }
+    if config.is_moe(layer):
+        table["ffn.router.weight"] = _parameter("router", config.num_experts, d_model)
+    for ffn in config.feed_forwards(layer):
+        table[f"{ffn.name}.gate_up"] = _feed_forward_parameter(ffn, 2, ffn.d_ff, d_model)
+        table[f"{ffn.name}.down"] = _feed_forward_parameter(ffn, d_model, ffn.d_ff)
+    return table
+
+
+def _parameter(kind: str, *shape: int) -> ParameterSpec:
+    """A parameter that every token uses."""
+    return ParameterSpec(shape, kind, active_numel=math.prod(shape))
+
+
+def _feed_forward_parameter(ffn: FeedForward, *shape: int) -> ParameterSpec:
+    """A parameter of `shape` in each network of `ffn`; those of experts are stacked."""
+    if ffn.kind == "experts":
+        shape_of_bank = (ffn.num_experts, *shape)
+    else:
+        shape_of_bank = shape
+    return ParameterSpec(shape_of_bank, ffn.kind, active_numel=ffn.top_k * math.prod(shape))
+
+
+# ---------------------------------------------------------------- optimizers
+
+# Muon's matrices are hidden ones. The head is none: it does not write to the hidden state.
+MUON_KINDS = ("attention", "dense_ffn", "experts")
+
+
+@dataclass(frozen=True)
+class OptimizerGroup:
+    """The parameters of one optimizer, how it treats them, and what its state takes."""
+
+    parameters: tuple[str, ...]  # names, in the order of the parameter table
+    peak_lr: float
+    weight_decay: float
+    state_bytes: dict[str, int]  # bytes of an element in each state tensor
+    memory_key: str  # of its state in memory tables and in the JSON of `plan`
+    label: str  # of its state in tables that people read
+    orthogonalizes: bool  # updates whole matrices, and needs workspace for their Gram matrices
+
+    @property
+    def state_bytes_per_element(self) -> int:
+        return sum(self.state_bytes.values())
+
+
+def optimizer_groups(config: Config) -> dict[str, OptimizerGroup]:
+    """The optimizers by name, with every parameter in exactly one of them; Muon's may be empty."""
+    hidden = []
+    others = []
+    for name, spec in parameter_table(config).items():
+        if config.optimizer == "muon" and spec.kind in MUON_KINDS:
+            hidden.append(name)
+        else:
+            others.append(name)
+    return dict(
+        muon=OptimizerGroup(
+            parameters=tuple(hidden),
+            peak_lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            # bf16 beside 16-bit weights (fp16 would under- and overflow), fp32 beside fp32 weights
+            state_bytes=dict(momentum=2 if config.split_masters else 4),
+            memory_key="momentum",
+            label="Muon momentum",
+            orthogonalizes=True,
+        ),
+        adamw=OptimizerGroup(
+            parameters=tuple(others),
+            peak_lr=config.adamw_lr,
+            weight_decay=config.weight_decay,  # of matrices; AdamW does not decay vectors (norms)
+            state_bytes=dict(exp_avg=4, exp_avg_sq=4),
+            memory_key="adamw",
+            label="AdamW moments",
+            orthogonalizes=False,
+        ),
+    )
+
+
+# ---------------------------------------------------------------- presets
 
 _BRIEF = dict(
     batch_size=4,
@@ -354,9 +513,8 @@ PRESETS = {
 
 # Bounds of temporary memory, shared by what computes and what predicts.
 LOSS_CHUNK = 2048  # tokens whose logits exist at a time
-OPTIMIZER_BUCKET = (
-    2**28
-)  # elements that an optimizer updates at a time; a single matrix may be larger
+# elements that an optimizer updates at a time; a single matrix may be larger
+OPTIMIZER_BUCKET = 2**28
 
 # Smallest GPU memory (GB, 1e9 bytes) for which a preset is chosen when nothing else decides; largest first.
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]

@@ -12,6 +12,7 @@ Everything runs in this process: a new one would spend seconds on importing torc
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -410,7 +411,9 @@ def configuration() -> dict:
             if typing.get_origin(kind) is typing.Literal
         },
         properties=sorted(
-            name for name, value in vars(config.Config).items() if isinstance(value, property)
+            name
+            for name, value in vars(config.Config).items()
+            if isinstance(value, (property, functools.cached_property))
         ),
         presets=config.PRESETS,
         preset_by_gpu_memory=[list(pair) for pair in config.PRESET_BY_GPU_MEMORY],

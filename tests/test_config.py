@@ -2,6 +2,7 @@ import dataclasses
 import importlib.util
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from config import (
+    PARAMETER_KINDS,
     PRESETS,
     SHIPPED_DEFAULTS,
     Config,
@@ -19,6 +21,8 @@ from config import (
     defaults_fingerprint,
     field_docs,
     nearest,
+    optimizer_groups,
+    parameter_table,
     parse_value,
     resolve,
 )
@@ -66,37 +70,91 @@ CASES = {name: Config(**values) for name, values in PRESETS.items()} | {
     "dense": tiny_config(num_experts=0),
     "moe_every_3": tiny_config(moe_every=3, top_k=1),
     "all_experts": tiny_config(top_k=4),
+    "one_expert": tiny_config(num_experts=1, top_k=1),
+    "fp32_masters": tiny_config(precision="bf16", master_weights="fp32"),
 }
+
+
+def kind_by_name(name: str, parameter) -> str:
+    """The kind of a parameter of the built model, from its name alone."""
+    if parameter.ndim == 1:
+        return "norms"
+    words = dict(
+        embedding="embedding.",
+        head="head.",
+        attention=".attention.",
+        experts=".experts.",
+        router=".router.",
+        dense_ffn=".ffn.",
+    )
+    return next(kind for kind, word in words.items() if word in name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_parameter_table_is_that_of_the_built_model(name):
+    c = CASES[name]
+    parameters = dict(built(c).named_parameters())
+    table = parameter_table(c)
+    assert list(table) == list(parameters), "names and their order"
+    for key, spec in table.items():
+        assert spec.shape == tuple(parameters[key].shape), key
+        assert spec.numel == parameters[key].numel(), key
+        assert spec.kind == kind_by_name(key, parameters[key]), key
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_parameter_counts_are_those_of_the_built_model(name):
     c, model = CASES[name], built(CASES[name])
-    active = sum(
-        p.numel() * c.top_k // c.num_experts if ".experts." in n else p.numel()
-        for n, p in model.named_parameters()
-    )
+    active = 0
+    found = dict.fromkeys(PARAMETER_KINDS, 0)
+    for key, parameter in model.named_parameters():
+        kind = kind_by_name(key, parameter)
+        found[kind] += parameter.numel()
+        if kind == "experts":
+            active += parameter.numel() * c.top_k // c.num_experts
+        else:
+            active += parameter.numel()
+    assert c.parameter_groups == found and list(c.parameter_groups) == list(PARAMETER_KINDS)
     assert c.total_params == sum(p.numel() for p in model.parameters())
     assert c.active_params == active
     assert c.n_moe_layers == sum(block.moe for block in model.blocks)
-    kinds = dict(
-        embedding="embedding.",
-        head="head.",
-        attention=".attention.",
-        dense_ffn=".ffn.",
-        experts=".experts.",
-        router=".router.",
-    )
-    found = dict.fromkeys([*kinds, "norms"], 0)
-    for n, p in model.named_parameters():
-        found[
-            "norms" if p.ndim == 1 else [kind for kind, part in kinds.items() if part in n][-1]
-        ] += p.numel()
-    assert c.parameter_groups == found
     for i, block in enumerate(model.blocks):
         assert c.matrices_of(i) == sum(
             p.numel() for n, p in block.named_parameters() if p.ndim > 1 and "router" not in n
         )
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_parameter_has_one_optimizer(name, optimizer):
+    c = dataclasses.replace(CASES[name], optimizer=optimizer)
+    groups = optimizer_groups(c)
+    hidden = []
+    others = []
+    for key, parameter in built(c).named_parameters():
+        matrix_of_a_block = key.startswith("blocks.") and parameter.ndim >= 2
+        if optimizer == "muon" and matrix_of_a_block and ".router." not in key:
+            hidden.append(key)
+        else:
+            others.append(key)
+    assert list(groups) == ["muon", "adamw"]
+    assert groups["muon"].parameters == tuple(hidden)
+    assert groups["adamw"].parameters == tuple(others)
+    assert (groups["muon"].peak_lr, groups["adamw"].peak_lr) == (c.muon_lr, c.adamw_lr)
+    assert groups["muon"].state_bytes_per_element == (2 if c.split_masters else 4)
+    assert groups["adamw"].state_bytes_per_element == 8
+
+
+def test_the_parameter_table_of_a_deep_model_is_quick():
+    start = time.perf_counter()
+    assert len(parameter_table(Config(n_layers=512))) > 5000
+    assert time.perf_counter() - start < 0.5
+
+
+def test_a_changed_copy_has_its_own_counts():
+    c = Config()
+    wider = dataclasses.replace(c, d_ff=2 * c.d_ff)
+    assert c.total_params < wider.total_params == Config(d_ff=2 * c.d_ff).total_params
 
 
 @pytest.mark.parametrize(
