@@ -1,25 +1,31 @@
-"""The experiment's one dataclass: every knob, its default and its unit; presets; exact parameter arithmetic.
+"""The configuration: every field with its default and unit, presets, and what follows from them.
 
-Edit the defaults of `Config` for your GPU, or leave them and choose a preset. Each field is also a command-line
-option of run_experiment.py, and the sentence under a field is that option's help. This file imports no torch, so
-that `--help` and `plan` answer at once.
+Edit the defaults of `Config` for your GPU, or leave them and choose a preset. Each field is also a
+command-line option of run_experiment.py, and the sentence under a field is that option's help.
+
+The parts, from top to bottom: errors, Config, the table of parameters, the optimizers' groups,
+presets, reading options, resolving a configuration, resuming one, and the checks of its values.
+
+This file imports no torch, so that `--help` and `plan` answer at once, and nothing of the program:
+every other module may import it.
 """
 
 import ast
 import dataclasses
 import difflib
 import functools
-import hashlib
 import inspect
-import json
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+# ---------------------------------------------------------------- errors
+
 
 class ExperimentError(Exception):
-    """Something the user can mend: its text names the cause and the remedy. Printed without a traceback."""
+    """Something the user can fix: its text names the cause and the remedy; no traceback follows."""
 
     exit_code = 1
 
@@ -37,19 +43,21 @@ class Diverged(ExperimentError):
 
 
 class OutOfMemory(ExperimentError):
-    """Of a GPU or of the host."""
+    """The memory of a GPU or of the host does not suffice."""
 
     exit_code = 4
 
 
-LIGHTER = {"full": "selective", "selective": "none"}  # what recomputes less
+# ---------------------------------------------------------------- the configuration
+
+# The mode of activation checkpointing that recomputes less than this one.
+LIGHTER = {"full": "selective", "selective": "none"}
 
 
 def block_modes(checkpointing: str, n_layers: int, lighter_blocks: int) -> list[str]:
-    """Of none, selective and full, what each block does."""
-    return [checkpointing] * (n_layers - lighter_blocks) + [
-        LIGHTER.get(checkpointing, checkpointing)
-    ] * lighter_blocks
+    """The mode of each block: none, selective or full; the last `lighter_blocks` recompute less."""
+    less = LIGHTER.get(checkpointing, checkpointing)
+    return [checkpointing] * (n_layers - lighter_blocks) + [less] * lighter_blocks
 
 
 @dataclass(frozen=True)
@@ -64,13 +72,14 @@ class Config:
     n_kv_heads: int = 0
     """Key and value heads (grouped-query attention); 0 means as many as n_heads."""
     d_ff: int = 11008
-    """Hidden width of the SwiGLU feed-forward network, of each expert and of the dense blocks."""
+    """Hidden width of the SwiGLU feed-forward network, in each expert and in the dense blocks."""
     num_experts: int = 8
     """Experts in an MoE block; 0 makes a dense model."""
     top_k: int = 2
     """Experts that each token is sent to."""
     norm_topk_prob: bool | None = None
-    """Make the chosen experts' weights sum to 1. Default: true for top_k >= 2, false for top_k = 1."""
+    """Make the chosen experts' weights sum to 1. Default: true for top_k >= 2,
+    false for top_k = 1."""
     moe_every: int = 4
     """Every n-th block is an MoE block, the others are dense; 1 makes every block an MoE block."""
     max_seq_len: int = 4096
@@ -84,7 +93,8 @@ class Config:
     rms_norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; matrices that write to the residual stream get 1/sqrt(2 n_layers) of it."""
+    """Standard deviation of the initial weights; matrices that write to the residual stream get
+    1/sqrt(2 n_layers) times this."""
 
     # --- batch and length of the run; a step is an optimizer step everywhere
     batch_size: int = 4
@@ -98,7 +108,8 @@ class Config:
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for hidden matrices, AdamW for the rest; adamw: AdamW for everything."""
     muon_lr: float = 0.01
-    """Muon's peak learning rate, for hidden matrices; updates are scaled by sqrt(max(1, rows/columns))."""
+    """Muon's peak learning rate, for hidden matrices; updates are scaled by
+    sqrt(max(1, rows/columns))."""
     adamw_lr: float = 0.001
     """AdamW's peak learning rate, for embedding, head, norms and router."""
     muon_momentum: float = 0.95
@@ -116,13 +127,17 @@ class Config:
     min_lr_fraction: float = 0.1
     """Learning rates fall along a cosine to this share of their peak."""
     grad_clip: float = 1.0
-    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping off."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0 switches clipping
+    off."""
     load_balancing: Literal["loss", "bias"] = "loss"
-    """What keeps experts equally busy: a loss, or a bias on each expert's score that only the choice of experts sees."""
+    """What keeps experts equally busy: a loss, or a bias on each expert's score that only the
+    choice of experts sees."""
     load_balancing_weight: float = 0.01
-    """Weight of each MoE block's load-balancing loss (Switch Transformer); 0 switches it off. Not used with bias."""
+    """Weight of each MoE block's load-balancing loss (Switch Transformer); 0 switches it off. Not
+    used with bias."""
     load_balancing_scope: Literal["batch", "sequence"] = "batch"
-    """Balance over a micro-batch's tokens, or within each sequence (then the micro-batch size does not matter)."""
+    """Balance over a micro-batch's tokens, or within each sequence (then the micro-batch size does
+    not matter)."""
     load_balancing_bias_rate: float = 0.001
     """What a step adds to an idle expert's bias and takes from a busy one's (DeepSeek-V3)."""
     router_z_loss_weight: float = 0.0
@@ -134,35 +149,44 @@ class Config:
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Autocast type of forward and backward; fp16 comes with loss scaling."""
     master_weights: Literal["split", "fp32"] = "split"
-    """fp32 master weights as a 16-bit weight and a 16-bit residual, or as plain fp32 parameters (always so in fp32)."""
+    """Keep fp32 master weights as a 16-bit weight and its 16 low bits (split), or as fp32
+    parameters; with precision fp32 always the latter."""
     loss_scale: float = 65536.0
-    """First loss scale in fp16; halved on overflow, doubled after loss_scale_growth_interval good steps."""
+    """First loss scale in fp16; halved on overflow, doubled after loss_scale_growth_interval good
+    steps."""
     loss_scale_growth_interval: int = 500
     """Steps without overflow after which the loss scale is doubled."""
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = "full"
-    """What a block keeps for the backward pass: all, the products' outputs, or its input; auto: the fastest that fits."""
+    """What a block keeps for the backward pass: everything (none), the outputs of matmuls
+    (selective) or only its input (full); auto: the fastest that fits."""
     lighter_blocks: int = 0
-    """The last blocks that recompute less: selective for full, none for selective. Chosen with activation_checkpointing=auto."""
+    """Number of last blocks that recompute less: selective instead of full, none instead of
+    selective. Chosen with activation_checkpointing=auto."""
     offload_optimizer: Literal["auto", "true", "false"] = "auto"
-    """Keep optimizer state in host memory, streamed through the GPU; auto: only when it does not fit."""
+    """Keep optimizer state in host memory and copy it through the GPU in each step; auto: only
+    when it does not fit."""
     host_gradient_blocks: int = 0
-    """The first blocks whose gradients are summed in host memory, streamed in the backward pass; needs offload_optimizer."""
+    """Number of first blocks whose gradients are summed in host memory during the backward pass;
+    needs offload_optimizer."""
     host_memory_gb: float = 0.0
-    """Host memory that the plan may count on, in GB; 0 asks the operating system."""
+    """Host memory that the plan may count on, in GB; 0 reads it from the operating system."""
     compile: Literal["auto", "true", "false"] = "auto"
     """Compile each block with torch.compile; auto: on a GPU."""
 
     # --- data
     data: str = "python"
-    """Corpus: python (its library), installed (adds the packages), a file, folder or glob, or hf:DATASET[:CONFIG[:SPLIT]]."""
+    """Corpus: python (its library), installed (adds the packages), a file, folder or glob, or
+    hf:DATASET[:CONFIG[:SPLIT]]."""
     text_field: str = "text"
     """Field of a .jsonl, .parquet or hf: row that holds the text."""
     max_characters: int = 0
     """Characters of the corpus after which no further document is read; 0 reads them all."""
     max_bad_share: float = 0.001
-    """Share of lines and rows that may be unreadable (not UTF-8, not JSON, damaged); up to it they are left out."""
+    """Largest share of lines and rows that may be unreadable (not UTF-8, not JSON, damaged); they
+    are left out."""
     tokenizer: str = "train"
-    """train or train:VOCAB (a byte-level BPE, trained on the corpus once), a tokenizer.json or its folder, or hf:NAME."""
+    """train or train:VOCAB (a byte-level BPE, trained on the corpus once), a tokenizer.json or its
+    folder, or hf:NAME."""
     validation_fraction: float = 0.01
     """Share of the corpus's characters, in whole documents, that is held out."""
     cache_dir: str = "cache"
@@ -186,27 +210,28 @@ class Config:
     keep_checkpoints: int = 3
     """Newest numbered checkpoints of this run that are kept."""
     sample_tokens: int = 200
-    """Tokens of text to generate at the end of the run, and at most 32 of them at each validation; 0 for none."""
+    """Tokens of text to generate at the end of the run, and at most 32 of them at each validation;
+    0 for none."""
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl; each but none is a package to install."""
     save_dir: str = "checkpoints"
     """Folder of everything the run writes."""
 
     def __post_init__(self):
-        resolved = dict(
-            n_kv_heads=self.n_kv_heads or self.n_heads,
-            norm_topk_prob=(self.top_k != 1)
-            if self.norm_topk_prob is None
-            else self.norm_topk_prob,
-        )
+        if not self.n_kv_heads:
+            self._resolve("n_kv_heads", self.n_heads)
+        if self.norm_topk_prob is None:
+            self._resolve("norm_topk_prob", self.top_k != 1)
         for name in ("offload_optimizer", "compile"):
-            value = getattr(self, name)
-            resolved[name] = str(value).lower() if isinstance(value, bool) else value
-        for name, value in resolved.items():
-            object.__setattr__(self, name, value)
+            if isinstance(getattr(self, name), bool):
+                self._resolve(name, str(getattr(self, name)).lower())
         problems = _problems(self)
         if problems:
-            raise ConfigError("impossible configuration:\n" + "\n".join(f"  {p}" for p in problems))
+            raise ConfigError("impossible configuration:\n  " + "\n  ".join(problems))
+
+    def _resolve(self, name: str, value) -> None:
+        """Sets a field whose given value stands for another one; afterwards no field changes."""
+        object.__setattr__(self, name, value)
 
     # --- derived
     @property
@@ -223,16 +248,17 @@ class Config:
 
     @property
     def split_masters(self) -> bool:
-        """Whether matrices are stored as a 16-bit weight plus a 16-bit residual."""
+        """Whether matrices are stored as a 16-bit weight and the 16 low bits of its fp32 master."""
         return self.precision != "fp32" and self.master_weights == "split"
 
     def is_moe(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) is an MoE block: the moe_every-th, the 2 moe_every-th, ... (GShard's layout)."""
+        """Whether block `layer`, from 0, is an MoE block: every moe_every-th is (as in GShard)."""
         return self.num_experts > 0 and (layer + 1) % self.moe_every == 0
 
     def checkpointing_of(self, layer: int) -> str:
-        """What block `layer` does of none, selective and full."""
-        return block_modes(self.activation_checkpointing, self.n_layers, self.lighter_blocks)[layer]
+        """The mode of block `layer`: none, selective or full."""
+        modes = block_modes(self.activation_checkpointing, self.n_layers, self.lighter_blocks)
+        return modes[layer]
 
     def feed_forwards(self, layer: int) -> list["FeedForward"]:
         """The feed-forward networks of block `layer`, in the order of their parameters.
@@ -249,7 +275,7 @@ class Config:
 
     @functools.cached_property
     def _matrices_by_kind_of_block(self) -> dict[bool, int]:
-        """`matrices_of` for dense blocks (False) and MoE blocks (True); the planner reads it often."""
+        """`matrices_of` dense blocks (False) and MoE blocks (True): the planner reads it often."""
         matrices = {}
         for layer in range(self.n_layers):
             if self.is_moe(layer) not in matrices:
@@ -277,7 +303,7 @@ class Config:
 
     @functools.cached_property
     def active_params(self) -> int:
-        """Parameters that one token uses: all of them, but only top_k of the num_experts experts."""
+        """Parameters that one token uses: all, but of the num_experts experts only top_k."""
         return sum(spec.active_numel for spec in parameter_table(self).values())
 
     @property
@@ -285,9 +311,9 @@ class Config:
         """Training FLOPs of one token, without recomputation (PaLM, appendix B).
 
         A matmul takes 2 FLOPs for each weight in the forward pass and 4 in the backward pass (the
-        gradients of input and weight): 6 for each active parameter. The head is a matmul, the
-        look-up of the embedding is none; with tied embeddings one matrix serves for both, and counts
-        once, as the head.
+        gradients of input and weight): 6 for each active parameter. The head is a matmul, and the
+        look-up of the embedding is none. With tied embeddings one matrix serves for both: it counts
+        once, as the head. Norms count as if they were matmuls: at most 0.1% of the sum.
 
         Attention multiplies queries with keys, and probabilities with values. Each takes
         2 max_seq_len d_model FLOPs of a token in the forward pass, so the two take
@@ -444,7 +470,8 @@ def optimizer_groups(config: Config) -> dict[str, OptimizerGroup]:
 
 # ---------------------------------------------------------------- presets
 
-_BRIEF = dict(
+# What all presets have in common.
+_COMMON = dict(
     batch_size=4,
     gradient_accumulation_steps=8,
     max_steps=50_000,
@@ -461,17 +488,46 @@ _BRIEF = dict(
     n_kv_heads=0,
 )
 
-# What a preset sets wins over a default edited in Config; what it does not name keeps the default.
+# What a preset names wins over a default edited in Config; what it does not name keeps the default.
+#
+# "18b" is the shipped configuration. It names every field that any preset names, with its shipped
+# value: a default that differs from it was edited (see `edited_defaults`).
 PRESETS = {
-    "18b": dict(_BRIEF, d_model=4096, n_layers=40, n_heads=32, d_ff=11008, moe_every=4),
-    "5b": dict(_BRIEF, d_model=2048, n_layers=32, n_heads=16, d_ff=5504, moe_every=2),
-    "2b": dict(_BRIEF, d_model=1536, n_layers=24, n_heads=12, d_ff=4096, moe_every=3),
-    "25b": dict(
-        _BRIEF, d_model=5120, n_layers=48, n_heads=40, d_ff=13824, moe_every=8, batch_size=2
+    "18b": dict(
+        _COMMON,
+        d_model=4096,
+        n_layers=40,
+        n_heads=32,
+        d_ff=11008,
+        moe_every=4,
+        eval_steps=20,
+        log_every=10,
+        activation_checkpointing="full",
+        precision="fp16",
+        data="python",
+        sample_tokens=200,
     ),
-    "18b_every_block": dict(_BRIEF, d_model=4096, n_layers=40, n_heads=32, d_ff=3840, moe_every=1),
+    "5b": dict(_COMMON, d_model=2048, n_layers=32, n_heads=16, d_ff=5504, moe_every=2),
+    "2b": dict(_COMMON, d_model=1536, n_layers=24, n_heads=12, d_ff=4096, moe_every=3),
+    "25b": dict(
+        _COMMON,
+        d_model=5120,
+        n_layers=48,
+        n_heads=40,
+        d_ff=13824,
+        moe_every=8,
+        batch_size=2,
+    ),
+    "18b_every_block": dict(
+        _COMMON,
+        d_model=4096,
+        n_layers=40,
+        n_heads=32,
+        d_ff=3840,
+        moe_every=1,
+    ),
     "small": dict(
-        _BRIEF,
+        _COMMON,
         d_model=768,
         n_layers=12,
         n_heads=12,
@@ -488,7 +544,7 @@ PRESETS = {
         data="installed",
     ),
     "tiny": dict(
-        _BRIEF,
+        _COMMON,
         d_model=128,
         n_layers=4,
         n_heads=4,
@@ -511,65 +567,63 @@ PRESETS = {
     ),
 }
 
-# Bounds of temporary memory, shared by what computes and what predicts.
-LOSS_CHUNK = 2048  # tokens whose logits exist at a time
-# elements that an optimizer updates at a time; a single matrix may be larger
-OPTIMIZER_BUCKET = 2**28
-
-# Smallest GPU memory (GB, 1e9 bytes) for which a preset is chosen when nothing else decides; largest first.
+# Without --preset: the smallest GPU memory (GB, 1e9 bytes) for each preset, largest first.
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
 
-# Fingerprint of the defaults above as they were shipped, so that an edit is noticed; a test holds it to them.
-SHIPPED_DEFAULTS = "8a2f6e081cf594c5"
+
+def preset_values(name: str) -> dict:
+    """The fields that a preset sets. Raises ConfigError for an unknown preset or field."""
+    if name not in PRESETS:
+        raise ConfigError(
+            f"unknown preset {name!r}.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}"
+        )
+    for field in PRESETS[name]:
+        if field not in defaults():
+            raise ConfigError(
+                f"{field}: preset {name} in config.py sets it, and Config has no such field."
+                f"{nearest(field, defaults())} Correct its name in config.py."
+            )
+    return PRESETS[name]
+
+
+# ---------------------------------------------------------------- bounds of temporary memory
+
+# They are shared by what computes and by what predicts memory.
+LOSS_CHUNK = 2048  # tokens whose logits exist at a time
+OPTIMIZER_BUCKET = 2**28  # elements that an optimizer updates at a time; one matrix may be larger
+
+
+# ---------------------------------------------------------------- fields as options
 
 
 def defaults() -> dict:
-    """The dataclass's defaults as they stand in this file, edited or not."""
+    """The defaults of Config as they stand in this file, edited or not."""
     return {f.name: f.default for f in dataclasses.fields(Config)}
-
-
-def defaults_fingerprint() -> str:
-    return hashlib.sha256(json.dumps(defaults(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def field_docs() -> dict[str, str]:
     """Each field's documentation: the string literal that follows it in the class body."""
     body = ast.parse(inspect.getsource(Config)).body[0].body
-    return {
-        a.target.id: b.value.value
-        for a, b in zip(body, body[1:])
-        if isinstance(a, ast.AnnAssign)
-        and isinstance(b, ast.Expr)
-        and isinstance(b.value, ast.Constant)
-    }
-
-
-def nearest(name: str, known) -> str:
-    """' Did you mean X?' for the known names that begin with this one, when they are few, or else the most similar; or an empty string."""
-    longer = [other for other in known if name and other.startswith(name)]
-    close = (
-        longer
-        if 0 < len(longer) <= 3
-        else difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    )
-    return f" Did you mean {' or '.join(close)}?" if close else ""
+    docs = {}
+    for statement, following in zip(body, body[1:]):
+        is_field = isinstance(statement, ast.AnnAssign)
+        if is_field and isinstance(following, ast.Expr):
+            text = ast.literal_eval(following.value)
+            docs[statement.target.id] = " ".join(text.split())
+    return docs
 
 
 def parse_value(name: str, text: str):
-    """The value of field `name` written as text on a command line. Raises ConfigError when the type does not fit."""
+    """The value of field `name`, written as text on a command line.
+
+    Raises ConfigError when the text does not fit the field's type.
+    """
     kind = typing.get_type_hints(Config)[name]
-    choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    if choices:
-        if text in choices:
-            return text
-        raise ConfigError(
-            f"{name}: {text!r} is not one of {', '.join(choices)}.{nearest(text, choices)}"
-        )
+    if typing.get_origin(kind) is Literal:
+        return _parse_choice(name, text, typing.get_args(kind))
     try:
         if kind in (bool, bool | None):
-            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-                text.lower()
-            ]
+            return _BOOLEANS[text.lower()]
         if kind is int:
             return int(text.replace("_", ""))
         return kind(text)
@@ -578,197 +632,322 @@ def parse_value(name: str, text: str):
         raise ConfigError(f"{name}: {text!r} is not {expected}") from None
 
 
-def preset_values(name: str) -> dict:
-    if name not in PRESETS:
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def _parse_choice(name: str, text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
         raise ConfigError(
-            f"unknown preset {name!r}.{nearest(name, PRESETS)} Presets: {', '.join(PRESETS)}"
+            f"{name}: {text!r} is not one of {', '.join(choices)}.{nearest(text, choices)}"
         )
-    for field in PRESETS[name]:
-        if field not in defaults():
-            raise ConfigError(
-                f"{field}: preset {name} in config.py sets it, and Config has no such field.{nearest(field, defaults())} "
-                "Correct its name in config.py."
-            )
-    return PRESETS[name]
+    return text
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean X?', or an empty string when no known name is like this one.
+
+    Known names that begin with this one come first, when they are at most three; else the name that
+    is most similar.
+    """
+    known = list(known)
+    close = [other for other in known if name and other.startswith(name)]
+    if not 1 <= len(close) <= 3:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:
+        return ""
+    return f" Did you mean {' or '.join(close)}?"
+
+
+# ---------------------------------------------------------------- resolving a configuration
 
 
 def resolve(
     options: dict, preset: str | None, gpu_memory_gb: float | None
 ) -> tuple[Config, str, str]:
-    """Builds the configuration by precedence: options (the command line), then `preset`, then defaults edited in this
-    file, then the preset for a GPU of `gpu_memory_gb` (1e9 bytes; None without one).
+    """Builds the configuration by precedence: options, preset, edited defaults, GPU memory.
+
+    `options` are the command line's. A `preset` wins over defaults edited in this file, and these
+    over the preset for a GPU of `gpu_memory_gb` (1e9 bytes; None without one).
 
     Returns (config, the preset's name or "config.py", why it was chosen). Raises ConfigError.
     """
-    edited = defaults_fingerprint() != SHIPPED_DEFAULTS
-    if preset:
-        name, why = preset, "chosen with --preset"
-    elif edited:
-        changed = [k for k, v in preset_values("18b").items() if defaults()[k] != v]
-        name = "config.py"
-        why = (
-            "its defaults were edited"
-            + (f" ({', '.join(changed)})" if changed else "")
-            + ", so no preset was chosen by GPU memory; --preset NAME chooses one"
-        )
-        if not gpu_memory_gb:
-            why += ". No GPU was found, and what was not edited is the 18b model's: --preset tiny trains on a CPU and keeps edits that it does not name"
+    name, why = _choose_preset(preset, gpu_memory_gb)
+    if name == "config.py":
+        values = {}
+        source = name
     else:
-        name = next(p for least, p in PRESET_BY_GPU_MEMORY if (gpu_memory_gb or 0) >= least)
-        why = f"the GPU has {gpu_memory_gb:.0f} GB" if gpu_memory_gb else "no GPU was found"
-    values = {} if name == "config.py" else preset_values(name)
+        values = preset_values(name)
+        source = f"preset {name} in config.py"
+    replaced = [field for field in edited_defaults() if field in values and field not in options]
+    if replaced:
+        why += _replaced_defaults_message(replaced, values)
     try:
         return Config(**{**values, **options}), name, why
     except ConfigError as error:
         raise ConfigError(
-            f"{error}\nThe values are those of {'config.py' if name == 'config.py' else f'preset {name} in config.py'} and of "
-            "the command line: correct them there."
+            f"{error}\n"
+            f"The values are those of {source} and of the command line: correct them there."
         ) from None
 
 
-# What a resumed run may not change: the model's shape, the form of its state, and which sequences come when.
-FROZEN = set(
-    """d_model n_layers n_heads n_kv_heads d_ff num_experts top_k norm_topk_prob moe_every max_seq_len vocab_size
-tie_embeddings rope_theta rms_norm_eps init_std optimizer load_balancing precision master_weights
-loss_scale validation_fraction seed""".split()
-)
+def edited_defaults() -> list[str]:
+    """The fields whose default in Config was edited, of those that presets name.
+
+    A field that no preset names has no part in the choice of a preset, edited or not.
+    """
+    shipped = preset_values("18b")
+    return [name for name, value in defaults().items() if shipped.get(name, value) != value]
+
+
+def _choose_preset(preset: str | None, gpu_memory_gb: float | None) -> tuple[str, str]:
+    """(name of a preset or "config.py", why)."""
+    if preset:
+        return preset, "chosen with --preset"
+    edited = edited_defaults()
+    if edited:
+        return "config.py", _edited_defaults_message(edited, gpu_memory_gb)
+    memory_gb = gpu_memory_gb or 0
+    name = next(name for least_gb, name in PRESET_BY_GPU_MEMORY if memory_gb >= least_gb)
+    if gpu_memory_gb:
+        return name, f"the GPU has {gpu_memory_gb:.0f} GB"
+    return name, "no GPU was found"
+
+
+def _edited_defaults_message(edited: list[str], gpu_memory_gb: float | None) -> str:
+    message = (
+        f"its defaults were edited ({', '.join(edited)}), so no preset was chosen by GPU memory; "
+        "--preset NAME chooses one"
+    )
+    if not gpu_memory_gb:
+        message += (
+            ". No GPU was found, and the defaults that were not edited are the 18b model's: "
+            "--preset tiny trains on a CPU and keeps edits that it does not name"
+        )
+    return message
+
+
+def _replaced_defaults_message(fields: list[str], values: dict) -> str:
+    words = [f"{field} is {values[field]}, not {defaults()[field]}" for field in fields]
+    return "; it replaces defaults that were edited in config.py: " + ", ".join(words)
+
+
+# ---------------------------------------------------------------- resuming a configuration
+
+# What a resumed run may not change: the shape of the model, the form of its state, and which
+# sequences come when.
+FROZEN = {
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "d_ff",
+    "num_experts",
+    "top_k",
+    "norm_topk_prob",
+    "moe_every",
+    "max_seq_len",
+    "vocab_size",
+    "tie_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+    "init_std",
+    "optimizer",
+    "load_balancing",
+    "precision",
+    "master_weights",
+    "loss_scale",
+    "validation_fraction",
+    "seed",
+}
 
 
 def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
     """The checkpoint's configuration with the command line's changes, and those changes in words.
 
-    Raises ConfigError for changes to what shapes the model, its state or the data order.
+    A field that is newer than the checkpoint has its default. Raises ConfigError for changes to the
+    shape of the model, to its state or to the data order.
     """
-    known = {f.name: saved[f.name] for f in dataclasses.fields(Config) if f.name in saved}
-    before, config = Config(**known), Config(**{**known, **options})
-    changed = {name for name in options if getattr(config, name) != getattr(before, name)}
+    known = {name: saved[name] for name in defaults() if name in saved}
+    before = Config(**known)
+    config = Config(**{**known, **options})
+    changed = [name for name in sorted(options) if getattr(config, name) != getattr(before, name)]
     refused = [
         f"{name}: the checkpoint has {getattr(before, name)}, not {getattr(config, name)}"
-        for name in sorted(changed & FROZEN)
+        for name in changed
+        if name in FROZEN
     ]
     if config.sequences_per_step != before.sequences_per_step:
         refused.append(
-            f"batch_size x gradient_accumulation_steps: the checkpoint has {before.sequences_per_step} sequences "
-            f"a step, not {config.sequences_per_step}"
+            "batch_size x gradient_accumulation_steps: the checkpoint has "
+            f"{before.sequences_per_step} sequences a step, not {config.sequences_per_step}"
         )
     if refused:
         raise ConfigError(
             "a resumed run keeps its model and its data order:\n  "
             + "\n  ".join(refused)
-            + "\nLeave these options out, or start a new run with another --save_dir; an imported model is imported again with them."
+            + "\nLeave these options out, or start a new run with another --save_dir. An imported "
+            "model is imported again with them."
         )
-    return config, [
-        f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in sorted(changed)
-    ]
+    words = [f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in changed]
+    return config, words
+
+
+# ---------------------------------------------------------------- checks of the values
+
+AT_LEAST_1 = (
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "d_ff",
+    "moe_every",
+    "top_k",
+    "max_seq_len",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "max_steps",
+    "eval_every",
+    "eval_steps",
+    "log_every",
+    "keep_checkpoints",
+    "loss_scale",
+    "loss_scale_growth_interval",
+)
+NOT_NEGATIVE = (
+    "num_experts",
+    "load_balancing_weight",
+    "router_z_loss_weight",
+    "weight_decay",
+    "grad_clip",
+    "save_every",
+    "save_minutes",
+    "num_workers",
+    "host_memory_gb",
+    "sample_tokens",
+    "muon_lr",
+    "adamw_lr",
+    "seed",
+    "max_characters",
+)
+POSITIVE = ("rope_theta", "rms_norm_eps", "adamw_eps", "init_std", "load_balancing_bias_rate")
+DECAYS = ("muon_momentum", "adamw_beta1", "adamw_beta2")
+SHARES = ("warmup_fraction", "min_lr_fraction", "max_bad_share")
 
 
 def _problems(c: Config) -> list[str]:
     """Everything that makes the configuration impossible, each with its remedy."""
+    wrong_types = _wrong_types(c)
+    if wrong_types:  # the other checks need the right types
+        return wrong_types
+    return [*_out_of_range(c), *_impossible_memory(c), *_impossible_shapes(c), *_impossible_moe(c)]
+
+
+def _wrong_types(c: Config) -> list[str]:
+    kinds = typing.get_type_hints(Config)
     found = []
+    for field in dataclasses.fields(Config):
+        value = getattr(c, field.name)
+        remedy = _type_remedy(kinds[field.name], value)
+        if remedy:
+            found.append(f"{field.name}={value!r}: {remedy}")
+    return found
 
-    def check(ok: bool, message: str):
-        if not ok:
-            found.append(message)
 
-    hints = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        kind, value = hints[f.name], getattr(c, f.name)
-        if typing.get_origin(kind) is Literal:
-            check(
-                value in typing.get_args(kind),
-                f"{f.name}={value!r}: choose one of {', '.join(typing.get_args(kind))}",
-            )
-        elif kind is float:
-            check(
-                isinstance(value, (int, float))
-                and not isinstance(value, bool)
-                and abs(value) < float("inf"),
-                f"{f.name}={value!r}: give a finite number",
-            )
-        elif kind is int:
-            check(
-                isinstance(value, int) and not isinstance(value, bool),
-                f"{f.name}={value!r}: give a whole number",
-            )
-        elif kind in (bool, bool | None):
-            check(isinstance(value, bool), f"{f.name}={value!r}: give true or false")
-        else:
-            check(
-                isinstance(value, str) and value != "",
-                f"{f.name}={value!r}: give a text that is not empty",
-            )
-    if found:  # the checks below need the right types
-        return found
+def _type_remedy(kind, value) -> str:
+    """What to give instead of a value that is not of this kind; empty for one that is."""
+    is_bool = isinstance(value, bool)  # which Python counts as a number
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        right = value in choices
+        remedy = f"choose one of {', '.join(choices)}"
+    elif kind is float:
+        right = isinstance(value, (int, float)) and not is_bool and math.isfinite(value)
+        remedy = "give a finite number"
+    elif kind is int:
+        right = isinstance(value, int) and not is_bool
+        remedy = "give a whole number"
+    elif kind in (bool, bool | None):
+        right = is_bool
+        remedy = "give true or false"
+    else:
+        right = isinstance(value, str) and value != ""
+        remedy = "give a text that is not empty"
+    return "" if right else remedy
 
-    for name in (
-        "d_model n_layers n_heads n_kv_heads d_ff moe_every top_k max_seq_len batch_size "
-        "gradient_accumulation_steps max_steps eval_every eval_steps log_every keep_checkpoints "
-        "loss_scale_growth_interval"
-    ).split():
-        check(getattr(c, name) >= 1, f"{name}={getattr(c, name)}: must be at least 1")
-    for name in (
-        "num_experts load_balancing_weight router_z_loss_weight weight_decay grad_clip save_every save_minutes "
-        "num_workers host_memory_gb sample_tokens muon_lr adamw_lr seed max_characters"
-    ).split():
-        check(getattr(c, name) >= 0, f"{name}={getattr(c, name)}: must not be negative")
-    for name in ("rope_theta", "rms_norm_eps", "adamw_eps", "init_std", "load_balancing_bias_rate"):
-        check(getattr(c, name) > 0, f"{name}={getattr(c, name)}: must be greater than 0")
-    for name in ("muon_momentum", "adamw_beta1", "adamw_beta2"):
-        check(0 <= getattr(c, name) < 1, f"{name}={getattr(c, name)}: must lie in [0, 1)")
-    for name in ("warmup_fraction", "min_lr_fraction"):
-        check(0 <= getattr(c, name) <= 1, f"{name}={getattr(c, name)}: must lie in [0, 1]")
-    check(
-        0 <= c.lighter_blocks <= c.n_layers,
-        f"lighter_blocks={c.lighter_blocks}: must lie in [0, n_layers]",
-    )
-    check(
-        0 <= c.host_gradient_blocks <= c.n_layers,
-        f"host_gradient_blocks={c.host_gradient_blocks}: must lie in [0, n_layers]",
-    )
-    check(
-        c.host_gradient_blocks == 0 or c.offload_optimizer != "false",
-        f"host_gradient_blocks={c.host_gradient_blocks}: needs --offload_optimizer true, as the optimizer reads them with its state",
-    )
-    check(
-        0 < c.validation_fraction <= 0.5,
-        f"validation_fraction={c.validation_fraction}: must lie in (0, 0.5]",
-    )
-    check(0 <= c.max_bad_share <= 1, f"max_bad_share={c.max_bad_share}: must lie in [0, 1]")
-    check(c.seed < 2**43, f"seed={c.seed}: must be under 2^43")
-    check(c.loss_scale >= 1, f"loss_scale={c.loss_scale}: must be at least 1")
-    check(
-        c.vocab_size >= 260,
-        f"vocab_size={c.vocab_size}: must be at least 260 (256 bytes and the special tokens)",
-    )
+
+def _out_of_range(c: Config) -> list[str]:
+    rules = [
+        (AT_LEAST_1, lambda x: x >= 1, "must be at least 1"),
+        (NOT_NEGATIVE, lambda x: x >= 0, "must not be negative"),
+        (POSITIVE, lambda x: x > 0, "must be greater than 0"),
+        (DECAYS, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
+        (SHARES, lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
+        (["validation_fraction"], lambda x: 0 < x <= 0.5, "must lie in (0, 0.5]"),
+        (["seed"], lambda x: x < 2**43, "must be under 2^43"),
+        (
+            ["vocab_size"],
+            lambda x: x >= 260,
+            "must be at least 260 (256 bytes and the special tokens)",
+        ),
+    ]
+    found = []
+    for names, is_right, words in rules:
+        for name in names:
+            value = getattr(c, name)
+            if not is_right(value):
+                found.append(f"{name}={value}: {words}")
+    return found
+
+
+def _impossible_memory(c: Config) -> list[str]:
+    found = []
+    for name in ("lighter_blocks", "host_gradient_blocks"):
+        if not 0 <= getattr(c, name) <= c.n_layers:
+            found.append(f"{name}={getattr(c, name)}: must lie in [0, n_layers]")
+    if c.host_gradient_blocks and c.offload_optimizer == "false":
+        found.append(
+            f"host_gradient_blocks={c.host_gradient_blocks}: needs --offload_optimizer true, as "
+            "the optimizer reads these gradients together with its state"
+        )
+    return found
+
+
+def _impossible_shapes(c: Config) -> list[str]:
+    found = []
     if c.n_heads >= 1:
-        check(
-            c.d_model % c.n_heads == 0 and (c.d_model // c.n_heads) % 2 == 0,
-            f"d_model={c.d_model}, n_heads={c.n_heads}: d_model / n_heads must be an even whole number; "
-            "change n_heads or d_model",
-        )
-        if c.n_kv_heads >= 1:
-            check(
-                c.n_heads % c.n_kv_heads == 0,
-                f"n_kv_heads={c.n_kv_heads}: must divide n_heads={c.n_heads}; "
-                "0 means as many as n_heads",
+        # rotary positions turn pairs of a head's dimensions
+        if c.d_model % c.n_heads != 0 or c.d_model // c.n_heads % 2 != 0:
+            found.append(
+                f"d_model={c.d_model}, n_heads={c.n_heads}: d_model / n_heads must be an even "
+                "whole number; change n_heads or d_model"
             )
-    check(
-        c.d_model % 8 == 0 and c.d_ff % 8 == 0,
-        f"d_model={c.d_model}, d_ff={c.d_ff}: must be multiples of 8 "
-        "(grouped products need rows of 16 bytes)",
-    )
-    if c.num_experts > 0:
-        check(
-            c.top_k <= c.num_experts,
-            f"top_k={c.top_k}: must not exceed num_experts={c.num_experts}",
+        if c.n_kv_heads >= 1 and c.n_heads % c.n_kv_heads != 0:
+            found.append(
+                f"n_kv_heads={c.n_kv_heads}: must divide n_heads={c.n_heads}; "
+                "0 means as many as n_heads"
+            )
+    if c.d_model % 8 != 0 or c.d_ff % 8 != 0:
+        found.append(
+            f"d_model={c.d_model}, d_ff={c.d_ff}: must be multiples of 8 "
+            "(grouped matmuls need rows of 16 bytes)"
         )
-        check(
-            c.moe_every <= c.n_layers,
+    return found
+
+
+def _impossible_moe(c: Config) -> list[str]:
+    if c.num_experts <= 0:
+        return []
+    found = []
+    if c.top_k > c.num_experts:
+        found.append(f"top_k={c.top_k}: must not exceed num_experts={c.num_experts}")
+    if c.moe_every > c.n_layers:
+        found.append(
             f"moe_every={c.moe_every}: larger than n_layers={c.n_layers}, so no block would be "
-            "an MoE block; lower it, or set num_experts=0 for a dense model",
+            "an MoE block; lower it, or set num_experts=0 for a dense model"
         )
-        check(
-            not (c.top_k == 1 and c.norm_topk_prob and c.num_experts > 1),
-            "norm_topk_prob=true with top_k=1: a single weight is always 1 and the router never learns; set it to false",
+    if c.top_k == 1 and c.norm_topk_prob and c.num_experts > 1:
+        found.append(
+            "norm_topk_prob=true with top_k=1: a single weight is always 1 and the router never "
+            "learns; set it to false"
         )
     return found

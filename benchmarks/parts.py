@@ -61,7 +61,7 @@ class MadeOnTheCard(OptimizerState):
 def muon_step_18b(_: Path) -> None:
     """Muon on gradients of every hidden matrix of `18b`, and AdamW on the rest, beside it."""
     device = torch.device("cuda")
-    config = Config(**PRESETS["18b"], precision="bf16")
+    config = Config(**PRESETS["18b"] | dict(precision="bf16"))
     with torch.device("meta"):
         model = MoETransformer(config)
     model.materialize(device)
@@ -105,7 +105,7 @@ def muon_step_18b(_: Path) -> None:
 
 def moe_vs_dense(_: Path) -> None:
     """Router to combine against a dense SwiGLU of top_k times the width, forward and backward, 16,384 tokens of `18b`."""
-    device, config = torch.device("cuda"), Config(**PRESETS["18b"], precision="bf16")
+    device, config = torch.device("cuda"), Config(**PRESETS["18b"] | dict(precision="bf16"))
     tokens = 4 * config.max_seq_len
     details = {}
 
@@ -176,7 +176,7 @@ def vs_transformers(_: Path) -> None:
 
     device, config = (
         torch.device("cuda"),
-        Config(**PRESETS["18b"] | dict(n_layers=4), precision="bf16"),
+        Config(**PRESETS["18b"] | dict(n_layers=4, precision="bf16")),
     )
     tokens = torch.randint(
         config.vocab_size, (config.batch_size, config.max_seq_len), device=device

@@ -404,7 +404,6 @@ def configuration() -> dict:
     errors = (config.ExperimentError, config.ConfigError, config.Diverged, config.OutOfMemory)
     return dict(
         defaults=config.defaults(),
-        fingerprint=config.SHIPPED_DEFAULTS,
         choices={
             name: list(typing.get_args(kind))
             for name, kind in kinds.items()

@@ -13,12 +13,11 @@ import config
 from config import (
     PARAMETER_KINDS,
     PRESETS,
-    SHIPPED_DEFAULTS,
     Config,
     ConfigError,
     ExperimentError,
     defaults,
-    defaults_fingerprint,
+    edited_defaults,
     field_docs,
     nearest,
     optimizer_groups,
@@ -238,8 +237,10 @@ def test_the_shipped_defaults_are_the_18b_experiment():
     )
 
 
-def test_shipped_defaults_match_their_fingerprint():
-    assert defaults_fingerprint() == SHIPPED_DEFAULTS
+def test_preset_18b_names_each_field_that_a_preset_names_with_the_shipped_default():
+    named = {field for values in PRESETS.values() for field in values}
+    assert named == PRESETS["18b"].keys()
+    assert edited_defaults() == []
 
 
 def test_every_field_is_documented():
@@ -317,13 +318,28 @@ def test_an_edited_default_switches_the_choice_by_gpu_memory_off(edited):
     assert c == module.Config() and c.n_layers == 36 and c.d_model == 4096
     assert name == "config.py" and "n_layers" in why and "--preset" in why
     assert module.resolve(dict(n_layers=8), None, 10)[0].n_layers == 8
-    assert module.resolve({}, "5b", 10)[0].n_layers == 32  # a preset wins over the edit
+
+
+def test_a_preset_wins_over_an_edited_default_and_says_so(edited):
+    module = edited("n_layers: int = 40", "n_layers: int = 36")
+    c, _, why = module.resolve({}, "5b", 10)
+    assert c.n_layers == 32 and "edited in config.py: n_layers is 32, not 36" in why
+    assert "edited" not in module.resolve(dict(n_layers=8), "5b", 10)[2], "the option replaces both"
+    assert "edited" not in resolve({}, "5b", 10)[2]
 
 
 def test_a_preset_keeps_edited_defaults_that_it_does_not_name(edited):
-    module = edited("seed: int = 1234", "seed: int = 99")
+    module = edited('data: str = "python"', 'data: str = "texts"')
     assert module.resolve({}, None, 10)[1] == "config.py"
-    assert module.resolve({}, "tiny", 10)[0].seed == 99
+    c, _, why = module.resolve({}, "tiny", 10)
+    assert c.data == "texts" and "edited" not in why
+
+
+def test_an_edit_of_a_field_that_no_preset_names_leaves_the_choice_on(edited):
+    module = edited("seed: int = 1234", "seed: int = 99")
+    for preset, gpu_gb, name in ((None, 10, "small"), (None, None, "tiny"), ("2b", 10, "2b")):
+        c, found, why = module.resolve({}, preset, gpu_gb)
+        assert (c.seed, found) == (99, name) and "edited" not in why
 
 
 @pytest.mark.parametrize(
@@ -362,7 +378,7 @@ def test_a_wrong_edit_is_named_with_its_remedy(edited, old, new, preset, words):
 
 
 def test_edited_defaults_on_a_cpu_say_what_they_make_it_train(edited):
-    module = edited("seed: int = 1234", "seed: int = 99")
+    module = edited("grad_clip: float = 1.0", "grad_clip: float = 0.5")
     assert (
         "No GPU was found" in (why := module.resolve({}, None, None)[2])
         and "18b" in why

@@ -378,7 +378,7 @@ def test_plan_says_what_would_fit(cli):
 
 
 def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_path):
-    monkeypatch.setattr("planner.plan.__file__", str(tmp_path / "planner" / "plan.py"))
+    monkeypatch.setattr("run_experiment.__file__", str(tmp_path / "run_experiment.py"))
     argv = ("--preset", "18b", "--gpu", "h200")
     assert (
         planned(cli, *argv)["hours"] is None
@@ -432,7 +432,7 @@ def test_precedence_on_the_command_line(cli, monkeypatch):
         (["--preset", "5b"], "5b: chosen with --preset"),
     ):
         assert reason in cli("plan", *argv)[1]
-    monkeypatch.setattr("config.SHIPPED_DEFAULTS", "edited")
+    monkeypatch.setitem(PRESETS["18b"], "grad_clip", 0.5)  # so the default differs from it
     assert (
         planned(cli, "--gpu", "h200")["preset"] == "config.py"
         and planned(cli, "--preset", "5b")["preset"] == "5b"
