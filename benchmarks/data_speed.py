@@ -33,7 +33,7 @@ import torch
 import data
 from benchmarks.result_files import ROOT, write
 from config import PRESETS, Config
-from corpus.sources import Text
+from corpus.sources import open_source
 from corpus.tokenizer import train_tokenizer
 from record import results
 
@@ -50,7 +50,7 @@ def tokenizing(folder: Path) -> dict:
 
     text, size = folder / "text.jsonl", 0
     with open(text, "w") as file:
-        for piece, _ in Text(Config(data="installed")).documents():
+        for piece, _ in open_source(Config(data="installed")).chunks():
             size += len(piece.encode())
             file.write(json.dumps({"text": piece}) + "\n")
             if size > TEXT_MB * 1e6:
@@ -61,9 +61,8 @@ def tokenizing(folder: Path) -> dict:
         tokenizer=str(folder / "tokenizer.json"),
         max_seq_len=1024,
     )
-    sample = (
-        piece for number, (piece, _) in enumerate(Text(config).documents()) if number % 4 == 0
-    )
+    chunks = enumerate(open_source(config).chunks())
+    sample = (piece for number, (piece, _) in chunks if number % 4 == 0)
     (folder / "tokenizer.json").write_text(train_tokenizer(sample, 32768))
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=config.tokenizer)
     table = datasets.load_dataset("json", data_files=str(text), split="train")

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Config, ConfigError, ExperimentError
+from corpus import sources
 from corpus.external import Joined, cut_shards, import_shards, open_external_shard
 from corpus.shards import (
     build,
@@ -23,7 +24,7 @@ from corpus.shards import (
     replace_file,
     scan,
 )
-from corpus.sources import SHARD_SUFFIX, Text
+from corpus.sources import Source
 from corpus.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer, sha256, trained_size
 
 UNFINISHED_DAYS = 7  # after which what a killed build left is deleted
@@ -56,9 +57,8 @@ def prepare(config: Config) -> Corpus:
             f"num_workers={config.num_workers}: more than this machine's {os.cpu_count()} cores, so that they would "
             "wait for each other. 0 or 1 is enough as a rule"
         )
-    text = Text(config)
-    foreign = bool(text.files) and text.files[0].lower().endswith(SHARD_SUFFIX)
-    if foreign and trained_size(config):
+    text = sources.open_source(config)
+    if text.token_shards and trained_size(config):
         raise ExperimentError(
             f"{config.data}: token shards do not say which tokenizer made them. Name it with --tokenizer, such "
             "as hf:gpt2 for those of nanoGPT and modded-nanogpt, or the path of a tokenizer.json"
@@ -80,8 +80,8 @@ def prepare(config: Config) -> Corpus:
                 tokenizer_json = read_tokenizer(config)
             _delete_old_leftovers(cache)
             with _unfinished(cache, folder.name) as unfinished:
-                if foreign:
-                    import_shards(config, text.files, tokenizer_json, unfinished)
+                if text.token_shards:
+                    import_shards(config, text.token_shards, tokenizer_json, unfinished)
                 else:
                     _build_or_link(config, text, tokenizer_json, unfinished)
                 try:
@@ -109,7 +109,7 @@ def prepare(config: Config) -> Corpus:
 # --- the cache
 
 
-def _cache_key(config: Config, text: Text, tokenizer_json: str | None) -> str:
+def _cache_key(config: Config, text: Source, tokenizer_json: str | None) -> str:
     """Changes with whatever changes the shards."""
     return sha256(json.dumps([build_key(config, tokenizer_json), text.identity()]))[:16]
 
@@ -179,7 +179,7 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
 
 
-def _build_or_link(config: Config, text: Text, tokenizer_json: str | None, folder: Path) -> None:
+def _build_or_link(config: Config, text: Source, tokenizer_json: str | None, folder: Path) -> None:
     """Makes the shards, unless the cache has those of the same text, from wherever it was read, and the same recipe."""
     found = scan(text, folder)
     if found["bad"]:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config, ExperimentError
-from corpus.sources import Text
+from corpus.sources import Source
 from corpus.tokenizer import (
     encoder,
     load_tokenizer,
@@ -97,38 +97,37 @@ def data_hash(pieces: np.ndarray) -> str:
     return total.hexdigest()
 
 
-def scan(text: Text, folder: Path) -> dict:
+def scan(text: Source, folder: Path) -> dict:
     """Reads the text once; of a hub's data set only as much as a tokenizer is trained on. Kept in the folder for the next
-    time. Returns pieces (CHUNK array), whole (whether they are all), and rows, bad, bad_rows as Text has them."""
+    time. Returns pieces (CHUNK array), whole (whether they are all), and rows, bad, bad_rows of its RowCounter."""
     path = folder / "survey.npz"
     if path.exists():
         with np.load(path) as saved:
             return {name: saved[name] if saved[name].ndim else saved[name].item() for name in saved}
     hashes, lengths, ends, whole = array("Q"), array("L"), bytearray(), True
+    characters = 0
     with Bar("reading the corpus") as bar:
-        for piece, last in text.documents():
+        for piece, last in text.chunks():
             hashes.append(text_hash(piece))
             lengths.append(len(piece))
             ends.append(last)
             bar.add(len(piece), last)
+            characters += len(piece)
             if (
-                text.hub and text.characters >= TOKENIZER_SAMPLE and last
+                not text.scan_to_end and characters >= TOKENIZER_SAMPLE and last
             ):  # `surveyed` says the same
                 whole = False
                 break
     if not hashes:
-        what = (
-            text.files[0]
-            if len(text.files) == 1
-            else f"every file of {text.config.data}"
-            if text.files
-            else text.config.data
-        )
-        raise ExperimentError(f"{what} is empty. Give --data a corpus with text")
+        raise ExperimentError(f"{text.name} is empty. Give --data a corpus with text")
     pieces = np.empty(len(hashes), CHUNK)
     pieces["hash"], pieces["length"], pieces["last"] = hashes, lengths, np.frombuffer(ends, bool)
     found = dict(
-        pieces=pieces, whole=whole, rows=text.rows, bad=text.bad, bad_rows="; ".join(text.bad_rows)
+        pieces=pieces,
+        whole=whole,
+        rows=text.rows.read,
+        bad=text.rows.bad,
+        bad_rows="; ".join(text.rows.problems),
     )
     np.savez(folder / "survey.tmp.npz", **found)
     os.replace(folder / "survey.tmp.npz", path)
@@ -157,10 +156,8 @@ def last_held_out(pieces: np.ndarray, validation_fraction: float) -> int:
     return int(pieces["hash"][held_out].max()) if held_out.any() else -1
 
 
-def _changed(text: Text) -> ExperimentError:
-    return ExperimentError(
-        f"the corpus {text.config.data} changed while it was being read; run again"
-    )
+def _changed(text: Source) -> ExperimentError:
+    return ExperimentError(f"the corpus {text.name} changed while it was being read; run again")
 
 
 # --- building shards
@@ -196,7 +193,7 @@ def replace_file(path: Path, content: str) -> None:
 
 
 def build(
-    config: Config, text: Text, found: dict, tokenizer_json: str | None, folder: Path
+    config: Config, text: Source, found: dict, tokenizer_json: str | None, folder: Path
 ) -> None:
     """Trains the tokenizer when tokenizer_json is None, and writes train.bin, validation.bin, tokenizer.json and the facts
     in corpus.json; `found` is the text's survey. Goes on from what a killed build left in the folder."""
@@ -204,11 +201,9 @@ def build(
     pieces, lengths = found["pieces"], found["pieces"]["length"].astype(np.int64)
     limit, characters = last_held_out(pieces, config.validation_fraction), int(lengths.sum())
     held_out = pieces["hash"] <= limit
-    what = (
-        f"{len(text.files):,} files"
-        if text.files
-        else ("" if found["whole"] else "the beginning of ") + config.data
-    )
+    what = text.description
+    if not found["whole"]:
+        what = f"the beginning of {what}"
     print(
         f"data: {what}, {len(pieces):,} documents, {characters:,} characters, {lengths[held_out].sum() / characters:.2%} held out"
     )
@@ -264,10 +259,10 @@ def build(
     )
 
 
-def _chosen(text: Text, pieces: np.ndarray, chosen: np.ndarray):
+def _chosen(text: Source, pieces: np.ndarray, chosen: np.ndarray):
     """The chosen pieces of a text that was surveyed."""
     with Bar("training the tokenizer", int(pieces["length"][chosen].sum())) as bar:
-        for (piece, last), expected, take in zip(text.documents(), pieces["hash"], chosen):
+        for (piece, last), expected, take in zip(text.chunks(), pieces["hash"], chosen):
             if text_hash(piece) != expected:
                 raise _changed(text)
             if take:
@@ -323,7 +318,7 @@ def _start_worker(_number: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _batches(text: Text, found: dict, limit: int, start: dict | None):
+def _batches(text: Source, found: dict, limit: int, start: dict | None):
     """Cuts the text after `start` into batches: yields (what _Encoder is indexed by, its CHUNK array, a position to go on
     from or None). Pieces whose hash is at most `limit` are held out. Raises ExperimentError when the text has changed."""
     pieces, number, since = found["pieces"], start["pieces"] if start else 0, 0
@@ -332,7 +327,7 @@ def _batches(text: Text, found: dict, limit: int, start: dict | None):
         """(text, hash, last, side, separate): end-of-text follows the last piece of a document, and a piece whose successor
         is on the other side."""
         previous = None
-        for piece, last in text.documents(start):
+        for piece, last in text.chunks(start):
             digest = text_hash(piece)
             side = digest <= limit
             if previous:
@@ -349,18 +344,17 @@ def _batches(text: Text, found: dict, limit: int, start: dict | None):
 
     batch, size = [], 0
     for one in marked():
-        piece, digest, last, _, _ = one
+        piece, digest, *_ = one
         if number < len(pieces) and pieces["hash"][number] != digest:
             raise _changed(text)
         batch.append(one)
         number, size, since = number + 1, size + len(piece), since + len(piece)
         if size >= TOKENIZE_CHARACTERS:
             position = None
-            if since >= SHARD_CHARACTERS and (last or not text.hub):
-                position, since = (
-                    text.position() | dict(pieces=number),
-                    0,
-                )  # the text may be a piece ahead
+            if since >= SHARD_CHARACTERS:
+                position = text.position(number)
+                if position is not None:
+                    since = 0
             yield packed(batch, position)
             batch, size = [], 0
     if found["whole"] and number != len(pieces):
@@ -399,7 +393,7 @@ def _progress(folder: Path, names: tuple, width: int) -> dict:
     return done
 
 
-def _write_shards(folder: Path, text: Text, found: dict, limit: int, tokens_of: _Encoder) -> dict:
+def _write_shards(folder: Path, text: Source, found: dict, limit: int, tokens_of: _Encoder) -> dict:
     """Appends the tokens of the text to train.bin and validation.bin, after room for their headers, and what it read to
     pieces.bin. Returns tokens (of both) and characters, all that there are."""
     names = ("train.bin", "validation.bin", "pieces.bin")

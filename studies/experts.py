@@ -27,13 +27,14 @@ from tokenizers import Tokenizer
 import data
 from cli import exit_code, new_parser
 from config import Config, ExperimentError, resumed_config
+from corpus.sources import Source, open_source
 from corpus.tokenizer import load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
 from planner.machine import cpu_cores
 from record import checkpoint
 from record.checkpoint import open_model
-from tools.evaluate import DomainText, held_out
+from tools.evaluate import held_out
 
 KINDS = (
     "keyword",
@@ -145,13 +146,13 @@ def _file_tokens(job: tuple[str, list[str], list[int], list[bool]]) -> tuple[lis
     return tokens, np.concatenate(labels)
 
 
-def domain(text: DomainText) -> str:
+def domain(text: Source, data: str) -> str:
     """The package that the file being read belongs to; of text that is not `installed`, tools.evaluate's domain."""
-    if text.config.data != "installed":
+    if data != "installed":
         return text.domain()
     for packages in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        if Path(text.now).is_relative_to(packages):
-            return Path(text.now).relative_to(packages).parts[0]
+        if Path(text.path).is_relative_to(packages):
+            return Path(text.path).relative_to(packages).parts[0]
     return "Python's library"
 
 
@@ -161,8 +162,8 @@ def label(config: Config, corpus: data.Corpus) -> Labels:
     places: list[str] = []
 
     def jobs():
-        text, first = DomainText(config), 0
-        pieces = ((text.now, domain(text), *piece) for piece in text.documents())
+        text, first = open_source(config), 0
+        pieces = ((text.path, domain(text, config.data), *piece) for piece in text.chunks())
         for (path, place), group in itertools.groupby(pieces, key=lambda piece: piece[:2]):
             _, _, texts, lasts = zip(*group)
             mine = [*chosen[first : first + len(texts)], False]

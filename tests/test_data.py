@@ -53,13 +53,13 @@ def test_python_is_the_standard_library_without_odd_files(tmp_path, monkeypatch)
     }
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(paths[name]))
     config = config_for(tmp_path, data="python")
-    assert [os.path.relpath(f, library) for f in sources.find_files(config)] == [
+    assert [os.path.relpath(f, library) for f in sources.open_source(config).files] == [
         "a.py",
         "empty.py",
         "latin.py",
         "b/c.py",
     ]
-    assert [t.split("\r\n")[0] for t, _ in sources.Text(config).documents()] == [
+    assert [t.split("\r\n")[0] for t, _ in sources.open_source(config).chunks()] == [
         "# a.py",
         "# b/c.py",
     ]
@@ -90,14 +90,14 @@ def test_installed_adds_source_headers_and_text_of_packages_once(tmp_path, monke
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(paths[name]))
     found = [
         os.path.relpath(f, library)
-        for f in sources.find_files(config_for(tmp_path, data="installed"))
+        for f in sources.open_source(config_for(tmp_path, data="installed")).files
     ]
     assert found[0] == "a.py" and sorted(found) == sorted(n for n in names if not n.endswith(".so"))
 
 
 def test_real_standard_library_is_found():
-    files = sources.find_files(Config(**PRESETS["tiny"]))
-    assert len(files) > 300 and files == sources.find_files(Config(**PRESETS["tiny"]))
+    files = sources.open_source(Config(**PRESETS["tiny"])).files
+    assert len(files) > 300 and files == sources.open_source(Config(**PRESETS["tiny"])).files
     assert not any("site-packages" in f or "dist-packages" in f for f in files)
 
 
@@ -111,14 +111,14 @@ def test_user_files_folders_and_globs(tmp_path):
 
     def documents(where):
         config = config_for(tmp_path, data=str(where))
-        return [t for t, _ in sources.Text(config).documents()]
+        return [t for t, _ in sources.open_source(config).chunks()]
 
     assert documents(text) == ["a.txt", "b.MD", "c.py", "one", "two", "three", "sub/e.txt"]
     assert documents(text / "*.txt") == ["a.txt"]
     assert documents(text / "**" / "*.txt") == ["a.txt", "sub/e.txt"]
     assert documents(text / "f.jsonl") == ["one", "two"]
     config = config_for(tmp_path, data=str(text / "g.parquet"), text_field="body")
-    assert [t for t, _ in sources.Text(config).documents()] == ["x"]
+    assert [t for t, _ in sources.open_source(config).chunks()] == ["x"]
 
 
 def test_line_ends_and_characters_arrive_unchanged(tmp_path):
@@ -127,15 +127,15 @@ def test_line_ends_and_characters_arrive_unchanged(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}))
     for name in ("a.txt", "b.jsonl"):
         config = config_for(tmp_path, data=str(tmp_path / name))
-        assert [t for t, _ in sources.Text(config).documents()] == [text]
+        assert [t for t, _ in sources.open_source(config).chunks()] == [text]
 
 
 def test_long_documents_are_cut_at_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", (50, 50))
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", (50, 50))
     text = "".join(story(i) for i in range(3)) + "é" * 333 + "\nend"
     (tmp_path / "a.txt").write_text(text)
     config = config_for(tmp_path, data=str(tmp_path / "a.txt"))
-    pieces = list(sources.Text(config).documents())
+    pieces = list(sources.open_source(config).chunks())
     assert "".join(t for t, _ in pieces) == text
     assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
     assert max(len(t) for t, _ in pieces) <= 100  # also where the line is longer than that
@@ -173,7 +173,7 @@ def test_empty_files(tmp_path, folder):
     ],
 )
 def test_undecodable_text_is_named_with_the_byte(tmp_path, name, place, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", (50, 50))
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", (50, 50))
     good = "".join(
         json.dumps({"text": "x é" * 20}, ensure_ascii=False) + "\n" for _ in range(500)
     ).encode()
@@ -207,9 +207,9 @@ def test_bad_parquet(tmp_path):
     fails(config, "rows.parquet", "'text'", "body, id", "--text_field")
     fails(replace(config, text_field="id"), "rows.parquet, row 1", "--text_field")
     path.write_bytes(path.read_bytes()[:-20])
-    fails(config, "rows.parquet", "not a sound parquet file", "again")
+    fails(config, "rows.parquet", "not a valid parquet file", "again")
     path.write_bytes(b"")
-    fails(config, "rows.parquet", "not a sound parquet file")
+    fails(config, "rows.parquet", "not a valid parquet file")
 
 
 def test_too_small_a_corpus(tmp_path, folder):
@@ -340,12 +340,12 @@ def test_end_of_text_follows_every_document_and_only_those(tmp_path, folder):
 
 
 def test_pieces_of_a_long_file_are_joined_on_their_side(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", (300, 300))
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", (300, 300))
     text = "".join(story(i) for i in range(40))
     (tmp_path / "one.txt").write_text(text)
     config = config_for(tmp_path, data=str(tmp_path / "one.txt"))
     corpus = data.prepare(config)
-    pieces = [t for t, _ in sources.Text(config).documents()]
+    pieces = [t for t, _ in sources.open_source(config).chunks()]
     assert len(pieces) == corpus.documents > 10
     runs = [text_of(corpus, t).split("<|endoftext|>") for t in (corpus.train, corpus.validation)]
     assert runs[0].pop() == runs[1].pop() == ""
@@ -472,9 +472,7 @@ def test_bad_tokenizers(tmp_path, folder):
 
 def test_second_time_opens_the_cache(tmp_path, folder, monkeypatch):
     first = data.prepare(config_for(tmp_path))
-    monkeypatch.setattr(
-        sources.Text, "documents", lambda *a: pytest.fail("the text was read again")
-    )
+    monkeypatch.setattr(sources.Files, "chunks", lambda *a: pytest.fail("the text was read again"))
     second = data.prepare(config_for(tmp_path, seed=8, batch_size=2, max_seq_len=8))
     assert np.array_equal(first.train, second.train) and np.array_equal(
         first.validation, second.validation

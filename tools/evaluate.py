@@ -9,7 +9,6 @@ end-of-text between documents, in windows of max_seq_len tokens; every token is 
 end-of-text, which has no bytes, and so compare models whatever their tokenizers.
 """
 
-import functools
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy
 import torch
@@ -27,8 +25,7 @@ from tqdm import tqdm
 
 from cli import exit_code, new_parser
 from config import Config, ConfigError, ExperimentError, resumed_config
-from corpus import shards
-from corpus.sources import SHARD_SUFFIX, Text
+from corpus import shards, sources
 from corpus.tokenizer import encode, load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
@@ -66,36 +63,11 @@ class Sums:
 # ---------------------------------------------------------------- the text
 
 
-class DomainText(Text):
-    """The text that config.data names, and which of its files is being read."""
-
-    now: str | None = None
-
-    @functools.cached_property
-    def _root(self) -> str:
-        return os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in self.files})
-
-    def _file_pieces(self, path: str):
-        self.now = path
-        yield from super()._file_pieces(path)
-
-    def domain(self) -> str:
-        """The top-level folder of the file being read or, beside such folders, its suffix; a hub's data set by its name."""
-        if self.now is None:
-            return self.config.data
-        first, *rest = Path(os.path.relpath(self.now, self._root)).parts
-        return first if rest else Path(first).suffix or first
-
-
 def texts(config: Config) -> Iterator[tuple[str, str, bool]]:
     """(domain, text, whether its document ends with it) of all that config.data names."""
-    text = DomainText(config)
-    if text.files and text.files[0].lower().endswith(SHARD_SUFFIX):
-        raise ExperimentError(
-            f"{config.data} holds token shards, which have no bytes to count. Give the text itself with --data"
-        )
-    for piece, last in text.documents():
-        yield text.domain(), piece, last
+    source = sources.open_source(config)
+    for piece, last in source.chunks():
+        yield source.domain(), piece, last
 
 
 def held_out(config: Config, data_hash: str, remedy: str) -> numpy.ndarray:
@@ -107,7 +79,8 @@ def held_out(config: Config, data_hash: str, remedy: str) -> numpy.ndarray:
         raise ExperimentError(
             f"{config.data} is not the text that the checkpoint was trained on, so what was held out is not known. {remedy}"
         )
-    deciding = shards.scanned(pieces) if Text(config).hub else pieces
+    whole = sources.open_source(config).scan_to_end
+    deciding = pieces if whole else shards.scanned(pieces)
     return pieces["hash"] <= shards.last_held_out(deciding, config.validation_fraction)
 
 

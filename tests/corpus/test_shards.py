@@ -157,7 +157,7 @@ def test_a_full_disk_keeps_the_finished_shards(tmp_path, folder, small_shards, e
 
 
 def test_a_build_of_another_process_is_not_taken_from_it(tmp_path, folder):
-    key = _cache_key(config_for(tmp_path), sources.Text(config_for(tmp_path)), None)
+    key = _cache_key(config_for(tmp_path), sources.open_source(config_for(tmp_path)), None)
     with _unfinished(tmp_path / "cache", key) as first:
         (first / "progress.json").write_text("{}")
         with _unfinished(tmp_path / "cache", key) as second:

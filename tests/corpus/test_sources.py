@@ -21,13 +21,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import data
 from config import Config, ConfigError
 from corpus import shards, sources
-from corpus.sources import Text
+from corpus.sources import open_source
 from corpus.tokenizer import encoder, load_tokenizer, train_tokenizer, trained_size
 from tests.corpus.stories import STORIES, config_for, fails
 
 
 def documents(config: Config) -> list[str]:
-    return [text for text, _ in Text(config).documents()]
+    return [text for text, _ in open_source(config).chunks()]
 
 
 def write_rows(path: Path, rows, field: str = "text") -> Path:
@@ -79,7 +79,7 @@ def test_a_damaged_compressed_file_is_refused(tmp_path, name, how):
     (tmp_path / name).write_bytes(
         dict(cut=whole[:-20], flipped=bytes(raw), other=b"no archive", empty=b"")[how]
     )
-    fails(config_for(tmp_path, data=str(tmp_path / name)), name, "no sound", "again")
+    fails(config_for(tmp_path, data=str(tmp_path / name)), name, "not a valid", "again")
 
 
 @pytest.mark.parametrize("pattern", ["", "**", "**/*.txt"])
@@ -153,10 +153,10 @@ def test_max_characters_ends_the_corpus(tmp_path, limit, expected):
 
 
 def test_max_characters_ends_a_long_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE_CHARACTERS", (50, 50))
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", (50, 50))
     (tmp_path / "a.txt").write_text("".join(STORIES[:3]))
     pieces = list(
-        Text(config_for(tmp_path, data=str(tmp_path / "a.txt"), max_characters=120)).documents()
+        open_source(config_for(tmp_path, data=str(tmp_path / "a.txt"), max_characters=120)).chunks()
     )
     assert 120 <= sum(len(text) for text, _ in pieces) < 220 and [last for _, last in pieces] == [
         False
@@ -194,9 +194,9 @@ def test_bad_rows_are_counted_and_left_out_up_to_the_stated_share(tmp_path, name
     for share, enough in ((0.002, True), (0.0019, False)):  # 2 of 1000
         config = config_for(tmp_path, data=str(path), max_bad_share=share)
         if enough:
-            text = Text(config)
-            assert "".join(t for t, _ in text.documents()).replace("\n", "") == "".join(texts)
-            assert (text.rows, text.bad) == (1000, 2)
+            text = open_source(config)
+            assert "".join(t for t, _ in text.chunks()).replace("\n", "") == "".join(texts)
+            assert (text.rows.read, text.rows.bad) == (1000, 2)
             corpus = data.prepare(config)
             assert (
                 "2 of 1,000 lines or rows cannot be read and are left out: "
@@ -240,8 +240,8 @@ def test_each_bad_row_is_named_with_its_own_place(tmp_path):
         "rows.jsonl:3: not valid JSON (Expecting ',' delimiter: character 14)",
         "; ...",
     )
-    text = Text(replace(config, max_bad_share=1.0))
-    assert list(text.documents()) == [] and text.bad == 4
+    text = open_source(replace(config, max_bad_share=1.0))
+    assert list(text.chunks()) == [] and text.rows.bad == 4
 
 
 @pytest.mark.parametrize(
@@ -330,16 +330,16 @@ def hub(tmp_path) -> Path:
 
 
 def test_the_form_of_a_hub_name():
-    assert sources._hub_name("hf:a/b") == ("a/b", None, "train")
-    assert sources._hub_name("hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2") == (
+    assert sources.parse_hub_name("hf:a/b") == ("a/b", None, "train")
+    assert sources.parse_hub_name("hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2") == (
         "HuggingFaceTB/smollm-corpus",
         "cosmopedia-v2",
         "train",
     )
-    assert sources._hub_name("hf:a/b::test") == ("a/b", None, "test")
+    assert sources.parse_hub_name("hf:a/b::test") == ("a/b", None, "test")
     for name in ("hf:", "hf::c", "hf:a:b:c:d"):
         with pytest.raises(ConfigError, match="hf:DATASET"):
-            sources._hub_name(name)
+            sources.parse_hub_name(name)
 
 
 def test_a_data_set_is_streamed(tmp_path, hub):
@@ -367,7 +367,7 @@ def test_a_data_set_becomes_the_corpus_that_its_files_are(tmp_path, hub, monkeyp
         corpus.validation, files.validation
     )
     monkeypatch.setattr(
-        sources, "_open_hub", lambda config: pytest.fail("the data set was opened again")
+        sources, "_open_hub", lambda source: pytest.fail("the data set was opened again")
     )
     assert np.array_equal(data.prepare(config).train, corpus.train)
 
@@ -418,37 +418,35 @@ def test_the_same_text_from_a_file_does_not_take_over_a_split_that_the_beginning
 def test_a_data_set_that_save_to_disk_left(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict(dict(id=range(40), text=STORIES)).save_to_disk(tmp_path / "saved")
-    text = Text(config_for(tmp_path, data=f"hf:{tmp_path / 'saved'}"))
-    reading = text.documents()
+    text = open_source(config_for(tmp_path, data=f"hf:{tmp_path / 'saved'}"))
+    reading = text.chunks()
     assert [next(reading)[0] for _ in range(25)] == STORIES[:25]
-    again = Text(config_for(tmp_path, data=f"hf:{tmp_path / 'saved'}"))
+    again = open_source(config_for(tmp_path, data=f"hf:{tmp_path / 'saved'}"))
     assert [
-        piece for piece, _ in again.documents(json.loads(json.dumps(text.position())))
+        piece for piece, _ in again.chunks(json.loads(json.dumps(text.position(25))))
     ] == STORIES[25:]
 
 
 @pytest.mark.parametrize("cut", [1, 24, 25, 26, 39])
 def test_a_data_set_goes_on_from_a_position(tmp_path, hub, cut):
-    first, second = (Text(config_for(tmp_path, data=f"hf:{hub}:big")) for _ in range(2))
-    reading = first.documents()
+    first, second = (open_source(config_for(tmp_path, data=f"hf:{hub}:big")) for _ in range(2))
+    reading = first.chunks()
     assert [next(reading)[0] for _ in range(cut)] == STORIES[:cut]
-    position = json.loads(json.dumps(first.position()))
+    position = json.loads(json.dumps(first.position(cut)))
     reads = []
-    second._row_pieces, read = (
-        lambda rows: read(map(lambda row: reads.append(1) or row, rows)),
-        second._row_pieces,
-    )
-    assert [text for text, _ in second.documents(position)] == STORIES[cut:]
+    values = second._values
+    second._values = lambda: map(lambda row: reads.append(1) or row, values())
+    assert [text for text, _ in second.chunks(position)] == STORIES[cut:]
     assert (
         len(reads) == 40 - cut
-        and second.pieces == 40
-        and second.characters == sum(map(len, STORIES))
+        and second.chunks_read == 40
+        and second.characters_read == sum(map(len, STORIES))
     )
 
 
 def test_time_left_is_known_when_the_data_set_says_how_long_it_is(tmp_path, hub):
-    text = Text(config_for(tmp_path, data=f"hf:{hub}:big"))
-    next(text.documents())
+    text = open_source(config_for(tmp_path, data=f"hf:{hub}:big"))
+    next(text.chunks())
     assert text.expected_characters(1000, 10) is None
     text.stream.info.splits = {"train": type("Split", (), dict(num_examples=40))}
     assert text.expected_characters(1000, 10) == 4000

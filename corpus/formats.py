@@ -1,0 +1,280 @@
+"""The documents of one file, in chunks, whatever its format: text, JSON lines or parquet, compressed or not.
+
+Lines and rows that hold no valid text are left out and counted in a RowCounter. sources.py says which files are read
+and in which order; nothing here knows of that.
+"""
+
+import functools
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from config import ExperimentError
+
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET_SUFFIX = ".parquet"
+TEXT_SUFFIXES = (".txt", ".md", ".py", *JSON_SUFFIXES, PARQUET_SUFFIX)
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+NAMED_PROBLEMS = 3  # of the lines and rows that are left out, those that a message describes
+
+Chunk = tuple[str, bool]  # text, and whether its document ends with it
+
+
+@dataclass
+class RowCounter:
+    """Counts the lines and rows that were read, and those of them that were left out as they hold no valid text."""
+
+    read: int = 0
+    bad: int = 0
+    problems: list[str] = field(default_factory=list)  # "place: what is wrong" of the first ones
+
+    def leave_out(self, place: str, describe: Callable[[], str], count: int = 1) -> None:
+        """Counts `count` bad rows at a place. `describe` says what is wrong with the first one; it may read the file
+        again, so it is called only when a message will name this place."""
+        named = any(problem.startswith(f"{place}: ") for problem in self.problems)
+        if len(self.problems) < NAMED_PROBLEMS and not named:
+            self.problems.append(f"{place}: {describe()}")
+        self.bad += count
+
+
+# --- chunks
+
+
+def cut(text: TextIO, length: int) -> Iterator[Chunk]:
+    """Cuts a document into chunks of `length` characters, each prolonged to the end of its line unless that is as far
+    again."""
+    return _mark_last(_lines_together(text, length))
+
+
+def _lines_together(text: TextIO, length: int) -> Iterator[str]:
+    while chunk := text.read(length):
+        if len(chunk) == length:
+            chunk += text.readline(length)
+        yield chunk
+
+
+def _mark_last(chunks: Iterable[str]) -> Iterator[Chunk]:
+    previous = None
+    for chunk in chunks:
+        if previous is not None:
+            yield previous, False
+        previous = chunk
+    if previous is not None:
+        yield previous, True
+
+
+def file_chunks(path: str, text_field: str, length: int, rows: RowCounter) -> Iterator[Chunk]:
+    """The documents of a file in chunks of `length` characters. A text file is one document; a line of a .jsonl file and
+    a row of a .parquet file has one in its field `text_field`. Raises ExperimentError when the file cannot be read."""
+    name = path.lower()
+    try:
+        if name.endswith(JSON_SUFFIXES):
+            yield from row_chunks(_json_rows(path, text_field, rows), text_field, length, rows)
+        elif name.endswith(PARQUET_SUFFIX):
+            yield from row_chunks(_parquet_rows(path, text_field, rows), text_field, length, rows)
+        else:
+            with open_text(path) as file:
+                yield from _mark_last(_valid_lines(path, file, length, rows))
+    except OSError as error:
+        # pyarrow raises it, without a number, when what it decompresses is damaged.
+        if name.endswith(tuple(COMPRESSIONS)) and error.errno is None:
+            raise ExperimentError(
+                f"{path} is not a valid {Path(path).suffix} file ({error}). Make or download it again"
+            ) from error
+        raise cannot_read(path, error) from error
+
+
+def cannot_read(path: str, error: OSError) -> ExperimentError:
+    return ExperimentError(
+        f"cannot read {path}: {error.strerror}. Correct it or take it out of --data"
+    )
+
+
+def _valid_lines(path: str, file: TextIO, length: int, rows: RowCounter) -> Iterator[str]:
+    """Chunks of a text file without its lines that are not text."""
+    for chunk in _lines_together(file, length):
+        if _is_text(chunk):
+            rows.read += chunk.count("\n") + (not chunk.endswith("\n"))
+            yield chunk
+            continue
+        lines = list(io.StringIO(chunk, newline=""))
+        # Counted by lines and not by "\n", as a "\r" alone ends one too: no more may be bad than there are.
+        rows.read += len(lines)
+        valid = [line for line in lines if _is_text(line)]
+        rows.leave_out(path, functools.partial(_problem_of_file, path), len(lines) - len(valid))
+        if valid:
+            yield "".join(valid)
+
+
+def row_chunks(
+    values: Iterable[tuple[str, Any]], text_field: str, length: int, rows: RowCounter
+) -> Iterator[Chunk]:
+    """Chunks of the documents that are values of a field, from (place, value) of each. A null is no document."""
+    for place, value in values:
+        if value is None:
+            continue
+        if not isinstance(value, str):
+            raise ExperimentError(
+                f"{place}: field {text_field!r} holds no text: {value!r:.60}. Correct it, or choose another field with "
+                "--text_field"
+            )
+        if not _is_valid_utf8(value):
+            rows.leave_out(place, functools.partial(_problem_of_field, text_field, value))
+        elif len(value) > length:
+            yield from cut(io.StringIO(value, newline=""), length)
+        elif value:
+            yield value, True
+
+
+# --- formats
+
+
+def open_text(path: str) -> TextIO:
+    """A text file, compressed or not, as a stream that keeps line ends as they are. Bytes that are not UTF-8 become lone
+    surrogates, by which `_is_valid_utf8` knows them."""
+    compression = COMPRESSIONS.get(Path(path).suffix.lower())
+    raw: Any
+    if compression:
+        # Even an archive of no text has a header; pyarrow takes a file of no bytes for an empty archive.
+        if not Path(path).stat().st_size:
+            raise OSError("it has no bytes")
+        import pyarrow  # slow to import
+
+        raw = io.BufferedReader(pyarrow.input_stream(path, compression=compression), 1 << 20)
+    else:
+        raw = open(path, "rb")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _json_rows(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[str, Any]]:
+    """Yields (place, value of the field) of every line that is not blank."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.isspace():
+                continue
+            place = f"{path}:{number}"
+            rows.read += 1
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                rows.leave_out(place, functools.partial(_problem_of_json, line, error))
+                continue
+            if not isinstance(row, dict):
+                raise no_field(place, text_field, "the line is not an object")
+            if text_field not in row:
+                raise no_field(place, text_field, f"the fields are {', '.join(row)}")
+            yield place, row[text_field]
+
+
+def _parquet_rows(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[str, Any]]:
+    """Yields (place, value of the field) of every row. A row group that is damaged is left out from there on."""
+    import pyarrow.parquet  # slow to import and rarely needed
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ExperimentError(
+            f"{path} is not a valid parquet file ({error}). Make or download it again"
+        ) from error
+    names = file.schema_arrow.names
+    if text_field not in names:
+        raise no_field(path, text_field, f"the fields are {', '.join(names)}")
+    first = 1  # the number of the group's first row
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        rows.read += count
+        number = first  # of the row that is read next
+        try:
+            batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=[text_field])
+            for batch in batches:
+                for value in map(_python_value, batch.column(0)):
+                    yield f"{path}, row {number}", value
+                    number += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            place = f"{path}, row group {group + 1} of {file.num_row_groups}"
+            last = first + count - 1
+            describe = functools.partial(_problem_of_row_group, number, last, error)
+            rows.leave_out(place, describe, last - number + 1)
+        first += count
+
+
+def _python_value(scalar: Any) -> Any:
+    """The Python value of an Arrow scalar; text that is not UTF-8 gets lone surrogates."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
+
+
+def no_field(place: str, text_field: str, found: str) -> ExperimentError:
+    return ExperimentError(
+        f"{place}: no field {text_field!r}; {found}. Choose one with --text_field"
+    )
+
+
+# --- what is wrong with a text
+
+
+def _is_valid_utf8(text: str) -> bool:
+    """Whether it can be written as UTF-8: it holds no half of a surrogate pair, so no byte that was not UTF-8."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_text(lines: str) -> bool:
+    """Whether these may be lines of a text file. A NUL, though UTF-8, is in none: it comes from UTF-16 and binary files."""
+    return "\0" not in lines and _is_valid_utf8(lines)
+
+
+def _first_bad_byte(file: Iterable[bytes]) -> str:
+    """Says where the first byte is that no text has."""
+    offset = 0
+    for line in file:  # a line end is never inside a character
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            return f"not text in UTF-8: invalid byte at offset {offset + error.start}"
+        if "\0" in text:
+            offset += line.index(0)
+            return (
+                f"not text in UTF-8: a byte 0 at offset {offset}, as in UTF-16 and in binary files"
+            )
+        offset += len(line)
+    return "no text"
+
+
+def _problem_of_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return _first_bad_byte(file)
+
+
+def _problem_of_value(value: str) -> str:
+    try:
+        return _first_bad_byte(io.BytesIO(value.encode(errors="surrogateescape")))
+    except UnicodeEncodeError:
+        # It came from valid UTF-8 and JSON, which can write half of a pair with an escape.
+        return "no valid text: it holds half of a surrogate pair"
+
+
+def _problem_of_field(text_field: str, value: str) -> str:
+    return f"field {text_field!r} is {_problem_of_value(value)}"
+
+
+def _problem_of_json(line: str, error: Exception) -> str:
+    if not _is_text(line):
+        return _problem_of_value(line)
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg}: character {error.pos + 1})"
+    return f"not valid JSON ({error})"
+
+
+def _problem_of_row_group(first: int, last: int, error: Exception) -> str:
+    return f"rows {first} to {last} are damaged ({error})"
