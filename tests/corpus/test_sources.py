@@ -19,11 +19,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
-from config import Config, ConfigError
+from config import Config, ConfigError, ExperimentError
 from corpus import shards, sources
+from corpus.formats import RowCounter
 from corpus.sources import open_source
 from corpus.tokenizer import encoder, load_tokenizer, train_tokenizer, trained_size
+from record import results
 from tests.corpus.stories import STORIES, config_for, fails
+from tools import evaluate
+from trainer import Trainer
 
 
 def documents(config: Config) -> list[str]:
@@ -435,7 +439,13 @@ def test_a_data_set_goes_on_from_a_position(tmp_path, hub, cut):
     position = json.loads(json.dumps(first.position(cut)))
     reads = []
     values = second._values
-    second._values = lambda: map(lambda row: reads.append(1) or row, values())
+
+    def counted_values():
+        for value in values():
+            reads.append(value)
+            yield value
+
+    second._values = counted_values
     assert [text for text, _ in second.chunks(position)] == STORIES[cut:]
     assert (
         len(reads) == 40 - cut
@@ -682,3 +692,112 @@ def test_tiktoken_is_used_only_where_it_is_the_same(tokenizer, used):
     encode = encoder(tokenizer)
     assert (encode.__name__ == "<lambda>") is used
     assert [ids.tolist() for ids in encode(texts)] == slow(tokenizer, texts)
+
+
+# --- a source of one's own
+
+
+class Strings:
+    """The smallest source: documents that lie in a list. Nothing else in the program knows of it."""
+
+    name = description = "strings"
+    scan_to_end = True
+    path = None
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+        self.token_shards: list[str] = []
+        self.rows = RowCounter()
+        self.begun_at: list[int] = []
+
+    def identity(self) -> list:
+        return ["strings", len(self.texts)]
+
+    def chunks(self, start: dict | None = None):
+        first = start["pieces"] if start else 0
+        self.begun_at.append(first)
+        for text in self.texts[first:]:
+            yield text, True
+
+    def position(self, count: int) -> dict:
+        return dict(pieces=count)
+
+    def expected_characters(self, scanned_characters: int, scanned_documents: int) -> int:
+        return scanned_characters
+
+    def domain(self) -> str:
+        return "strings"
+
+
+@pytest.fixture
+def strings(monkeypatch) -> Strings:
+    """A corpus of the stories that open_source gives, whatever --data says."""
+    source = Strings(STORIES)
+    monkeypatch.setattr(sources, "open_source", lambda config: source)
+    return source
+
+
+def test_a_source_of_ones_own_becomes_the_corpus_that_its_files_are(tmp_path, monkeypatch):
+    rows = str(write_rows(tmp_path / "rows.jsonl", STORIES))
+    files = data.prepare(config_for(tmp_path, data=rows, cache_dir=str(tmp_path / "other")))
+    strings = Strings(STORIES)
+    monkeypatch.setattr(sources, "open_source", lambda config: strings)
+    config = config_for(tmp_path, data="anything")
+    corpus = data.prepare(config)
+    assert corpus.data_hash == files.data_hash and corpus.tokenizer_json == files.tokenizer_json
+    assert np.array_equal(corpus.train, files.train)
+    assert np.array_equal(corpus.validation, files.validation)
+
+    # The second time the cache is opened by the source's identity, and it is not read.
+    strings.begun_at.clear()
+    assert np.array_equal(data.prepare(config).train, corpus.train)
+    assert strings.begun_at == []
+    strings.texts = STORIES[:30]
+    assert data.prepare(config).documents == 30
+
+
+def test_a_build_from_a_source_of_ones_own_continues_at_its_position(
+    tmp_path, strings, monkeypatch
+):
+    monkeypatch.setattr(shards, "TOKENIZE_CHARACTERS", 700)
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 3000)
+    config = config_for(tmp_path, data="anything")
+    write = shards.replace_file
+
+    def fail_after_some_work(path, content):
+        write(path, content)
+        if path.name == "progress.json":
+            raise ExperimentError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "replace_file", fail_after_some_work)
+        with pytest.raises(ExperimentError, match="stopped"):
+            data.prepare(config)
+    strings.begun_at.clear()
+    corpus = data.prepare(config)
+    (begun_at,) = strings.begun_at  # the scan and the tokenizer were kept
+    assert begun_at > 0 and corpus.documents == len(STORIES)
+    assert corpus.characters == sum(map(len, STORIES))
+
+
+def test_a_run_trains_on_a_source_of_ones_own_and_is_evaluated_on_it(
+    tmp_path, strings, monkeypatch
+):
+    monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)  # slow
+    config = config_for(
+        tmp_path,
+        data="anything",
+        max_steps=2,
+        eval_steps=1,
+        sample_tokens=0,
+        device="cpu",
+        save_dir=str(tmp_path / "run"),
+    )
+    corpus = data.prepare(config)
+    Path(config.save_dir).mkdir()
+    trainer = Trainer(config, corpus)
+    trainer.run()
+    assert trainer.step == 2 and (tmp_path / "run" / "checkpoint_latest.pt").exists()
+    held_out = list(evaluate.held_out_texts(config, corpus.data_hash))
+    assert {domain for domain, _, _ in held_out} == {"strings"}
+    assert 0 < len(held_out) < len(STORIES)
