@@ -1,76 +1,134 @@
-"""The hybrid optimizer: Muon for every hidden matrix, AdamW for embedding, head, norms and router.
+"""The optimizers: Muon for every hidden matrix, AdamW for everything else.
 
-Both read gradients as `gradient * factor` in fp32, where the factor holds 1 / loss scale and clipping, so `.grad` is
-never rewritten and all state is unscaled; both update fp32 masters (see precision.py).
+Muon (Keller Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") updates a
+weight matrix W [rows, columns] with gradient G in four steps:
+
+1. Momentum            M <- G + mu M
+2. Nesterov            D = G + mu M, the momentum of the next step if its gradient were the same
+3. Orthogonalization   O = U V^T, where D = U S V^T is the singular value decomposition
+4. Update              W <- (1 - lr weight_decay) W - lr sqrt(max(1, rows / columns)) O
+
+Step 3 is the point. The gradient of a matrix has a few large singular values and many small ones. O
+has the same singular directions, all with singular value 1, so that the rare directions learn as fast
+as the common ones. Newton-Schulz approximates O with matmuls alone, which GPUs are good at.
+
+Step 4 keeps the effect of an update independent of the shape. Take an input with entries of size 1,
+of norm sqrt(columns). If rows >= columns, O keeps the norm, and spreads it over the rows: entries of
+the output have size sqrt(columns / rows), which the scale makes 1. If rows < columns, O keeps the share
+rows / columns of the squared norm of a random input: the entries have size 1 already.
+
+Embedding, head, norms and router go to AdamW: they are vectors, or matrices that are read row by row.
+
+Both optimizers read a gradient as `gradient * grad_scale` in fp32, where grad_scale holds clipping and
+1 / loss scale. So `.grad` is never rewritten and all state is unscaled. Both update fp32 masters (see
+engine/precision.py), whatever the dtype of the weights.
+
+To add an optimizer: write a class with the constructor, `state`, `step`, `state_dict` and
+`load_state_dict` of those below, enter it in OPTIMIZERS, and give it a group of parameters under the
+same name in `config.optimizer_groups`.
 """
 
-import functools
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.offload import OptimizerState
+from config import Config, optimizer_groups
+from engine.offload import GradientOffload, OptimizerState
 from engine.precision import read_master, write_master
 from engine.triton_kernels import COMPILE_OPTIONS, symmetric_matmul
 
-# Keller Jordan's quintic: steepest at zero, singular values end between about 0.7 and 1.2
+# ---------------------------------------------------------------- Newton-Schulz
+
+# (a, b, c) of each step. A step maps every singular value s to a s + b s^3 + c s^5. Keller Jordan chose
+# the coefficients for the steepest slope at zero: a small s grows 3.4 times in a step. The price is
+# that singular values end anywhere between about 0.7 and 1.2, which training does not notice.
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
-RESTART = 2  # step of the Gram form at which the Gram matrix is made anew
+
+# The Gram form computes the Gram matrix from x again before this step.
+RESTART = 2
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Approximately orthogonalises each matrix of x [n, rows, columns]: U S V^T becomes about U V^T.
+    """Approximately orthogonalizes each matrix of x [n, rows, columns]: U S V^T becomes about U V^T.
 
-    Keller Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Each step maps every singular
-    value s to a s + b s^3 + c s^5. Singular values must not exceed 1, as those of a matrix of norm 1 do not.
+    Singular values must not exceed 1. This holds for a matrix of Frobenius norm 1.
     """
     tall = x.shape[-2] > x.shape[-1]
-    if tall:  # the Gram matrix is of the shorter side
+    if tall:  # the Gram matrix is cheapest on the shorter side
         x = x.mT
     for a, b, c in NEWTON_SCHULZ:
+        # x x^T = U S^2 U^T. So the step is (a I + b gram + c gram^2) x = U (a S + b S^3 + c S^5) V^T.
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+    if tall:
+        x = x.mT
+    return x
 
 
 def gram_newton_schulz(x: Tensor) -> Tensor:
-    """`newton_schulz` with the work on the Gram matrix of the shorter side (Gram Newton-Schulz, Dao-AILab 2025).
+    """`newton_schulz` with most of the work on the Gram matrix (Gram Newton-Schulz, Dao-AILab 2025).
 
-    Each step multiplies x by a polynomial of x x^T, so the polynomials are gathered in `product`, the Gram matrix follows
-    them, and x is touched only at RESTART and at the end. All products but those two are symmetric: half the work. In
-    fp16 this is as exact as the standard form in bf16; without the restart rounding makes the Gram matrix indefinite.
+    A step of Newton-Schulz is x <- P x with P = a I + b gram + c gram^2. Then gram = x x^T becomes
+    P gram P, for which x itself is not needed. So the steps run on gram, [n, m, m] with m the shorter
+    side, and collect the product of all P; x is multiplied with that product at the end.
+
+    All these matrices are polynomials of one symmetric matrix: they commute, and their products are
+    symmetric. `symmetric_matmul` computes one triangle, which is half the work.
+
+    Rounding breaks this in the end. Its errors are relative to the largest eigenvalue of gram; each
+    step multiplies small eigenvalues, and the errors among them, by up to a^2 = 12. Once an eigenvalue
+    is negative, which no x x^T has, the steps drive it away from zero without bound. So the product is
+    applied after RESTART steps, and gram is computed from x again. With that, fp16 is as exact here as
+    bf16 in the standard form. bf16, with 8 bits instead of 11, is too coarse for the Gram form. The
+    range of fp16 is enough: no entry exceeds a^3 = 41, as the singular values of x are at most 1.2.
     """
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    for step, (a, b, c) in enumerate(NEWTON_SCHULZ):
-        if step == RESTART:
-            x = torch.bmm(product, x)  # noqa: F821
-        if step in (0, RESTART):
-            gram, product = symmetric_matmul(x, x), None
-        polynomial = symmetric_matmul(gram, gram, alpha=c, add=gram, beta=b, diagonal=a)
-        product = polynomial if product is None else symmetric_matmul(polynomial, product)
-        if step + 1 not in (RESTART, len(NEWTON_SCHULZ)):
-            gram = symmetric_matmul(polynomial, symmetric_matmul(gram, polynomial))
-    x = torch.bmm(product, x)
-    return x.mT if tall else x
+    for coefficients in (NEWTON_SCHULZ[:RESTART], NEWTON_SCHULZ[RESTART:]):
+        gram = symmetric_matmul(x, x)
+        product = None
+        for step, (a, b, c) in enumerate(coefficients):
+            polynomial = symmetric_matmul(gram, gram, alpha=c, add=gram, beta=b, diagonal=a)
+            if product is None:
+                product = polynomial
+            else:
+                product = symmetric_matmul(polynomial, product)
+            if step + 1 < len(coefficients):  # nobody reads the gram matrix after the last step
+                gram = symmetric_matmul(polynomial, symmetric_matmul(gram, polynomial))
+        x = torch.bmm(product, x)
+    if tall:
+        x = x.mT
+    return x
+
+
+def newton_schulz_dtype(device: torch.device, fused: bool) -> torch.dtype:
+    """dtype of the matmuls: 16 bits on a GPU, where they are fastest; fp32 on a CPU."""
+    if fused:
+        return torch.float16  # the Gram form
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.float32
+
+
+# ---------------------------------------------------------------- Muon
 
 
 def nesterov_direction(
-    gradient: Tensor, momentum: Tensor, factor: Tensor, decay: float, out: Tensor
+    gradient: Tensor, momentum: Tensor, grad_scale: Tensor, mu: float, out: Tensor
 ) -> Tensor:
-    """Folds gradient * factor into the momentum and writes the Nesterov direction, divided by its norm, to `out`.
+    """Updates the momentum and writes the Nesterov direction, divided by its norm, to `out`.
 
-    All are [..., rows, columns]; the arithmetic is fp32, and the norm is divided by before the direction is rounded to
-    out's dtype, so that small gradients are treated as large ones. A matrix whose gradient is exactly zero keeps its
-    momentum. Returns whether each matrix has a gradient, [..., 1, 1].
+    All are [..., rows, columns]. Returns whether each matrix has a gradient, [..., 1, 1]: one whose
+    gradient is exactly zero keeps its momentum.
     """
     active = (gradient != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
-    gradient = gradient.float() * factor
-    new_momentum = gradient + decay * momentum
-    direction = gradient + decay * new_momentum
+    gradient = gradient.float() * grad_scale
+    new_momentum = gradient + mu * momentum
+    direction = gradient + mu * new_momentum
+    # Divided in fp32, before rounding to out's dtype, so that small gradients are treated as large ones
     norm = direction.square().sum(dim=-1, keepdim=True).sum(dim=-2, keepdim=True).sqrt()
     out.copy_(direction / norm.clamp(min=1e-30))
     momentum.copy_(torch.where(active, new_momentum, momentum))
@@ -82,65 +140,87 @@ def muon_update(
     state: dict[str, Tensor],
     update: Tensor,
     active: Tensor,
-    rate: Tensor,
+    lr: Tensor,
     decay: Tensor,
 ) -> None:
-    """master <- (1 - decay) master - rate update, for active matrices, on the fp32 masters behind weight and state."""
+    """master <- (1 - decay) master - lr update, where `active`, on the fp32 masters of `weight`."""
     master = read_master(weight, state)
-    write_master(master * (1 - decay * active) - update.float() * (rate * active), weight, state)
+    write_master(master * (1 - decay * active) - update.float() * (lr * active), weight, state)
+
+
+def muon_momentum_dtype(parameter: Tensor) -> torch.dtype:
+    """bfloat16 for 16-bit weights (fp16 would under- and overflow), fp32 for fp32 weights."""
+    if parameter.dtype == torch.float32:
+        return torch.float32
+    return torch.bfloat16
 
 
 class Muon:
-    """Momentum, orthogonalised (Newton-Schulz), with decoupled weight decay, on each matrix of each parameter.
+    """Muon with decoupled weight decay, on every matrix of every parameter.
 
-    A parameter [..., rows, columns] is a bank of matrices that are updated one by one, so an expert bank takes no more
-    workspace than a few experts. A matrix whose gradient is exactly zero (an expert that received no token) keeps
-    weight and momentum: its update would otherwise have full size for hundreds of steps, as Muon's is scale-invariant.
+    A parameter [..., rows, columns] is a bank of matrices that are updated one by one. They pass
+    through in buckets, so a bank of experts takes no more workspace than a few of its experts.
 
-    `fused` (for GPUs) compiles the elementwise work and orthogonalises in Gram form, in fp16; else all is plain PyTorch.
+    A matrix whose gradient is exactly zero, an expert that received no token, keeps its weight and its
+    momentum. Otherwise it would move at full speed for hundreds of steps: the update has the same size
+    however small the momentum has become.
+
+    `fused` (for GPUs) compiles the elementwise work and orthogonalizes in Gram form in fp16; without it
+    all is plain PyTorch. `offload` keeps the state, and `gradient_offload` some gradients, in host
+    memory (see engine/offload.py).
     """
 
     def __init__(
         self,
         parameters: dict[str, Tensor],
-        momentum: float,
+        config: Config,
         weight_decay: float,
         offload: bool = False,
         fused: bool = False,
-        gradients: dict[str, Tensor] = {},
+        gradient_offload: GradientOffload | None = None,
     ):
-        self.momentum, self.weight_decay, self.fused = momentum, weight_decay, fused
+        self.mu = config.muon_momentum
+        self.weight_decay = weight_decay
         self.state = OptimizerState(
             parameters,
             ("momentum",),
             muon_momentum_dtype,
             offload,
             matrices=True,
-            gradients=gradients,
+            gradient_offload=gradient_offload,
         )
-        self.dtype = product_dtype(self.state.device, fused)
-        self.orthogonalize = gram_newton_schulz if fused else newton_schulz
-        self.nesterov_direction, self.muon_update = (
-            compiled_for_any_number(f, fused) for f in (nesterov_direction, muon_update)
-        )
+        self.dtype = newton_schulz_dtype(self.state.device, fused)
+        self.orthogonalize = newton_schulz
+        self.nesterov_direction = nesterov_direction
+        self.muon_update = muon_update
+        if fused:
+            self.orthogonalize = gram_newton_schulz
+            self.nesterov_direction = compile_for_any_number(nesterov_direction)
+            self.muon_update = compile_for_any_number(muon_update)
 
     @torch.no_grad()
-    def step(self, lr: float, factor: float) -> None:
-        """Updates the parameters with learning rate `lr`; gradients are read as gradient * factor."""
-        scalar = functools.partial(torch.full, (), device=self.state.device)
-        factor, decay = scalar(factor), scalar(lr * self.weight_decay)
-        for group in self.state.groups():
-            counts, (rows, columns) = [len(weight) for weight, _, _ in group], group[0][0].shape[1:]
-            x = torch.empty(sum(counts), rows, columns, dtype=self.dtype, device=self.state.device)
-            active = [
-                self.nesterov_direction(gradient, state["momentum"], factor, self.momentum, part)
-                for (_, gradient, state), part in zip(group, x.split(counts))
-            ]
-            rate = scalar(lr * math.sqrt(max(1, rows / columns)))
-            for (weight, _, state), update, alive in zip(
-                group, self.orthogonalize(x).split(counts), active
-            ):
-                self.muon_update(weight, state, update, alive, rate, decay)
+    def step(self, lr: float, grad_scale: float) -> None:
+        """Updates the parameters with learning rate `lr`; reads gradients as gradient * grad_scale."""
+        device = self.state.device
+        grad_scale = scalar(grad_scale, device)
+        decay = scalar(lr * self.weight_decay, device)
+        for bucket in self.state.buckets():
+            # The matrices of a bucket have one shape: they are orthogonalized together, as one batch.
+            counts = [len(part.weight) for part in bucket]
+            rows, columns = bucket[0].weight.shape[1:]
+            directions = torch.empty(sum(counts), rows, columns, dtype=self.dtype, device=device)
+            active = []
+            for part, direction in zip(bucket, directions.split(counts)):
+                momentum = part.state["momentum"]
+                active.append(
+                    self.nesterov_direction(
+                        part.gradient, momentum, grad_scale, self.mu, direction
+                    )
+                )
+            updates = self.orthogonalize(directions).split(counts)
+            scaled_lr = scalar(lr * math.sqrt(max(1, rows / columns)), device)
+            for part, update, part_active in zip(bucket, updates, active):
+                self.muon_update(part.weight, part.state, update, part_active, scaled_lr, decay)
 
     def state_dict(self) -> dict:
         return dict(state=self.state.state_dict())
@@ -149,77 +229,89 @@ class Muon:
         self.state.load_state_dict(saved["state"])
 
 
+# ---------------------------------------------------------------- AdamW
+
+
 def adamw_update(
     weight: Tensor,
     gradient: Tensor,
     state: dict[str, Tensor],
-    factor: Tensor,
+    grad_scale: Tensor,
     betas: tuple[float, float],
     eps: float,
     corrections: tuple[Tensor, Tensor],
-    rate: Tensor,
+    lr: Tensor,
     decay: Tensor,
 ) -> None:
-    """One AdamW step in fp32 on the masters behind weight and state; `corrections` are 1 - beta^steps."""
-    gradient = gradient.float() * factor
+    """One AdamW step in fp32 on the masters of `weight`; `corrections` are 1 - beta^steps.
+
+    The moments are running means of the gradient and of its square. They start at zero, so after t
+    steps their weights sum to 1 - beta^t only, which the corrections make up for.
+    """
+    gradient = gradient.float() * grad_scale
     state["exp_avg"].lerp_(gradient, 1 - betas[0])
     state["exp_avg_sq"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     denominator = (state["exp_avg_sq"] / corrections[1]).sqrt() + eps
-    master = read_master(weight, state) * (1 - decay) - rate / corrections[0] * (
-        state["exp_avg"] / denominator
-    )
+    direction = state["exp_avg"] / denominator
+    master = read_master(weight, state) * (1 - decay) - lr / corrections[0] * direction
     write_master(master, weight, state)
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter 2019) in fp32 on the fp32 masters; norms (vectors) are not decayed."""
+    """AdamW (Loshchilov and Hutter 2019) in fp32; vectors (the norms) are not decayed.
+
+    The arguments are those of Muon.
+    """
 
     def __init__(
         self,
         parameters: dict[str, Tensor],
-        beta1: float,
-        beta2: float,
-        eps: float,
+        config: Config,
         weight_decay: float,
         offload: bool = False,
         fused: bool = False,
-        gradients: dict[str, Tensor] = {},
+        gradient_offload: GradientOffload | None = None,
     ):
-        self.betas, self.eps, self.weight_decay = (beta1, beta2), eps, weight_decay
+        self.betas = (config.adamw_beta1, config.adamw_beta2)
+        self.eps = config.adamw_eps
+        self.weight_decay = weight_decay
         self.steps = 0
         self.state = OptimizerState(
             parameters,
             ("exp_avg", "exp_avg_sq"),
-            lambda p: torch.float32,
+            adamw_moment_dtype,
             offload,
-            False,
-            gradients,
+            matrices=False,
+            gradient_offload=gradient_offload,
         )
-        self.adamw_update = compiled(adamw_update, fused, dynamic=True)
+        self.adamw_update = adamw_update
+        if fused:
+            # Every tensor is flattened before the call, so one kernel serves all lengths.
+            self.adamw_update = compile_elementwise(adamw_update, dynamic=True)
 
     @torch.no_grad()
-    def step(self, lr: float, factor: float) -> None:
-        """Updates the parameters with learning rate `lr`; gradients are read as gradient * factor."""
+    def step(self, lr: float, grad_scale: float) -> None:
+        """Updates the parameters with learning rate `lr`; reads gradients as gradient * grad_scale."""
         self.steps += 1
-        scalar = functools.partial(torch.full, (), device=self.state.device)
-        corrections = tuple(scalar(1 - beta**self.steps) for beta in self.betas)
-        factor, rate, decays = (
-            scalar(factor),
-            scalar(lr),
-            (scalar(0.0), scalar(lr * self.weight_decay)),
-        )
-        for group in self.state.groups():
-            for weight, gradient, state in group:
+        device = self.state.device
+        corrections = tuple(scalar(1 - beta**self.steps, device) for beta in self.betas)
+        grad_scale = scalar(grad_scale, device)
+        vector_decay = scalar(0.0, device)
+        matrix_decay = scalar(lr * self.weight_decay, device)
+        lr = scalar(lr, device)
+        for bucket in self.state.buckets():
+            for weight, gradient, state in bucket:
+                decay = matrix_decay if weight.ndim > 1 else vector_decay
                 self.adamw_update(
                     weight.flatten(),
                     gradient.flatten(),
-                    {k: t.flatten() for k, t in state.items()},
-                    factor,
+                    {key: tensor.flatten() for key, tensor in state.items()},
+                    grad_scale,
                     self.betas,
                     self.eps,
                     corrections,
-                    rate,
-                    decays[weight.ndim > 1],
+                    lr,
+                    decay,
                 )
 
     def state_dict(self) -> dict:
@@ -230,55 +322,65 @@ class AdamW:
         self.steps = saved["steps"]
 
 
-def compiled(function, fused: bool, dynamic: bool = False):
-    """The function, or its fused twin: torch.compile makes a kernel or two of its elementwise operations, for each shape or,
-    with `dynamic`, for all."""
-    return (
-        torch.compile(function, fullgraph=True, dynamic=dynamic, options=COMPILE_OPTIONS)
-        if fused
-        else function
-    )
+def adamw_moment_dtype(parameter: Tensor) -> torch.dtype:
+    """fp32, whatever the dtype of the weights."""
+    return torch.float32
 
 
-def compiled_for_any_number(function, fused: bool):
-    """`compiled` for tensors [n, rows, columns]: a kernel for each rows and columns, whatever n (one of its own for n = 1)."""
-    function = compiled(function, fused)
+# ---------------------------------------------------------------- both
+
+OPTIMIZERS = {"muon": Muon, "adamw": AdamW}
+
+
+def build_optimizers(
+    config: Config,
+    parameters: dict[str, Tensor],
+    offload: bool = False,
+    fused: bool = False,
+    gradient_offload: GradientOffload | None = None,
+) -> dict[str, Muon | AdamW]:
+    """The optimizer of each group in `optimizer_groups(config)`, by the group's name.
+
+    `parameters` are all of the model's, by name. Raises ExperimentError when host memory does not hold
+    the state with `offload`.
+    """
+    optimizers = {}
+    for name, group in optimizer_groups(config).items():
+        own = {parameter: parameters[parameter] for parameter in group.parameters}
+        optimizers[name] = OPTIMIZERS[name](
+            own, config, group.weight_decay, offload, fused, gradient_offload
+        )
+    return optimizers
+
+
+def scalar(value: float, device: torch.device) -> Tensor:
+    """A number as a tensor: a compiled function is compiled anew for each new Python number."""
+    return torch.full((), value, device=device)
+
+
+def compile_elementwise(function, dynamic: bool = False):
+    """torch.compile of elementwise operations: a kernel or two for each shape, or with `dynamic` for all."""
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, options=COMPILE_OPTIONS)
+
+
+def compile_for_any_number(function):
+    """`compile_elementwise` for tensors [n, rows, columns] with a kernel for each rows and columns.
+
+    n may be any number: buckets hold different numbers of matrices. n = 1 has a kernel of its own.
+    """
+    compiled = compile_elementwise(function)
+
+    def mark(value) -> None:
+        if isinstance(value, Tensor) and value.ndim == 3 and len(value) > 1:
+            torch._dynamo.mark_dynamic(value, 0)
 
     def call(*arguments):
         for argument in arguments:
-            for tensor in argument.values() if isinstance(argument, dict) else (argument,):
-                if isinstance(tensor, Tensor) and tensor.ndim == 3 and len(tensor) > 1:
-                    torch._dynamo.mark_dynamic(tensor, 0)
-        return function(*arguments)
+            if isinstance(argument, dict):
+                for tensor in argument.values():
+                    mark(tensor)
+            else:
+                mark(argument)
+        return compiled(*arguments)
 
-    return call if fused else function
-
-
-def muon_momentum_dtype(parameter: Tensor) -> torch.dtype:
-    """bfloat16 for 16-bit weights (fp16 would under- and overflow), fp32 for fp32 ones."""
-    return torch.float32 if parameter.dtype == torch.float32 else torch.bfloat16
-
-
-def product_dtype(device: torch.device, fused: bool) -> torch.dtype:
-    """Newton-Schulz runs in fp32 on a CPU and in 16 bits on a GPU: fp16 in Gram form (bf16 is too coarse for it), bf16 in
-    the standard form."""
-    return torch.float16 if fused else torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def split_parameters(
-    model: nn.Module, optimizer: str = "muon"
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(hidden matrices for Muon, everything else for AdamW) by name; each parameter is in exactly one of them. With the
-    optimizer "adamw" everything is AdamW's."""
-    named = dict(model.named_parameters())
-    hidden = {
-        name: p
-        for name, p in named.items()
-        if optimizer == "muon"
-        and name.startswith("blocks.")
-        and p.ndim >= 2
-        and ".router." not in name
-    }
-    others = {name: p for name, p in named.items() if name not in hidden}
-    assert len(hidden) + len(others) == len(named) and not hidden.keys() & others.keys()
-    return hidden, others
+    return call

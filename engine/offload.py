@@ -1,8 +1,33 @@
-"""What one GPU has no room for, streamed from host memory: optimizer state as the step walks over it, and gradients as the
-backward pass makes them.
+"""What the GPU has no room for lives in host memory: optimizer state, and the gradients of some blocks.
 
-Copies run on streams of their own beside the computation, in and out at once. The order of arithmetic is that of everything on
-the device, so results are too, to the last bit. On a CPU the same code runs without streams.
+OptimizerState is the state of one optimizer. The optimizer walks over it in buckets; with `offload` each
+bucket visits the GPU while it is worked on. GradientOffload sums gradients in host memory as the backward
+pass makes them. Both copy with a copier: StreamCopier on a GPU, DirectCopier on a CPU, where the same
+code runs without streams.
+
+Nothing here changes arithmetic or its order: results are those of everything on the GPU, to the bit.
+
+
+Streams, for a reader who checks for races
+
+Three CUDA streams take part. Work on one stream runs in order; across streams only a wait gives order.
+
+    compute     the current stream: forward, backward, optimizer kernels
+    inward      copies from host to GPU
+    outward     copies from GPU to host
+
+Every wait of this file is a method of StreamCopier, where its reason stands:
+
+    begin       inward waits for outward      a pass reads what the pass before has written to the host
+    fetch       inward waits for compute      compute may still use the memory that the copy writes to
+    wait_for    compute waits for a fetch     before it reads what was fetched
+    send        outward waits for compute     before it copies what compute has made
+    throttle    the CPU waits for a send      so that it does not take memory for more and more fetches
+    finish      compute waits for outward     what follows reads the host's tensors, or takes over memory
+
+The allocator gives freed memory to the next tensor of the same stream at once, without a wait. Everything
+is allocated on compute. What compute reads last, it may reuse. What outward reads last is protected by
+`record_stream`, which keeps the memory until outward has passed that point.
 """
 
 import contextlib
@@ -10,8 +35,9 @@ import functools
 import math
 import mmap
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +47,119 @@ from engine.precision import gradient_norm
 
 PINNING_THREADS = 8  # one thread pins about 2 GB/s
 
+# ---------------------------------------------------------------- copies
+
+
+class StreamCopier:
+    """Copies between host and GPU on two streams beside the computation (see the top of this file)."""
+
+    def __init__(self):
+        self.inward = torch.cuda.Stream()
+        self.outward = torch.cuda.Stream()
+        self.sent: list[torch.cuda.Event] = []  # of batches that may not have left the GPU yet
+
+    def begin(self) -> None:
+        """Starts a pass over tensors of the host, after the copies of the pass before."""
+        self.inward.wait_stream(self.outward)
+        self.sent = []
+
+    def fetch(self, pairs: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
+        """Copies host tensors to the GPU, for each (on_gpu, on_host); the event says they are there."""
+        self.inward.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.inward):
+            for on_gpu, on_host in pairs:
+                on_gpu.copy_(on_host, non_blocking=True)
+        return self.inward.record_event()
+
+    def wait_for(self, fetched: torch.cuda.Event) -> None:
+        """Lets compute wait for one fetch; a later fetch goes on meanwhile."""
+        torch.cuda.current_stream().wait_event(fetched)
+
+    def send(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Copies GPU tensors to the host, for each (on_host, on_gpu)."""
+        self.outward.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.outward):
+            for on_host, on_gpu in pairs:
+                on_host.copy_(on_gpu, non_blocking=True)
+                on_gpu.record_stream(self.outward)
+
+    def end_batch(self) -> None:
+        """Marks the end of a batch of sends, for `throttle`."""
+        self.sent.append(self.outward.record_event())
+
+    def throttle(self) -> None:
+        """Lets the CPU wait until every batch but the last one has left the GPU.
+
+        The CPU runs ahead of the GPU. It takes GPU memory for a fetch when it launches it, so without
+        this it would soon hold memory for every bucket. The GPU has the last batch to work on meanwhile.
+        """
+        if len(self.sent) > 1:
+            self.sent.pop(0).synchronize()
+
+    def finish(self) -> None:
+        """Lets compute wait for all that was sent."""
+        torch.cuda.current_stream().wait_stream(self.outward)
+
+
+class DirectCopier:
+    """StreamCopier's methods without streams, for a CPU: a copy is done when the call returns."""
+
+    def begin(self) -> None:
+        pass
+
+    def fetch(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        for target, source in pairs:
+            target.copy_(source)
+
+    def wait_for(self, fetched: None) -> None:
+        pass
+
+    def send(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.fetch(pairs)
+
+    def end_batch(self) -> None:
+        pass
+
+    def throttle(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def copier_for(device: torch.device) -> StreamCopier | DirectCopier:
+    if device.type == "cuda":
+        return StreamCopier()
+    return DirectCopier()
+
+
+# ---------------------------------------------------------------- optimizer state
+
+
+class Part(NamedTuple):
+    """A slice of a parameter with what belongs to it: views, to be updated in place."""
+
+    weight: Tensor
+    gradient: Tensor
+    state: dict[str, Tensor]
+
+
+# A part before its tensors are at hand: a parameter's name and a range of its first dimension.
+Slice = tuple[str, slice]
+
 
 class OptimizerState:
-    """State tensors of a set of parameters, each shaped like its parameter, walked through in pieces of bounded size.
+    """State tensors of a set of parameters, each shaped like its parameter, and the walk over them.
 
-    Every 16-bit parameter has a "residual" (int16) besides the optimizer's own moments. With `offload` the tensors live
-    in host memory (pinned when the parameters are on a GPU): a piece is copied to the device while the one before it is
-    computed with, and back while the next one is. The order of arithmetic is the same, so results are too.
+    `moments` are the optimizer's own tensors, of dtype `moment_dtype(parameter)`. Every 16-bit parameter
+    also has "residual" (int16), the low bits of its fp32 master. `tensors` holds all: name, key, tensor.
 
-    `matrices=True` cuts pieces between matrices (the last two dimensions), else between rows of the first dimension.
-    `gradients` are those that lie on the host, by name (GradientOffload.tensors); they come with the state, which is streamed then.
-    Raises ExperimentError when host memory does not hold the state.
+    `matrices=True` cuts buckets between matrices (the last two dimensions), for an optimizer that needs
+    whole matrices; `matrices=False` cuts between rows of the first dimension.
+
+    `offload` keeps the tensors in host memory, pinned when the parameters are on a GPU. The gradients of
+    `gradient_offload` then come from the host with the state. Raises ExperimentError when host memory
+    does not hold the state.
     """
 
     BUCKET = OPTIMIZER_BUCKET
@@ -40,154 +168,156 @@ class OptimizerState:
         self,
         parameters: dict[str, Tensor],
         moments: tuple[str, ...],
-        moment_dtype,
+        moment_dtype: Callable[[Tensor], torch.dtype],
         offload: bool,
         matrices: bool,
-        gradients: dict[str, Tensor] = {},
+        gradient_offload: "GradientOffload | None" = None,
     ):
-        assert offload or not gradients
-        self.parameters, self.offload, self.matrices, self.host_gradients = (
-            parameters,
-            offload,
-            matrices,
-            gradients,
-        )
+        self.parameters = parameters
+        self.offload = offload
+        self.matrices = matrices
+        self.gradient_offload = gradient_offload
+        self.host_gradients: dict[str, Tensor] = {}
+        if gradient_offload is not None:
+            self.host_gradients = gradient_offload.tensors
+        assert offload or not self.host_gradients
         self.device = next((p.device for p in parameters.values()), torch.device("cpu"))
+        self.copier = copier_for(self.device) if offload else None
+        self.tensors = self._zeros(moments, moment_dtype)
+
+    def _zeros(
+        self, moments: tuple[str, ...], moment_dtype: Callable[[Tensor], torch.dtype]
+    ) -> dict[str, dict[str, Tensor]]:
+        """The state at the start, all zero: 0 as the low bits of a master says that weight is exact."""
+        keys = []
         wanted = []
-        for name, p in parameters.items():
-            kinds = {"residual": torch.int16} if p.dtype != torch.float32 else {}
-            wanted += [
-                (name, key, p.shape, dtype)
-                for key, dtype in (kinds | {moment: moment_dtype(p) for moment in moments}).items()
-            ]
-        shapes = [(shape, dtype) for _, _, shape, dtype in wanted]
-        zeros = (
-            host_zeros(shapes, self.device)
-            if offload
-            else [torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
-        )
-        self.tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-        for (name, key, *_), tensor in zip(wanted, zeros):
-            self.tensors[name][key] = tensor
+        for name, p in self.parameters.items():
+            dtypes = {}
+            if p.dtype != torch.float32:
+                dtypes["residual"] = torch.int16
+            for moment in moments:
+                dtypes[moment] = moment_dtype(p)
+            for key, dtype in dtypes.items():
+                keys.append((name, key))
+                wanted.append((p.shape, dtype))
+        if self.offload:
+            zeros = host_zeros(wanted, self.device)
+        else:
+            zeros = [torch.zeros(shape, dtype=dtype, device=self.device) for shape, dtype in wanted]
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
+        for (name, key), tensor in zip(keys, zeros):
+            tensors[name][key] = tensor
+        return tensors
 
-    def groups(self) -> Iterator[list[tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-        """Yields lists of (weight, gradient, state), views to be updated in place, together at most BUCKET elements unless a
-        single matrix is larger; a parameter without a gradient is passed over. With matrices=True each tensor is
-        [n, rows, columns], and rows and columns are the same throughout a list; else [rows, ...]."""
-        groups = self._groups()
-        if not self.offload:
-            for group in groups:
-                yield [
-                    (
-                        *self._weight_and_gradient(name, cut),
-                        {k: self._view(t)[cut] for k, t in self.tensors[name].items()},
-                    )
-                    for name, cut in group
-                ]
+    def buckets(self) -> Iterator[list[Part]]:
+        """Yields parameters, gradients and state in buckets, to be updated in place.
+
+        A bucket has at most BUCKET elements, unless a single matrix is larger. With matrices=True every
+        tensor is [n, rows, columns], with the same rows and columns throughout a bucket; otherwise
+        [rows, ...]. Parameters without a gradient are left out. An offloaded bucket is written back when
+        the next one is requested, so take all of them.
+        """
+        if self.offload:
+            yield from self._offloaded_buckets()
             return
+        for bucket in self._cut_into_buckets():
+            parts = []
+            for name, cut in bucket:
+                state = {key: self._view(t)[cut] for key, t in self.tensors[name].items()}
+                parts.append(self._part(name, cut, state))
+            yield parts
 
-        on_gpu = self.device.type == "cuda"
-        compute = torch.cuda.current_stream() if on_gpu else None
-        inward, outward = self._streams() if on_gpu else (None, None)
-        stream = torch.cuda.stream if on_gpu else lambda _: contextlib.nullcontext()
+    def _offloaded_buckets(self) -> Iterator[list[Part]]:
+        """While the optimizer works on bucket i, bucket i + 1 arrives and bucket i - 1 leaves."""
+        buckets = self._cut_into_buckets()
+        if self.gradient_offload is not None:
+            self.gradient_offload.wait()
+        self.copier.begin()
+        ahead = [self._fetch(bucket) for bucket in buckets[:2]]
+        for i, bucket in enumerate(buckets):
+            parts, fetched = ahead.pop(0)
+            self.copier.wait_for(fetched)
+            yield parts
+            self._send(bucket, parts)
+            if i + 2 < len(buckets):
+                self.copier.throttle()
+                ahead.append(self._fetch(buckets[i + 2]))
+        self.copier.finish()
 
-        def fetch(group):
-            """The group's state, and its gradients that lie on the host, on their way to the device, and the event that says they
-            are there."""
-            # taken from the computation's own memory: what forward and backward have left is free now
-            sources = [
-                self.tensors[name]
-                | ({"gradient": self.host_gradients[name]} if name in self.host_gradients else {})
-                for name, _ in group
-            ]
-            states = [
-                {
-                    k: torch.empty_like(self._view(t)[cut], device=self.device)
-                    for k, t in source.items()
-                }
-                for (_, cut), source in zip(group, sources)
-            ]
-            if on_gpu:
-                inward.wait_stream(compute)  # and may still be in use there
-            with stream(inward):
-                for (_, cut), source, state in zip(group, sources, states):
-                    for key, tensor in state.items():
-                        tensor.copy_(self._view(source[key])[cut], non_blocking=True)
-            return states, inward.record_event() if on_gpu else None
+    def _fetch(self, bucket: list[Slice]) -> tuple[list[Part], torch.cuda.Event | None]:
+        """Starts a bucket's copies to the GPU. Returns its parts and when they are there."""
+        # The memory is allocated here, on compute, because what forward and backward have left is free.
+        parts = []
+        pairs = []
+        for name, cut in bucket:
+            state = {}
+            for key, tensor in self.tensors[name].items():
+                on_host = self._view(tensor)[cut]
+                state[key] = torch.empty_like(on_host, device=self.device)
+                pairs.append((state[key], on_host))
+            gradient = None
+            if name in self.host_gradients:
+                on_host = self._view(self.host_gradients[name])[cut]
+                gradient = torch.empty_like(on_host, device=self.device)
+                pairs.append((gradient, on_host))
+            parts.append(self._part(name, cut, state, gradient))
+        return parts, self.copier.fetch(pairs)
 
-        if on_gpu:
-            inward.wait_stream(outward)  # the last walk's results have arrived in host memory
-        ahead, written = [fetch(group) for group in groups[:2]], []
-        for i, group in enumerate(groups):
-            states, arrived = ahead.pop(0)
-            gradients = [state.pop("gradient", None) for state in states]
-            tensors = [
-                (self._view(self.tensors[name][key])[cut], tensor)
-                for (name, cut), state in zip(group, states)
-                for key, tensor in state.items()
-            ]
-            if on_gpu:
-                compute.wait_event(arrived)  # this group's; the next one's copy goes on meanwhile
-            yield [
-                (*self._weight_and_gradient(name, cut, gradient), state)
-                for (name, cut), gradient, state in zip(group, gradients, states)
-            ]
-            with stream(outward):
-                if on_gpu:
-                    outward.wait_stream(compute)
-                for on_host, tensor in tensors:
-                    on_host.copy_(tensor, non_blocking=True)
-                    if on_gpu:
-                        tensor.record_stream(outward)
-                if on_gpu:
-                    written.append(outward.record_event())
-            if i + 2 < len(groups):
-                if on_gpu:
-                    # never more than two groups ahead: the host, which takes their memory, waits for the group before
-                    # this one to have left (the GPU has this one to go on with)
-                    if len(written) > 1:
-                        written.pop(0).synchronize()
-                ahead.append(fetch(groups[i + 2]))
-        if on_gpu:
-            compute.wait_stream(outward)
+    def _send(self, bucket: list[Slice], parts: list[Part]) -> None:
+        """Starts a bucket's state on its way back to the host. Its gradients have not changed."""
+        pairs = []
+        for (name, cut), part in zip(bucket, parts):
+            for key, tensor in part.state.items():
+                pairs.append((self._view(self.tensors[name][key])[cut], tensor))
+        self.copier.send(pairs)
+        self.copier.end_batch()
 
-    def _streams(self):
-        if not hasattr(self, "_side_streams"):
-            self._side_streams = torch.cuda.Stream(), torch.cuda.Stream()
-        return self._side_streams
+    def _part(
+        self, name: str, cut: slice, state: dict[str, Tensor], gradient: Tensor | None = None
+    ) -> Part:
+        p = self.parameters[name]
+        if gradient is None:
+            gradient = self._view(p.grad)[cut]
+        return Part(self._view(p.data)[cut], gradient, state)
 
     def _view(self, tensor: Tensor) -> Tensor:
-        return tensor.view(-1, *tensor.shape[-2:]) if self.matrices else tensor
+        """A parameter, or what is shaped like it, with the dimension first that buckets cut."""
+        if self.matrices:
+            return tensor.view(-1, *tensor.shape[-2:])
+        return tensor
 
-    def _groups(self) -> list[list[tuple[str, slice]]]:
-        """(name, slice of its matrices or rows) of every piece, those that are worked on together in one list."""
-        shape = {
+    def _cut_into_buckets(self) -> list[list[Slice]]:
+        """The slices of every bucket, which together cover each parameter that has a gradient."""
+        shapes = {
             name: self._view(p).shape
             for name, p in self.parameters.items()
             if p.grad is not None or name in self.host_gradients
         }
-        if self.matrices:  # equal shapes side by side, in the order in which they first come
-            first = {
-                rows_columns: i
-                for i, rows_columns in reversed(list(enumerate(s[1:] for s in shape.values())))
-            }
-            shape = dict(sorted(shape.items(), key=lambda item: first[item[1][1:]]))
-        groups, room, last = [], 0, None
-        for name, (n, *rest) in shape.items():
-            size, start = math.prod(rest), 0
-            while start < n:
-                if room < size or (self.matrices and rest != last):
-                    groups.append([])
-                    room, last = max(self.BUCKET, size), rest
-                stop = min(n, start + room // size)
-                groups[-1].append((name, slice(start, stop)))
+        names = list(shapes)
+        if self.matrices:
+            # Matrices of one shape side by side; shapes in the order in which they first come.
+            by_shape: dict[torch.Size, list[str]] = {}
+            for name in names:
+                by_shape.setdefault(shapes[name][1:], []).append(name)
+            names = [name for same_shape in by_shape.values() for name in same_shape]
+
+        buckets: list[list[Slice]] = []
+        room = 0  # elements that the last bucket still takes
+        bucket_shape = None  # of its matrices
+        for name in names:
+            count, *shape = shapes[name]
+            size = math.prod(shape)
+            start = 0
+            while start < count:
+                if room < size or (self.matrices and shape != bucket_shape):
+                    buckets.append([])
+                    room = max(self.BUCKET, size)
+                    bucket_shape = shape
+                stop = min(count, start + room // size)
+                buckets[-1].append((name, slice(start, stop)))
                 room -= (stop - start) * size
                 start = stop
-        return groups
-
-    def _weight_and_gradient(self, name, cut, gradient=None):
-        p = self.parameters[name]
-        return self._view(p.data)[cut], self._view(p.grad)[cut] if gradient is None else gradient
+        return buckets
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The state tensors themselves, not copies, once every copy on its way has arrived."""
@@ -196,62 +326,81 @@ class OptimizerState:
         return self.tensors
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Copies into the tensors that are there, so dtype and place stay (torch's optimizers cast both).
+    def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """Copies into the tensors that are there, so they keep dtype and place (torch's optimizers cast).
 
-        Raises ValueError when names, shapes or dtypes differ."""
-        if state.keys() != self.tensors.keys():
-            raise ValueError(
-                f"optimizer state of other parameters: {sorted(state.keys() ^ self.tensors.keys())[:4]}"
-            )
+        Raises ValueError when names, shapes or dtypes differ.
+        """
+        if saved.keys() != self.tensors.keys():
+            different = sorted(saved.keys() ^ self.tensors.keys())
+            raise ValueError(f"optimizer state of other parameters: {different[:4]}")
         for name, own in self.tensors.items():
-            if unknown := state[name].keys() - own.keys():
+            unknown = saved[name].keys() - own.keys()
+            if unknown:
                 raise ValueError(f"optimizer state {name}: unknown {sorted(unknown)}")
             for key, tensor in own.items():
-                saved = state[name].get(key)
-                if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+                found = saved[name].get(key)
+                if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
                     raise ValueError(
-                        f"optimizer state {name}/{key}: expected {tensor.dtype} {tuple(tensor.shape)}, found "
-                        + ("nothing" if saved is None else f"{saved.dtype} {tuple(saved.shape)}")
+                        f"optimizer state {name}/{key}: expected {_dtype_and_shape(tensor)}, "
+                        f"found {_dtype_and_shape(found)}"
                     )
-                tensor.copy_(saved)
+                tensor.copy_(found)
+
+
+def _dtype_and_shape(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "nothing"
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+# ---------------------------------------------------------------- gradients
 
 
 class GradientOffload:
-    """Gradients of some blocks of the model, summed over a step's micro-batches in host memory.
+    """Sums the gradients of the first `n_blocks` blocks over a step's micro-batches, in host memory.
 
-    As soon as the backward pass has made a gradient, the sum so far, which was fetched while the block after was computed with,
-    is added to it, and the new sum leaves for the host; `.grad` stays empty. `tensors` holds the sums by name, `norms` their norms
-    after a step's last micro-batch by parameter.
+    Hooks do the work while the backward pass runs, from the last block to the first:
 
-    These are the matrices of the model's first `n_blocks` blocks but their routers', so that the room is there when it is short, at
-    the end of the forward pass. Raises ExperimentError when host memory does not hold the sums.
+    1. When it reaches the blocks (`_start_pass`), the sums of the last two of them are fetched.
+    2. When it has made a gradient (`_take`), the sum so far is added to it, the new sum is sent to the
+       host, and `.grad` is emptied.
+    3. When it has left a block, the sums of the block two further on are fetched.
+
+    So at most the sums of two blocks are on the GPU. The first micro-batch fetches nothing.
+
+    Only matrices are offloaded, without the routers' (small). The first blocks are taken because memory
+    is scarcest at the end of the forward pass: their gradients are made last.
+
+    `tensors` holds the sums, by name of the parameter. `norms` holds their norms after the last
+    micro-batch of a step, by parameter. Raises ExperimentError when host memory does not hold the sums.
     """
 
-    def __init__(self, model, n_blocks: int):
-        self.blocks = [
-            {
-                f"blocks.{i}.{name}": p
-                for name, p in block.named_parameters()
-                if p.ndim > 1 and "router" not in name
-            }
-            for i, block in enumerate(model.blocks[:n_blocks])
-        ]
+    def __init__(self, model: torch.nn.Module, n_blocks: int):
+        self.blocks: list[dict[str, Tensor]] = []
+        for i, block in enumerate(model.blocks[:n_blocks]):
+            matrices = {}
+            for name, p in block.named_parameters():
+                if p.ndim > 1 and "router" not in name:
+                    matrices[f"blocks.{i}.{name}"] = p
+            self.blocks.append(matrices)
+
         named = {name: p for block in self.blocks for name, p in block.items()}
         device = model.norm.weight.device
-        self.gpu, self.norms = device.type == "cuda", {}
-        self.tensors = dict(
-            zip(named, host_zeros([(p.shape, p.dtype) for p in named.values()], device))
-        )
-        if self.gpu:
-            self.inward, self.outward = torch.cuda.Stream(), torch.cuda.Stream()
-        if n_blocks:  # the last gradient of what the backward pass comes through before
-            before = (
-                model.norm
-                if n_blocks == len(model.blocks)
-                else model.blocks[n_blocks].attention_norm
-            )
-            before.weight.register_post_accumulate_grad_hook(_weakly(self._begin))
+        sums = host_zeros([(p.shape, p.dtype) for p in named.values()], device)
+        self.tensors = dict(zip(named, sums))
+        self.norms: dict[Tensor, Tensor] = {}
+        self.copier = copier_for(device)
+        self._register_hooks(model)
+
+    def _register_hooks(self, model: torch.nn.Module) -> None:
+        if not self.blocks:
+            return
+        # The norm that the backward pass comes through just before it reaches the blocks
+        norm_before = model.norm
+        if len(self.blocks) < len(model.blocks):
+            norm_before = model.blocks[len(self.blocks)].attention_norm
+        norm_before.weight.register_post_accumulate_grad_hook(_weakly(self._start_pass))
         take = _weakly(self._take)
         for i, block in enumerate(self.blocks):
             for name, p in block.items():
@@ -259,100 +408,105 @@ class GradientOffload:
 
     def micro_batch(self, number: int, of: int) -> None:
         """Call before each backward pass of a step: it is the `number`-th, from 0, of so many."""
-        self.first, self.last = number == 0, number == of - 1
+        self.first = number == 0
+        self.last = number == of - 1
 
-    def _begin(self, _: Tensor) -> None:
-        self.missing, self.fetched, self.left = [len(block) for block in self.blocks], {}, []
-        if self.gpu:
-            self.inward.wait_stream(self.outward)  # the sums of the micro-batch before have arrived
-        for i in (len(self.blocks) - 1, len(self.blocks) - 2):
-            self._fetch(i)
+    def wait(self) -> None:
+        """Lets the computation wait until the sums are in host memory. Call before they are read."""
+        self.copier.finish()
+
+    def _start_pass(self, _: Tensor) -> None:
+        self.missing = [len(block) for block in self.blocks]  # gradients still to come
+        self.fetched: dict[int, tuple[dict[str, Tensor], torch.cuda.Event | None]] = {}
+        self.copier.begin()
+        last = len(self.blocks) - 1
+        self._fetch(last)
+        self._fetch(last - 1)
 
     @torch.no_grad()
     def _fetch(self, i: int) -> None:
-        """Starts a block's sums on their way to the device."""
+        """Starts the sums of block i on their way to the GPU."""
         if self.first or i < 0:
             return
-        sums = {name: torch.empty_like(p) for name, p in self.blocks[i].items()}
-        if self.gpu:
-            self.inward.wait_stream(torch.cuda.current_stream())  # which may still use that memory
-        with self._on("inward"):
-            for name, tensor in sums.items():
-                tensor.copy_(self.tensors[name], non_blocking=True)
-        self.fetched[i] = sums, self.inward.record_event() if self.gpu else None
+        sums = {}
+        pairs = []
+        for name, p in self.blocks[i].items():
+            sums[name] = torch.empty_like(p)
+            pairs.append((sums[name], self.tensors[name]))
+        self.fetched[i] = (sums, self.copier.fetch(pairs))
 
     @torch.no_grad()
     def _take(self, name: str, i: int, p: Tensor) -> None:
         """Adds the sum so far to a gradient that has just been made, and sends it to the host."""
-        gradient, p.grad = p.grad, None
+        gradient = p.grad
+        p.grad = None
         if not self.first:
-            sums, arrived = self.fetched[i]
-            if self.gpu:
-                torch.cuda.current_stream().wait_event(arrived)
-            gradient.add_(sums.pop(name))
+            sums, fetched = self.fetched[i]
+            self.copier.wait_for(fetched)
+            gradient.add_(sums.pop(name))  # pop: the memory is free again at once
         if self.last:
             self.norms[p] = gradient_norm(gradient)
-        if self.gpu:
-            self.outward.wait_stream(torch.cuda.current_stream())
-        with self._on("outward"):
-            self.tensors[name].copy_(gradient, non_blocking=True)
-            if self.gpu:
-                gradient.record_stream(self.outward)
+        self.copier.send([(self.tensors[name], gradient)])
         self.missing[i] -= 1
         if self.missing[i] == 0:
             self.fetched.pop(i, None)
-            if self.gpu:  # the host, which takes memory for what is fetched, waits for the block after this one to have left
-                self.left.append(self.outward.record_event())
-                if len(self.left) > 1:
-                    self.left.pop(0).synchronize()
+            self.copier.end_batch()
+            self.copier.throttle()
             self._fetch(i - 2)
-
-    def _on(self, stream: str):
-        return torch.cuda.stream(getattr(self, stream)) if self.gpu else contextlib.nullcontext()
-
-    def wait(self) -> None:
-        """Call before the sums are read: lets the computation wait for them to have arrived."""
-        if self.gpu:
-            torch.cuda.current_stream().wait_stream(self.outward)
 
 
 def _weakly(method):
-    """A method for a hook that does not keep its object: Python does not collect a cycle through a parameter's hook."""
+    """A method for a hook that does not keep its object alive.
+
+    Python does not collect a cycle that goes through a parameter's hook.
+    """
     weak = weakref.WeakMethod(method)
 
     def call(*arguments):
-        if (alive := weak()) is not None:
+        alive = weak()
+        if alive is not None:
             alive(*arguments)
 
     return call
 
 
+# ---------------------------------------------------------------- host memory
+
+
 def host_zeros(wanted: list[tuple[torch.Size, torch.dtype]], device: torch.device) -> list[Tensor]:
-    """Zeros of these shapes and dtypes in host memory, pinned where `device` is a GPU. Raises ExperimentError when it runs out."""
+    """Zeros of these shapes and dtypes in host memory, pinned where `device` is a GPU.
+
+    Raises ExperimentError when host memory runs out.
+    """
     try:
         if device.type != "cuda":
             return [torch.zeros(shape, dtype=dtype) for shape, dtype in wanted]
         with ThreadPoolExecutor(PINNING_THREADS) as pool:
-            return list(pool.map(lambda want: _pinned_zeros(*want), wanted))
+            return list(pool.map(lambda shape_dtype: _pinned_zeros(*shape_dtype), wanted))
     except (RuntimeError, MemoryError, OSError) as error:
-        raise ExperimentError(
-            f"no host memory for what is streamed ({error}).\n  Free host memory, use a smaller preset, or set "
-            "--offload_optimizer false if the optimizer state fits the GPU ('plan' shows both)."
-        ) from error
+        raise ExperimentError(_no_host_memory_message(error)) from error
 
 
-def _pinned_zeros(shape, dtype: torch.dtype) -> Tensor:
-    """Zeros in host memory that a GPU copies from and to by itself.
+def _no_host_memory_message(error: Exception) -> str:
+    return (
+        f"no host memory for optimizer and gradient offload ({error}).\n"
+        "  Free host memory, use a smaller preset, or set --offload_optimizer false if the optimizer "
+        "state fits the GPU ('plan' shows both)."
+    )
 
-    Registered in place, because PyTorch's own pinned allocator rounds every request up to a power of two; in huge pages
-    where the system has them, because pinning takes its time by the page.
+
+def _pinned_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros in page-locked host memory, which the GPU copies from and to by itself.
+
+    PyTorch's own pinned allocator rounds every request up to a power of two, which would waste up to
+    half of the memory. So memory is mapped here and registered with CUDA in place.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < 2**20:
-        return torch.zeros(
-            shape, dtype=dtype
-        ).pin_memory()  # small ones share pages, and a page is registered once
+        # Small tensors share pages, and a page can be registered once only: PyTorch handles those.
+        return torch.zeros(shape, dtype=dtype).pin_memory()
     pages = mmap.mmap(-1, size)
+    # Pinning takes its time by the page, so huge pages are requested where the system has them.
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
