@@ -1,31 +1,34 @@
 """The optimizers: Muon for every hidden matrix, AdamW for everything else.
 
-Muon (Keller Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") updates a
-weight matrix W [rows, columns] with gradient G in four steps:
+Muon (Keller Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks")
+updates a weight matrix W [rows, columns] with gradient G in four steps:
 
 1. Momentum            M <- G + mu M
 2. Nesterov            D = G + mu M, the momentum of the next step if its gradient were the same
 3. Orthogonalization   O = U V^T, where D = U S V^T is the singular value decomposition
 4. Update              W <- (1 - lr weight_decay) W - lr sqrt(max(1, rows / columns)) O
 
-Step 3 is the point. The gradient of a matrix has a few large singular values and many small ones. O
-has the same singular directions, all with singular value 1, so that the rare directions learn as fast
-as the common ones. Newton-Schulz approximates O with matmuls alone, which GPUs are good at.
+Step 3 is the point. The gradient of a matrix has a few large singular values and many small ones.
+O has the same singular directions, all with singular value 1, so that the rare directions learn
+as fast as the common ones. Newton-Schulz approximates O with matmuls alone, which GPUs are good
+at.
 
-Step 4 keeps the effect of an update independent of the shape. Take an input with entries of size 1,
-of norm sqrt(columns). If rows >= columns, O keeps the norm, and spreads it over the rows: entries of
-the output have size sqrt(columns / rows), which the scale makes 1. If rows < columns, O keeps the share
-rows / columns of the squared norm of a random input: the entries have size 1 already.
+Step 4 keeps the effect of an update independent of the shape. Take an input with entries of size
+1, of norm sqrt(columns). If rows >= columns, O keeps the norm, and spreads it over the rows:
+entries of the output have size sqrt(columns / rows), which the scale makes 1. If rows < columns,
+O keeps the share rows / columns of the squared norm of a random input: the entries have size 1
+already.
 
-Embedding, head, norms and router go to AdamW: they are vectors, or matrices that are read row by row.
+Embedding, head, norms and router go to AdamW: they are vectors, or matrices that are read row by
+row.
 
-Both optimizers read a gradient as `gradient * grad_scale` in fp32, where grad_scale holds clipping and
-1 / loss scale. So `.grad` is never rewritten and all state is unscaled. Both update fp32 masters (see
-engine/precision.py), whatever the dtype of the weights.
+Both optimizers read a gradient as `gradient * grad_scale` in fp32, where grad_scale holds
+clipping and 1 / loss scale. So `.grad` is never rewritten and all state is unscaled. Both update
+fp32 masters (see engine/precision.py), whatever the dtype of the weights.
 
 To add an optimizer: write a class with the constructor, `state`, `step`, `state_dict` and
-`load_state_dict` of those below, enter it in OPTIMIZERS, and give it a group of parameters under the
-same name in `config.optimizer_groups`.
+`load_state_dict` of those below, enter it in OPTIMIZERS, and give it a group of parameters under
+the same name in `config.optimizer_groups`.
 """
 
 import math
@@ -40,9 +43,10 @@ from engine.triton_kernels import COMPILE_OPTIONS, symmetric_matmul
 
 # ---------------------------------------------------------------- Newton-Schulz
 
-# (a, b, c) of each step. A step maps every singular value s to a s + b s^3 + c s^5. Keller Jordan chose
-# the coefficients for the steepest slope at zero: a small s grows 3.4 times in a step. The price is
-# that singular values end anywhere between about 0.7 and 1.2, which training does not notice.
+# (a, b, c) of each step. A step maps every singular value s to a s + b s^3 + c s^5. Keller Jordan
+# chose the coefficients for the steepest slope at zero: a small s grows 3.4 times in a step. The
+# price is that singular values end anywhere between about 0.7 and 1.2, which training does not
+# notice.
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
 
 # The Gram form computes the Gram matrix from x again before this step.
@@ -50,7 +54,8 @@ RESTART = 2
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Approximately orthogonalizes each matrix of x [n, rows, columns]: U S V^T becomes about U V^T.
+    """Approximately orthogonalizes each matrix of x [n, rows, columns]: U S V^T becomes about U
+    V^T.
 
     Singular values must not exceed 1. This holds for a matrix of Frobenius norm 1.
     """
@@ -58,7 +63,8 @@ def newton_schulz(x: Tensor) -> Tensor:
     if tall:  # the Gram matrix is cheapest on the shorter side
         x = x.mT
     for a, b, c in NEWTON_SCHULZ:
-        # x x^T = U S^2 U^T. So the step is (a I + b gram + c gram^2) x = U (a S + b S^3 + c S^5) V^T.
+        # x x^T = U S^2 U^T. So the step is (a I + b gram + c gram^2) x = U (a S + b S^3 + c S^5)
+        # V^T.
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
@@ -68,21 +74,24 @@ def newton_schulz(x: Tensor) -> Tensor:
 
 
 def gram_newton_schulz(x: Tensor) -> Tensor:
-    """`newton_schulz` with most of the work on the Gram matrix (Gram Newton-Schulz, Dao-AILab 2025).
+    """`newton_schulz` with most of the work on the Gram matrix (Gram Newton-Schulz, Dao-AILab
+    2025).
 
-    A step of Newton-Schulz is x <- P x with P = a I + b gram + c gram^2. Then gram = x x^T becomes
-    P gram P, for which x itself is not needed. So the steps run on gram, [n, m, m] with m the shorter
-    side, and collect the product of all P; x is multiplied with that product at the end.
+    A step of Newton-Schulz is x <- P x with P = a I + b gram + c gram^2. Then gram = x x^T
+    becomes P gram P, for which x itself is not needed. So the steps run on gram, [n, m, m] with m
+    the shorter side, and collect the product of all P; x is multiplied with that product at the
+    end.
 
     All these matrices are polynomials of one symmetric matrix: they commute, and their products are
     symmetric. `symmetric_matmul` computes one triangle, which is half the work.
 
-    Rounding breaks this in the end. Its errors are relative to the largest eigenvalue of gram; each
-    step multiplies small eigenvalues, and the errors among them, by up to a^2 = 12. Once an eigenvalue
-    is negative, which no x x^T has, the steps drive it away from zero without bound. So the product is
-    applied after RESTART steps, and gram is computed from x again. With that, fp16 is as exact here as
-    bf16 in the standard form. bf16, with 8 bits instead of 11, is too coarse for the Gram form. The
-    range of fp16 is enough: no entry exceeds a^3 = 41, as the singular values of x are at most 1.2.
+    Rounding breaks this in the end. Its errors are relative to the largest eigenvalue of gram;
+    each step multiplies small eigenvalues, and the errors among them, by up to a^2 = 12. Once an
+    eigenvalue is negative, which no x x^T has, the steps drive it away from zero without bound.
+    So the product is applied after RESTART steps, and gram is computed from x again. With that,
+    fp16 is as exact here as bf16 in the standard form. bf16, with 8 bits instead of 11, is too
+    coarse for the Gram form. The range of fp16 is enough: no entry exceeds a^3 = 41, as the
+    singular values of x are at most 1.2.
     """
     tall = x.shape[-2] > x.shape[-1]
     if tall:
@@ -128,7 +137,8 @@ def nesterov_direction(
     gradient = gradient.float() * grad_scale
     new_momentum = gradient + mu * momentum
     direction = gradient + mu * new_momentum
-    # Divided in fp32, before rounding to out's dtype, so that small gradients are treated as large ones
+    # Divided in fp32, before rounding to out's dtype, so that small gradients are treated as
+    # large ones
     norm = direction.square().sum(dim=-1, keepdim=True).sum(dim=-2, keepdim=True).sqrt()
     out.copy_(direction / norm.clamp(min=1e-30))
     momentum.copy_(torch.where(active, new_momentum, momentum))
@@ -161,13 +171,13 @@ class Muon:
     A parameter [..., rows, columns] is a bank of matrices that are updated one by one. They pass
     through in buckets, so a bank of experts takes no more workspace than a few of its experts.
 
-    A matrix whose gradient is exactly zero, an expert that received no token, keeps its weight and its
-    momentum. Otherwise it would move at full speed for hundreds of steps: the update has the same size
-    however small the momentum has become.
+    A matrix whose gradient is exactly zero, an expert that received no token, keeps its weight
+    and its momentum. Otherwise it would move at full speed for hundreds of steps: the update has
+    the same size however small the momentum has become.
 
-    `fused` (for GPUs) compiles the elementwise work and orthogonalizes in Gram form in fp16; without it
-    all is plain PyTorch. `offload` keeps the state, and `gradient_offload` some gradients, in host
-    memory (see engine/offload.py).
+    `fused` (for GPUs) compiles the elementwise work and orthogonalizes in Gram form in fp16;
+    without it all is plain PyTorch. `offload` keeps the state, and `gradient_offload` some
+    gradients, in host memory (see engine/offload.py).
     """
 
     def __init__(
@@ -200,12 +210,14 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:
-        """Updates the parameters with learning rate `lr`; reads gradients as gradient * grad_scale."""
+        """Updates the parameters with learning rate `lr`; reads gradients as gradient *
+        grad_scale."""
         device = self.state.device
         grad_scale = scalar(grad_scale, device)
         decay = scalar(lr * self.weight_decay, device)
         for bucket in self.state.buckets():
-            # The matrices of a bucket have one shape: they are orthogonalized together, as one batch.
+            # The matrices of a bucket have one shape: they are orthogonalized together, as one
+            # batch.
             counts = [len(part.weight) for part in bucket]
             rows, columns = bucket[0].weight.shape[1:]
             directions = torch.empty(sum(counts), rows, columns, dtype=self.dtype, device=device)
@@ -213,9 +225,7 @@ class Muon:
             for part, direction in zip(bucket, directions.split(counts)):
                 momentum = part.state["momentum"]
                 active.append(
-                    self.nesterov_direction(
-                        part.gradient, momentum, grad_scale, self.mu, direction
-                    )
+                    self.nesterov_direction(part.gradient, momentum, grad_scale, self.mu, direction)
                 )
             updates = self.orthogonalize(directions).split(counts)
             scaled_lr = scalar(lr * math.sqrt(max(1, rows / columns)), device)
@@ -291,7 +301,8 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:
-        """Updates the parameters with learning rate `lr`; reads gradients as gradient * grad_scale."""
+        """Updates the parameters with learning rate `lr`; reads gradients as gradient *
+        grad_scale."""
         self.steps += 1
         device = self.state.device
         corrections = tuple(scalar(1 - beta**self.steps, device) for beta in self.betas)
@@ -341,8 +352,8 @@ def build_optimizers(
 ) -> dict[str, Muon | AdamW]:
     """The optimizer of each group in `optimizer_groups(config)`, by the group's name.
 
-    `parameters` are all of the model's, by name. Raises ExperimentError when host memory does not hold
-    the state with `offload`.
+    `parameters` are all of the model's, by name. Raises ExperimentError when host memory does not
+    hold the state with `offload`.
     """
     optimizers = {}
     for name, group in optimizer_groups(config).items():
@@ -359,7 +370,8 @@ def scalar(value: float, device: torch.device) -> Tensor:
 
 
 def compile_elementwise(function, dynamic: bool = False):
-    """torch.compile of elementwise operations: a kernel or two for each shape, or with `dynamic` for all."""
+    """torch.compile of elementwise operations: a kernel or two for each shape, or with `dynamic`
+    for all."""
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options=COMPILE_OPTIONS)
 
 

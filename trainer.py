@@ -18,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 import data
-from config import Config, Diverged, ExperimentError, OutOfMemory
+from config import Config, Diverged, ExperimentError, OutOfMemory, optimizer_groups
 from engine.offload import GradientOffload
 from engine.precision import LossScaler, gradient_norms
 from engine.triton_kernels import attention_backends
 from generate import generate
 from model import MoETransformer
-from muon import AdamW, Muon, split_parameters
+from muon import build_optimizers
 from planner.choice import advise, candidates, check_fits, next_smaller, resolve_autos
 from planner.machine import (
     GB,
@@ -113,13 +113,12 @@ class Trainer:
         self.meter = MemoryMeter(self.device, self.predicted, self.machine.memory_gb)
 
     def _build(self, config: Config) -> None:
-        """The model, compiled or not, and its two optimizers."""
+        """The model, compiled or not, and its optimizers."""
         print("Building the model ...", flush=True)
         with torch.device("meta"):
             self.model = MoETransformer(config)
         self.model.materialize(self.device)
         self.parameters = dict(self.model.named_parameters())
-        hidden, others = split_parameters(self.model, config.optimizer)
         offload = config.offload_optimizer == "true"
         if (
             self.device.type == "cpu" and self.predicted["total"] > self.machine.host_memory_gb / 2
@@ -135,20 +134,9 @@ class Trainer:
             config.compile == "auto" and self.device.type == "cuda"
         )
         fused = compiling and self.device.type == "cuda"
-        self.host_gradients = GradientOffload(self.model, config.host_gradient_blocks)
-        gradients = self.host_gradients.tensors
-        self.muon = Muon(
-            hidden, config.muon_momentum, config.weight_decay, offload, fused, gradients
-        )
-        self.adamw = AdamW(
-            others,
-            config.adamw_beta1,
-            config.adamw_beta2,
-            config.adamw_eps,
-            config.weight_decay,
-            offload,
-            fused,
-            gradients,
+        self.gradient_offload = GradientOffload(self.model, config.host_gradient_blocks)
+        self.optimizers = build_optimizers(
+            config, self.parameters, offload, fused, self.gradient_offload
         )
         self.scaler = LossScaler(
             config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16"
@@ -166,14 +154,14 @@ class Trainer:
         for i in range(c.gradient_accumulation_steps):
             tokens, targets = (t.to(self.device, non_blocking=True) for t in next(batches))
             loss, metrics = self.model(tokens, targets)
-            self.host_gradients.micro_batch(i, c.gradient_accumulation_steps)
+            self.gradient_offload.micro_batch(i, c.gradient_accumulation_steps)
             (loss * (self.scaler.scale / c.gradient_accumulation_steps)).backward()
             loss_sum += loss.detach()
             counts += metrics.get("expert_counts", 0)
             self._accumulate(metrics)
         self.data_position += c.sequences_per_step
 
-        norms = gradient_norms(list(self.parameters.values()), self.host_gradients.norms)
+        norms = gradient_norms(list(self.parameters.values()), self.gradient_offload.norms)
         loss, norm = torch.stack(
             [loss_sum / c.gradient_accumulation_steps, norms.norm()]
         ).tolist()  # the one wait
@@ -187,18 +175,17 @@ class Trainer:
             ) / self.scaler.scale
             rate = lr_schedule(self.step, c)
             self.meter.note("backward")
-            self.host_gradients.wait()
-            self.muon.step(rate * c.muon_lr, factor)
-            self.adamw.step(rate * c.adamw_lr, factor)
+            for name, group in optimizer_groups(c).items():
+                self.optimizers[name].step(rate * group.peak_lr, factor)
             if c.load_balancing == "bias" and c.n_moe_layers:
                 self.model.balance(counts)
             if self.meter.note("optimizer"):
                 self.bar.write(
                     self.meter.table(
                         list(self.parameters.values()),
-                        self.muon.state,
-                        self.adamw.state,
-                        self.host_gradients.tensors,
+                        self.optimizers["muon"].state,
+                        self.optimizers["adamw"].state,
+                        self.gradient_offload.tensors,
                     )
                 )
             self.step += 1
@@ -593,7 +580,7 @@ class Trainer:
                 name: p.detach()
                 for name, p in (self.parameters | self.model.balancing_biases()).items()
             },
-            optimizer=dict(muon=self.muon.state_dict(), adamw=self.adamw.state_dict()),
+            optimizer={name: o.state_dict() for name, o in self.optimizers.items()},
             schedule=dict(step=self.step, max_steps=c.max_steps, factor=lr_schedule(self.step, c)),
             loss_scaler=self.scaler.state_dict(),
             random=checkpoint.random_states(self.device),
@@ -624,8 +611,8 @@ class Trainer:
                         f"{name} is {saved.dtype} {tuple(saved.shape)}, not {p.dtype} {tuple(p.shape)}"
                     )
                 p.copy_(saved)
-            self.muon.load_state_dict(state["optimizer"]["muon"])
-            self.adamw.load_state_dict(state["optimizer"]["adamw"])
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizer"][name])
             self.scaler.load_state_dict(state["loss_scaler"])
             for name in (
                 "run_id",

@@ -39,10 +39,10 @@ from muon import (
     NEWTON_SCHULZ,
     AdamW,
     Muon,
+    build_optimizers,
     gram_newton_schulz,
     newton_schulz,
-    product_dtype,
-    split_parameters,
+    newton_schulz_dtype,
 )
 from planner.machine import find_device
 from record import checkpoint
@@ -100,26 +100,10 @@ def run(changes: dict) -> tuple[list[float], dict[str, torch.Tensor], dict[str, 
         compiling, offload = config.compile == "true", config.offload_optimizer == "true"
         if compiling:
             model.compile_blocks()
-        hidden, others = split_parameters(model)
         sums = GradientOffload(model, config.host_gradient_blocks)
-        muon = Muon(
-            hidden,
-            config.muon_momentum,
-            config.weight_decay,
-            offload,
-            compiling and device.type == "cuda",
-            sums.tensors,
-        )
-        adamw = AdamW(
-            others,
-            config.adamw_beta1,
-            config.adamw_beta2,
-            config.adamw_eps,
-            config.weight_decay,
-            offload,
-            compiling,
-            sums.tensors,
-        )
+        fused = compiling and device.type == "cuda"
+        optimizers = build_optimizers(config, dict(model.named_parameters()), offload, fused, sums)
+        muon, adamw = optimizers["muon"], optimizers["adamw"]
         draw, losses, gradients = torch.Generator().manual_seed(0), [], {}
         for step in range(STEPS):
             for i in range(MICRO_BATCHES):
@@ -484,7 +468,7 @@ def check_newton_schulz(device: torch.device) -> None:
             x = a * x + (b * gram + c * gram @ gram) @ x
         x = x if shape[1] <= shape[2] else x.mT
         for form, fused in ((newton_schulz, False), (gram_newton_schulz, True)):
-            dtype = product_dtype(device, fused and device.type == "cuda")
+            dtype = newton_schulz_dtype(device, fused and device.type == "cuda")
             check(
                 f"{form.__name__} in {dtype}, {shape[1]} x {shape[2]}",
                 ((form(g.to(dtype)).double() - x).norm() / x.norm()).item(),
@@ -495,7 +479,7 @@ def check_newton_schulz(device: torch.device) -> None:
 def check_fused_optimizers(device: torch.device) -> None:
     """The compiled elementwise work: state and masters as the plain functions give them, for either 16-bit format."""
     for dtype in (torch.bfloat16, torch.float16):
-        for kind, arguments in ((Muon, (0.95, 0.1)), (AdamW, (0.9, 0.95, 1e-8, 0.1))):
+        for kind, arguments in ((Muon, (BASE, 0.1)), (AdamW, (BASE, 0.1))):
             results = []
             for fused in (False, True):
                 torch.manual_seed(0)

@@ -18,7 +18,7 @@ from engine.offload import OptimizerState
 from engine.triton_kernels import COMPILE_OPTIONS, attention_backends, compile_with_barriers
 from model import MoETransformer
 from moe import MoE, SwiGLU
-from muon import AdamW, Muon, split_parameters
+from muon import build_optimizers
 from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint
@@ -44,11 +44,12 @@ def seconds(function, repeats: int = REPEATS, warmup: int = 3) -> list[float]:
 class MadeOnTheCard(OptimizerState):
     """State that is made anew on the GPU for each group: what streaming would cost if copies took no time."""
 
-    def groups(self):
-        for group in self._groups():
+    def buckets(self):
+        for group in self._cut_into_buckets():
             yield [
-                (
-                    *self._weight_and_gradient(name, cut),
+                self._part(
+                    name,
+                    cut,
                     {
                         k: torch.zeros_like(self._view(t)[cut], device=self.device)
                         for k, t in self.tensors[name].items()
@@ -67,18 +68,10 @@ def muon_step_18b(_: Path) -> None:
     model.materialize(device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
-    hidden, others = split_parameters(model)
     start = time.perf_counter()
-    muon = Muon(hidden, config.muon_momentum, config.weight_decay, offload=True, fused=True)
-    adamw = AdamW(
-        others,
-        config.adamw_beta1,
-        config.adamw_beta2,
-        config.adamw_eps,
-        config.weight_decay,
-        offload=True,
-        fused=True,
-    )
+    optimizers = build_optimizers(config, dict(model.named_parameters()), offload=True, fused=True)
+    muon = optimizers["muon"]
+    adamw = optimizers["adamw"]
     reserving = time.perf_counter() - start
     streamed = seconds(lambda: muon.step(0.01, 1e-3), repeats=5, warmup=2)
     adamw_seconds = seconds(lambda: adamw.step(0.001, 1e-3), repeats=5, warmup=2)

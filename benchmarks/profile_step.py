@@ -62,7 +62,7 @@ def profile_step(
     trainer: Trainer, batches, warmup: int = 2
 ) -> tuple[dict[str, float], list[tuple], float]:
     """({kind: seconds}, [(kernel, kind, seconds, calls)], seconds of the step) of one step after `warmup` others."""
-    for optimizer in (trainer.muon, trainer.adamw):
+    for optimizer in trainer.optimizers.values():
         optimizer.step = annotated(optimizer.step)
     for _ in range(warmup):
         trainer.train_step(batches)

@@ -1,16 +1,19 @@
-"""What the GPU has no room for lives in host memory: optimizer state, and the gradients of some blocks.
+"""What the GPU has no room for lives in host memory: optimizer state, and the gradients of some
+blocks.
 
-OptimizerState is the state of one optimizer. The optimizer walks over it in buckets; with `offload` each
-bucket visits the GPU while it is worked on. GradientOffload sums gradients in host memory as the backward
-pass makes them. Both copy with a copier: StreamCopier on a GPU, DirectCopier on a CPU, where the same
-code runs without streams.
+OptimizerState is the state of one optimizer. The optimizer walks over it in buckets; with
+`offload` each bucket visits the GPU while it is worked on. GradientOffload sums gradients in host
+memory as the backward pass makes them. Both copy with a copier: StreamCopier on a GPU,
+DirectCopier on a CPU, where the same code runs without streams.
 
-Nothing here changes arithmetic or its order: results are those of everything on the GPU, to the bit.
+Nothing here changes arithmetic or its order: results are those of everything on the GPU, to the
+bit.
 
 
 Streams, for a reader who checks for races
 
-Three CUDA streams take part. Work on one stream runs in order; across streams only a wait gives order.
+Three CUDA streams take part. Work on one stream runs in order; across streams only a wait gives
+order.
 
     compute     the current stream: forward, backward, optimizer kernels
     inward      copies from host to GPU
@@ -25,9 +28,9 @@ Every wait of this file is a method of StreamCopier, where its reason stands:
     throttle    the CPU waits for a send      so that it does not take memory for more and more fetches
     finish      compute waits for outward     what follows reads the host's tensors, or takes over memory
 
-The allocator gives freed memory to the next tensor of the same stream at once, without a wait. Everything
-is allocated on compute. What compute reads last, it may reuse. What outward reads last is protected by
-`record_stream`, which keeps the memory until outward has passed that point.
+The allocator gives freed memory to the next tensor of the same stream at once, without a wait.
+Everything is allocated on compute. What compute reads last, it may reuse. What outward reads last
+is protected by `record_stream`, which keeps the memory until outward has passed that point.
 """
 
 import contextlib
@@ -51,7 +54,8 @@ PINNING_THREADS = 8  # one thread pins about 2 GB/s
 
 
 class StreamCopier:
-    """Copies between host and GPU on two streams beside the computation (see the top of this file)."""
+    """Copies between host and GPU on two streams beside the computation (see the top of this
+    file)."""
 
     def __init__(self):
         self.inward = torch.cuda.Stream()
@@ -64,7 +68,8 @@ class StreamCopier:
         self.sent = []
 
     def fetch(self, pairs: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
-        """Copies host tensors to the GPU, for each (on_gpu, on_host); the event says they are there."""
+        """Copies host tensors to the GPU, for each (on_gpu, on_host); the event says they are
+        there."""
         self.inward.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.inward):
             for on_gpu, on_host in pairs:
@@ -90,8 +95,9 @@ class StreamCopier:
     def throttle(self) -> None:
         """Lets the CPU wait until every batch but the last one has left the GPU.
 
-        The CPU runs ahead of the GPU. It takes GPU memory for a fetch when it launches it, so without
-        this it would soon hold memory for every bucket. The GPU has the last batch to work on meanwhile.
+        The CPU runs ahead of the GPU. It takes GPU memory for a fetch when it launches it, so
+        without this it would soon hold memory for every bucket. The GPU has the last batch to
+        work on meanwhile.
         """
         if len(self.sent) > 1:
             self.sent.pop(0).synchronize()
@@ -151,15 +157,16 @@ Slice = tuple[str, slice]
 class OptimizerState:
     """State tensors of a set of parameters, each shaped like its parameter, and the walk over them.
 
-    `moments` are the optimizer's own tensors, of dtype `moment_dtype(parameter)`. Every 16-bit parameter
-    also has "residual" (int16), the low bits of its fp32 master. `tensors` holds all: name, key, tensor.
+    `moments` are the optimizer's own tensors, of dtype `moment_dtype(parameter)`. Every 16-bit
+    parameter also has "residual" (int16), the low bits of its fp32 master. `tensors` holds all:
+    name, key, tensor.
 
-    `matrices=True` cuts buckets between matrices (the last two dimensions), for an optimizer that needs
-    whole matrices; `matrices=False` cuts between rows of the first dimension.
+    `matrices=True` cuts buckets between matrices (the last two dimensions), for an optimizer that
+    needs whole matrices; `matrices=False` cuts between rows of the first dimension.
 
-    `offload` keeps the tensors in host memory, pinned when the parameters are on a GPU. The gradients of
-    `gradient_offload` then come from the host with the state. Raises ExperimentError when host memory
-    does not hold the state.
+    `offload` keeps the tensors in host memory, pinned when the parameters are on a GPU. The
+    gradients of `gradient_offload` then come from the host with the state. Raises ExperimentError
+    when host memory does not hold the state.
     """
 
     BUCKET = OPTIMIZER_BUCKET
@@ -188,7 +195,8 @@ class OptimizerState:
     def _zeros(
         self, moments: tuple[str, ...], moment_dtype: Callable[[Tensor], torch.dtype]
     ) -> dict[str, dict[str, Tensor]]:
-        """The state at the start, all zero: 0 as the low bits of a master says that weight is exact."""
+        """The state at the start, all zero: 0 as the low bits of a master says that weight is
+        exact."""
         keys = []
         wanted = []
         for name, p in self.parameters.items():
@@ -212,10 +220,10 @@ class OptimizerState:
     def buckets(self) -> Iterator[list[Part]]:
         """Yields parameters, gradients and state in buckets, to be updated in place.
 
-        A bucket has at most BUCKET elements, unless a single matrix is larger. With matrices=True every
-        tensor is [n, rows, columns], with the same rows and columns throughout a bucket; otherwise
-        [rows, ...]. Parameters without a gradient are left out. An offloaded bucket is written back when
-        the next one is requested, so take all of them.
+        A bucket has at most BUCKET elements, unless a single matrix is larger. With matrices=True
+        every tensor is [n, rows, columns], with the same rows and columns throughout a bucket;
+        otherwise [rows, ...]. Parameters without a gradient are left out. An offloaded bucket is
+        written back when the next one is requested, so take all of them.
         """
         if self.offload:
             yield from self._offloaded_buckets()
@@ -246,7 +254,8 @@ class OptimizerState:
 
     def _fetch(self, bucket: list[Slice]) -> tuple[list[Part], torch.cuda.Event | None]:
         """Starts a bucket's copies to the GPU. Returns its parts and when they are there."""
-        # The memory is allocated here, on compute, because what forward and backward have left is free.
+        # The memory is allocated here, on compute, because what forward and backward have left is
+        # free.
         parts = []
         pairs = []
         for name, cut in bucket:
@@ -327,7 +336,8 @@ class OptimizerState:
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Copies into the tensors that are there, so they keep dtype and place (torch's optimizers cast).
+        """Copies into the tensors that are there, so they keep dtype and place (torch's
+        optimizers cast).
 
         Raises ValueError when names, shapes or dtypes differ.
         """
@@ -358,22 +368,24 @@ def _dtype_and_shape(tensor: Tensor | None) -> str:
 
 
 class GradientOffload:
-    """Sums the gradients of the first `n_blocks` blocks over a step's micro-batches, in host memory.
+    """Sums the gradients of the first `n_blocks` blocks over a step's micro-batches, in host
+    memory.
 
     Hooks do the work while the backward pass runs, from the last block to the first:
 
     1. When it reaches the blocks (`_start_pass`), the sums of the last two of them are fetched.
-    2. When it has made a gradient (`_take`), the sum so far is added to it, the new sum is sent to the
-       host, and `.grad` is emptied.
+    2. When it has made a gradient (`_take`), the sum so far is added to it, the new sum is sent
+       to the host, and `.grad` is emptied.
     3. When it has left a block, the sums of the block two further on are fetched.
 
     So at most the sums of two blocks are on the GPU. The first micro-batch fetches nothing.
 
-    Only matrices are offloaded, without the routers' (small). The first blocks are taken because memory
-    is scarcest at the end of the forward pass: their gradients are made last.
+    Only matrices are offloaded, without the routers' (small). The first blocks are taken because
+    memory is scarcest at the end of the forward pass: their gradients are made last.
 
     `tensors` holds the sums, by name of the parameter. `norms` holds their norms after the last
-    micro-batch of a step, by parameter. Raises ExperimentError when host memory does not hold the sums.
+    micro-batch of a step, by parameter. Raises ExperimentError when host memory does not hold the
+    sums.
     """
 
     def __init__(self, model: torch.nn.Module, n_blocks: int):
@@ -412,7 +424,8 @@ class GradientOffload:
         self.last = number == of - 1
 
     def wait(self) -> None:
-        """Lets the computation wait until the sums are in host memory. Call before they are read."""
+        """Lets the computation wait until the sums are in host memory. Call before they are
+        read."""
         self.copier.finish()
 
     def _start_pass(self, _: Tensor) -> None:
@@ -498,8 +511,8 @@ def _no_host_memory_message(error: Exception) -> str:
 def _pinned_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Zeros in page-locked host memory, which the GPU copies from and to by itself.
 
-    PyTorch's own pinned allocator rounds every request up to a power of two, which would waste up to
-    half of the memory. So memory is mapped here and registered with CUDA in place.
+    PyTorch's own pinned allocator rounds every request up to a power of two, which would waste up
+    to half of the memory. So memory is mapped here and registered with CUDA in place.
     """
     size = math.prod(shape) * dtype.itemsize
     if size < 2**20:

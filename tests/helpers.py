@@ -9,7 +9,7 @@ from config import PRESETS, Config
 from corpus.tokenizer import train_tokenizer
 from engine.precision import write_master
 from model import MoETransformer
-from muon import AdamW, Muon, split_parameters
+from muon import build_optimizers
 from record import checkpoint
 
 TINY = dict(
@@ -46,14 +46,15 @@ def tokenizer_json() -> str:
 def write_checkpoint(path, config: Config, **changes) -> dict:
     """Saves what a run of `config` would, with random fp32 masters, and returns the state; `changes` replace parts of it."""
     model = MoETransformer(config)
-    hidden, others = split_parameters(model)
-    muon, adamw = (
-        Muon(hidden, 0.95, 0.1).state_dict(),
-        AdamW(others, 0.9, 0.95, 1e-8, 0.1).state_dict(),
-    )
+    parameters = dict(model.named_parameters())
+    optimizers = {
+        name: optimizer.state_dict()
+        for name, optimizer in build_optimizers(config, parameters).items()
+    }
+    states = {**optimizers["muon"]["state"], **optimizers["adamw"]["state"]}
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            state = (muon if name in hidden else adamw)["state"][name]
+        for name, p in parameters.items():
+            state = states[name]
             write_master(
                 torch.rand(p.shape) + 0.5
                 if p.ndim == 1
@@ -72,7 +73,7 @@ def write_checkpoint(path, config: Config, **changes) -> dict:
         train_seconds=2.0,
         mean_norm=None,
         model={name: p.detach() for name, p in model.named_parameters()},
-        optimizer=dict(muon=muon, adamw=adamw),
+        optimizer=optimizers,
         schedule={},
         loss_scaler={},
         random={},

@@ -9,13 +9,11 @@ from model import MoETransformer
 from muon import (
     AdamW,
     Muon,
-    adamw_update,
+    build_optimizers,
     gram_newton_schulz,
-    muon_update,
     nesterov_direction,
     newton_schulz,
-    product_dtype,
-    split_parameters,
+    newton_schulz_dtype,
 )
 from tests.helpers import tiny_config
 
@@ -41,12 +39,10 @@ def set_gradients(named, step=0, factor=1.0, rounding=None):
         p.grad = gradient.to(rounding or p.dtype).to(p.dtype)
 
 
-def make(kind, named, offload=False):
-    return (
-        Muon(named, 0.9, 0.1, offload)
-        if kind is Muon
-        else AdamW(named, 0.9, 0.95, 1e-8, 0.1, offload)
-    )
+def make(kind, named, weight_decay=0.1, offload=False, fused=False, **settings):
+    """An optimizer of these parameters; `settings` are fields of the configuration."""
+    settings = dict(muon_momentum=0.9, adamw_beta2=0.95, adamw_eps=1e-8) | settings
+    return kind(named, tiny_config(**settings), weight_decay, offload, fused)
 
 
 def train(optimizer, named, steps=3, first=0, rounding=None):
@@ -154,12 +150,12 @@ def test_newton_schulz_multiplies_along_the_shorter_side():
 
 
 def test_products_are_bf16_on_a_gpu_and_momentum_is_never_fp16():
-    assert [product_dtype(torch.device(d), False) for d in ("cuda", "cpu")] == [
+    assert [newton_schulz_dtype(torch.device(d), False) for d in ("cuda", "cpu")] == [
         torch.bfloat16,
         torch.float32,
     ]
     assert (
-        product_dtype(torch.device("cuda"), True) == torch.float16
+        newton_schulz_dtype(torch.device("cuda"), True) == torch.float16
     )  # the Gram form goes wrong in bf16
     momenta = [
         make(Muon, parameters(dtype)).state.tensors["bank"]["momentum"].dtype for dtype in FORMATS
@@ -172,7 +168,7 @@ def test_muon_follows_torchs(shape):
     named = parameters(w=shape)
     start = named["w"].data.mul_(0.1).clone()
     other = {"w": start.clone().requires_grad_()}
-    ours = Muon(named, momentum=0.95, weight_decay=0.5)
+    ours = make(Muon, named, weight_decay=0.5, muon_momentum=0.95)
     theirs = torch.optim.Muon(
         other.values(),
         lr=0.02,
@@ -256,7 +252,7 @@ def test_muon_works_on_a_few_matrices_at_a_time(monkeypatch):
 def test_adamw_equals_torchs():
     shapes = SHAPES | {"vector": (9,)}
     named, other = parameters(**shapes), parameters(**shapes)
-    ours = AdamW(named, 0.9, 0.95, 1e-8, 0.3)
+    ours = make(AdamW, named, weight_decay=0.3)
     theirs = torch.optim.AdamW(
         [dict(params=[p], weight_decay=0.3 if p.ndim >= 2 else 0) for p in other.values()],
         lr=0.01,
@@ -335,7 +331,7 @@ def test_fused_muon_compiles_once_for_any_number_of_matrices_and_once_for_one(mo
     results = []
     for fused in (False, True):
         named = parameters(torch.bfloat16, **shapes)
-        optimizer = Muon(named, 0.9, 0.1, fused=fused)
+        optimizer = make(Muon, named, fused=fused)
         optimizer.orthogonalize, optimizer.dtype = newton_schulz, torch.float32
         train(optimizer, named, steps=2)
         results.append(snapshot(optimizer, named))
@@ -351,18 +347,20 @@ def test_streamed_state_gives_the_same_bits(kind, dtype, monkeypatch):
     optimizers = make(kind, streamed, offload=True), make(kind, resident)
     for optimizer, named in zip(optimizers, (streamed, resident)):
         train(optimizer, named, steps=4)
-    assert len(list(optimizers[1].state.groups())) >= 4
+    assert len(list(optimizers[1].state.buckets())) >= 4
     assert_same_bits(snapshot(optimizers[0], streamed), snapshot(optimizers[1], resident))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_muon_gets_the_hidden_matrices_and_adamw_the_rest(tied):
-    model = MoETransformer(tiny_config(tie_embeddings=tied, moe_every=2))
-    hidden, others = split_parameters(model)
-    assert (
-        hidden.keys() | others.keys() == dict(model.named_parameters()).keys()
-        and not hidden.keys() & others.keys()
-    )
+    config = tiny_config(tie_embeddings=tied, moe_every=2)
+    model = MoETransformer(config)
+    parameters = dict(model.named_parameters())
+    optimizers = build_optimizers(config, parameters)
+    hidden = optimizers["muon"].state.tensors
+    others = optimizers["adamw"].state.tensors
+    assert hidden.keys() | others.keys() == parameters.keys()
+    assert not hidden.keys() & others.keys()
     assert {name.split(".", 2)[2] for name in hidden} == {
         *(f"attention.{m}.weight" for m in "qkvo"),
         "ffn.gate_up",

@@ -104,7 +104,7 @@ def test_every_tensor_is_read_as_it_was_written(case, places, tmp_path):
     run = trainer.Trainer(config, data.prepare(config), state, path)
     model = run.parameters | run.model.balancing_biases()
     found = described(
-        dict(model=model, optimizer=dict(muon=run.muon.state_dict(), adamw=run.adamw.state_dict()))
+        dict(model=model, optimizer={k: o.state_dict() for k, o in run.optimizers.items()})
     )
     assert found == {
         name: text

@@ -136,7 +136,7 @@ def states(trainer):
         },
         **{
             f"{o}/{k}/{key}": t
-            for o, opt in (("muon", trainer.muon), ("adamw", trainer.adamw))
+            for o, opt in trainer.optimizers.items()
             for k, s in opt.state.tensors.items()
             for key, t in s.items()
         },
@@ -329,10 +329,10 @@ def test_overflow_changes_nothing_but_the_scale_and_the_run_goes_on(settings, fo
     for _ in range(3):
         assert trainer.train_step(batches)
     before = {k: t.clone() for k, t in states(trainer).items()}
-    scale, steps = trainer.scaler.scale, trainer.adamw.steps
+    scale, steps = trainer.scaler.scale, trainer.optimizers["adamw"].steps
     assert not trainer.train_step(batches)
     assert all(torch.equal(before[k], t) for k, t in states(trainer).items())
-    assert (trainer.step, trainer.adamw.steps, trainer.tokens_seen) == (
+    assert (trainer.step, trainer.optimizers["adamw"].steps, trainer.tokens_seen) == (
         3,
         steps,
         3 * config.tokens_per_step,
@@ -391,13 +391,17 @@ def test_clipping_and_scale_are_one_factor_on_gradients_that_stay_as_they_are(
         trainer = build(settings(grad_clip=0.01, loss_scale=1024.0, **FORMS[form]))
         seen = {}
         monkeypatch.setattr(
-            trainer.muon,
+            trainer.optimizers["muon"],
             "step",
             lambda lr, factor: seen.update(
                 factor=factor, grads=[p.grad.clone() for p in trainer.parameters.values()]
             ),
         )
-        monkeypatch.setattr(trainer.adamw, "step", lambda lr, factor: seen.update(adamw=factor))
+        monkeypatch.setattr(
+            trainer.optimizers["adamw"],
+            "step",
+            lambda lr, grad_scale: seen.update(adamw=grad_scale),
+        )
         trainer.train_step(data.batches(trainer.corpus.train, trainer.config, 0))
         norm = torch.stack([g.double().norm() for g in seen["grads"]]).norm().item()
         assert seen["factor"] == seen["adamw"]
@@ -598,7 +602,10 @@ def test_load_model_decodes_the_exact_masters(settings, form):
     trainer.run()
     model, config = checkpoint.load_model(checkpoint.latest_path(trainer.config.save_dir))
     assert not model.training and config.precision == trainer.config.precision
-    all_states = {**trainer.muon.state.tensors, **trainer.adamw.state.tensors}
+    all_states = {
+        **trainer.optimizers["muon"].state.tensors,
+        **trainer.optimizers["adamw"].state.tensors,
+    }
     for name, p in model.named_parameters():
         weight = trainer.parameters[name].detach()
         master = read_master(weight, all_states[name])
@@ -720,8 +727,8 @@ def test_adamw_alone_trains_every_parameter(settings):
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     trainer.run()
     assert (
-        not trainer.muon.state.tensors
-        and trainer.adamw.state.tensors.keys() == trainer.parameters.keys()
+        not trainer.optimizers["muon"].state.tensors
+        and trainer.optimizers["adamw"].state.tensors.keys() == trainer.parameters.keys()
     )
     assert all((p != before[name]).any() for name, p in trainer.parameters.items())
     first, last = rows(trainer.config, "val_loss")

@@ -23,7 +23,7 @@ from config import Config, ConfigError, ExperimentError, preset_values
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
 from engine.precision import LossScaler, encode_master
 from model import MoETransformer
-from muon import AdamW, Muon, split_parameters
+from muon import build_optimizers
 from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint
@@ -96,15 +96,15 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
     weights = Weights(folder)
     with torch.device("meta"):
         model = MoETransformer(dataclasses.replace(config, activation_checkpointing="none"))
-    hidden, others = split_parameters(model, config.optimizer)
     # the optimizers' own state, without storage: its names and types are theirs to decide
-    muon = Muon(hidden, config.muon_momentum, config.weight_decay).state_dict()
-    adamw = AdamW(
-        others, config.adamw_beta1, config.adamw_beta2, config.adamw_eps, config.weight_decay
-    ).state_dict()
+    optimizers = {
+        name: optimizer.state_dict()
+        for name, optimizer in build_optimizers(config, dict(model.named_parameters())).items()
+    }
     optimizer = {
         name: {key: zeros(t) for key, t in tensors.items()}
-        for name, tensors in {**muon["state"], **adamw["state"]}.items()
+        for group in optimizers.values()
+        for name, tensors in group["state"].items()
     }
     parameters = {name: zeros(p) for name, p in model.named_parameters()}
     for name, p in parameters.items():
@@ -117,7 +117,7 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
             f"{folder} holds tensors that this program's model has no place for: "
             f"{', '.join(sorted(weights.unread)[:4])}{' ...' if len(weights.unread) > 4 else ''}"
         )
-    for group in (muon, adamw):
+    for group in optimizers.values():
         group["state"] = {name: optimizer[name] for name in group["state"]}
     scaler = LossScaler(
         config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16"
@@ -133,7 +133,7 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
         train_seconds=0.0,
         mean_norm=None,
         model=parameters,
-        optimizer=dict(muon=muon, adamw=adamw),
+        optimizer=optimizers,
         schedule=dict(step=0, max_steps=config.max_steps, factor=lr_schedule(0, config)),
         loss_scaler=scaler.state_dict(),
         random=checkpoint.random_states(torch.device("cpu")),

@@ -11,7 +11,7 @@ from engine import offload
 from engine.offload import GradientOffload, OptimizerState
 from engine.precision import gradient_norms
 from model import MoETransformer
-from muon import AdamW, Muon, split_parameters
+from muon import AdamW, build_optimizers
 from tests.helpers import tiny_config
 
 # ---------------------------------------------------------------- optimizer state
@@ -48,7 +48,7 @@ def test_groups_cover_each_element_once_and_stay_small(monkeypatch, offload, mat
     if matrices:
         del named["vector"]
     owner = state_of(named, offload, matrices)
-    for group in owner.groups():
+    for group in owner.buckets():
         assert sum(weight.numel() for weight, *_ in group) <= (
             60 if matrices else 45
         )  # a single matrix may be larger
@@ -127,12 +127,9 @@ def trained(host_blocks: int, steps: int = 2, **changes):
     config = tiny_config(moe_every=2, init_std=0.2, **changes)
     model = MoETransformer(config)
     sums = GradientOffload(model, host_blocks)
-    hidden, others = split_parameters(model)
-    muon, adamw = (
-        Muon(hidden, 0.95, 0.1, True, gradients=sums.tensors),
-        AdamW(others, 0.9, 0.95, 1e-8, 0.1, True, gradients=sums.tensors),
-    )
-    parameters, norms = dict(model.named_parameters()), []
+    parameters = dict(model.named_parameters())
+    optimizers = build_optimizers(config, parameters, offload=True, gradient_offload=sums)
+    norms = []
     tokens = torch.randint(
         264, (steps, MICRO_BATCHES, 2, 17), generator=torch.Generator().manual_seed(0)
     )
@@ -144,14 +141,13 @@ def trained(host_blocks: int, steps: int = 2, **changes):
         on_host = {name for name, p in parameters.items() if p.grad is None}
         assert on_host == set(sums.tensors)
         norms.append(gradient_norms(list(parameters.values()), sums.norms))
-        sums.wait()
-        for optimizer in (muon, adamw):
+        for optimizer in optimizers.values():
             optimizer.step(0.01, 0.5)
         for p in parameters.values():
             p.grad = None
     state = {
         f"{name} {key}": t
-        for o in (muon, adamw)
+        for o in optimizers.values()
         for name, tensors in o.state.tensors.items()
         for key, t in tensors.items()
     }
@@ -182,7 +178,7 @@ def test_adamw_reads_gradients_from_the_host_too():
         model = MoETransformer(config)
         sums = GradientOffload(model, blocks)
         adamw = AdamW(
-            dict(model.named_parameters()), 0.9, 0.95, 1e-8, 0.1, True, gradients=sums.tensors
+            dict(model.named_parameters()), config, 0.1, offload=True, gradient_offload=sums
         )
         tokens = torch.arange(34).view(2, 17)
         sums.micro_batch(0, 1)
@@ -223,5 +219,5 @@ def test_lack_of_host_memory_for_gradients_is_said(monkeypatch):
 
     model = MoETransformer(tiny_config())
     monkeypatch.setattr(offload.torch, "zeros", zeros)
-    with pytest.raises(ExperimentError, match="no host memory for what is streamed"):
+    with pytest.raises(ExperimentError, match="no host memory for optimizer and gradient offload"):
         GradientOffload(model, 2)

@@ -63,7 +63,7 @@ def trained(tmp_path, capsys):
         corpus = SimpleNamespace(tokenizer_json="x" * 20_000, data_hash="", tokenizer_hash="")
         trainer = Trainer(c, corpus)
         tokens = torch.zeros(c.batch_size, c.max_seq_len, dtype=torch.long)
-        trainer.host_gradients.micro_batch(0, 1)
+        trainer.gradient_offload.micro_batch(0, 1)
         trainer.model(tokens, tokens)[0].backward()
         return trainer
 
@@ -87,7 +87,7 @@ def test_weights_gradients_and_state_are_those_of_a_trainer(trained, form):
     trainer = trained(**FORMS[form])
     parameters = trainer.parameters.values()
     states = [
-        s for optimizer in (trainer.muon, trainer.adamw) for s in optimizer.state.tensors.values()
+        s for optimizer in trainer.optimizers.values() for s in optimizer.state.tensors.values()
     ]
 
     def state_bytes(*keys):
@@ -102,7 +102,7 @@ def test_weights_gradients_and_state_are_those_of_a_trainer(trained, form):
     )
     streamed = "streamed" in form
     host = sum(expected[k] for k in ("master", "momentum", "adamw")) if streamed else 0
-    host += sum(t.nbytes for t in trainer.host_gradients.tensors.values())
+    host += sum(t.nbytes for t in trainer.gradient_offload.tensors.values())
     if streamed:
         expected |= dict(master=0, momentum=0, adamw=0)
     found = predict_memory(trainer.config, "none", 2, streamed)
@@ -224,7 +224,7 @@ def test_a_step_on_a_cpu_takes_the_predicted_memory(trained, shape, precision, m
     )
     tokens = torch.zeros(2, trainer.config.max_seq_len, dtype=torch.long)
     backward = live_bytes(lambda: trainer.model(tokens, tokens)[0].backward())
-    optimizer = live_bytes(lambda: (trainer.muon.step(0.01, 1.0), trainer.adamw.step(0.01, 1.0)))
+    optimizer = live_bytes(lambda: [o.step(0.01, 1.0) for o in trainer.optimizers.values()])
     sizes = predict_memory(trainer.config, mode, 2, offload=False, cpu=True)
     predicted = (sizes["activations"] - CPU_LIBRARY_GB[4 if precision == "fp32" else 2]) * 1e9
     assert backward * 0.97 < predicted < backward * 1.2
