@@ -1,14 +1,18 @@
-"""TODO cli"""
+"""What the commands share: the option parser, exit codes, and the lock on a run's folder.
 
-import argparse  # noqa: E402
-import contextlib  # noqa: E402
-import fcntl  # noqa: E402
-import io  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
-import sys  # noqa: E402
-import typing  # noqa: E402
-from pathlib import Path  # noqa: E402
+It parses and reports. It trains nothing, and writes nothing but the folder that it locks.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import io
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from config import (
     Config,
@@ -19,9 +23,12 @@ from config import (
     field_docs,
     nearest,
     parse_value,
-)  # noqa: E402
-from planner.machine import is_out_of_memory  # noqa: E402
+)
+from planner.machine import is_out_of_memory
 
+# ---------------------------------------------------------------- options
+
+# What other trainers call an option, where the two names have little in common.
 ELSEWHERE = dict(
     learning_rate="--muon_lr and --adamw_lr",
     lr="--muon_lr and --adamw_lr",
@@ -42,45 +49,48 @@ ELSEWHERE = dict(
     gpu="--device, or CUDA_VISIBLE_DEVICES",
     gradient_checkpointing="--activation_checkpointing",
 )
-"""What other trainers call an option, where the names have little in common."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors as ConfigError, and the nearest option's name for one that does not exist."""
+    """argparse that raises ConfigError and names the option that is nearest to an unknown one."""
 
-    def error(self, message):
+    def error(self, message: str):
         raise ConfigError(message)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        # --max-steps is as good as --max_steps; a value that begins with -- is left alone when it holds a space
-        argv = [
-            re.sub(r"(?<=\w)-", "_", arg[: m.end()]) + arg[m.end() :]
-            if (m := re.match(r"--[\w-]+(?==|$)", arg))
-            else arg
-            for arg in argv
-        ]
-        args, unknown = self.parse_known_args(argv)
+        args, unknown = self.parse_known_args([_with_underscores(arg) for arg in argv])
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            name = unknown[0].partition("=")[0]
-            bare = name.strip("-")
-            if not name.startswith("-"):
-                raise ConfigError(
-                    f"unexpected argument {unknown[0]!r}: a command comes first, options are --NAME VALUE, and a value with "
-                    "spaces needs quotes"
-                )
-            same = ELSEWHERE.get(bare)
-            if same and re.match(r"--\w+", same)[0] in known:
-                raise ConfigError(
-                    f"unknown option {unknown[0]!r}. Here it is {same}. --help lists them all."
-                )
-            within = [
-                option for option in known if bare in option
-            ]  # --tokens is --max_new_tokens rather than --top_k
-            raise ConfigError(
-                f"unknown option {unknown[0]!r}.{nearest(name, within or known)} --help lists them all."
-            )
+            raise ConfigError(self._unknown_message(unknown[0]))
         return args
+
+    def _unknown_message(self, argument: str) -> str:
+        option = argument.partition("=")[0]
+        if not option.startswith("-"):
+            return (
+                f"unexpected argument {argument!r}: a command comes first, options are --NAME "
+                "VALUE, and a value with spaces needs quotes"
+            )
+        known = [name for action in self._actions for name in action.option_strings]
+        name = option.strip("-")
+        elsewhere = ELSEWHERE.get(name)
+        if elsewhere and re.match(r"--\w+", elsewhere)[0] in known:
+            return f"unknown option {argument!r}. Here it is {elsewhere}. --help lists them all."
+        # A name within another one is a better guess than a similar name: for --tokens,
+        # --max_new_tokens is better than --top_k.
+        longer = [other for other in known if name in other]
+        suggestion = nearest(option, longer or known)
+        return f"unknown option {argument!r}.{suggestion} --help lists them all."
+
+
+def _with_underscores(arg: str) -> str:
+    """--max-steps as --max_steps, and --max-steps=5 as --max_steps=5; other arguments as they are.
+
+    A value that begins with -- is left alone when it holds a space.
+    """
+    option = re.match(r"--[\w-]+(?==|$)", arg)
+    if option is None:
+        return arg
+    return re.sub(r"(?<=\w)-", "_", option[0]) + arg[option.end() :]
 
 
 def new_parser(usage: str, description: str) -> Parser:
@@ -97,111 +107,150 @@ def add_config_options(parser: Parser) -> None:
     group = parser.add_argument_group(
         "configuration (the default is config.py's; a preset may set another)"
     )
-    docs, kinds = field_docs(), typing.get_type_hints(Config)
+    docs = field_docs()
+    kinds = typing.get_type_hints(Config)
     for name, default in defaults().items():
-        text = f"{docs.get(name, '')} [{'derived' if default is None else default}]".replace(
-            "%", "%%"
-        )
-        choices = (
-            typing.get_args(kinds[name])
-            if typing.get_origin(kinds[name]) is typing.Literal
-            else ("VALUE",)
-        )
+        shown = "derived" if default is None else default
+        text = f"{docs.get(name, '')} [{shown}]"
+        choices = ("VALUE",)
+        if typing.get_origin(kinds[name]) is typing.Literal:
+            choices = typing.get_args(kinds[name])
         group.add_argument(
-            f"--{name}", metavar="|".join(choices), help=text, default=argparse.SUPPRESS
+            f"--{name}",
+            metavar="|".join(choices),
+            help=text.replace("%", "%%"),  # argparse formats help texts with %
+            default=argparse.SUPPRESS,  # so that only options that were given are in the result
         )
 
 
 def config_options(args: argparse.Namespace) -> dict:
-    """The Config fields given on the command line, each in its type. Raises ConfigError with all that are wrong."""
-    values, problems = {}, []
+    """The fields of Config that were given on the command line, each in its type.
+
+    Raises ConfigError with all options that are wrong.
+    """
+    values = {}
+    problems = []
     for name in defaults():
-        if hasattr(args, name):
-            try:
-                values[name] = parse_value(name, getattr(args, name))
-            except ConfigError as error:
-                problems.append(f"--{error}")
+        if not hasattr(args, name):
+            continue
+        try:
+            values[name] = parse_value(name, getattr(args, name))
+        except ConfigError as error:
+            problems.append(f"--{error}")
     if problems:
         raise ConfigError("\n  ".join(problems))
     return values
 
 
-@contextlib.contextmanager
-def locked(folder: Path, option: str):
-    """Keeps other processes from writing to a folder, which is made where it is missing and removed again when nothing came into it. The
-    kernel takes the lock from a process that is killed; on a file system without locks there is none. Raises ConfigError or
-    CheckpointError, which name the `option` that chose the folder."""
-    from record import checkpoint
+# ---------------------------------------------------------------- the lock on a folder
 
-    made, ours = not folder.exists(), False
-    while not ours:  # else it was removed by the process that had the lock
-        checkpoint.check_free_space(folder, 0, option)
+
+@contextlib.contextmanager
+def locked(folder: Path, option: str) -> Iterator[None]:
+    """Keeps other processes from writing to a folder.
+
+    A folder that is missing is made, and removed again when nothing came into it. The kernel takes
+    the lock from a process that is killed. A file system without locks has none.
+
+    Raises ConfigError when another process has the lock, and CheckpointError when the folder cannot
+    be written to; both name the `option` that chose the folder.
+    """
+    is_new = not folder.exists()
+    handle = _lock(folder, option)
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # something came into it
+                folder.rmdir()
+        os.close(handle)
+
+
+def _lock(folder: Path, option: str) -> int:
+    """The file descriptor that holds the lock on the folder, which is made where it is missing."""
+    from record import checkpoint  # it imports torch, which `plan` and --help do without
+
+    while True:
+        checkpoint.check_free_space(folder, 0, option)  # and makes the folder
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = folder.exists() and os.path.samestat(os.fstat(handle), os.stat(folder))
         except BlockingIOError as error:
             os.close(handle)
             raise ConfigError(
                 f"another process is at work on {folder}: wait for it, or give another {option}"
             ) from error
-        except OSError:
-            ours = True
-        if not ours:
-            os.close(handle)
-    try:
-        yield
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
+        except OSError:  # a file system without locks
+            return handle
+        if _is_open_folder(handle, folder):
+            return handle
+        # The process that had the lock removed its folder between our open and our lock.
         os.close(handle)
 
 
-def exit_code(command, argv: list[str], training: bool = False) -> int:
-    """Calls a command; what the user can mend becomes a line on stderr, without a traceback, and the exit code."""
+def _is_open_folder(handle: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------- exit codes
+
+
+def exit_code(command: Callable, argv: list[str], training: bool = False) -> int:
+    """Calls a command and returns the exit code of the program.
+
+    What the user can fix becomes a line on stderr, without a traceback.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a terminal that has no é must not end a run that samples one
+        # a terminal that cannot print é must not end a run that samples one
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command(argv)
-        return 0
     except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(str(error), error.exit_code)
     except ModuleNotFoundError as error:
-        print(
-            f"error: the package {error.name} is not installed: pip install -r requirements.txt",
-            file=sys.stderr,
+        return _failed(
+            f"the package {error.name} is not installed: pip install -r requirements.txt"
         )
-        return 1
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if training:
-            print(
-                "error: whoever read the output stopped reading, so training stopped; write it to a file instead",
-                file=sys.stderr,
-            )
-        return 1
+        return _lost_reader(training)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(
-            f"error: out of memory ({str(error).splitlines()[0]}). Use --device cpu or a smaller model.",
-            file=sys.stderr,
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        return _failed(
+            f"out of memory ({cause}). Use --device cpu or a smaller model.",
+            OutOfMemory.exit_code,
         )
-        return OutOfMemory.exit_code
     except OSError as error:
-        print(
-            f"error: {error}. Check the path, its permissions and the free disk space.",
-            file=sys.stderr,
-        )
-        return 1
+        return _failed(f"{error}. Check the path, its permissions and the free disk space.")
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted"
-            + ("; nothing was being trained yet, or Ctrl-C came twice" if training else ""),
-            file=sys.stderr,
+        return _interrupted(training)
+    return 0
+
+
+def _failed(message: str, code: int = 1) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _lost_reader(training: bool) -> int:
+    """`head` and its like read some lines and leave: no error, unless a training ends by it."""
+    # Python flushes stdout at exit, and would fail there once more
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if training:
+        return _failed(
+            "whoever read the output stopped reading, so training stopped; write it to a file "
+            "instead"
         )
-        return 130
+    return 1
+
+
+def _interrupted(training: bool) -> int:
+    message = "\ninterrupted"
+    if training:
+        message += "; nothing was being trained yet, or Ctrl-C came twice"
+    print(message, file=sys.stderr)
+    return 130

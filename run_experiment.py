@@ -1,154 +1,147 @@
 """Trains a Mixture-of-Experts language model on one GPU (or, small, on a CPU).
 
-python run_experiment.py                              train the preset that fits this machine's GPU (a CPU: tiny)
-python run_experiment.py --preset 5b --max_steps 2000 every field of config.py is an option
-python run_experiment.py --resume latest              go on where the last run stopped
-python run_experiment.py plan --preset 18b --gpu h200 what it takes, without a GPU
-python run_experiment.py sample --checkpoint checkpoints/checkpoint_latest.pt --prompt "def main(" --n 4
+python run_experiment.py                  train the preset that fits this machine's GPU (a CPU: tiny)
+python run_experiment.py --preset 5b      train this preset; every field of config.py is an option
+python run_experiment.py --resume latest  continue where the last run stopped
+python run_experiment.py plan --gpu h200  what it takes, without a GPU
+python run_experiment.py sample --checkpoint checkpoints/checkpoint_latest.pt --prompt "def main("
 """
 
 import time
 
 LAUNCHED = time.monotonic()  # before the slow imports
 
-import contextlib  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import re  # noqa: E402
-import sys  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
 
-# before torch is imported: an 18B run fills its GPU, and fixed segments lose gigabytes to fragmentation
+# Before torch is imported: an 18B run fills its GPU, and fixed segments lose gigabytes to
+# fragmentation.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-from cli import add_config_options, config_options, exit_code, locked, new_parser
-from config import PRESETS, Config, ConfigError, defaults, nearest, resolve, resumed_config  # noqa: E402
+from cli import Parser, add_config_options, config_options, exit_code, locked, new_parser
+from config import PRESETS, Config, ConfigError, defaults, nearest, resolve, resumed_config
 from planner.choice import check_fits
 from planner.machine import GB, GPUS, Machine, find_device, find_machine, machine_of_device
-from planner.plan import build_plan, format_count, memory_table  # noqa: E402
+from planner.plan import build_plan, format_count, memory_table
 
-# ---------------------------------------------------------------- commands
+# torch takes seconds to import: --help and `plan` answer without it, so that what needs it is
+# imported in the functions that use it.
+
+# ---------------------------------------------------------------- train
 
 
 def train(argv: list[str]) -> None:
+    """Resolves the configuration, opens the run, and trains."""
+    args = _train_parser().parse(argv)
+    options = config_options(args)
+    if args.resume and args.overwrite:
+        raise ConfigError("--resume continues a run and --overwrite deletes it: choose one")
+    config, name, why = resolve(options, args.preset, _gpu_memory_gb(options))
+    with contextlib.ExitStack() as lock:
+        run = open_run(config, _chosen_message(name, why), options, args, lock)
+        run.run()
+
+
+def _train_parser() -> Parser:
     parser = new_parser(
-        "run_experiment.py [train] [--preset NAME] [--resume latest|PATH] [--overwrite] [--FIELD VALUE ...]",
+        "run_experiment.py [train] [--preset NAME] [--resume latest|PATH] [--overwrite] "
+        "[--FIELD VALUE ...]",
         __doc__,
     )
-    parser.add_argument("--preset", help="a preset of config.py: " + " ".join(PRESETS))
+    _add_preset_option(parser)
     parser.add_argument(
         "--resume",
         metavar="latest|PATH",
-        help="go on from save_dir's latest checkpoint (a fresh start when "
-        "there is none), or from a checkpoint file",
+        help="continue from save_dir's latest checkpoint (a fresh start when there is none), or "
+        "from a checkpoint file",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="delete the run that save_dir holds and start anew"
+        "--overwrite",
+        action="store_true",
+        help="delete the run that save_dir holds and start anew",
     )
     add_config_options(parser)
-    args = parser.parse(argv)
-    options = config_options(args)
-    if args.resume and args.overwrite:
-        raise ConfigError("--resume goes on with a run and --overwrite deletes it: choose one")
+    return parser
 
-    import torch  # only now: --help and plan answer without it
 
-    gpu_gb = None
-    if options.get("device", defaults()["device"]) != "cpu" and torch.cuda.is_available():
-        gpu_gb = torch.cuda.get_device_properties(0).total_memory / GB
-        if torch.cuda.device_count() > 1:
-            print(
-                f"{torch.cuda.device_count()} GPUs are visible; a run uses one by design, the first of CUDA_VISIBLE_DEVICES."
-            )
-    config, name, why = resolve(options, args.preset, gpu_gb)
+def _add_preset_option(parser: Parser) -> None:
+    parser.add_argument("--preset", help="a preset of config.py: " + " ".join(PRESETS))
 
+
+def _gpu_memory_gb(options: dict) -> float | None:
+    """Memory of the GPU that the run would use; None for a run on the CPU."""
+    import torch
+
+    device = options.get("device", defaults()["device"])
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    if torch.cuda.device_count() > 1:
+        print(
+            f"{torch.cuda.device_count()} GPUs are visible; a run uses one by design, the first "
+            "of CUDA_VISIBLE_DEVICES."
+        )
+    return torch.cuda.get_device_properties(0).total_memory / GB
+
+
+def _chosen_message(name: str, why: str) -> str:
+    if name == "config.py":
+        return f"Configuration of config.py: {why}."
+    return f"Preset {name}: {why}."
+
+
+def open_run(
+    config: Config,
+    chosen: str,
+    options: dict,
+    args: argparse.Namespace,
+    lock: contextlib.ExitStack,
+):
+    """The Trainer of a new or a resumed run, with its folder locked in `lock`.
+
+    `chosen` says how the configuration was chosen; a resumed run takes the checkpoint's instead,
+    with the changes of `options`.
+    """
     import data
     import trainer
-    from record import checkpoint, results, tracker
+    from record import checkpoint, tracker
 
-    named = args.resume not in (
-        None,
-        "latest",
-    )  # the folder may then be the one that the checkpoint names
-    with contextlib.ExitStack() as lock:
-        if not named:
-            lock.enter_context(locked(Path(config.save_dir), "--save_dir"))
-        path = resume_path(args.resume, config)
-        state = None
-        if path is not None:
-            state = checkpoint.load(path)
-            if args.resume == "latest":
-                options["save_dir"] = config.save_dir  # the folder may have been moved since
-            config, changes = resumed_config(state["config"], options)
-            if config.max_steps < state["step"]:
-                raise ConfigError(
-                    f"max_steps={config.max_steps}: the checkpoint is at step {state['step']} already; give more, or "
-                    "resume an earlier checkpoint"
-                )
-            print(
-                f"Resuming {path} at step {state['step']}"
-                + (
-                    f", {args.preset} ignored: the checkpoint's configuration holds"
-                    if args.preset
-                    else ""
-                )
-                + (". Changed: " + "; ".join(changes) if changes else "")
-            )
-            factors = [
-                trainer.lr_schedule(state["step"], c)
-                for c in (resumed_config(state["config"], {})[0], config)
-            ]
-            if factors[0] != factors[1]:
-                print(
-                    f"The schedule is another: learning rates go on at {factors[1]:.3g} of their peaks, where they were at {factors[0]:.3g}."
-                )
-        else:
-            print(
-                f"Preset {name}: {why}."
-                if name != "config.py"
-                else f"Configuration of config.py: {why}."
-            )
-        folder = Path(config.save_dir)
-        if named:
-            lock.enter_context(locked(folder, "--save_dir"))
-        if args.resume == "latest" and path is None:
-            print(f"Nothing to resume: no checkpoint in {folder}. A new run starts.")
-        found = results.run_files(folder)
-        if (
-            found
-            and not args.overwrite
-            and (path is None or path.resolve().parent != folder.resolve())
-        ):
-            if (
-                path is None and args.resume == "latest"
-            ):  # a run that ended before its first checkpoint
-                print(
-                    "What a run left there is set aside as "
-                    + ", ".join(results.set_aside(file).name for file in found)
-                )
-            else:
-                raise ConfigError(
-                    f"{folder} already holds a run ({', '.join(f.name for f in found[:4])}"
-                    f"{' ...' if len(found) > 4 else ''}). Go on with it: --resume latest; keep it: another "
-                    "--save_dir; delete it: --overwrite."
-                )
-        print(
-            f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
-            f"{config.tokens_per_step:,} tokens a step",
-            flush=True,
-        )
-        tracker.require(config.tracker)
-        # what cannot start is refused before minutes of tokenizing
-        check_fits(config, machine_of_device(find_device(config), config.host_memory_gb))
-        corpus = data.prepare(config)
-        run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
-        del state  # it is mapped from the checkpoint's file, whose disk space would stay taken
-        if args.overwrite:  # only now that nothing can be wrong any more
-            freed = sum(file.stat().st_size / file.stat().st_nlink for file in found)
-            checkpoint.check_free_space(folder, int(run.checkpoint_bytes_to_come() - freed))
-            for file in found:
-                file.unlink(missing_ok=True)
-        run.run()
+    resumes_file = args.resume not in (None, "latest")
+    if not resumes_file:  # before the folder is looked into
+        lock.enter_context(locked(Path(config.save_dir), "--save_dir"))
+    path = resume_path(args.resume, config)
+    state = None
+    if path is None:
+        print(chosen)
+    else:
+        state = checkpoint.load(path)
+        if args.resume == "latest":  # the folder may have been moved since
+            options = {**options, "save_dir": config.save_dir}
+        config = _resume(state, options, path, args.preset)
+    folder = Path(config.save_dir)
+    if resumes_file:  # the folder may be the one that the checkpoint names
+        lock.enter_context(locked(folder, "--save_dir"))
+
+    old_files = _old_files(folder, path, args)
+    print(
+        f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
+        f"{config.tokens_per_step:,} tokens a step",
+        flush=True,
+    )
+    # What cannot start is refused before minutes of tokenizing.
+    tracker.require(config.tracker)
+    check_fits(config, machine_of_device(find_device(config), config.host_memory_gb))
+    corpus = data.prepare(config)
+    # The state is mapped from the checkpoint's file. It must not outlive this function: the disk
+    # space of a checkpoint that is deleted would stay taken.
+    run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
+    if args.overwrite:  # only now that nothing can be wrong any more
+        _delete_files(folder, old_files, run.checkpoint_bytes_to_come())
+    return run
 
 
 def resume_path(resume: str | None, config: Config) -> Path | None:
@@ -158,29 +151,118 @@ def resume_path(resume: str | None, config: Config) -> Path | None:
     if resume != "latest":
         if Path(resume).is_dir():
             raise ConfigError(
-                f"--resume {resume} is a folder. Its newest checkpoint: --save_dir {resume} --resume latest; or "
-                "name one of its checkpoint files"
+                f"--resume {resume} is a folder. Its newest checkpoint: --save_dir {resume} "
+                "--resume latest; or name one of its checkpoint files"
             )
         return Path(resume)
     from record import checkpoint
 
     latest = checkpoint.latest_path(config.save_dir)
-    numbered = Path(config.save_dir).glob(
-        "checkpoint_step_*.pt"
-    )  # alone when the first save was cut off before its link
+    if latest.exists():
+        return latest
+    # numbered files stand alone when the first save was cut off before its link was made
+    numbered = Path(config.save_dir).glob("checkpoint_step_*.pt")
+    return max(numbered, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _resume(state: dict, options: dict, path: Path, preset: str | None) -> Config:
+    """The configuration of a resumed run. Prints what changes in it."""
+    import trainer
+
+    config, changes = resumed_config(state["config"], options)
+    step = state["step"]
+    if config.max_steps < step:
+        raise ConfigError(
+            f"max_steps={config.max_steps}: the checkpoint is at step {step} already; give more, "
+            "or resume an earlier checkpoint"
+        )
+    message = f"Resuming {path} at step {step}"
+    if preset:
+        message += f", {preset} ignored: the checkpoint's configuration holds"
+    if changes:
+        message += ". Changed: " + "; ".join(changes)
+    print(message)
+
+    saved, _ = resumed_config(state["config"], {})
+    lr_before = trainer.lr_schedule(step, saved)
+    lr_now = trainer.lr_schedule(step, config)
+    if lr_now != lr_before:
+        print(
+            f"The schedule is another: learning rates continue at {lr_now:.3g} of their peaks, "
+            f"where they were at {lr_before:.3g}."
+        )
+    return config
+
+
+def _old_files(folder: Path, resumed: Path | None, args: argparse.Namespace) -> list[Path]:
+    """The files of a run that the folder holds, and that this run continues or may delete.
+
+    Raises ConfigError when it may do neither.
+    """
+    from record import results
+
+    if args.resume == "latest" and resumed is None:
+        print(f"Nothing to resume: no checkpoint in {folder}. A new run starts.")
+    found = results.run_files(folder)
+    continued = resumed is not None and resumed.resolve().parent == folder.resolve()
+    if not found or args.overwrite or continued:
+        return found
+    if args.resume == "latest" and resumed is None:
+        # a run that ended before its first checkpoint
+        names = [results.set_aside(file).name for file in found]
+        print("What a run left there is set aside as " + ", ".join(names))
+        return []
+    raise ConfigError(_holds_a_run_message(folder, found))
+
+
+def _holds_a_run_message(folder: Path, found: list[Path]) -> str:
+    names = ", ".join(file.name for file in found[:4])
+    if len(found) > 4:
+        names += " ..."
     return (
-        latest
-        if latest.exists()
-        else max(numbered, key=lambda path: path.stat().st_mtime_ns, default=None)
+        f"{folder} already holds a run ({names}). Continue it: --resume latest; keep it: another "
+        "--save_dir; delete it: --overwrite."
     )
+
+
+def _delete_files(folder: Path, files: list[Path], bytes_to_come: int) -> None:
+    """Deletes the files of an old run, once the new one is sure to find space on the disk."""
+    from record import checkpoint
+
+    # a file with two names, such as the latest checkpoint, counts once
+    freed = sum(file.stat().st_size / file.stat().st_nlink for file in files)
+    checkpoint.check_free_space(folder, int(bytes_to_come - freed))
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- plan
 
 
 def plan(argv: list[str]) -> None:
+    """Prints what a configuration takes on a GPU. Exit code 1 when it does not fit."""
+    args = _plan_parser().parse(argv)
+    options = config_options(args)
+    host_memory_gb = options.get("host_memory_gb", 0)
+    machine = find_machine(host_memory_gb, args.gpu, cpu=options.get("device") == "cpu")
+    config, name, why = resolve(options, args.preset, machine.memory_gb or None)
+    facts = build_plan(config, name, machine, measured_speed(config, name, machine.key))
+    facts["host_memory_assumed"] = bool(args.gpu and not host_memory_gb)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        print_plan(config, why, facts, machine)
+    if not facts["fits"]:
+        raise SystemExit(1)
+
+
+def _plan_parser() -> Parser:
     parser = new_parser(
-        "run_experiment.py plan [--preset NAME] [--gpu NAME] [--host_memory_gb N] [--json] [--FIELD VALUE ...]",
+        "run_experiment.py plan [--preset NAME] [--gpu NAME] [--host_memory_gb N] [--json] "
+        "[--FIELD VALUE ...]",
         __doc__,
     )
-    parser.add_argument("--preset", help="a preset of config.py: " + " ".join(PRESETS))
+    _add_preset_option(parser)
     parser.add_argument(
         "--gpu",
         help=f"plan for this GPU instead of the one found: {' '.join(GPUS)}; "
@@ -188,121 +270,181 @@ def plan(argv: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_options(parser)
-    args = parser.parse(argv)
-    options = config_options(args)
-    machine = find_machine(
-        options.get("host_memory_gb", 0), args.gpu, options.get("device") == "cpu"
-    )
-    config, name, why = resolve(options, args.preset, machine.memory_gb or None)
-    facts = build_plan(config, name, machine, measured_speed(config, name, machine.key))
-    facts["host_memory_assumed"] = bool(args.gpu and not options.get("host_memory_gb"))
-    if args.json:
-        print(json.dumps(facts, indent=1))
-    else:
-        print_plan(config, name, why, facts, machine)
-    if not facts["fits"]:
-        raise SystemExit(1)
+    return parser
 
 
-SHAPE = """d_model n_layers n_heads n_kv_heads d_ff num_experts top_k moe_every max_seq_len vocab_size tie_embeddings optimizer
-master_weights""".split()
+# A speed holds for a configuration that has the preset's values of these fields.
+SPEED_FIELDS = (
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "d_ff",
+    "num_experts",
+    "top_k",
+    "moe_every",
+    "max_seq_len",
+    "vocab_size",
+    "tie_embeddings",
+    "optimizer",
+    "master_weights",
+)
 
 
-def measured_speed(c: Config, preset: str, gpu: str | None) -> tuple[float, str] | None:
-    """(median training speed in tokens/s, the options it was measured with) from benchmarks/results, where there is one for this
-    preset, unchanged in shape, this precision and this GPU."""
-    path = (
-        Path(__file__).parent
-        / "benchmarks"
-        / "results"
-        / f"train_{preset}_{c.precision}_{gpu}.json"
-    )
-    if (
-        gpu is None
-        or not path.exists()
-        or any(getattr(c, name) != getattr(Config(**PRESETS[preset]), name) for name in SHAPE)
-    ):
+def measured_speed(config: Config, preset: str, gpu: str | None) -> tuple[float, str] | None:
+    """(median training speed in tokens/s, the options it was measured with), or None.
+
+    It comes from benchmarks/results, which hold speeds by preset, precision and GPU.
+    """
+    results = Path(__file__).parent / "benchmarks" / "results"
+    path = results / f"train_{preset}_{config.precision}_{gpu}.json"
+    if not path.exists():
+        return None
+    measured = Config(**PRESETS[preset])
+    if any(getattr(config, name) != getattr(measured, name) for name in SPEED_FIELDS):
         return None
     result = json.loads(path.read_text())
-    options = re.search(
-        r"--batch_size .*--offload_optimizer \w+", result.get("details", {}).get("options", "")
-    )
-    return result["value"], options[0] if options else "options that its file does not name"
+    command = result.get("details", {}).get("options", "")
+    options = re.search(r"--batch_size .*--offload_optimizer \w+", command)
+    if options is None:
+        return result["value"], "options that its file does not name"
+    return result["value"], options[0]
 
 
-def print_plan(config: Config, name: str, why: str, facts: dict, machine: Machine) -> None:
-    where = (
-        f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)" if facts["gpu"] else "this machine's CPU"
+def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:
+    memory_gb = facts["advised_memory_gb"] or facts["memory_gb"]
+    capacity_gb = machine.memory_gb or machine.host_memory_gb
+    lines = [
+        f"{facts['preset']}: {why}.",
+        f"parameters        {_count(config.total_params)}, "
+        f"{_count(config.active_params)} active for a token",
+        f"tokens            {facts['tokens_per_step']:,} a step, "
+        f"{format_count(facts['tokens_per_run'])} a run",
+        f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file",
+        f"hours             {_hours(facts)}",
+        f"plan for {_place(facts)}: {_verdict(config, facts)}",
+        "",
+        memory_table(memory_gb, capacity_gb=capacity_gb),
+        "",
+        "All sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside "
+        "them.",
+    ]
+    print("\n".join(lines))
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters:,} ({format_count(parameters)})"
+
+
+def _hours(facts: dict) -> str:
+    if not facts["hours"]:
+        return "not measured; training prints them after its first steps"
+    hours = (
+        f"{facts['hours']:,.0f} at {facts['tokens_per_second']:,.0f} tokens/s, measured with\n"
+        f"                  {facts['measured_with']}"
     )
+    if facts["measured_with"] == facts["options"]:
+        return hours
+    return "not measured for the setup below; " + hours
+
+
+def _place(facts: dict) -> str:
+    """The machine that the plan is for."""
+    place = "this machine's CPU"
+    if facts["gpu"]:
+        place = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)"
+    place += f", host with {facts['host_memory_gb']:.0f} GB"
+    if facts["host_memory_assumed"]:
+        place += " (assumed; --host_memory_gb N says what it has)"
+    return place
+
+
+def _verdict(config: Config, facts: dict) -> str:
+    """Whether the plan fits and how, or what would fit."""
+    if not facts["fits"]:
+        verdict = f"does not fit ({facts['shortage']}).\n{facts['advice']}"
+        if facts["advised_memory_gb"]:
+            return verdict + ", with this memory:"
+        return f"{verdict}\nThe smallest choice, whose memory follows:\n  {facts['options']}"
+    verdict = "fits"
     batch_size = facts["choice"]["batch_size"]
-    if facts["fits"]:
-        verdict = (
-            "fits"
-            + (
-                ", but not as configured" * (not facts["as_configured"])
-                or f", in micro-batches of {batch_size} instead of {config.batch_size}"
-                * (batch_size < config.batch_size)
-            )
-            + f"\n  {facts['options']}"
-        )
-    else:
-        verdict = f"does not fit ({facts['shortage']}).\n{facts['advice']}" + (
-            ", with this memory:"
-            if facts["advised_memory_gb"]
-            else f"\nThe smallest choice, whose memory follows:\n  {facts['options']}"
-        )
-    print(
-        f"{name}: {why}.\n"
-        f"parameters        {config.total_params:,} ({format_count(config.total_params)}), {config.active_params:,} "
-        f"({format_count(config.active_params)}) active for a token\n"
-        f"tokens            {facts['tokens_per_step']:,} a step, {format_count(facts['tokens_per_run'])} a run\n"
-        f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file\n"
-        f"hours             "
-        + (
-            ""
-            if facts["measured_with"] == facts["options"]
-            else "not measured for the setup below; "
-            if facts["hours"]
-            else "not measured; training prints them after its first steps"
-        )
-        + (
-            f"{facts['hours']:,.0f} at {facts['tokens_per_second']:,.0f} tokens/s, measured with\n                  {facts['measured_with']}"
-            if facts["hours"]
-            else ""
-        )
-        + f"\nplan for {where}, host with {facts['host_memory_gb']:.0f} GB"
-        + (
-            " (assumed; --host_memory_gb N says what it has)"
-            if facts["host_memory_assumed"]
-            else ""
-        )
-        + ": "
-        + f"{verdict}\n"
-    )
-    print(
-        memory_table(
-            facts["advised_memory_gb"] or facts["memory_gb"],
-            capacity_gb=machine.memory_gb or machine.host_memory_gb,
-        )
-    )
-    print(
-        "\nAll sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside them."
-    )
+    if not facts["as_configured"]:
+        verdict += ", but not as configured"
+    elif batch_size < config.batch_size:
+        verdict += f", in micro-batches of {batch_size} instead of {config.batch_size}"
+    return f"{verdict}\n  {facts['options']}"
+
+
+# ---------------------------------------------------------------- sample
+
+# The least and the greatest value of the options of `sample`.
+SAMPLE_BOUNDS = dict(
+    temperature=(0, 1000),
+    top_k=(0, 2**63 - 1),
+    max_new_tokens=(1, 2**63 - 1),
+    seed=(0, 2**62),
+    n=(1, 4096),
+    top_p=(1e-6, 1),
+)
 
 
 def sample(argv: list[str]) -> None:
+    """Prints texts that continue a prompt."""
+    args = _sample_parser().parse(argv)
+    _check_sample_options(args)
+
+    from corpus.tokenizer import encode, load_tokenizer
+    from generate import finished_texts, stream, text_pieces
+    from record.checkpoint import open_model
+
+    model, _, state = open_model(args.checkpoint, args.device, args.precision)
+    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
+    temperature = args.temperature
+    if temperature <= 1e-4:  # logits / temperature would overflow
+        temperature = 0
+    steps = stream(
+        model,
+        encode(tokenizer, args.prompt) or [end_of_text],
+        args.max_new_tokens,
+        temperature,
+        args.top_k,
+        args.top_p,
+        args.seed,
+        end_of_text,
+        args.n,
+    )
+    if args.n == 1:  # the text as it comes
+        print(args.prompt, end="", flush=True)
+        tokens = (token for [token] in steps)
+        for text in text_pieces(tokens, tokenizer):
+            print(text, end="", flush=True)
+        print()
+    else:  # each text when it is finished
+        for i, tokens in finished_texts(steps, end_of_text):
+            text = args.prompt + tokenizer.decode(tokens)
+            print(f"--- {i + 1} of {args.n}\n{text}", flush=True)
+
+
+def _sample_parser() -> Parser:
     parser = new_parser(
-        "run_experiment.py sample --checkpoint PATH --prompt TEXT [--n N] [--temperature T] [--top_k K] ...",
+        "run_experiment.py sample --checkpoint PATH --prompt TEXT [--n N] [--temperature T] "
+        "[--top_k K] ...",
         __doc__,
     )
     parser.add_argument("--checkpoint", required=True, help="a checkpoint file of a run")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--n", type=int, default=1, help="continuations to write, all at once [1]")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token [0.8]"
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0 takes the likeliest token [0.8]",
     )
     parser.add_argument(
-        "--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all [50]"
+        "--top_k",
+        type=int,
+        default=50,
+        help="draw from the k likeliest tokens; 0: from all [50]",
     )
     parser.add_argument(
         "--top_p",
@@ -314,11 +456,14 @@ def sample(argv: list[str]) -> None:
         "--max_new_tokens",
         type=int,
         default=200,
-        help="tokens to add at most, before end-of-text; past the "
-        "model's max_seq_len it sees the last max_seq_len tokens, and is slower [200]",
+        help="tokens to add at most, before end-of-text; past the model's max_seq_len it sees the "
+        "last max_seq_len tokens, and is slower [200]",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the draws; continuation i has seed + i [0]"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the draws; continuation i has seed + i [0]",
     )
     parser.add_argument(
         "--device",
@@ -331,62 +476,34 @@ def sample(argv: list[str]) -> None:
         choices=["fp32", "bf16", "fp16"],
         help="[the run's own on a GPU, fp32 on a CPU]",
     )
-    args = parser.parse(argv)
-    for name, least, most in (
-        ("temperature", 0, 1000),
-        ("top_k", 0, 2**63 - 1),
-        ("max_new_tokens", 1, 2**63 - 1),
-        ("seed", 0, 2**62),
-        ("n", 1, 4096),
-        ("top_p", 1e-6, 1),
-    ):
+    return parser
+
+
+def _check_sample_options(args: argparse.Namespace) -> None:
+    for name, (least, most) in SAMPLE_BOUNDS.items():
         if not least <= getattr(args, name) <= most:
             raise ConfigError(f"--{name} must lie between {least} and {most}")
-
     try:
         args.prompt.encode()
     except UnicodeEncodeError:
         raise ConfigError("--prompt holds bytes that are no text in UTF-8") from None
 
-    from corpus.tokenizer import encode, load_tokenizer
-    from generate import finished_texts, stream, text_pieces
-    from record.checkpoint import open_model
 
-    model, _, state = open_model(args.checkpoint, args.device, args.precision)
-    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
-    prompt = encode(tokenizer, args.prompt) or [end_of_text]
-    temperature = (
-        args.temperature if args.temperature > 1e-4 else 0
-    )  # below, logits / temperature overflows
-    steps = stream(
-        model,
-        prompt,
-        args.max_new_tokens,
-        temperature,
-        args.top_k,
-        args.top_p,
-        args.seed,
-        end_of_text,
-        args.n,
-    )
-    if args.n == 1:
-        print(args.prompt, end="", flush=True)
-        for piece in text_pieces((token for [token] in steps), tokenizer):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        for i, tokens in finished_texts(steps, end_of_text):
-            print(f"--- {i + 1} of {args.n}\n{args.prompt}{tokenizer.decode(tokens)}", flush=True)
+# ---------------------------------------------------------------- the program
 
 
 def main(argv: list[str]) -> int:
+    """Calls a command, by default `train`, and returns the exit code."""
     commands = dict(train=train, plan=plan, sample=sample)
-    name, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
+    name = "train"
+    if argv and not argv[0].startswith("-"):
+        name, *argv = argv
 
-    def command(argv):
+    def command(argv: list[str]) -> None:
         if name not in commands:
             raise ConfigError(
-                f"unknown command {name!r}.{nearest(name, commands)} Commands: {', '.join(commands)}"
+                f"unknown command {name!r}.{nearest(name, commands)} "
+                f"Commands: {', '.join(commands)}"
             )
         commands[name](argv)
 

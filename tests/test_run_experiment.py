@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_experiment
-from cli import add_config_options, config_options, locked, new_parser
+from cli import Parser, add_config_options, config_options, locked, new_parser
 from config import PRESETS, Config, ConfigError, defaults, field_docs
 from planner.machine import GPUS
 from record import checkpoint, results
@@ -734,7 +734,7 @@ def test_resume_goes_further_and_says_what_changed(cli, run):
         and "adamw_lr" not in out.split("\n")[0]
     )
     assert "18b ignored" in out, "a preset is for a fresh start"
-    assert "learning rates go on at 0.285 of their peaks, where they were at 0.1." in out, (
+    assert "learning rates continue at 0.285 of their peaks, where they were at 0.1." in out, (
         "after 8 of 12 steps, and of 8"
     )
     assert [r["step"] for r in rows(run, "train_loss")] == [2, 4, 6, 8, 10, 12] and rows(
@@ -757,7 +757,7 @@ def test_resume_of_a_finished_run_changes_no_weights(cli, run):
     assert (
         code == 0
         and "Done: 8 steps" in out
-        and "learning rates go on" not in out
+        and "learning rates continue" not in out
         and (run / "checkpoint_latest.pt").read_bytes() == before
     )
     assert [r["step"] for r in rows(run, "val_loss")] == [0, 8]
@@ -930,6 +930,15 @@ def values(name: str):
     )
 
 
+def option_parser() -> Parser:
+    parser = new_parser("", "")
+    add_config_options(parser)
+    return parser
+
+
+OPTION_PARSER = option_parser()  # parsing changes nothing in it
+
+
 @given(
     st.data(),
     st.lists(st.sampled_from(list(defaults())), unique=True, max_size=6),
@@ -942,15 +951,14 @@ def test_options_are_read_as_they_were_written(draw, names, dashes, joined):
     argv = []
     for name, value in expected.items():
         option = "--" + (name.replace("_", "-") if dashes else name)
-        argv += (
-            [f"{option}={value}"] if joined or str(value).startswith("-") else [option, str(value)]
-        )
-    parser = new_parser("", "")
-    add_config_options(parser)
-    read = config_options(parser.parse(argv))
-    assert read == expected and all(
-        type(read[name]) is type(value) for name, value in expected.items()
-    )
+        if joined or str(value).startswith("-"):
+            argv.append(f"{option}={value}")
+        else:
+            argv += [option, str(value)]
+    read = config_options(OPTION_PARSER.parse(argv))
+    assert read == expected
+    for name, value in expected.items():
+        assert type(read[name]) is type(value)
 
 
 @given(
@@ -964,10 +972,8 @@ def test_options_are_read_as_they_were_written(draw, names, dashes, joined):
 )
 @settings(max_examples=200, deadline=None)
 def test_any_arguments_are_read_or_refused(argv):
-    parser = new_parser("", "")
-    add_config_options(parser)
     with contextlib.suppress(ConfigError, SystemExit):  # --help leaves
-        assert set(config_options(parser.parse(argv))) <= set(defaults())
+        assert set(config_options(OPTION_PARSER.parse(argv))) <= set(defaults())
 
 
 # ---------------------------------------------------------------- sample
