@@ -1,5 +1,9 @@
-"""From text to token arrays: sources, tokenizers, shards, the cache, and token shards of other programs.
+"""From text to token arrays.
 
-Add a source in sources.py. The order of documents, the split and the cache's format are what old runs resume by: change them
-only together with a new version.
+sources.py says where text comes from and formats.py how a file is read; tokenizer.py, shards.py and
+cache.py make and keep the tokens; external.py imports token shards of other programs.
+
+A new source is a class in sources.py, a new file format a function in formats.py. Old runs depend
+on the order of the chunks of text, on the split and on the format of the cache: change these only
+together with a new format version.
 """

@@ -1,7 +1,7 @@
-"""The documents of one file, in chunks, whatever its format: text, JSON lines or parquet, compressed or not.
+"""Reads the documents of one file in chunks: text, JSON lines or parquet, compressed or not.
 
-Lines and rows that hold no valid text are left out and counted in a RowCounter. sources.py says which files are read
-and in which order; nothing here knows of that.
+Lines and rows that hold no valid text are left out and counted in a RowCounter. Which files are
+read, and in which order, is decided in sources.py. A new file format is added here.
 """
 
 import functools
@@ -25,15 +25,18 @@ Chunk = tuple[str, bool]  # text, and whether its document ends with it
 
 @dataclass
 class RowCounter:
-    """Counts the lines and rows that were read, and those of them that were left out as they hold no valid text."""
+    """Counts the lines and rows that were read, and those of them that hold no valid text."""
 
     read: int = 0
     bad: int = 0
     problems: list[str] = field(default_factory=list)  # "place: what is wrong" of the first ones
 
     def leave_out(self, place: str, describe: Callable[[], str], count: int = 1) -> None:
-        """Counts `count` bad rows at a place. `describe` says what is wrong with the first one; it may read the file
-        again, so it is called only when a message will name this place."""
+        """Counts `count` bad rows at a place.
+
+        `describe` says what is wrong with the first of them. It may have to read the file again,
+        so it is called only if a message will name this place.
+        """
         named = any(problem.startswith(f"{place}: ") for problem in self.problems)
         if len(self.problems) < NAMED_PROBLEMS and not named:
             self.problems.append(f"{place}: {describe()}")
@@ -44,12 +47,12 @@ class RowCounter:
 
 
 def cut(text: TextIO, length: int) -> Iterator[Chunk]:
-    """Cuts a document into chunks of `length` characters, each prolonged to the end of its line unless that is as far
-    again."""
-    return _mark_last(_lines_together(text, length))
+    """Cuts a document into chunks of at least `length` characters, which end where a line ends."""
+    return _mark_last(_whole_lines(text, length))
 
 
-def _lines_together(text: TextIO, length: int) -> Iterator[str]:
+def _whole_lines(text: TextIO, length: int) -> Iterator[str]:
+    """Chunks of `length` characters and the rest of the line, but at most `length` more."""
     while chunk := text.read(length):
         if len(chunk) == length:
             chunk += text.readline(length)
@@ -57,6 +60,7 @@ def _lines_together(text: TextIO, length: int) -> Iterator[str]:
 
 
 def _mark_last(chunks: Iterable[str]) -> Iterator[Chunk]:
+    """Yields each chunk once it is known whether another one follows."""
     previous = None
     for chunk in chunks:
         if previous is not None:
@@ -67,22 +71,28 @@ def _mark_last(chunks: Iterable[str]) -> Iterator[Chunk]:
 
 
 def file_chunks(path: str, text_field: str, length: int, rows: RowCounter) -> Iterator[Chunk]:
-    """The documents of a file in chunks of `length` characters. A text file is one document; a line of a .jsonl file and
-    a row of a .parquet file has one in its field `text_field`. Raises ExperimentError when the file cannot be read."""
+    """Yields the documents of a file, those longer than `length` characters in several chunks.
+
+    A text file is one document. Each line of a .jsonl file and each row of a .parquet file has one
+    in its field `text_field`. Raises ExperimentError when the file cannot be read.
+    """
     name = path.lower()
     try:
         if name.endswith(JSON_SUFFIXES):
-            yield from row_chunks(_json_rows(path, text_field, rows), text_field, length, rows)
+            values = _json_values(path, text_field, rows)
+            yield from value_chunks(values, text_field, length, rows)
         elif name.endswith(PARQUET_SUFFIX):
-            yield from row_chunks(_parquet_rows(path, text_field, rows), text_field, length, rows)
+            values = _parquet_values(path, text_field, rows)
+            yield from value_chunks(values, text_field, length, rows)
         else:
             with open_text(path) as file:
                 yield from _mark_last(_valid_lines(path, file, length, rows))
     except OSError as error:
-        # pyarrow raises it, without a number, when what it decompresses is damaged.
+        # pyarrow raises OSError without a number when the compressed data are damaged.
         if name.endswith(tuple(COMPRESSIONS)) and error.errno is None:
+            kind = Path(path).suffix
             raise ExperimentError(
-                f"{path} is not a valid {Path(path).suffix} file ({error}). Make or download it again"
+                f"{path} is not a valid {kind} file ({error}). Make or download it again"
             ) from error
         raise cannot_read(path, error) from error
 
@@ -94,14 +104,15 @@ def cannot_read(path: str, error: OSError) -> ExperimentError:
 
 
 def _valid_lines(path: str, file: TextIO, length: int, rows: RowCounter) -> Iterator[str]:
-    """Chunks of a text file without its lines that are not text."""
-    for chunk in _lines_together(file, length):
+    """Chunks of a text file without the lines that are not text."""
+    for chunk in _whole_lines(file, length):
         if _is_text(chunk):
             rows.read += chunk.count("\n") + (not chunk.endswith("\n"))
             yield chunk
             continue
         lines = list(io.StringIO(chunk, newline=""))
-        # Counted by lines and not by "\n", as a "\r" alone ends one too: no more may be bad than there are.
+        # These lines may end with "\r" alone, so the "\n" are fewer. All lines are counted, or more
+        # lines might be bad than were read.
         rows.read += len(lines)
         valid = [line for line in lines if _is_text(line)]
         rows.leave_out(path, functools.partial(_problem_of_file, path), len(lines) - len(valid))
@@ -109,17 +120,20 @@ def _valid_lines(path: str, file: TextIO, length: int, rows: RowCounter) -> Iter
             yield "".join(valid)
 
 
-def row_chunks(
+def value_chunks(
     values: Iterable[tuple[str, Any]], text_field: str, length: int, rows: RowCounter
 ) -> Iterator[Chunk]:
-    """Chunks of the documents that are values of a field, from (place, value) of each. A null is no document."""
+    """Yields the documents that are values of a field, each given as (place, value), in chunks.
+
+    A value of null is no document.
+    """
     for place, value in values:
         if value is None:
             continue
         if not isinstance(value, str):
             raise ExperimentError(
-                f"{place}: field {text_field!r} holds no text: {value!r:.60}. Correct it, or choose another field with "
-                "--text_field"
+                f"{place}: field {text_field!r} holds no text: {value!r:.60}. "
+                "Correct it, or choose another field with --text_field"
             )
         if not _is_valid_utf8(value):
             rows.leave_out(place, functools.partial(_problem_of_field, text_field, value))
@@ -133,23 +147,25 @@ def row_chunks(
 
 
 def open_text(path: str) -> TextIO:
-    """A text file, compressed or not, as a stream that keeps line ends as they are. Bytes that are not UTF-8 become lone
-    surrogates, by which `_is_valid_utf8` knows them."""
+    """Opens a text file, compressed or not, as a stream that keeps line ends as they are.
+
+    Bytes that are not UTF-8 become lone surrogates, by which `_is_valid_utf8` detects them.
+    """
     compression = COMPRESSIONS.get(Path(path).suffix.lower())
     raw: Any
     if compression:
-        # Even an archive of no text has a header; pyarrow takes a file of no bytes for an empty archive.
+        # Even an archive of no text has a header, but pyarrow accepts a file of no bytes as one.
         if not Path(path).stat().st_size:
             raise OSError("it has no bytes")
         import pyarrow  # slow to import
 
         raw = io.BufferedReader(pyarrow.input_stream(path, compression=compression), 1 << 20)
     else:
-        raw = open(path, "rb")
+        raw = open(path, "rb")  # noqa: SIM115 (the stream below closes it)
     return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _json_rows(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[str, Any]]:
+def _json_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[str, Any]]:
     """Yields (place, value of the field) of every line that is not blank."""
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
@@ -169,8 +185,11 @@ def _json_rows(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[s
             yield place, row[text_field]
 
 
-def _parquet_rows(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[str, Any]]:
-    """Yields (place, value of the field) of every row. A row group that is damaged is left out from there on."""
+def _parquet_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[str, Any]]:
+    """Yields (place, value of the field) of every row.
+
+    Of a row group that is damaged, the rows from the damage on are left out.
+    """
     import pyarrow.parquet  # slow to import and rarely needed
 
     try:
@@ -202,7 +221,7 @@ def _parquet_rows(path: str, text_field: str, rows: RowCounter) -> Iterator[tupl
 
 
 def _python_value(scalar: Any) -> Any:
-    """The Python value of an Arrow scalar; text that is not UTF-8 gets lone surrogates."""
+    """The Python value of an Arrow scalar. Bytes that are not UTF-8 become lone surrogates."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
@@ -219,7 +238,7 @@ def no_field(place: str, text_field: str, found: str) -> ExperimentError:
 
 
 def _is_valid_utf8(text: str) -> bool:
-    """Whether it can be written as UTF-8: it holds no half of a surrogate pair, so no byte that was not UTF-8."""
+    """Whether it can be written as UTF-8: it has no lone surrogate, which a bad byte becomes."""
     if text.isascii():
         return True
     try:
@@ -230,7 +249,10 @@ def _is_valid_utf8(text: str) -> bool:
 
 
 def _is_text(lines: str) -> bool:
-    """Whether these may be lines of a text file. A NUL, though UTF-8, is in none: it comes from UTF-16 and binary files."""
+    """Whether these may be lines of a text file.
+
+    A NUL is valid UTF-8, but no text has one: it comes from UTF-16 and from binary files.
+    """
     return "\0" not in lines and _is_valid_utf8(lines)
 
 

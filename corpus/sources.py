@@ -1,8 +1,9 @@
 """Where a corpus comes from: `open_source` makes the Source that --data names.
 
-A source streams its text in chunks, as often as wanted and always the same; it never holds a corpus in memory. To add one, write
-a class with the members of `Source` and let `open_source` pick it: the split, the tokenizer, the shards, the cache and the
-evaluation know sources by these members alone. Only hf: sources use the network.
+A source streams its text in chunks, as often as wanted and always the same; it never holds a
+corpus in memory. To add one, write a class with the members of `Source` and let `open_source` pick
+it. The split, the tokenizer, the shards, the cache and the evaluation know a source by these
+members alone. How the formats of files are read is in formats.py. Only hf: sources use the network.
 """
 
 import functools
@@ -25,7 +26,7 @@ from corpus.formats import (
     cut,
     file_chunks,
     no_field,
-    row_chunks,
+    value_chunks,
 )
 
 BUILT_IN = ("python", "installed")
@@ -43,55 +44,70 @@ INSTALLED_SUFFIXES = (
     ".rst",
 )
 SHARD_SUFFIX = ".bin"
-# A document is cut into chunks at the first line end after so many characters: least and most. A small corpus is cut
-# more finely, as whole chunks are held out.
+# A long document is cut at the first line end after so many characters: least and most. A small
+# corpus is cut into about CHUNKS_OF_A_CORPUS chunks, because whole chunks are held out.
 CHUNK_CHARACTERS = (2048, 64 * 1024)
 CHUNKS_OF_A_CORPUS = 200
 
 
 class Source(Protocol):
-    """A corpus as a stream of text. Its chunks, their order and its identity are what caches and old runs depend on."""
+    """A corpus as a stream of text.
+
+    Caches and old runs depend on its chunks, on their order and on its identity.
+    """
 
     name: str
     """What messages call it: the value of --data."""
 
     description: str
-    """What the line calls it that a build prints, such as "12 files"."""
+    """What a build calls it in the line that it prints, such as "12 files"."""
 
     token_shards: list[str]
-    """Files that hold tokens already, which corpus.external imports; of such a source no chunks are read. Empty for text."""
+    """Files that hold tokens already, which corpus.external imports. Empty if it has text."""
 
     scan_to_end: bool
-    """Whether all of it is read before the split and the tokenizer are made. Where reading means downloading (False), only
-    the beginning is read for them, and then all of it once to tokenize it."""
+    """Whether all text is read before the split and the tokenizer are made.
+
+    False where reading means downloading. Then only the beginning is read for the split and the
+    tokenizer, and all text is read once, to tokenize it.
+    """
 
     rows: RowCounter
-    """The lines and rows read so far, and those that were left out. `chunks` sets it back."""
+    """The lines and rows read since `chunks` was called, and those that were left out."""
 
     path: str | None
-    """The file that the latest chunk came from; None when it is no file."""
+    """The file that the latest chunk came from; None if it came from no file."""
 
     def identity(self) -> list:
-        """Plain values of which at least one changes when the text may have changed. They go into the cache's key."""
+        """Values for JSON, of which one changes whenever the text may have changed.
+
+        They become part of the name of the cache's folder.
+        """
 
     def chunks(self, start: dict | None = None) -> Iterator[Chunk]:
-        """Yields (text, whether its document ends with it): a short document at once, a long one in several chunks. Each
-        call begins anew; `start`, a `position` of an earlier reading, yields only what came after it.
-        Raises ExperimentError when the text cannot be read or too many rows are bad."""
+        """Yields (text, whether its document ends with it), each time from the beginning.
+
+        A short document is one chunk, a long one is several. With `start`, a `position` of an
+        earlier reading, only what came after it. Raises ExperimentError when the text cannot be
+        read, or when more rows are bad than config.max_bad_share allows.
+        """
 
     def position(self, count: int) -> dict | None:
-        """Where to continue after the first `count` chunks, as values that JSON keeps; "pieces" among them is `count`.
-        At least count chunks have been read. None when no later reading can continue at just this chunk."""
+        """Where to continue after the first `count` chunks, of which none is still to be read.
+
+        The values are JSON's, and `count` is among them as "pieces". None if reading cannot be
+        continued after this chunk; the caller tries again after a later one.
+        """
 
     def expected_characters(self, scanned_characters: int, scanned_documents: int) -> int | None:
-        """How long all of it is, judged by its beginning of so many characters and documents; None when unknown."""
+        """How many characters there are, judged by the scanned beginning. None if unknown."""
 
     def domain(self) -> str:
-        """The part of the corpus that the latest chunk belongs to, under which `tools.evaluate` reports its loss."""
+        """The part of the corpus with the latest chunk: tools.evaluate reports a loss for each."""
 
 
 def open_source(config: Config) -> Source:
-    """The source that config.data names. Raises ExperimentError or ConfigError when there is none."""
+    """The source that config.data names. Raises ExperimentError or ConfigError if there is none."""
     if config.data.startswith("hf:"):
         return HubDataset(config)
     if config.data in BUILT_IN:
@@ -106,8 +122,11 @@ def open_source(config: Config) -> Source:
 
 
 class TextSource:
-    """What the sources of text share: they count, end after config.max_characters, and refuse a corpus of which more than
-    config.max_bad_share cannot be read. A subclass has `chunks` and `_identity`."""
+    """What the sources here share. A subclass adds `identity` and `chunks`.
+
+    They count what they read, end after config.max_characters, and refuse a corpus of which a
+    larger share than config.max_bad_share cannot be read.
+    """
 
     scan_to_end = True
     path: str | None = None
@@ -125,8 +144,10 @@ class TextSource:
         self.characters_read = 0
 
     def _counted(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """The chunks up to config.max_characters, after which the last document ends."""
+        """The chunks up to config.max_characters, where the last document ends."""
         limit = self.config.max_characters or float("inf")
+        if self.characters_read >= limit:  # so far an earlier reading came
+            return
         for text, last in chunks:
             self.chunks_read += 1
             self.characters_read += len(text)
@@ -145,22 +166,29 @@ class TextSource:
         if len(rows.problems) == NAMED_PROBLEMS:
             problems += "; ..."
         raise ExperimentError(
-            f"{rows.bad:,} of {rows.read:,} lines or rows of {self.name} cannot be read, more than "
-            f"{share:.2%} (max_bad_share): {problems}. Correct them (what is not UTF-8 with iconv, for "
-            "example), or leave more out with a larger --max_bad_share"
+            f"{rows.bad:,} of {rows.read:,} lines or rows of {self.name} cannot be read, "
+            f"more than {share:.2%} (max_bad_share): {problems}. Correct them (what is not UTF-8 "
+            "with iconv, for example), or leave more out with a larger --max_bad_share"
         )
 
-    def _identity(self, where: str | bool, files: list[str]) -> list:
-        """Files are known by name, size and times of change, also the one that copying and `touch` cannot set back."""
-        config = self.config
-        stats = [(os.path.abspath(path), os.stat(path)) for path in files]
+    def _identity(self, kind: str | bool, files: list[str]) -> list:
+        """What the identities here have in common. Old caches are found by exactly this list.
+
+        A file is known by its name, its size and its times. The time of the inode's change is one
+        of them, because copying and `touch` cannot set it back.
+        """
+        facts = []
+        for path in files:
+            stat = os.stat(path)
+            name = os.path.abspath(path)
+            facts.append((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         return [
             CHUNK_CHARACTERS,
-            config.text_field,
-            config.max_characters,
-            config.max_bad_share,
-            where,
-            [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats],
+            self.config.text_field,
+            self.config.max_characters,
+            self.config.max_bad_share,
+            kind,
+            facts,
         ]
 
     def position(self, count: int) -> dict | None:
@@ -174,7 +202,10 @@ class TextSource:
 
 
 class Files(TextSource):
-    """Text files, in the order of the list. To continue from a position they are read again from the beginning."""
+    """Text files, in the order of the list.
+
+    To continue from a position they are read again, and the chunks before it are skipped.
+    """
 
     def __init__(self, config: Config, files: list[str]):
         super().__init__(config)
@@ -215,8 +246,11 @@ class Files(TextSource):
 
 
 class BuiltIn(Files):
-    """Text that every machine has: `python`, the standard library's source, and `installed`, which adds source, headers and
-    text of the installed packages."""
+    """Text that every machine has.
+
+    `python` is the source of the standard library. `installed` is that and the source, the headers
+    and the text of the installed packages.
+    """
 
     def __init__(self, config: Config):
         super().__init__(config, _built_in_files(config.data))
@@ -228,12 +262,13 @@ class BuiltIn(Files):
         try:
             text = Path(path).read_bytes().decode()
         except (OSError, UnicodeDecodeError):
-            return  # libraries hold files in odd encodings on purpose, to test with
+            # Libraries hold files in odd encodings on purpose, to test with.
+            return
         yield from cut(StringIO(text, newline=""), self.chunk_characters)
 
 
 class TokenShards(Files):
-    """Token shards of other programs. They hold no text."""
+    """Token shards that another program wrote. They hold no text."""
 
     def __init__(self, config: Config, files: list[str]):
         super().__init__(config, files)
@@ -241,14 +276,15 @@ class TokenShards(Files):
 
     def chunks(self, start: dict | None = None) -> Iterator[Chunk]:
         raise ExperimentError(
-            f"{self.name} holds token shards, which have no bytes to count. Give the text itself with --data"
+            f"{self.name} holds token shards, which have no bytes to count. "
+            "Give the text itself with --data"
         )
 
 
 class HubDataset(TextSource):
-    """A data set of the Hugging Face hub, or one that `datasets` saved in a folder: hf:DATASET[:CONFIG[:SPLIT]].
+    """hf:DATASET[:CONFIG[:SPLIT]], a data set of the Hugging Face hub or one in a local folder.
 
-    To continue from a position nothing of what came before is downloaded again.
+    To continue from a position, nothing before it is downloaded again.
     """
 
     scan_to_end = False
@@ -261,7 +297,10 @@ class HubDataset(TextSource):
         self._document_ended = True
 
     def identity(self) -> list:
-        """A data set of the hub is known by its name, as what was downloaded is kept; one in a folder by its files too."""
+        """A data set of the hub is known by its name alone, as what was downloaded is kept.
+
+        One in a folder is known by its files too.
+        """
         folder = os.path.expanduser(self.dataset)
         files = walk(folder, ("",)) if os.path.isdir(folder) else []
         return self._identity(self.name, files)
@@ -279,16 +318,16 @@ class HubDataset(TextSource):
 
     def _all_chunks(self) -> Iterator[Chunk]:
         try:
-            yield from row_chunks(
+            yield from value_chunks(
                 self._values(), self.config.text_field, self.chunk_characters, self.rows
             )
         except ExperimentError:
             raise
         except Exception as error:
-            # Whatever the network, the file systems and the formats underneath raise.
+            # The network, the file systems and the formats underneath raise errors of many types.
             raise ExperimentError(
-                f"{self.name} could not be read to its end: {first_line(error)}. Run again: what was tokenized is "
-                "kept, and the next run continues from there"
+                f"{self.name} could not be read to its end: {first_line(error)}. "
+                "Run again: what was tokenized is kept, and the next run continues from there"
             ) from error
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -300,13 +339,19 @@ class HubDataset(TextSource):
             yield f"{self.name}, row {self.rows.read}", row[field]
 
     def position(self, count: int) -> dict | None:
-        """The stream can be continued only behind the row that it has read last, so at the end of a document."""
+        """The stream can continue only after the row that it has read last.
+
+        So `count` must be all chunks read, and the last of them must end its document.
+        """
         if count != self.chunks_read or not self._document_ended:
             return None
         return dict(pieces=count, characters=self.characters_read, stream=self.stream.state_dict())
 
     def expected_characters(self, scanned_characters: int, scanned_documents: int) -> int | None:
-        """By the number of documents, which most data sets state, if all are as long as those of the beginning."""
+        """Assumes that the other documents are as long as those of the beginning.
+
+        Most data sets say how many documents they have.
+        """
         limit = self.config.max_characters
         splits = self.stream.info.splits
         if not splits or self.split not in splits:
@@ -331,8 +376,8 @@ def parse_hub_name(data: str) -> tuple[str, str | None, str]:
     name, *rest = data.removeprefix("hf:").split(":")
     if not name or len(rest) > 2:
         raise ConfigError(
-            f"data={data!r}: the form is hf:DATASET[:CONFIG[:SPLIT]], such as hf:roneneldan/TinyStories or "
-            "hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2:train"
+            f"data={data!r}: the form is hf:DATASET[:CONFIG[:SPLIT]], such as "
+            "hf:roneneldan/TinyStories or hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2:train"
         )
     configuration, split, *_ = [*rest, "", ""]
     return name, configuration or None, split or "train"
@@ -345,7 +390,7 @@ def _open_hub(source: HubDataset) -> Any:
     folder = Path(source.dataset).expanduser()
     try:
         if (folder / "state.json").exists():
-            # Dataset.save_to_disk left it, which load_dataset refuses.
+            # Dataset.save_to_disk wrote this folder; load_dataset refuses such a one.
             stream = datasets.load_from_disk(folder).to_iterable_dataset()
         else:
             stream = datasets.load_dataset(
@@ -358,8 +403,9 @@ def _open_hub(source: HubDataset) -> Any:
         raise ExperimentError(_offline_message(source, error)) from error
     except Exception as error:
         raise ExperimentError(
-            f"cannot open {source.name}: {first_line(error)}. The form is hf:DATASET[:CONFIG[:SPLIT]]; a data "
-            "set that needs consent needs the login of the hub's own command, hf auth login"
+            f"cannot open {source.name}: {first_line(error)}. The form is "
+            "hf:DATASET[:CONFIG[:SPLIT]]; a data set that needs consent needs the login of the "
+            "hub's own command, hf auth login"
         ) from error
     field = source.config.text_field
     if stream.column_names and field in stream.column_names:
@@ -370,10 +416,11 @@ def _open_hub(source: HubDataset) -> Any:
 def _offline_message(source: HubDataset, error: Exception) -> str:
     arguments = f"{source.dataset!r}, {source.configuration!r}, split={source.split!r}"
     return (
-        f"{source.name} needs the network, and the Hugging Face hub cannot be reached: {first_line(error)}. "
-        "Go online (and unset HF_HUB_OFFLINE), or on a machine that is online save the data set with "
-        f"datasets.load_dataset({arguments}).to_parquet('FILE.parquet') and give --data FILE.parquet here. "
-        "--data python and installed need no network"
+        f"{source.name} needs the network, and the Hugging Face hub cannot be reached: "
+        f"{first_line(error)}. Go online (and unset HF_HUB_OFFLINE), or on a machine that is "
+        f"online save the data set with datasets.load_dataset({arguments})"
+        ".to_parquet('FILE.parquet') and give --data FILE.parquet here. --data python and "
+        "installed need no network"
     )
 
 
@@ -386,10 +433,10 @@ def walk(
     skip: tuple[str, ...] = (),
     onerror: Callable[[OSError], None] | None = None,
 ) -> list[str]:
-    """Files under `root` with one of the suffixes, in an order that depends only on their paths within `root`.
+    """Files under `root` with one of the suffixes, in an order that only their paths decide.
 
-    Links to folders are followed; a folder to which several ways lead is read once. One that cannot be read is passed
-    over, or given to `onerror`.
+    Links to folders are followed; a folder that several paths lead to is read once. A folder that
+    cannot be read is left out, or `onerror` is called with the error.
     """
     found = []
     seen = set()
@@ -402,7 +449,8 @@ def walk(
         subfolders[:] = sorted(name for name in subfolders if name not in skip)
         for name in sorted(names):
             path = os.path.join(folder, name)
-            if name.lower().endswith(suffixes) and os.path.isfile(path):  # no broken link
+            # A link whose target is gone is no file.
+            if name.lower().endswith(suffixes) and os.path.isfile(path):
                 found.append(path)
     return found
 
@@ -412,7 +460,7 @@ def _built_in_files(name: str) -> list[str]:
     files = walk(sysconfig.get_path("stdlib"), (".py",), not_library)
     if name == "installed":
         packages = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-        for root in dict.fromkeys(packages):  # they are the same folder as a rule
+        for root in dict.fromkeys(packages):  # usually both are the same folder
             files += walk(root, INSTALLED_SUFFIXES)
     if not files:
         raise ExperimentError(
@@ -422,8 +470,10 @@ def _built_in_files(name: str) -> list[str]:
 
 
 def find_files(config: Config) -> list[str]:
-    """The files that config.data names by path, folder or glob, in reading order: all of them text, or all token shards.
-    Raises ExperimentError when there are none."""
+    """The files that config.data names by path, folder or glob, in reading order.
+
+    All of them are text, or all are token shards. Raises ExperimentError if there are none.
+    """
     suffixes = (*TEXT_SUFFIXES, SHARD_SUFFIX)
     path = os.path.expanduser(config.data)
     if os.path.isfile(path):
@@ -433,10 +483,7 @@ def find_files(config: Config) -> list[str]:
     elif glob.has_magic(path):
         files = _glob(path)
     else:
-        raise ExperimentError(
-            f"there is no file or folder {path}.{nearest(config.data, BUILT_IN)} Give --data python, "
-            "installed, the path of a file, a folder or a glob, or hf:DATASET for one of the Hugging Face hub"
-        )
+        raise ExperimentError(_nothing_there_message(path, config.data))
     files = [file for file in files if file.lower().endswith(suffixes)]
     if not os.path.isfile(path):
         cache = os.path.realpath(config.cache_dir)
@@ -456,13 +503,24 @@ def find_files(config: Config) -> list[str]:
     return files
 
 
+def _nothing_there_message(path: str, data: str) -> str:
+    return (
+        f"there is no file or folder {path}.{nearest(data, BUILT_IN)} Give --data python, "
+        "installed, the path of a file, a folder or a glob, or hf:DATASET for one of the Hugging "
+        "Face hub"
+    )
+
+
 def _raise_cannot_read(error: OSError) -> None:
     raise cannot_read(error.filename, error) from error
 
 
 def _glob(pattern: str) -> list[str]:
-    """Sorted files of a glob. `**` follows links to folders too, round and round: a file is read once, by its shortest
-    path."""
+    """The sorted files of a glob, each once.
+
+    `**` follows links to folders even in a circle, so a file may be found by several paths; the
+    shortest one stays.
+    """
     found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
     found.sort(key=lambda path: (-len(path), path))
     shortest = {}
@@ -472,7 +530,7 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _made_by_a_run(path: str, cache: str) -> bool:
-    """Whether this program wrote a file that lies among text: the metrics of a run, or a cached corpus."""
+    """Whether this program wrote a file among the text: metrics of a run, or a cached corpus."""
     folder, name = os.path.split(path)
     if name == "metrics.jsonl" and os.path.exists(os.path.join(folder, "run.json")):
         return True

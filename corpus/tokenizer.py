@@ -1,13 +1,18 @@
-"""Tokenizers: trained on the corpus, or read from a file, a folder or the Hugging Face hub; and how texts become ids."""
+"""Tokenizers: trained on the corpus, or read from a file, a folder or the Hugging Face hub.
+
+Also how texts become ids, as fast as the tokenizer allows.
+"""
 
 import hashlib
 import itertools
 import json
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-# Tokenizing uses all cores; saying so keeps tokenizers from warning when DataLoader forks its workers.
+# Tokenizing uses all cores. Unless this is set, tokenizers warns when DataLoader forks its workers.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import numpy as np
@@ -16,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from config import Config, ConfigError, ExperimentError
 from corpus.sources import first_line
 
+# The names by which an end-of-text token is known. The first one that a tokenizer has is used.
 END_OF_TEXT = (
     "<|endoftext|>",
     "</s>",
@@ -24,13 +30,19 @@ END_OF_TEXT = (
     "<|eos|>",
     "<|im_end|>",
     "[SEP]",
-)  # first one wins
-# How GPT-2 cuts a text into words, within which byte pairs are merged; tokenizers' ByteLevel has it built in.
+)
+# GPT-2 cuts a text into words by this pattern, and byte pairs are merged within a word only.
+# The ByteLevel pre-tokenizer of `tokenizers` has it built in.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+TEXTS_AT_A_TIME = 64  # that training gets from an iterator
+SMALLEST_VOCABULARY = 257  # 256 bytes and end-of-text
 
 
 def load_tokenizer(json_text: str) -> tuple[Tokenizer, int]:
-    """The tokenizer whose tokenizer.json has this text, and the id of its end-of-text token. Raises ExperimentError."""
+    """The tokenizer with this tokenizer.json, and the id of its end-of-text token.
+
+    Raises ExperimentError when it is no tokenizer or has no such token.
+    """
     try:
         tokenizer = Tokenizer.from_str(json_text)
     except Exception as error:  # tokenizers raises plain Exception
@@ -39,95 +51,134 @@ def load_tokenizer(json_text: str) -> tuple[Tokenizer, int]:
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = (
-        True  # "<|endoftext|>" written in a document is ordinary text, not the token
-    )
+    # "<|endoftext|>" written in a document is ordinary text, not the token.
+    tokenizer.encode_special_tokens = True
     for token in END_OF_TEXT:
-        if (token_id := tokenizer.token_to_id(token)) is not None:
+        token_id = tokenizer.token_to_id(token)
+        if token_id is not None:
             return tokenizer, token_id
     raise ExperimentError(
         f"the tokenizer has no end-of-text token; add one of {' '.join(END_OF_TEXT)} to it"
     )
 
 
-def train_tokenizer(texts, vocab_size: int) -> str:
-    """Trains a byte-level BPE (GPT-2's pre-tokenization) of at most vocab_size tokens, <|endoftext|> among them, on an
-    iterable of texts; returns its tokenizer.json. Every text survives encoding and decoding unchanged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    texts = iter(texts)
-    tokenizer.train_from_iterator(
-        iter(lambda: list(itertools.islice(texts, 64)), []),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=[END_OF_TEXT[0]],
-            show_progress=False,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        ),
-    )
-    return tokenizer.to_str()
-
-
 def vocabulary(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
+    """The size of an embedding for it: the largest id + 1, as ids may have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
+    """Raises ExperimentError when the model has too few embeddings for the tokenizer."""
+    size = vocabulary(tokenizer)
+    if size > config.vocab_size:
+        raise ExperimentError(
+            f"the tokenizer {config.tokenizer} has {size} tokens and the model's vocab_size is "
+            f"only {config.vocab_size}; set --vocab_size to at least {size}"
+        )
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- training one
 
 
 def trained_size(config: Config) -> int | None:
-    """The size of the tokenizer to train on the corpus, of train or train:VOCAB; None when one is given."""
+    """The size of the tokenizer to train, if config.tokenizer is train or train:VOCAB, else None.
+
+    Raises ConfigError for a VOCAB that cannot be trained.
+    """
     if not re.match(r"train(:|$)", config.tokenizer):
         return None
-    size = config.tokenizer.removeprefix("train").removeprefix(":").replace("_", "") or str(
-        config.vocab_size
-    )
-    if not (size.isascii() and size.isdecimal() and 257 <= int(size) <= config.vocab_size):
+    written = config.tokenizer.removeprefix("train").removeprefix(":").replace("_", "")
+    if not written:
+        return _checked_size(str(config.vocab_size), config)
+    return _checked_size(written, config)
+
+
+def _checked_size(written: str, config: Config) -> int:
+    # isascii, because isdecimal and int() also accept the digits of other scripts.
+    is_number = written.isascii() and written.isdecimal()
+    if not is_number or not SMALLEST_VOCABULARY <= int(written) <= config.vocab_size:
         raise ConfigError(
-            f"tokenizer={config.tokenizer}: VOCAB of train:VOCAB must be a whole number from 257 (256 bytes and "
-            f"end-of-text) to vocab_size={config.vocab_size}"
+            f"tokenizer={config.tokenizer}: VOCAB of train:VOCAB must be a whole number from "
+            f"{SMALLEST_VOCABULARY} (256 bytes and end-of-text) to vocab_size={config.vocab_size}"
         )
-    return int(size)
+    return int(written)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+    """Trains a byte-level BPE with GPT-2's pre-tokenization; returns its tokenizer.json.
+
+    It has at most vocab_size tokens, <|endoftext|> among them. Every text survives encoding and
+    decoding unchanged.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT[0]],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(_lists_of(texts), trainer)
+    return tokenizer.to_str()
+
+
+def _lists_of(texts: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(texts)
+    while some := list(itertools.islice(remaining, TEXTS_AT_A_TIME)):
+        yield some
+
+
+# --- reading one
 
 
 def read_tokenizer(config: Config) -> str:
-    """The text of the tokenizer.json that config.tokenizer names: a file, a folder with one, or hf:NAME."""
-    name = config.tokenizer
+    """The tokenizer.json that config.tokenizer names: a file, a folder with one, or hf:NAME.
+
+    Raises ExperimentError when it cannot be used.
+    """
     try:
-        path = Path(
-            _download_tokenizer(name.removeprefix("hf:")) if name.startswith("hf:") else name
-        ).expanduser()
-        if path.is_dir():
-            path /= "tokenizer.json"
-        text = path.read_bytes().decode()
+        text = _read_tokenizer(config.tokenizer)
         tokenizer, _ = load_tokenizer(text)
     except (OSError, UnicodeDecodeError, ExperimentError) as error:
         raise ExperimentError(
-            f"cannot use the tokenizer {name}: {error}. Give --tokenizer the path of a tokenizer.json or of a "
-            "folder that holds one, hf:NAME for one of the Hugging Face hub, or train to train one on the "
-            "corpus"
+            f"cannot use the tokenizer {config.tokenizer}: {error}. Give --tokenizer the path of a "
+            "tokenizer.json or of a folder that holds one, hf:NAME for one of the Hugging Face "
+            "hub, or train to train one on the corpus"
         ) from error
     check_vocabulary(tokenizer, config)
     return text
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
-    if (size := vocabulary(tokenizer)) > config.vocab_size:
-        raise ExperimentError(
-            f"the tokenizer {config.tokenizer} has {size} tokens and the model's vocab_size is only "
-            f"{config.vocab_size}; set --vocab_size to at least {size}"
-        )
+def _read_tokenizer(name: str) -> str:
+    if name.startswith("hf:"):
+        path = Path(_download_tokenizer(name.removeprefix("hf:")))
+    else:
+        path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    return path.read_bytes().decode()
 
 
 def _download_tokenizer(name: str) -> str:
-    """Path of the tokenizer.json of a model on the hub, from the hub's local cache when there is no network."""
+    """The path of the tokenizer.json of a model on the hub.
+
+    Without a network it comes from the hub's local cache.
+    """
     from huggingface_hub import errors, hf_hub_download  # slow to import, and only hf: needs it
 
     try:
         return hf_hub_download(name, "tokenizer.json")
     except errors.LocalEntryNotFoundError as error:
         raise ExperimentError(
-            "the Hugging Face hub cannot be reached and has not been asked for it before. Go online (and unset "
-            "HF_HUB_OFFLINE), or copy the model's tokenizer.json here and name its path"
+            "the Hugging Face hub cannot be reached, and this tokenizer was not downloaded before. "
+            "Go online (and unset HF_HUB_OFFLINE), or copy the model's tokenizer.json here and "
+            "name its path"
         ) from error
     except errors.RemoteEntryNotFoundError as error:
         raise ExperimentError(
@@ -138,42 +189,91 @@ def _download_tokenizer(name: str) -> str:
         raise ExperimentError(first_line(error)) from error
 
 
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 # --- texts to ids
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, without special tokens. Raises ExperimentError when the tokenizer has none for it."""
+    """The ids of a text, without special tokens. Raises ExperimentError if it has none for it."""
     try:
         return tokenizer.encode(text, add_special_tokens=False).ids
     except Exception as error:  # tokenizers raises plain Exception
         raise ExperimentError(
-            f"the tokenizer cannot encode this text: {error}. It has no token for what it does not know"
+            f"the tokenizer cannot encode this text: {error}. "
+            "It has no token for what it does not know"
         ) from error
 
 
-def encoder(tokenizer: Tokenizer):
-    """A function from a list of texts to a list of their ids, uint32 arrays, without special tokens. Where tiktoken gives the
-    same ids it is used: measured 2.3 times as fast as tokenizers' encode_batch_fast on one core.
+Encode = Callable[[list[str]], list[np.ndarray]]  # texts to the ids of each, uint32 arrays
 
-    The same ids: words are cut alike (a test compares all characters), and byte pairs are merged alike, in the order of their
-    rank and from the left, with one difference: tiktoken merges two neighbours whenever together they are a token,
-    tokenizers only those that the list of merges has. That never differs if each token's bytes, alone, merge to that token.
-    For take two neighbours that are together a token T. No merge has crossed the ends of T's bytes, so inside them the
-    merges were those that T's bytes see alone; these end in T, so its last step, that of these neighbours, is in the list.
+
+def encoder(tokenizer: Tokenizer) -> Encode:
+    """The fastest function from a list of texts to a list of their ids, without special tokens.
+
+    Where tiktoken gives the same ids, it is used: measured 2.3 times as fast as the
+    encode_batch_fast of tokenizers on one core.
     """
+    facts = json.loads(tokenizer.to_str())
+    if not _cuts_words_as_gpt2(facts):
+        return TokenizersEncoder(tokenizer)
+    tokens = [*BYTE_LETTERS, *("".join(pair) for pair in facts["model"]["merges"])]
+    if len(set(tokens)) < len(tokens) or not _merge_to_themselves(tokenizer, tokens):
+        return TokenizersEncoder(tokenizer)
+    return TiktokenEncoder(tokens, facts["model"]["vocab"])
 
-    def encode(texts: list[str]) -> list[np.ndarray]:
-        encodings = tokenizer.encode_batch_fast(
-            texts, add_special_tokens=False
-        )  # _fast leaves out the offsets
+
+class TokenizersEncoder:
+    """Encodes with `tokenizers`."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        # _fast, as it computes no offsets.
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
-    facts = json.loads(tokenizer.to_str())
-    model, words = facts["model"], facts["pre_tokenizer"] or {}
+
+class TiktokenEncoder:
+    """Encodes with tiktoken. `tokens`, in BYTE_LETTERS, stand in the order of their rank.
+
+    It gives the ids of tokenizers. Words are cut alike; a test compares all characters. Byte pairs
+    are merged alike, in the order of their rank and from the left, with one difference: tiktoken
+    merges two neighbours whenever together they are a token, tokenizers only those pairs that the
+    list of merges has. This makes no difference if each token's bytes, alone, merge to that token
+    (`_merge_to_themselves`).
+
+    For let two neighbours together be a token T. No merge has crossed the ends of T's bytes, so the
+    merges inside were those that T's bytes get alone. Alone they end in T, so their last merge,
+    which is that of these two neighbours, is in the list.
+    """
+
+    def __init__(self, tokens: list[str], vocab: dict[str, int]):
+        import tiktoken  # slow to import
+
+        byte_of = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
+        ranks = {}
+        for rank, token in enumerate(tokens):
+            ranks[bytes(byte_of[letter] for letter in token)] = rank
+        self.ids = np.array([vocab[token] for token in tokens], np.uint32)
+        self.ranks = tiktoken.Encoding(
+            name="", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        ranks = [self.ranks.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        return [self.ids[found] for found in ranks]
+
+
+def _cuts_words_as_gpt2(facts: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json is that of a BPE which only cuts text by GPT2_WORDS and merges."""
+    model = facts["model"]
+    words = facts["pre_tokenizer"] or {}
+    if model["type"] != "BPE" or words.get("type") != "ByteLevel":
+        return False
+    if words["add_prefix_space"] or not words["use_regex"]:
+        return False
+    if facts["normalizer"] or not all(token["special"] for token in facts["added_tokens"]):
+        return False
     options = (
         "dropout",
         "continuing_subword_prefix",
@@ -181,34 +281,33 @@ def encoder(tokenizer: Tokenizer):
         "byte_fallback",
         "ignore_merges",
     )
-    if (
-        model["type"] != "BPE"
-        or facts["normalizer"]
-        or any(model.get(name) for name in options)
-        or not all(token["special"] for token in facts["added_tokens"])
-        or words.get("type") != "ByteLevel"
-        or words["add_prefix_space"]
-        or not words["use_regex"]
-    ):
-        return encode
+    return not any(model.get(name) for name in options)
 
-    letters = dict(zip(_byte_letters(), range(256)))
-    tokens = [*letters, *("".join(pair) for pair in model["merges"])]  # in the order of their rank
-    alone = (tokenizer.model.tokenize(token) for token in tokens)
-    if len(set(tokens)) < len(tokens) or any(
-        [found.value for found in merged] != [token] for token, merged in zip(tokens, alone)
-    ):
-        return encode
-    import tiktoken  # slow to import
 
-    ranks = {bytes(letters[letter] for letter in token): rank for rank, token in enumerate(tokens)}
-    ids = np.array([model["vocab"][token] for token in tokens], np.uint32)
-    fast = tiktoken.Encoding(name="", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
-    return lambda texts: [ids[fast.encode_to_numpy(text, disallowed_special=())] for text in texts]
+def _merge_to_themselves(tokenizer: Tokenizer, tokens: list[str]) -> bool:
+    """Whether the bytes of each token, encoded alone, give this token. See TiktokenEncoder."""
+    for token in tokens:
+        found = tokenizer.model.tokenize(token)
+        if [part.value for part in found] != [token]:
+            return False
+    return True
 
 
 def _byte_letters() -> list[str]:
-    """The letter that byte-level tokenizers write for each byte: itself if it can be printed, else one from 256 on."""
-    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
+    """The letter that byte-level tokenizers write for each byte.
+
+    It is the byte's own character if that can be printed, else one of the characters from 256 on.
+    """
+    printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    letters = []
+    others = 0
+    for byte in range(256):
+        if byte in printed:
+            letters.append(chr(byte))
+        else:
+            letters.append(chr(256 + others))
+            others += 1
+    return letters
+
+
+BYTE_LETTERS = _byte_letters()

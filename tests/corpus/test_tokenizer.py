@@ -1,0 +1,199 @@
+"""tokenizer.py: tokenizers of folders and of the Hugging Face hub, and the ids that tiktoken gives, without a network."""
+
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import data
+from config import ConfigError
+from corpus.tokenizer import (
+    TiktokenEncoder,
+    encoder,
+    load_tokenizer,
+    train_tokenizer,
+    trained_size,
+)
+from tests.corpus.stories import STORIES, config_for, fails
+from tests.corpus.test_sources import write_rows
+
+
+@pytest.fixture(scope="module")
+def trained() -> str:
+    return train_tokenizer(STORIES, 300)
+
+
+def test_a_folder_with_a_tokenizer(tmp_path, trained):
+    (tmp_path / "tok").mkdir()
+    config = config_for(
+        tmp_path,
+        data=str(write_rows(tmp_path / "rows.jsonl", STORIES)),
+        tokenizer=str(tmp_path / "tok"),
+    )
+    fails(config, "tok", "tokenizer.json", "--tokenizer")
+    (tmp_path / "tok" / "tokenizer.json").write_text(trained)
+    assert data.prepare(config).tokenizer_json == trained
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch, trained):
+    """The hub's local cache, with a model `org/model` that has a tokenizer."""
+    import huggingface_hub.constants
+
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "tokenizer.json").write_text(trained)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return snapshot
+
+
+def test_a_tokenizer_of_the_hub(tmp_path, hub_cache, trained):
+    config = config_for(
+        tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer="hf:org/model"
+    )
+    corpus = data.prepare(config)
+    assert corpus.tokenizer_json == trained
+    fails(
+        config_for(tmp_path, data=config.data, tokenizer="hf:org/model", vocab_size=299),
+        "hf:org/model",
+        "300",
+        "--vocab_size",
+    )
+    (
+        hub_cache / "tokenizer.json"
+    ).unlink()  # the corpus is there: nothing is asked of the hub any more
+    assert np.array_equal(data.prepare(config).train, corpus.train)
+    fails(
+        config_for(
+            tmp_path, data=config.data, tokenizer="hf:org/model", cache_dir=str(tmp_path / "new")
+        ),
+        "hf:org/model",
+        "cannot be reached",
+        "Go online",
+    )
+    fails(config_for(tmp_path, data=config.data, tokenizer="hf:a b/c"), "hf:a b/c", "--tokenizer")
+
+
+@pytest.mark.parametrize(
+    "written, size",
+    [
+        ("train", 300),
+        ("train:280", 280),
+        ("train:2_80", 280),
+        ("train:257", 257),
+        ("hf:a/b", None),
+        ("trained.json", None),
+    ],
+)
+def test_the_size_of_a_tokenizer_to_train(tmp_path, written, size):
+    assert trained_size(config_for(tmp_path, tokenizer=written)) == size
+    if size and size != 257:
+        corpus = data.prepare(
+            config_for(
+                tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer=written
+            )
+        )
+        assert corpus.tokenizer.get_vocab_size() == size
+
+
+@pytest.mark.parametrize(
+    "written", ["train:256", "train:301", "train:many", "train:-1", "train:3.5", "train:²"]
+)
+def test_a_size_that_cannot_be_trained(tmp_path, written):
+    with pytest.raises(ConfigError, match=r"train:VOCAB.*257.*vocab_size=300"):
+        data.prepare(
+            config_for(
+                tmp_path, data=str(write_rows(tmp_path / "rows.jsonl", STORIES)), tokenizer=written
+            )
+        )
+
+
+def slow(tokenizer, texts):
+    return [
+        encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+
+
+@given(st.lists(st.text(), max_size=3))
+@example(
+    [
+        "a" * 70_000,
+        " " * 70_000 + "x",
+        "!?" * 30_000,
+        "<|endoftext|>",
+        "\r\n \u2028\u00a0\u3000 don't  I'LL 1²③Ⅷ",
+    ]
+)
+@settings(max_examples=100, deadline=None)
+def test_tiktoken_gives_the_ids_of_tokenizers(trained, texts):
+    tokenizer, _ = load_tokenizer(trained)
+    fast = encoder(tokenizer)
+    assert isinstance(fast, TiktokenEncoder), "it is used for the tokenizers that are trained here"
+    assert [ids.tolist() for ids in fast(texts)] == slow(tokenizer, texts)
+
+
+def test_every_character_is_cut_alike(trained):
+    """Both engines must hold the same characters for letters, numbers and space; letters, digits and signs on both sides show it."""
+    tokenizer, _ = load_tokenizer(trained)
+    fast = encoder(tokenizer)
+    known = [
+        chr(c)
+        for c in range(sys.maxunicode + 1)
+        if unicodedata.category(chr(c)) not in ("Cn", "Co", "Cs")
+    ]
+    known = [
+        c for c in known if unicodedata.name(c, "?").split("-")[0] not in ("CJK UNIFIED IDEOGRAPH",)
+    ] + list("一龥")
+    for first in range(0, len(known), 5000):
+        text = "".join(f"a{c}1{c}!{c}" for c in known[first : first + 5000])
+        assert fast([text])[0].tolist() == slow(tokenizer, [text])[0]
+
+
+def bpe(merges, pre_tokenizer=None, **options) -> Tokenizer:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(a + b for a, b in merges), "<|endoftext|>"]
+    tokenizer = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, **options)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "tokenizer, used",
+    [
+        (bpe([("a", "b"), ("ab", "c")]), True),
+        (
+            bpe([("a", "b"), ("b", "c"), ("a", "bc")]),
+            False,
+        ),  # abc, alone, is ab and c: tiktoken would join them
+        (bpe([("a", "b")], pre_tokenizers.ByteLevel(add_prefix_space=True)), False),
+        (
+            bpe([("a", "b")], pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
+            False,
+        ),
+        (
+            bpe(
+                [("a", "b")],
+                pre_tokenizers.Sequence(
+                    [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+                ),
+            ),
+            False,
+        ),
+        (bpe([("a", "b")], ignore_merges=True), False),
+    ],
+    ids=range(6),
+)
+def test_tiktoken_is_used_only_where_it_is_the_same(tokenizer, used):
+    texts = ["abc abcabc 123 xabcx", "aab bc cab  "]
+    encode = encoder(tokenizer)
+    assert isinstance(encode, TiktokenEncoder) is used
+    assert [ids.tolist() for ids in encode(texts)] == slow(tokenizer, texts)
