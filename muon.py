@@ -10,17 +10,16 @@ updates a weight matrix W [rows, columns] with gradient G in four steps:
 
 Step 3 is the point. The gradient of a matrix has a few large singular values and many small ones.
 O has the same singular directions, all with singular value 1, so that the rare directions learn
-as fast as the common ones. Newton-Schulz approximates O with matmuls alone, which GPUs are good
-at.
+as fast as the common ones. Newton-Schulz approximates O with matmuls alone, which a GPU does fast.
 
-Step 4 keeps the effect of an update independent of the shape. Take an input with entries of size
-1, of norm sqrt(columns). If rows >= columns, O keeps the norm, and spreads it over the rows:
-entries of the output have size sqrt(columns / rows), which the scale makes 1. If rows < columns,
-O keeps the share rows / columns of the squared norm of a random input: the entries have size 1
-already.
+Step 4 makes the effect of an update independent of the matrix's shape. Take a random input x with
+entries of size 1: its squared norm is `columns`.
+- rows >= columns: O x has the norm of x, spread over more entries. The squared size of an entry is
+  columns / rows, and the scale sqrt(rows / columns) makes it 1.
+- rows < columns: O x keeps the share rows / columns of the squared norm, which leaves `rows` for
+  `rows` entries. Their size is 1 without a scale.
 
-Embedding, head, norms and router go to AdamW: they are vectors, or matrices that are read row by
-row.
+Muon is made for matrices between hidden layers. Embedding, head, norms and router go to AdamW.
 
 Both optimizers read a gradient as `gradient * grad_scale` in fp32, where grad_scale holds
 clipping and 1 / loss scale. So `.grad` is never rewritten and all state is unscaled. Both update
@@ -45,8 +44,7 @@ from engine.triton_kernels import COMPILE_OPTIONS, symmetric_matmul
 
 # (a, b, c) of each step. A step maps every singular value s to a s + b s^3 + c s^5. Keller Jordan
 # chose the coefficients for the steepest slope at zero: a small s grows 3.4 times in a step. The
-# price is that singular values end anywhere between about 0.7 and 1.2, which training does not
-# notice.
+# price is that singular values end somewhere between about 0.7 and 1.2, instead of at 1.
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
 
 # The Gram form computes the Gram matrix from x again before this step.
@@ -54,8 +52,7 @@ RESTART = 2
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Approximately orthogonalizes each matrix of x [n, rows, columns]: U S V^T becomes about U
-    V^T.
+    """Orthogonalizes each matrix of x [n, rows, columns], about: U S V^T becomes U V^T.
 
     Singular values must not exceed 1. This holds for a matrix of Frobenius norm 1.
     """
@@ -63,8 +60,7 @@ def newton_schulz(x: Tensor) -> Tensor:
     if tall:  # the Gram matrix is cheapest on the shorter side
         x = x.mT
     for a, b, c in NEWTON_SCHULZ:
-        # x x^T = U S^2 U^T. So the step is (a I + b gram + c gram^2) x = U (a S + b S^3 + c S^5)
-        # V^T.
+        # gram = U S^2 U^T, so (a I + b gram + c gram^2) x = U (a S + b S^3 + c S^5) V^T
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
@@ -74,8 +70,7 @@ def newton_schulz(x: Tensor) -> Tensor:
 
 
 def gram_newton_schulz(x: Tensor) -> Tensor:
-    """`newton_schulz` with most of the work on the Gram matrix (Gram Newton-Schulz, Dao-AILab
-    2025).
+    """`newton_schulz` with most work on the Gram matrix (Gram Newton-Schulz, Dao-AILab 2025).
 
     A step of Newton-Schulz is x <- P x with P = a I + b gram + c gram^2. Then gram = x x^T
     becomes P gram P, for which x itself is not needed. So the steps run on gram, [n, m, m] with m
@@ -137,8 +132,7 @@ def nesterov_direction(
     gradient = gradient.float() * grad_scale
     new_momentum = gradient + mu * momentum
     direction = gradient + mu * new_momentum
-    # Divided in fp32, before rounding to out's dtype, so that small gradients are treated as
-    # large ones
+    # Divided in fp32, before the rounding to 16 bits, in which small gradients would vanish
     norm = direction.square().sum(dim=-1, keepdim=True).sum(dim=-2, keepdim=True).sqrt()
     out.copy_(direction / norm.clamp(min=1e-30))
     momentum.copy_(torch.where(active, new_momentum, momentum))
@@ -210,14 +204,12 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:
-        """Updates the parameters with learning rate `lr`; reads gradients as gradient *
-        grad_scale."""
+        """Updates the parameters with learning rate `lr`, from gradients times `grad_scale`."""
         device = self.state.device
         grad_scale = scalar(grad_scale, device)
         decay = scalar(lr * self.weight_decay, device)
         for bucket in self.state.buckets():
-            # The matrices of a bucket have one shape: they are orthogonalized together, as one
-            # batch.
+            # The matrices of a bucket have one shape: they are orthogonalized as one batch.
             counts = [len(part.weight) for part in bucket]
             rows, columns = bucket[0].weight.shape[1:]
             directions = torch.empty(sum(counts), rows, columns, dtype=self.dtype, device=device)
@@ -301,8 +293,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:
-        """Updates the parameters with learning rate `lr`; reads gradients as gradient *
-        grad_scale."""
+        """Updates the parameters with learning rate `lr`, from gradients times `grad_scale`."""
         self.steps += 1
         device = self.state.device
         corrections = tuple(scalar(1 - beta**self.steps, device) for beta in self.betas)
@@ -370,8 +361,7 @@ def scalar(value: float, device: torch.device) -> Tensor:
 
 
 def compile_elementwise(function, dynamic: bool = False):
-    """torch.compile of elementwise operations: a kernel or two for each shape, or with `dynamic`
-    for all."""
+    """Fuses elementwise operations to one or two kernels: per shape, or with `dynamic` for all."""
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options=COMPILE_OPTIONS)
 
 

@@ -1,36 +1,36 @@
-"""What the GPU has no room for lives in host memory: optimizer state, and the gradients of some
-blocks.
+"""Optimizer state and gradients in host memory, for what the GPU has no room for.
 
-OptimizerState is the state of one optimizer. The optimizer walks over it in buckets; with
-`offload` each bucket visits the GPU while it is worked on. GradientOffload sums gradients in host
-memory as the backward pass makes them. Both copy with a copier: StreamCopier on a GPU,
-DirectCopier on a CPU, where the same code runs without streams.
+OptimizerState is the state of one optimizer. The optimizer walks over it in buckets; with `offload`
+each bucket visits the GPU while it is worked on. GradientOffload sums the gradients of some blocks
+in host memory, as the backward pass makes them. Both copy with StreamCopier on a GPU. On a CPU the
+same code runs with DirectCopier, without streams.
 
 Nothing here changes arithmetic or its order: results are those of everything on the GPU, to the
 bit.
 
 
-Streams, for a reader who checks for races
+Streams: how to check this file for races
 
-Three CUDA streams take part. Work on one stream runs in order; across streams only a wait gives
-order.
+Three CUDA streams take part. Work on one stream runs in order. Work on two streams runs in any
+order, unless one waits for the other.
 
-    compute     the current stream: forward, backward, optimizer kernels
+    compute     the current stream: forward, backward and optimizer kernels
     inward      copies from host to GPU
     outward     copies from GPU to host
 
-Every wait of this file is a method of StreamCopier, where its reason stands:
+Every wait is in a method of StreamCopier:
 
-    begin       inward waits for outward      a pass reads what the pass before has written to the host
-    fetch       inward waits for compute      compute may still use the memory that the copy writes to
-    wait_for    compute waits for a fetch     before it reads what was fetched
-    send        outward waits for compute     before it copies what compute has made
-    throttle    the CPU waits for a send      so that it does not take memory for more and more fetches
-    finish      compute waits for outward     what follows reads the host's tensors, or takes over memory
+    begin       inward waits for outward     so that a pass reads what the pass before wrote
+    fetch       inward waits for compute     which may still use the memory that is copied to
+    wait_for    compute waits for a fetch    before it reads what was fetched
+    send        outward waits for compute    before it copies what compute has made
+    throttle    the CPU waits for a send     before it takes GPU memory for one more fetch
+    finish      compute waits for outward    before what follows reads the host's tensors
 
-The allocator gives freed memory to the next tensor of the same stream at once, without a wait.
-Everything is allocated on compute. What compute reads last, it may reuse. What outward reads last
-is protected by `record_stream`, which keeps the memory until outward has passed that point.
+Memory: all tensors are allocated on compute. PyTorch's allocator gives freed memory to the next
+tensor of the same stream at once. That is safe for compute, whose work runs in order, and for
+inward, which waits for compute in `fetch`. Outward may still read a tensor that Python has freed:
+`record_stream` keeps that memory until outward is done with it.
 """
 
 import contextlib
@@ -54,8 +54,7 @@ PINNING_THREADS = 8  # one thread pins about 2 GB/s
 
 
 class StreamCopier:
-    """Copies between host and GPU on two streams beside the computation (see the top of this
-    file)."""
+    """Copies between host and GPU on two streams beside the computation; see the file's top."""
 
     def __init__(self):
         self.inward = torch.cuda.Stream()
@@ -68,8 +67,7 @@ class StreamCopier:
         self.sent = []
 
     def fetch(self, pairs: list[tuple[Tensor, Tensor]]) -> torch.cuda.Event:
-        """Copies host tensors to the GPU, for each (on_gpu, on_host); the event says they are
-        there."""
+        """Copies host tensors to the GPU, for each (on_gpu, on_host). The event says: arrived."""
         self.inward.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.inward):
             for on_gpu, on_host in pairs:
@@ -77,7 +75,7 @@ class StreamCopier:
         return self.inward.record_event()
 
     def wait_for(self, fetched: torch.cuda.Event) -> None:
-        """Lets compute wait for one fetch; a later fetch goes on meanwhile."""
+        """Lets compute wait for one fetch, while a later fetch still runs."""
         torch.cuda.current_stream().wait_event(fetched)
 
     def send(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -195,8 +193,7 @@ class OptimizerState:
     def _zeros(
         self, moments: tuple[str, ...], moment_dtype: Callable[[Tensor], torch.dtype]
     ) -> dict[str, dict[str, Tensor]]:
-        """The state at the start, all zero: 0 as the low bits of a master says that weight is
-        exact."""
+        """The state at the start. Low bits of 0 say that a master is its weight exactly."""
         keys = []
         wanted = []
         for name, p in self.parameters.items():
@@ -254,8 +251,7 @@ class OptimizerState:
 
     def _fetch(self, bucket: list[Slice]) -> tuple[list[Part], torch.cuda.Event | None]:
         """Starts a bucket's copies to the GPU. Returns its parts and when they are there."""
-        # The memory is allocated here, on compute, because what forward and backward have left is
-        # free.
+        # Allocated on compute, whose memory has room: forward and backward have left it.
         parts = []
         pairs = []
         for name, cut in bucket:
@@ -308,7 +304,9 @@ class OptimizerState:
             by_shape: dict[torch.Size, list[str]] = {}
             for name in names:
                 by_shape.setdefault(shapes[name][1:], []).append(name)
-            names = [name for same_shape in by_shape.values() for name in same_shape]
+            names = []
+            for names_of_shape in by_shape.values():
+                names += names_of_shape
 
         buckets: list[list[Slice]] = []
         room = 0  # elements that the last bucket still takes
@@ -336,10 +334,10 @@ class OptimizerState:
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        """Copies into the tensors that are there, so they keep dtype and place (torch's
-        optimizers cast).
+        """Copies `saved` into the tensors that are there, which keep their dtype and device.
 
-        Raises ValueError when names, shapes or dtypes differ.
+        torch's own optimizers would cast them to those of the parameters. Raises ValueError when
+        names, shapes or dtypes differ.
         """
         if saved.keys() != self.tensors.keys():
             different = sorted(saved.keys() ^ self.tensors.keys())
@@ -368,8 +366,7 @@ def _dtype_and_shape(tensor: Tensor | None) -> str:
 
 
 class GradientOffload:
-    """Sums the gradients of the first `n_blocks` blocks over a step's micro-batches, in host
-    memory.
+    """Sums gradients of the first `n_blocks` blocks over a step's micro-batches, in host memory.
 
     Hooks do the work while the backward pass runs, from the last block to the first:
 
@@ -424,8 +421,7 @@ class GradientOffload:
         self.last = number == of - 1
 
     def wait(self) -> None:
-        """Lets the computation wait until the sums are in host memory. Call before they are
-        read."""
+        """Lets compute wait for the sums to be in host memory. Call before they are read."""
         self.copier.finish()
 
     def _start_pass(self, _: Tensor) -> None:
@@ -503,8 +499,8 @@ def host_zeros(wanted: list[tuple[torch.Size, torch.dtype]], device: torch.devic
 def _no_host_memory_message(error: Exception) -> str:
     return (
         f"no host memory for optimizer and gradient offload ({error}).\n"
-        "  Free host memory, use a smaller preset, or set --offload_optimizer false if the optimizer "
-        "state fits the GPU ('plan' shows both)."
+        "  Free host memory, use a smaller preset, or set --offload_optimizer false if the "
+        "optimizer state fits the GPU ('plan' shows both)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Optimizer state and gradients that are streamed from host memory: the results are those of everything on the device."""
+"""Optimizer state and gradients in host memory: results are those of everything on the device."""
 
 import gc
 import weakref
@@ -42,18 +42,18 @@ def test_only_16_bit_parameters_have_a_residual(dtype):
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("matrices", [False, True])
-def test_groups_cover_each_element_once_and_stay_small(monkeypatch, offload, matrices):
+def test_buckets_cover_each_element_once_and_stay_small(monkeypatch, offload, matrices):
     monkeypatch.setattr(OptimizerState, "BUCKET", 45)
     named = parameters()
     if matrices:
         del named["vector"]
     owner = state_of(named, offload, matrices)
-    for group in owner.buckets():
-        assert sum(weight.numel() for weight, *_ in group) <= (
+    for bucket in owner.buckets():
+        assert sum(weight.numel() for weight, *_ in bucket) <= (
             60 if matrices else 45
         )  # a single matrix may be larger
-        assert not matrices or len({weight.shape[1:] for weight, *_ in group}) == 1
-        for weight, gradient, state in group:
+        assert not matrices or len({weight.shape[1:] for weight, *_ in bucket}) == 1
+        for weight, gradient, state in bucket:
             assert weight.shape == gradient.shape == state["m"].shape == state["residual"].shape
             assert not matrices or weight.ndim == 3
             for tensor in (weight, gradient, state["m"], state["residual"]):

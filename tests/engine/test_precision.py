@@ -22,9 +22,9 @@ def bits(tensor):
 
 
 def round_trip(master, dtype):
-    weight, residual = encode_master(master, dtype)
-    assert weight.dtype == dtype and residual.dtype == torch.int16
-    return decode_master(weight, residual)
+    weight, low_bits = encode_master(master, dtype)
+    assert weight.dtype == dtype and low_bits.dtype == torch.int16
+    return decode_master(weight, low_bits)
 
 
 # ---------------------------------------------------------------- bfloat16 masters
@@ -56,8 +56,8 @@ def test_bf16_masters_are_exact_to_the_bit():
 
 def test_bf16_weight_is_the_nearest_to_its_master():
     master = every_low_half(uppers())
-    weight, residual = encode_master(master, torch.bfloat16)
-    tie = residual == -0x8000  # half a unit either way: rounded away from zero
+    weight, low_bits = encode_master(master, torch.bfloat16)
+    tie = low_bits == -0x8000  # half a unit either way: rounded away from zero
     nearest = torch.where(tie, weight, master.to(torch.bfloat16))
     assert bits(weight).equal(bits(nearest))
     assert (weight.float() - master).abs()[tie & weight.isfinite()].max() > 0 and tie.sum() == len(
@@ -107,19 +107,19 @@ def test_fp16_masters_below_the_normal_range_are_off_by_a_fixed_step_at_most():
     error = (round_trip(master, torch.float16).double() - master.double()).abs()
     tie = (
         (master.double() / 2.0**-24).remainder(1) - 0.5
-    ).abs() < 2.0**-17  # to within half a residual's step
+    ).abs() < 2.0**-17  # to within half a step of the low bits
     assert error[~tie].max() <= 2.0**-41 and error.max() <= 2.0**-40
     assert error[master.abs() >= 2.0**-16].max() == 0  # fp32 itself is no finer there
 
 
 @pytest.mark.parametrize(
-    "residual", [0, 1, -1, 8, 4095, -4096, 12345, 0x7FF8, -0x7FF8, 0x7FFF, -0x7FFF]
+    "low_bits", [0, 1, -1, 8, 4095, -4096, 12345, 0x7FF8, -0x7FF8, 0x7FFF, -0x7FFF]
 )
-def test_fp16_encoding_what_was_decoded_changes_nothing(residual):
+def test_fp16_encoding_what_was_decoded_changes_nothing(low_bits):
     weight = torch.arange(-0x8000, 0x8000).to(torch.int16).view(torch.float16)
     weight = weight[weight.abs() < 65504]  # all finite ones but the last, whose tie is infinite
-    residual = torch.full_like(weight, residual).to(torch.int16)
-    master = decode_master(weight, residual)
+    low_bits = torch.full_like(weight, low_bits).to(torch.int16)
+    master = decode_master(weight, low_bits)
     stored = encode_master(master, torch.float16)
     again = encode_master(decode_master(*stored), torch.float16)
     assert again[0].equal(stored[0]) and again[1].equal(stored[1])
