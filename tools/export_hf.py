@@ -1,10 +1,11 @@
-"""Writes a checkpoint as a Hugging Face folder, Qwen3MoeForCausalLM, that the tools people have open.
+"""Writes a checkpoint as a Hugging Face folder, Qwen3MoeForCausalLM, that other tools open.
 
-    python -m tools.export_hf --checkpoint checkpoints/checkpoint_latest.pt --out my_model
-    python -m tools.export_hf --checkpoint checkpoints/checkpoint_latest.pt --out my_model --dtype fp32
+    python -m tools.export_hf --checkpoint runs/my/checkpoint_latest.pt --out my_model
+    python -m tools.export_hf --checkpoint runs/my/checkpoint_latest.pt --out my_model --dtype fp32
 
-fp32 is the exact masters; bf16 and fp16 are rounded from them. The weights are converted and written a few million
-numbers at a time. The folder gets its name when it is whole: an export that was cut off is left as OUT.XXXXXXXX.unfinished.
+fp32 is the exact masters; bf16 and fp16 are rounded from them. The weights are converted and
+written a million numbers at a time. The folder gets its name when it is whole: an export that was
+killed is left as OUT.XXXXXXXX.unfinished.
 """
 
 import dataclasses
@@ -27,13 +28,24 @@ from config import Config, ConfigError, ExperimentError, resumed_config
 from corpus.sources import BUILT_IN
 from corpus.tokenizer import load_tokenizer
 from engine.precision import decode_master
-from model import COMPUTE_DTYPE, MoETransformer
+from model import COMPUTE_DTYPE
 from planner.machine import GB
 from record import checkpoint
 from record.results import Record
-from tools.qwen3_moe import ARCHITECTURE, DTYPES, Place, places, their_rows, to_hugging_face
+from tools.qwen3_moe import (
+    ARCHITECTURE,
+    DTYPES,
+    QwenTensor,
+    no_place_message,
+    qwen_rows,
+    qwen_tensors,
+    to_hugging_face,
+)
 
-BLOCK = 2**20  # numbers converted at a time
+# Numbers converted at a time.
+BLOCK = 2**20
+
+# Fields that say something about one machine and nothing about the model.
 NOT_IN_THE_CARD = {
     "data",
     "tokenizer",
@@ -42,251 +54,270 @@ NOT_IN_THE_CARD = {
     "device",
     "host_memory_gb",
     "num_workers",
-}  # of one machine
+}
 
 
 class Masters:
-    """The fp32 masters of a checkpoint's `state`, read in blocks of rows under their names."""
+    """The fp32 masters of a checkpoint's `state`, read in blocks of rows."""
 
     def __init__(self, state: dict, config: Config):
-        self.weights, self.head_dim = state["model"], config.head_dim
-        optimizer = {**state["optimizer"]["muon"]["state"], **state["optimizer"]["adamw"]["state"]}
-        self.residuals = {
+        self.weights = state["model"]
+        self.head_dim = config.head_dim
+        self.low_bits = {
             name: tensors["residual"]
-            for name, tensors in optimizer.items()
+            for name, tensors in checkpoint.optimizer_tensors(state).items()
             if "residual" in tensors
         }
 
-    def shape(self, place: Place) -> torch.Size:
-        return self.weights[place.parameter].shape[len(place.index) :]
-
-    def blocks(self, place: Place) -> Iterator[Tensor]:
+    def blocks(self, tensor: QwenTensor) -> Iterator[Tensor]:
         """The tensor in fp32, at most BLOCK numbers at a time, unless a row is longer."""
-        weight = self.weights[place.parameter][place.index]
-        residual = (
-            self.residuals[place.parameter][place.index]
-            if place.parameter in self.residuals
-            else None
-        )
-        rows = their_rows(len(weight), self.head_dim) if place.rotary else torch.arange(len(weight))
-        for some in rows.split(max(1, BLOCK * len(weight) // weight.numel())):
-            part = slice(some[0], some[-1] + 1) if not place.rotary else some  # a slice is no copy
-            yield (
-                weight[part].float()
-                if residual is None
-                else decode_master(weight[part], residual[part])
-            )
+        weight = self.weights[tensor.parameter][tensor.index]
+        low_bits = self.low_bits.get(tensor.parameter)
+        if low_bits is not None:
+            low_bits = low_bits[tensor.index]
+        rows_at_a_time = max(1, BLOCK * len(weight) // weight.numel())
+        for rows in self._rows(tensor, len(weight), rows_at_a_time):
+            if low_bits is None:
+                yield weight[rows].float()
+            else:
+                yield decode_master(weight[rows], low_bits[rows])
+
+    def _rows(self, tensor: QwenTensor, n_rows: int, at_a_time: int) -> Iterator[Tensor | slice]:
+        """Which rows of ours each block has."""
+        if tensor.rotary:
+            yield from qwen_rows(n_rows, self.head_dim).split(at_a_time)
+            return
+        for start in range(0, n_rows, at_a_time):
+            yield slice(start, start + at_a_time)  # unlike a tensor of indices, no copy
 
 
 def export(state: dict, metrics: dict, out: Path, dtype: str, shard_bytes: int) -> None:
-    """Makes the folder `out`, which must be empty or new, of a checkpoint's state; `metrics` are for the model card, `dtype`
-    is named as in Config.
+    """Makes the folder `out`, which must be empty or new, of a checkpoint's state.
 
-    Raises ExperimentError when the format cannot hold the model, the folder cannot be written or a weight does not fit the dtype.
+    `metrics` are for the model card; `dtype` is named as in Config. Raises ExperimentError when
+    the format cannot hold the model, the folder cannot be written, or a weight does not fit the
+    dtype.
     """
     config, _ = resumed_config(state["config"], {})
-    if config.n_moe_layers and config.load_balancing == "bias":
-        raise ExperimentError(
-            "the model was trained with load_balancing=bias, and Qwen3-MoE's format has no place for the biases by "
-            "which its experts are chosen. Train with load_balancing=loss to export"
-        )
-    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
-    with torch.device("meta"):
-        model = MoETransformer(dataclasses.replace(config, activation_checkpointing="none"))
-    all_places = [place for name, p in model.named_parameters() for place in places(name, p.shape)]
-    masters = Masters(state, config)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExperimentError(
-            f"--out {out} is there already and no empty folder. Nothing is written over: choose another, or "
-            "delete it"
-        )
+    tensors = exported_tensors(state, config)
+    check_empty_or_new(out)
+    # Beside `out`, so that the rename at the end is one step of the file system.
     unfinished = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
         unfinished.mkdir(parents=True)
-        needed, free = (
-            config.total_params * COMPUTE_DTYPE[dtype].itemsize,
-            shutil.disk_usage(unfinished).free,
-        )
-        if free < needed:
-            raise ExperimentError(
-                f"not enough disk space: the folder takes {needed / GB:.2f} GB and "
-                f"{free / GB:.2f} GB are free in {out.parent}. Free some, choose another --out, or a "
-                "16-bit --dtype"
-            )
-        write_weights(unfinished, masters, all_places, dtype, shard_bytes)
-        token = tokenizer.id_to_token(end_of_text)
-        write(unfinished / "config.json", to_hugging_face(config, end_of_text, dtype))
-        write(
-            unfinished / "generation_config.json",
-            dict(
-                eos_token_id=end_of_text,
-                pad_token_id=end_of_text,
-                do_sample=True,
-                temperature=0.8,
-                top_k=50,
-            ),
-        )
-        write(
-            unfinished / "tokenizer_config.json",
-            dict(
-                tokenizer_class="PreTrainedTokenizerFast",
-                eos_token=token,
-                pad_token=token,
-                model_max_length=config.max_seq_len,
-                clean_up_tokenization_spaces=False,
-            ),
-        )
-        write(unfinished / "tokenizer.json", state["tokenizer_json"])
+        check_free_space(unfinished, out, config.total_params * COMPUTE_DTYPE[dtype].itemsize)
+        write_texts(unfinished, state, config, dtype)
         write(unfinished / "README.md", model_card(state, config, metrics, out.name, dtype))
-        os.replace(unfinished, out)
+        write_weights(unfinished, Masters(state, config), tensors, dtype, shard_bytes)
+        unfinished.replace(out)
     except OSError as error:
         raise ExperimentError(
-            f"the folder {out} was not written: {error.strerror or error}. Free some space or choose another "
-            "--out"
+            f"the folder {out} was not written: {error.strerror or error}. Free some space or "
+            "choose another --out"
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write(path: Path, content: str | dict) -> None:
-    """A text, or a dict as JSON; on the disk when this returns."""
-    with open(path, "xb") as file:
-        file.write(
-            (content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode()
+def exported_tensors(state: dict, config: Config) -> list[QwenTensor]:
+    """What is written of the state. Raises ExperimentError when something of it would be lost."""
+    if config.n_moe_layers and config.load_balancing == "bias":
+        raise ExperimentError(
+            "the model was trained with load_balancing=bias, and Qwen3-MoE's format has no place "
+            "for the biases by which its experts are chosen. Train with load_balancing=loss to "
+            "export"
         )
+    tensors = qwen_tensors(config)
+    written = {tensor.parameter for tensor in tensors}
+    lost = [name for name in state["model"] if name not in written]
+    if lost:
+        raise ExperimentError(no_place_message(lost))
+    return tensors
+
+
+def check_empty_or_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExperimentError(
+            f"--out {out} is there already and no empty folder. Nothing is written over: choose "
+            "another, or delete it"
+        )
+
+
+def check_free_space(folder: Path, out: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ExperimentError(
+            f"not enough disk space: the folder takes {needed / GB:.2f} GB and {free / GB:.2f} GB "
+            f"are free in {out.parent}. Free some, choose another --out, or a 16-bit --dtype"
+        )
+
+
+def write_texts(folder: Path, state: dict, config: Config, dtype: str) -> None:
+    """The JSON files beside the weights: the model's shape, how to sample, the tokenizer."""
+    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
+    token = tokenizer.id_to_token(end_of_text)
+    generation = dict(
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+    )
+    tokenizer_config = dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        eos_token=token,
+        pad_token=token,
+        model_max_length=config.max_seq_len,
+        clean_up_tokenization_spaces=False,
+    )
+    write_json(folder / "config.json", to_hugging_face(config, end_of_text, dtype))
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write(folder / "tokenizer.json", state["tokenizer_json"])
+
+
+def write_json(path: Path, content: dict) -> None:
+    write(path, json.dumps(content, indent=2) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """A new file with this text; on the disk when this returns."""
+    with open(path, "xb") as file:
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 # ---------------------------------------------------------------- safetensors
 
+SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
 
 def write_weights(
-    folder: Path, masters: Masters, all_places: list[Place], dtype: str, shard_bytes: int
+    folder: Path, masters: Masters, tensors: list[QwenTensor], dtype: str, shard_bytes: int
 ) -> None:
-    """model.safetensors, or shards of at most shard_bytes (a single tensor may be larger) and their index."""
-    shards, size = [], math.inf
-    for place in all_places:
-        n_bytes = masters.shape(place).numel() * COMPUTE_DTYPE[dtype].itemsize
-        if size + n_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(place)
-        size += n_bytes
-    where = {}
+    """model.safetensors, or shards of at most shard_bytes and their index.
+
+    A shard is larger when it is a single tensor that is.
+    """
+    torch_dtype = COMPUTE_DTYPE[dtype]
+    shards = cut_into_shards(tensors, torch_dtype.itemsize, shard_bytes)
+    file_of = {}
     for number, shard in enumerate(shards, 1):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        )
+        name = shard_name(number, len(shards))
         print(f"{number} of {len(shards)}: {name}", flush=True)
         with open(folder / name, "xb") as file:
-            write_shard(file, masters, shard, COMPUTE_DTYPE[dtype])
+            write_shard(file, masters, shard, torch_dtype)
             file.flush()
             os.fsync(file.fileno())
-        where |= {place.name: name for place in shard}
+        for tensor in shard:
+            file_of[tensor.name] = name
     if len(shards) > 1:
-        total = sum(masters.shape(place).numel() for place in all_places)
-        write(
-            folder / "model.safetensors.index.json",
-            dict(
-                metadata=dict(
-                    total_parameters=total, total_size=total * COMPUTE_DTYPE[dtype].itemsize
-                ),
-                weight_map=where,
-            ),
+        numel = sum(math.prod(tensor.shape) for tensor in tensors)
+        metadata = dict(total_parameters=numel, total_size=numel * torch_dtype.itemsize)
+        index = dict(metadata=metadata, weight_map=file_of)
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def cut_into_shards(
+    tensors: list[QwenTensor], itemsize: int, shard_bytes: int
+) -> list[list[QwenTensor]]:
+    shards: list[list[QwenTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        n_bytes = math.prod(tensor.shape) * itemsize
+        if shards[-1] and size + n_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += n_bytes
+    return shards
+
+
+def shard_name(number: int, of: int) -> str:
+    if of == 1:
+        return "model.safetensors"
+    return f"model-{number:05}-of-{of:05}.safetensors"
+
+
+def write_shard(
+    file: BinaryIO, masters: Masters, shard: list[QwenTensor], dtype: torch.dtype
+) -> None:
+    """A file in the safetensors format, by hand, because the library takes whole shards in memory.
+
+    The format is the length of the header in 8 bytes, the header in JSON, the bytes of the tensors.
+    """
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in shard:
+        start = end
+        end += math.prod(tensor.shape) * dtype.itemsize
+        header[tensor.name] = dict(
+            dtype=SAFETENSORS_DTYPE[dtype],
+            shape=list(tensor.shape),
+            data_offsets=[start, end],
         )
-
-
-def write_shard(file: BinaryIO, masters: Masters, shard: list[Place], dtype: torch.dtype) -> None:
-    """A file in the safetensors format: the header's length in 8 bytes, the header in JSON, the tensors' bytes. By hand,
-    because the library takes whole shards in memory."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    for place in shard:
-        shape = masters.shape(place)
-        start, end = end, end + shape.numel() * dtype.itemsize
-        header[place.name] = dict(dtype=code, shape=list(shape), data_offsets=[start, end])
     text = json.dumps(header).encode()
-    text += b" " * (
-        -len(text) % 8
-    )  # readers map the tensors, which must lie at multiples of their size
+    # Readers map the tensors, which must lie at multiples of their size.
+    text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
-    for place in shard:
-        for block in masters.blocks(place):
+    for tensor in shard:
+        for block in masters.blocks(tensor):
             block = block.to(dtype)
             if not block.isfinite().all():
-                raise ExperimentError(
-                    f"{place.name} would hold inf or nan in {code}. fp16 ends at 65,504: choose another --dtype, "
-                    "or an earlier checkpoint if the run had diverged"
-                )
+                raise ExperimentError(not_finite_message(tensor.name, SAFETENSORS_DTYPE[dtype]))
             file.write(block.contiguous().view(torch.uint8).numpy())
+
+
+def not_finite_message(name: str, dtype: str) -> str:
+    return (
+        f"{name} would hold inf or nan in {dtype}. fp16 ends at 65,504: choose another --dtype, or "
+        "an earlier checkpoint if the run had diverged"
+    )
 
 
 # ---------------------------------------------------------------- the model card
 
 
 def measured(state: dict, folder: Path) -> dict:
-    """The run's metrics at the checkpoint: those that it holds and, when its run's metrics.jsonl is in the folder, those of
-    the validation at its step, which came after it was saved."""
-    record, metrics = Record(folder), state["metrics"]
+    """The run's metrics at the checkpoint.
+
+    The checkpoint was saved before the validation of its step. When metrics.jsonl of its run is
+    in the folder, the figures of that validation come from there.
+    """
+    metrics = state["metrics"]
+    record = Record(folder)
     record.load(folder, state["step"])
-    if any(
-        row["elapsed_seconds"] == metrics.get("elapsed_seconds") for row in record.history
-    ):  # it is this run's
-        metrics = metrics | record.latest()
+    saved_at = metrics.get("elapsed_seconds")
+    is_of_this_run = any(row["elapsed_seconds"] == saved_at for row in record.history)
+    if is_of_this_run:
+        return metrics | record.latest()
     return metrics
 
 
 def model_card(state: dict, config: Config, metrics: dict, name: str, dtype: str) -> str:
     """README.md with the run's own figures, as far as they are known."""
-    c, text = (
-        config,
-        state["data"]["data_hash"],
-    )  # None: imported, and not trained on any text since
-    figures = {
-        "parameters": f"{c.total_params:,}, {c.active_params:,} active for a token",
-        "trained for": f"{state['step']:,} of {c.max_steps:,} steps, {state['tokens_seen']:,} tokens",
-        "training text": text
-        and (f"`{c.data}`, hash {text}" if c.data in BUILT_IN else f"hash {text}"),
-        "validation loss": f"{metrics['val_loss']:.4f} nats per token"
-        if "val_loss" in metrics
-        else None,
-        "validation perplexity": f"{metrics['val_perplexity']:.2f}"
-        if "val_perplexity" in metrics
-        else None,
-        "validation accuracy": f"{metrics['val_accuracy']:.4f}"
-        if "val_accuracy" in metrics
-        else None,
-        "training loss": f"{metrics['train_loss']:.4f} nats per token"
-        if "train_loss" in metrics
-        else None,
-        "tokens/s in training": f"{state['tokens_seen'] / state['train_seconds']:,.0f}"
-        if state["train_seconds"]
-        else None,
-    }
-    rows = "\n".join(f"| {what} | {value} |" for what, value in figures.items() if value)
-    settings = "\n".join(
-        f"{k}: {v}" for k, v in dataclasses.asdict(c).items() if k not in NOT_IN_THE_CARD
-    )
-    blocks = (
-        f"{c.n_moe_layers} of {c.n_layers} blocks are Mixture-of-Experts blocks: each token is sent to {c.top_k} of "
-        f"{c.num_experts} experts."
-        if c.n_moe_layers
-        else f"All {c.n_layers} blocks are dense."
-    )
+    figures = card_figures(state, config, metrics)
+    rows = "\n".join(f"| {what} | {value} |" for what, value in figures.items())
+    fields = dataclasses.asdict(config).items()
+    settings = "\n".join(f"{key}: {value}" for key, value in fields if key not in NOT_IN_THE_CARD)
+    if config.n_moe_layers:
+        blocks = (
+            f"{config.n_moe_layers} of {config.n_layers} blocks are Mixture-of-Experts blocks: "
+            f"each token is sent to {config.top_k} of {config.num_experts} experts."
+        )
+    else:
+        blocks = f"All {config.n_layers} blocks are dense."
+    weights = "the training run's fp32 masters"
+    if dtype != "fp32":
+        weights = f"{DTYPES[dtype]}, rounded from the training run's fp32 masters"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {name}
 
-A language model in the Qwen3-MoE format. {blocks} The weights are {
-        "the training run's fp32 masters"
-        if dtype == "fp32"
-        else f"{DTYPES[dtype]}, rounded from the training run's fp32 masters"
-    }.
+A language model in the Qwen3-MoE format. {blocks} The weights are {weights}.
 
 | | |
 |---|---|
@@ -296,17 +327,43 @@ What the model writes may be false or offensive.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{
-        name
-    }")
+model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
 ```
 
-It was trained on sequences of {c.max_seq_len:,} tokens. How:
+It was trained on sequences of {config.max_seq_len:,} tokens. How:
 
 ```
 {settings}
 ```
-"""
+"""  # noqa: E501
+
+
+def card_figures(state: dict, config: Config, metrics: dict) -> dict[str, str]:
+    """The rows of the card's table; a figure that is not known has none."""
+    figures = {
+        "parameters": f"{config.total_params:,}, {config.active_params:,} active for a token",
+        "trained for": (
+            f"{state['step']:,} of {config.max_steps:,} steps, {state['tokens_seen']:,} tokens"
+        ),
+    }
+    # No hash: the model was imported and has not been trained on any text here.
+    text_hash = state["data"]["data_hash"]
+    if text_hash:
+        figures["training text"] = f"hash {text_hash}"
+        if config.data in BUILT_IN:  # any other name is a path of that machine
+            figures["training text"] = f"`{config.data}`, hash {text_hash}"
+    if "val_loss" in metrics:
+        figures["validation loss"] = f"{metrics['val_loss']:.4f} nats per token"
+    if "val_perplexity" in metrics:
+        figures["validation perplexity"] = f"{metrics['val_perplexity']:.2f}"
+    if "val_accuracy" in metrics:
+        figures["validation accuracy"] = f"{metrics['val_accuracy']:.4f}"
+    if "train_loss" in metrics:
+        figures["training loss"] = f"{metrics['train_loss']:.4f} nats per token"
+    if state["train_seconds"]:
+        speed = state["tokens_seen"] / state["train_seconds"]
+        figures["tokens/s in training"] = f"{speed:,.0f}"
+    return figures
 
 
 # ---------------------------------------------------------------- the command
@@ -330,19 +387,10 @@ def main(argv: list[str]) -> None:
     args = parser.parse(argv)
     if not 0 < args.shard_gb < math.inf:
         raise ConfigError("--shard_gb must be greater than 0")
-    if Path(args.checkpoint).is_dir():
-        raise ConfigError(
-            f"--checkpoint {args.checkpoint} is a folder: name a file of it, such as checkpoint_latest.pt"
-        )
-    state = checkpoint.load(args.checkpoint)
+    state = checkpoint.load_option(args.checkpoint)
+    metrics = measured(state, Path(args.checkpoint).parent)
     dtype = args.dtype or state["config"]["precision"]
-    export(
-        state,
-        measured(state, Path(args.checkpoint).parent),
-        Path(args.out).resolve(),
-        dtype,
-        int(args.shard_gb * GB),
-    )
+    export(state, metrics, Path(args.out).resolve(), dtype, int(args.shard_gb * GB))
     print(f"{args.out}: {ARCHITECTURE} in {dtype}")
 
 

@@ -1,23 +1,24 @@
-"""Makes a checkpoint to go on training from a Hugging Face folder of a Qwen3-MoE model.
+"""Makes a checkpoint to continue training from a Hugging Face folder of a Qwen3-MoE model.
 
     python -m tools.import_hf --model my_model --out runs/continued --precision bf16
     python run_experiment.py --resume runs/continued/checkpoint_step_0.pt --data my_text/
 
-The shape comes from the folder; everything else is an option, as in training, and some (precision, batch size, sequence
-length, seed) cannot change later. The run starts at step 0 with optimizer state at zero and the folder's tokenizer.
+The shape comes from the folder; everything else is an option, as in training, and some (precision,
+batch size, sequence length, seed) cannot change later. The run starts at step 0 with optimizer
+state at zero and the folder's tokenizer.
 """
 
 import dataclasses
 import json
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 import torch
 from torch import Tensor
 
-import data
 from cli import add_config_options, config_options, exit_code, new_parser
 from config import Config, ConfigError, ExperimentError, preset_values
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
@@ -27,98 +28,127 @@ from muon import build_optimizers
 from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint
-from tools.qwen3_moe import from_hugging_face, fused_name, places, their_rows
+from tools.export_hf import check_empty_or_new
+from tools.qwen3_moe import from_hugging_face, fused_name, parts_of, qwen_rows
 from trainer import lr_schedule
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-UNUSED = (
-    "rotary_emb.inv_freq",
-)  # tensors that old versions of transformers wrote and nothing reads
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Tensors that old versions of transformers wrote and nothing reads.
+UNUSED = ("rotary_emb.inv_freq",)
+
+# The types of a tensor that fp32 holds exactly.
+READABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+# ---------------------------------------------------------------- the folder's weights
 
 
 class Weights:
-    """The tensors of a folder's safetensors files by name, each read when it is asked for."""
+    """The tensors of a folder's safetensors files by name, each read when it is needed."""
 
     def __init__(self, folder: Path):
-        try:
-            import safetensors
-        except ModuleNotFoundError:
-            raise ExperimentError(
-                "reading a Hugging Face folder needs the package safetensors: pip install safetensors"
-            ) from None
-        self.error, self.folder = safetensors.SafetensorError, folder
-        if (folder / INDEX).exists():
-            names = sorted(
-                set(map(str, dict(read_json(folder / INDEX).get("weight_map") or {}).values()))
-            )
-        elif (folder / WEIGHTS).exists():
-            names = [WEIGHTS]
-        else:
-            raise ExperimentError(
-                f"{folder} holds neither {WEIGHTS} nor {INDEX}. Save the model with transformers' save_pretrained"
-            )
-        self.where = {}
-        for name in names:
-            try:
-                file = safetensors.safe_open(folder / name, "pt")
-            except (OSError, self.error) as error:
-                raise ExperimentError(
-                    f"{folder / name} is missing, cut short or damaged ({error}): copy or download it again"
-                ) from error
-            self.where |= dict.fromkeys(file.keys(), file)
-        self.unread = {name for name in self.where if not name.endswith(UNUSED)}
+        self.folder = folder
+        self.files: dict = {}  # the open file of each tensor
+        for name in weight_files(folder):
+            file = open_weights(folder / name)
+            self.files |= dict.fromkeys(file.keys(), file)
+        self.unread = {name for name in self.files if not name.endswith(UNUSED)}
 
     def __contains__(self, name: str) -> bool:
-        return name in self.where
+        return name in self.files
 
-    def read(self, name: str, shape: torch.Size) -> Tensor:
-        """The tensor in fp32. Raises ExperimentError when it is missing, or of another shape or kind."""
-        if name not in self.where:
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor in fp32. Raises ExperimentError when it is missing or another one."""
+        if name not in self.files:
             raise ExperimentError(
-                f"{self.folder} has no tensor {name}, which its config.json asks for"
+                f"{self.folder} has no tensor {name}, which its config.json calls for"
             )
         self.unread.discard(name)
-        tensor = self.where[name].get_tensor(name)
-        if tensor.shape != shape or tensor.dtype not in (
-            torch.float32,
-            torch.bfloat16,
-            torch.float16,
-        ):
+        tensor = self.files[name].get_tensor(name)
+        if tensor.shape != shape or tensor.dtype not in READABLE:
             raise ExperimentError(
-                f"{name} in {self.folder} is {tensor.dtype} {list(tensor.shape)}; expected is float32, bfloat16 or "
-                f"float16 {list(shape)}"
+                f"{name} in {self.folder} is {tensor.dtype} {list(tensor.shape)}; expected is "
+                f"float32, bfloat16 or float16 {list(shape)}"
             )
         return tensor.float()
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold the weights: those of the index, or the only one."""
+    if (folder / INDEX).exists():
+        file_of = read_json(folder / INDEX).get("weight_map") or {}
+        return sorted({str(name) for name in dict(file_of).values()})
+    if (folder / WEIGHTS).exists():
+        return [WEIGHTS]
+    raise ExperimentError(
+        f"{folder} holds neither {WEIGHTS} nor {INDEX}. Save the model with transformers' "
+        "save_pretrained"
+    )
+
+
+def open_weights(path: Path):
+    try:
+        import safetensors
+    except ModuleNotFoundError:
+        raise ExperimentError(
+            "reading a Hugging Face folder needs the package safetensors: pip install safetensors"
+        ) from None
+    try:
+        return safetensors.safe_open(path, "pt")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ExperimentError(
+            f"{path} is missing, cut short or damaged ({error}): copy or download it again"
+        ) from error
+
+
+def read_masters(
+    parameter: str, shape: torch.Size, weights: Weights, head_dim: int
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """(index of a part of the parameter, that part in fp32), a matrix or an expert at a time."""
+    fused = fused_name(parameter)
+    if fused in weights:
+        # Gates and ups are [E, 2, F, D] here and [E, 2 F, D] there; downs are [E, D, F] in both.
+        n_experts, *middle, columns = shape
+        rows = middle[0] if len(middle) == 1 else middle[0] * middle[1]
+        experts = weights.read(fused, (n_experts, rows, columns))
+        for expert, master in enumerate(experts):
+            yield (expert,), master.view(shape[1:])
+        return
+    for part in parts_of(parameter, shape):
+        master = weights.read(part.name, part.shape)
+        if part.rotary:
+            ours = torch.empty_like(master)
+            ours[qwen_rows(len(master), head_dim)] = master
+            master = ours
+        yield part.index, master
+
+
+# ---------------------------------------------------------------- the checkpoint
+
+
 def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
-    """What the trainer would have saved at step 0 of a run that starts from the folder's weights. Raises ExperimentError."""
-    weights = Weights(folder)
+    """What a run that starts from the folder's weights would save at step 0.
+
+    Raises ExperimentError.
+    """
     with torch.device("meta"):
         model = MoETransformer(dataclasses.replace(config, activation_checkpointing="none"))
-    # the optimizers' own state, without storage: its names and types are theirs to decide
-    optimizers = {
-        name: optimizer.state_dict()
-        for name, optimizer in build_optimizers(config, dict(model.named_parameters())).items()
-    }
-    optimizer = {
-        name: {key: zeros(t) for key, t in tensors.items()}
-        for group in optimizers.values()
-        for name, tensors in group["state"].items()
-    }
-    parameters = {name: zeros(p) for name, p in model.named_parameters()}
-    for name, p in parameters.items():
-        fill(name, p, optimizer[name].get("residual"), weights, config)
-    parameters |= {name: zeros(bias) for name, bias in model.balancing_biases().items()}
-    if config.tie_embeddings:
-        weights.unread.discard("lm_head.weight")  # the embedding again
-    if weights.unread:
-        raise ExperimentError(
-            f"{folder} holds tensors that this program's model has no place for: "
-            f"{', '.join(sorted(weights.unread)[:4])}{' ...' if len(weights.unread) > 4 else ''}"
-        )
-    for group in optimizers.values():
-        group["state"] = {name: optimizer[name] for name in group["state"]}
+    parameters = dict(model.named_parameters())
+    # On the meta device too: what state there is, and of which types, is the optimizers' to say.
+    optimizers = build_optimizers(config, parameters)
+    optimizer_states = {}
+    for group, optimizer in optimizers.items():
+        saved = optimizer.state_dict()
+        saved["state"] = {
+            name: {key: zeros(tensor) for key, tensor in tensors.items()}
+            for name, tensors in saved["state"].items()
+        }
+        optimizer_states[group] = saved
+    weights = {name: zeros(parameter) for name, parameter in parameters.items()}
+    biases = {name: zeros(bias) for name, bias in model.balancing_biases().items()}
+    fill(weights, checkpoint.optimizer_tensors(dict(optimizer=optimizer_states)), folder, config)
+
     scaler = LossScaler(
         config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16"
     )
@@ -132,8 +162,8 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
         saved_steps=[],
         train_seconds=0.0,
         mean_norm=None,
-        model=parameters,
-        optimizer=optimizers,
+        model=weights | biases,
+        optimizer=optimizer_states,
         schedule=dict(step=0, max_steps=config.max_steps, factor=lr_schedule(0, config)),
         loss_scaler=scaler.state_dict(),
         random=checkpoint.random_states(torch.device("cpu")),
@@ -144,45 +174,54 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
     )
 
 
-def fill(
-    name: str, weight: Tensor, residual: Tensor | None, weights: Weights, config: Config
-) -> None:
-    """Reads a parameter and, where it has one, its residual from the tensors that hold them there, a matrix at a time."""
-
-    def put(index, master: Tensor) -> None:
-        if residual is None:
-            weight[index] = master
-        else:
-            weight[index], residual[index] = encode_master(master, weight.dtype)
-        if not weight[index].isfinite().all():
-            raise ExperimentError(
-                f"{name} of {weights.folder} would hold inf or nan in {config.precision}. fp16 ends at 65,504: "
-                "choose --precision bf16 or fp32; if the folder's own numbers are not finite, another folder"
-            )
-
-    fused = fused_name(name)
-    if fused in weights:
-        shape = (
-            weight.shape
-            if weight.ndim == 3
-            else torch.Size([weight.shape[0], 2 * config.d_ff, config.d_model])
-        )
-        for expert, master in enumerate(weights.read(fused, shape)):
-            put(expert, master.view_as(weight[expert]))
-        return
-    for place in places(name, weight.shape):
-        master = weights.read(place.name, weight[place.index].shape)
-        if place.rotary:
-            ours = torch.empty_like(master)
-            ours[their_rows(len(master), config.head_dim)] = master
-            master = ours
-        put(place.index, master)
-
-
 def zeros(like: Tensor) -> Tensor:
-    """Zeros of a tensor's shape and dtype on the CPU, which take memory only once they are written to (calloc)."""
+    """Zeros of a tensor's shape and dtype on the CPU.
+
+    They take memory only once they are written to: numpy gets them from calloc, torch.zeros writes
+    them.
+    """
     n_bytes = like.numel() * like.element_size()
     return torch.from_numpy(numpy.zeros(n_bytes, numpy.uint8)).view(like.dtype).view(like.shape)
+
+
+def fill(
+    parameters: dict[str, Tensor],
+    optimizer_state: dict[str, dict[str, Tensor]],
+    folder: Path,
+    config: Config,
+) -> None:
+    """Reads the folder's weights into the parameters and the low bits of their masters."""
+    weights = Weights(folder)
+    for name, parameter in parameters.items():
+        low_bits = optimizer_state[name].get("residual")
+        for index, master in read_masters(name, parameter.shape, weights, config.head_dim):
+            if low_bits is None:
+                parameter[index] = master
+            else:
+                parameter[index], low_bits[index] = encode_master(master, parameter.dtype)
+            if not parameter[index].isfinite().all():
+                raise ExperimentError(not_finite_message(name, folder, config.precision))
+    if config.tie_embeddings:
+        weights.unread.discard("lm_head.weight")  # the embedding again
+    if weights.unread:
+        raise ExperimentError(unread_message(folder, sorted(weights.unread)))
+
+
+def not_finite_message(parameter: str, folder: Path, precision: str) -> str:
+    return (
+        f"{parameter} of {folder} would hold inf or nan in {precision}. fp16 ends at 65,504: choose "
+        "--precision bf16 or fp32; if the folder's own numbers are not finite, another folder"
+    )
+
+
+def unread_message(folder: Path, names: list[str]) -> str:
+    some = ", ".join(names[:4])
+    if len(names) > 4:
+        some += " ..."
+    return f"{folder} holds tensors that this program's model has no place for: {some}"
+
+
+# ---------------------------------------------------------------- the other files
 
 
 def read_json(path: Path) -> dict:
@@ -208,12 +247,14 @@ def read_tokenizer(path: Path, config: Config) -> str:
         tokenizer, _ = load_tokenizer(text)
     except (OSError, UnicodeDecodeError, ExperimentError) as error:
         raise ExperimentError(
-            f"cannot use the tokenizer {path}: {error}. Name the model's tokenizer.json with --tokenizer"
+            f"cannot use the tokenizer {path}: {error}. Name the model's tokenizer.json with "
+            "--tokenizer"
         ) from error
-    if (size := vocabulary(tokenizer)) > config.vocab_size:
+    size = vocabulary(tokenizer)
+    if size > config.vocab_size:
         raise ExperimentError(
-            f"the tokenizer {path} has {size} tokens and the model's vocabulary only {config.vocab_size}: it is "
-            "another model's. Name the right one with --tokenizer"
+            f"the tokenizer {path} has {size} tokens and the model's vocabulary only "
+            f"{config.vocab_size}: it is another model's. Name the right one with --tokenizer"
         )
     return text
 
@@ -223,7 +264,8 @@ def read_tokenizer(path: Path, config: Config) -> str:
 
 def main(argv: list[str]) -> None:
     parser = new_parser(
-        "python -m tools.import_hf --model FOLDER --out FOLDER [--preset NAME] [--tokenizer PATH] [--FIELD VALUE ...]",
+        "python -m tools.import_hf --model FOLDER --out FOLDER [--preset NAME] [--tokenizer PATH] "
+        "[--FIELD VALUE ...]",
         __doc__,
     )
     parser.add_argument("--model", required=True, help="a Hugging Face folder of a Qwen3-MoE model")
@@ -233,44 +275,61 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--preset", help="a preset of config.py, for what is not the model's shape")
     add_config_options(parser)
     args = parser.parse(argv)
-    options, folder, out = config_options(args), Path(args.model), Path(args.out).resolve()
+    options = config_options(args)
+    folder = Path(args.model)
+    out = Path(args.out).resolve()
     if "save_dir" in options:
         raise ConfigError("--save_dir: the run's folder is --out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExperimentError(
-            f"--out {args.out} is there already and no empty folder. Nothing is written over: choose another, or "
-            "delete it"
-        )
+    check_empty_or_new(out)
     shape = from_hugging_face(read_json(folder / "config.json"))
+    refuse_other_shape(options, shape)
+    preset = preset_values(args.preset) if args.preset else {}
+    own = dict(save_dir=str(out), tokenizer=str(out / "tokenizer.json"))
+    config = Config(**{**preset, **shape, **options, **own})
+    tokenizer_path = Path(options.get("tokenizer", folder / "tokenizer.json"))
+    tokenizer_json = read_tokenizer(tokenizer_path, config)
+    checkpoint.check_free_space(out, int(checkpoint_gb(config) * GB))
+    state = import_state(folder, config, tokenizer_json)
+    path = write_run(out, state)
+    print(done_message(folder, path, config))
+
+
+def refuse_other_shape(options: dict, shape: dict) -> None:
+    """Raises ConfigError for options that contradict the folder's shape.
+
+    A shorter max_seq_len is a choice of this run, and init_std describes weights that are there.
+    """
+    fixed = shape.keys() - {"max_seq_len", "init_std"}
     given = [
-        f"{name}: the model has {shape[name]}, not {options[name]}"
-        for name in shape.keys() & options.keys() - {"max_seq_len", "init_std"}
+        f"  {name}: the model has {shape[name]}, not {options[name]}"
+        for name in sorted(fixed & options.keys())
         if options[name] != shape[name]
     ]
     if given:
-        raise ConfigError(
-            "the shape is the model's:\n  "
-            + "\n  ".join(sorted(given))
-            + "\nLeave these options out."
-        )
-    values = (preset_values(args.preset) if args.preset else {}) | shape | options
-    config = Config(**{**values, "save_dir": str(out), "tokenizer": str(out / "tokenizer.json")})
-    tokenizer_json = read_tokenizer(
-        Path(options.get("tokenizer", folder / "tokenizer.json")), config
-    )
-    checkpoint.check_free_space(out, int(checkpoint_gb(config) * GB))
-    state = import_state(folder, config, tokenizer_json)
+        lines = ["the shape is the model's:", *given, "Leave these options out."]
+        raise ConfigError("\n".join(lines))
+
+
+def write_run(out: Path, state: dict) -> Path:
+    """Writes tokenizer and checkpoint into the new run's folder. Returns the checkpoint's path."""
+    tokenizer_path = out / "tokenizer.json"
+    tokenizer_path.write_bytes(state["tokenizer_json"].encode())
     path = checkpoint.step_path(out, 0)
-    (out / "tokenizer.json").write_bytes(tokenizer_json.encode())
     try:
         checkpoint.save(path, state)
     except BaseException:
-        (out / "tokenizer.json").unlink()  # so that the folder is empty again
+        tokenizer_path.unlink()  # so that the folder is empty again
         raise
-    print(
-        f"{config.total_params:,} parameters of {folder}, to be trained in {config.precision}, with {config.sequences_per_step} sequences of "
-        f"{config.max_seq_len} tokens a step and seed {config.seed}, which stay so: for others import again with --precision, --batch_size, "
-        f"--gradient_accumulation_steps, --max_seq_len, --seed.\nGo on: python run_experiment.py --resume {path} --data YOUR_TEXT"
+    return path
+
+
+def done_message(folder: Path, path: Path, config: Config) -> str:
+    return (
+        f"{config.total_params:,} parameters of {folder}, to be trained in {config.precision}, with "
+        f"{config.sequences_per_step} sequences of {config.max_seq_len} tokens a step and seed "
+        f"{config.seed}, which stay so: for others import again with --precision, --batch_size, "
+        "--gradient_accumulation_steps, --max_seq_len, --seed.\n"
+        f"Continue with: python run_experiment.py --resume {path} --data YOUR_TEXT"
     )
 
 
