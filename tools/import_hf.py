@@ -209,8 +209,8 @@ def fill(
 
 def not_finite_message(parameter: str, folder: Path, precision: str) -> str:
     return (
-        f"{parameter} of {folder} would hold inf or nan in {precision}. fp16 ends at 65,504: choose "
-        "--precision bf16 or fp32; if the folder's own numbers are not finite, another folder"
+        f"{parameter} of {folder} would hold inf or nan in {precision}. fp16 ends at 65,504: "
+        "choose --precision bf16 or fp32; if the folder's own numbers are not finite, another folder"
     )
 
 
@@ -325,8 +325,8 @@ def write_run(out: Path, state: dict) -> Path:
 
 def done_message(folder: Path, path: Path, config: Config) -> str:
     return (
-        f"{config.total_params:,} parameters of {folder}, to be trained in {config.precision}, with "
-        f"{config.sequences_per_step} sequences of {config.max_seq_len} tokens a step and seed "
+        f"{config.total_params:,} parameters of {folder}, to be trained in {config.precision}, "
+        f"with {config.sequences_per_step} sequences of {config.max_seq_len} tokens a step and seed "
         f"{config.seed}, which stay so: for others import again with --precision, --batch_size, "
         "--gradient_accumulation_steps, --max_seq_len, --seed.\n"
         f"Continue with: python run_experiment.py --resume {path} --data YOUR_TEXT"
