@@ -12,6 +12,7 @@ import dataclasses
 import json
 import sys
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint
 from tools.export_hf import check_empty_or_new
-from tools.qwen3_moe import from_hugging_face, fused_name, parts_of, qwen_rows
+from tools.qwen3_moe import QwenTensor, from_hugging_face, fused_name, qwen_rows, qwen_tensors
 from trainer import lr_schedule
 
 WEIGHTS = "model.safetensors"
@@ -103,19 +104,23 @@ def open_weights(path: Path):
 
 
 def read_masters(
-    parameter: str, shape: torch.Size, weights: Weights, head_dim: int
+    parameter: str, parts: list[QwenTensor], shape: torch.Size, weights: Weights, head_dim: int
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """(index of a part of the parameter, that part in fp32), a matrix or an expert at a time."""
+    """(index of a part of the parameter, that part in fp32), a matrix or an expert at a time.
+
+    `parts` are the tensors of Qwen3-MoE that hold the parameter, which has this shape.
+    """
     fused = fused_name(parameter)
     if fused in weights:
-        # Gates and ups are [E, 2, F, D] here and [E, 2 F, D] there; downs are [E, D, F] in both.
-        n_experts, *middle, columns = shape
-        rows = middle[0] if len(middle) == 1 else middle[0] * middle[1]
+        # Gate and up are [E, 2, F, D] here and [E, 2 F, D] there; down is [E, D, F] in both.
+        n_experts = shape[0]
+        columns = shape[-1]
+        rows = shape.numel() // (n_experts * columns)
         experts = weights.read(fused, (n_experts, rows, columns))
         for expert, master in enumerate(experts):
             yield (expert,), master.view(shape[1:])
         return
-    for part in parts_of(parameter, shape):
+    for part in parts:
         master = weights.read(part.name, part.shape)
         if part.rotary:
             ours = torch.empty_like(master)
@@ -192,9 +197,13 @@ def fill(
 ) -> None:
     """Reads the folder's weights into the parameters and the low bits of their masters."""
     weights = Weights(folder)
+    parts = defaultdict(list)
+    for tensor in qwen_tensors(config):
+        parts[tensor.parameter].append(tensor)
     for name, parameter in parameters.items():
         low_bits = optimizer_state[name].get("residual")
-        for index, master in read_masters(name, parameter.shape, weights, config.head_dim):
+        masters = read_masters(name, parts[name], parameter.shape, weights, config.head_dim)
+        for index, master in masters:
             if low_bits is None:
                 parameter[index] = master
             else:
@@ -210,7 +219,7 @@ def fill(
 def not_finite_message(parameter: str, folder: Path, precision: str) -> str:
     return (
         f"{parameter} of {folder} would hold inf or nan in {precision}. fp16 ends at 65,504: "
-        "choose --precision bf16 or fp32; if the folder's own numbers are not finite, another folder"
+        "choose --precision bf16 or fp32; if the folder itself has such numbers, another folder"
     )
 
 
@@ -326,9 +335,9 @@ def write_run(out: Path, state: dict) -> Path:
 def done_message(folder: Path, path: Path, config: Config) -> str:
     return (
         f"{config.total_params:,} parameters of {folder}, to be trained in {config.precision}, "
-        f"with {config.sequences_per_step} sequences of {config.max_seq_len} tokens a step and seed "
-        f"{config.seed}, which stay so: for others import again with --precision, --batch_size, "
-        "--gradient_accumulation_steps, --max_seq_len, --seed.\n"
+        f"with {config.sequences_per_step} sequences of {config.max_seq_len} tokens a step and "
+        f"seed {config.seed}, which stay so: for others import again with --precision, "
+        "--batch_size, --gradient_accumulation_steps, --max_seq_len, --seed.\n"
         f"Continue with: python run_experiment.py --resume {path} --data YOUR_TEXT"
     )
 

@@ -65,8 +65,8 @@ class QwenTensor(NamedTuple):
 def qwen_tensors(config: Config) -> list[QwenTensor]:
     """All tensors of the Qwen3-MoE model of this Config, in the order of our parameters.
 
-    Raises ExperimentError for parameters that Qwen3-MoE has no tensor for: a model that lacks them
-    would compute something else.
+    Raises ExperimentError when Qwen3-MoE has no tensor for a parameter: a model that lacks it would
+    compute something else.
     """
     tensors = []
     without = []
@@ -85,8 +85,8 @@ def no_place_message(parameters: list[str]) -> str:
     if len(parameters) > 3:
         names += f" and {len(parameters) - 3} more"
     return (
-        f"Qwen3-MoE has no place for {names}: a model with these parameters cannot be written in "
-        "this format without losing them"
+        f"Qwen3-MoE has no place for {names}: a model with these parameters can be neither "
+        "exported to this format nor imported from it"
     )
 
 

@@ -10,14 +10,12 @@ import random
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-import data
 import run_experiment
 from cli import exit_code
 from config import PRESETS, Config

@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3MoeForCausalLM
 
-import data
 from cli import exit_code
-from config import PRESETS, Config
+from config import PRESETS, Config, ParameterSpec, parameter_table
 from corpus.tokenizer import load_tokenizer
 from engine.precision import decode_master
+from model import COMPUTE_DTYPE
 from record import checkpoint
-from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
-from tools import export_hf
+from tests.helpers import TEXT, tiny_config, write_checkpoint
+from tools import export_hf, qwen3_moe
 
 
 @pytest.fixture
@@ -131,30 +131,28 @@ def per_expert_names(c: Config) -> list[str]:
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_weights_are_the_exact_masters_or_rounded_from_them(export, tmp_path, precision):
     config = tiny_config(precision=precision, num_experts=2)
-    exact = None
-    for dtype in ("fp32", "bf16", "fp16", None):
-        code, folder, state, err = export(config, *(["--dtype", dtype] if dtype else []))
-        assert code == 0, err
-        found, expected = tensors(folder), masters(state)
-        names = {
-            "lm_head.weight": "head.weight",
-            "model.norm.weight": "norm.weight",
-            "model.layers.0.mlp.down_proj.weight": "blocks.0.ffn.down",
-            "model.layers.1.mlp.gate.weight": "blocks.1.ffn.router.weight",
-        }
-        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            dtype or precision
-        ]
+    state = write_checkpoint(tmp_path / "checkpoint.pt", config)
+    expected = masters(state)
+    names = {
+        "lm_head.weight": "head.weight",
+        "model.norm.weight": "norm.weight",
+        "model.layers.0.mlp.down_proj.weight": "blocks.0.ffn.down",
+        "model.layers.1.mlp.gate.weight": "blocks.1.ffn.router.weight",
+    }
+    for dtype in ("fp32", "bf16", "fp16"):
+        export_hf.export(state, {}, tmp_path / dtype, dtype, 10**9)
+        found = tensors(tmp_path / dtype)
+        kind = COMPUTE_DTYPE[dtype]
         assert all(t.dtype == kind for t in found.values())
         for theirs, ours in names.items():
             assert torch.equal(found[theirs], expected[ours].to(kind)), (theirs, dtype)
-        if dtype == "fp32" and precision != "fp32":
-            assert not torch.equal(
-                expected["head.weight"], state["model"]["head.weight"].float()
-            ), "the residual counts"
-        for path in folder.iterdir():
-            path.unlink()
-        torch.manual_seed(0)
+    if precision != "fp32":
+        rounded = state["model"]["head.weight"].float()
+        assert not torch.equal(expected["head.weight"], rounded), "the residual counts"
+
+    # Without --dtype the folder has the precision of the run.
+    _, folder, _, _ = export(config)
+    assert {t.dtype for t in tensors(folder).values()} == {COMPUTE_DTYPE[precision]}
 
 
 def test_the_config_is_that_of_the_architecture(export):
@@ -236,17 +234,19 @@ def test_weights_are_cut_into_files_of_the_size_asked_for(export, tmp_path):
 # ---------------------------------------------------------------- the model card
 
 
-def test_the_model_card_has_the_runs_figures(export, tmp_path):
-    metrics = dict(
-        step=7,
-        train_loss=3.25,
-        elapsed_seconds=12.5,
-        val_loss=5.5,
-        val_perplexity=244.7,
-        val_accuracy=0.125,
-    )
+METRICS = dict(
+    step=7,
+    train_loss=3.25,
+    elapsed_seconds=12.5,
+    val_loss=5.5,
+    val_perplexity=244.7,
+    val_accuracy=0.125,
+)
+
+
+def test_the_model_card_has_the_runs_figures(export):
     config = tiny_config(data="/home/someone/secret", save_dir="/home/someone/run")
-    _, folder, _, _ = export(config, metrics=metrics)
+    _, folder, _, _ = export(config, metrics=METRICS)
     card = (folder / "README.md").read_text()
     for words in (
         f"{config.total_params:,}, {config.active_params:,} active",
@@ -263,29 +263,28 @@ def test_the_model_card_has_the_runs_figures(export, tmp_path):
         assert words in card, words
     assert "someone" not in card, "what is on that machine stays there"
 
-    for path in folder.iterdir():
-        path.unlink()
+
+def test_the_model_card_has_the_validation_that_came_after_the_checkpoint(tmp_path):
+    config = tiny_config()
+    state = write_checkpoint(tmp_path / "checkpoint.pt", config, metrics=METRICS)
     rows = [
-        metrics,
+        METRICS,
         dict(step=7, val_loss=4.5, val_perplexity=90.0, val_accuracy=0.25, elapsed_seconds=13.0),
         dict(step=9, val_loss=1.0, elapsed_seconds=14.0),
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    _, folder, _, _ = export(config, metrics=metrics)
-    card = (folder / "README.md").read_text()
-    assert "4.5000" in card and "5.5000" not in card, (
-        "the validation at its step came after the checkpoint"
-    )
-    for path in folder.iterdir():
-        path.unlink()
-    _, folder, _, _ = export(config, metrics=metrics | dict(elapsed_seconds=99.0))
-    assert "5.5000" in (folder / "README.md").read_text(), "those metrics are another run's"
-    for path in folder.iterdir():
-        path.unlink()
-    _, folder, _, _ = export(config, data=dict(data_hash=None, tokenizer_hash="t"))
-    assert "training text" not in (folder / "README.md").read_text(), (
-        "an imported model's is not known"
-    )
+
+    def card(**changes):
+        changed = state | changes
+        metrics = export_hf.measured(changed, tmp_path)
+        return export_hf.model_card(changed, config, metrics, "model", "fp32")
+
+    assert "4.5000" in card() and "5.5000" not in card()
+    other_run = METRICS | dict(elapsed_seconds=99.0)
+    assert "5.5000" in card(metrics=other_run), "the rows in the folder are another run's"
+    imported = dict(data_hash=None, tokenizer_hash="t")
+    assert "| training text |" in card()
+    assert "training text" not in card(data=imported), "an imported model's is not known"
 
 
 # ---------------------------------------------------------------- whole or not at all
@@ -413,7 +412,7 @@ def test_the_host_never_holds_a_second_copy(tmp_path):
             **PRESETS["tiny"],
             "precision": "bf16",
             "d_model": 256,
-            "d_ff": 3072,
+            "d_ff": 1536,
             "n_layers": 2,
             "vocab_size": 16384,
         }
@@ -440,8 +439,38 @@ def test_the_host_never_holds_a_second_copy(tmp_path):
         done.set()
         thread.join()
     written = (tmp_path / "model" / "model.safetensors").stat().st_size
-    assert code == 0 and written > 4 * 45e6
+    assert code == 0 and written > 4 * 23e6
     assert peak - before < 0.4 * written, ((peak - before) / 1e6, written / 1e6)
+
+
+# ---------------------------------------------------------------- what the format cannot hold
+
+
+def test_a_parameter_that_the_format_has_no_place_for_is_refused(export, monkeypatch):
+    """As those of a shared expert would be, which the model may get one day."""
+
+    def with_shared_experts(config):
+        shared = ParameterSpec((2, 48, 32), "dense_ffn", 2 * 48 * 32)
+        return parameter_table(config) | {
+            f"blocks.{layer}.ffn.shared.gate_up": shared for layer in range(4)
+        }
+
+    monkeypatch.setattr(qwen3_moe, "parameter_table", with_shared_experts)
+    code, folder, _, error = export(tiny_config())
+    assert code == 1 and not folder.exists()
+    assert error.startswith("error: Qwen3-MoE has no place for blocks.0.ffn.shared.gate_up, ")
+    assert "and 1 more" in error
+    assert error.count("\n") == 1, "one line, no traceback"
+
+
+def test_no_tensor_of_the_checkpoint_is_left_behind(export, tmp_path):
+    config = tiny_config()
+    state = write_checkpoint(tmp_path / "checkpoint.pt", config)
+    model = state["model"] | {"blocks.1.ffn.shared.down": torch.zeros(32, 48)}
+    code, folder, _, error = export(config, model=model)
+    assert code == 1 and not folder.exists()
+    assert error.startswith("error: Qwen3-MoE has no place for blocks.1.ffn.shared.down: ")
+    assert error.count("\n") == 1
 
 
 def test_balancing_biases_are_refused(export):

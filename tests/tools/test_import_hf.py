@@ -166,10 +166,24 @@ def test_out_and_in_again_is_the_same_to_the_bit(load, tmp_path, precision):
     code, path, _, err = load(tmp_path / "hf", "--precision", precision)
     assert code == 0, err
     after = checkpoint.load(path)
-    shape = (
-        "d_model n_layers n_heads n_kv_heads d_ff num_experts top_k norm_topk_prob moe_every max_seq_len vocab_size tie_embeddings "
-        "rope_theta rms_norm_eps init_std precision"
-    ).split()
+    shape = [
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "d_ff",
+        "num_experts",
+        "top_k",
+        "norm_topk_prob",
+        "moe_every",
+        "max_seq_len",
+        "vocab_size",
+        "tie_embeddings",
+        "rope_theta",
+        "rms_norm_eps",
+        "init_std",
+        "precision",
+    ]
     assert all(after["config"][name] == before["config"][name] for name in shape)
     assert (
         after["model"].keys() == before["model"].keys()
