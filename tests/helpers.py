@@ -32,9 +32,9 @@ def tiny_config(**changes) -> Config:
 
 
 TEXT = (
-    "The naïve café's menu lists 7 kinds of tea; all of them are good. In winter 漢字 are on it too.\n"
-    * 40
-)
+    "The naïve café's menu lists 7 kinds of tea; all of them are good. "
+    "In winter 漢字 are on it too.\n"
+) * 40
 
 
 @functools.cache
@@ -44,24 +44,24 @@ def tokenizer_json() -> str:
 
 
 def write_checkpoint(path, config: Config, **changes) -> dict:
-    """Saves what a run of `config` would, with random fp32 masters, and returns the state; `changes` replace parts of it."""
+    """Saves what a run of `config` would, with random fp32 masters, and returns the state.
+
+    `changes` replace parts of the state.
+    """
     model = MoETransformer(config)
     parameters = dict(model.named_parameters())
-    optimizers = {
+    optimizer = {
         name: optimizer.state_dict()
         for name, optimizer in build_optimizers(config, parameters).items()
     }
-    states = {**optimizers["muon"]["state"], **optimizers["adamw"]["state"]}
+    optimizer_state = checkpoint.optimizer_tensors(dict(optimizer=optimizer))
     with torch.no_grad():
-        for name, p in parameters.items():
-            state = states[name]
-            write_master(
-                torch.rand(p.shape) + 0.5
-                if p.ndim == 1
-                else torch.randn(p.shape) * config.init_std,
-                p,
-                state,
-            )
+        for name, parameter in parameters.items():
+            if parameter.ndim == 1:
+                master = torch.rand(parameter.shape) + 0.5  # a norm's weight
+            else:
+                master = torch.randn(parameter.shape) * config.init_std
+            write_master(master, parameter, optimizer_state[name])
     state = dict(
         config=dataclasses.asdict(config),
         run_id="run",
@@ -72,8 +72,8 @@ def write_checkpoint(path, config: Config, **changes) -> dict:
         saved_steps=[],
         train_seconds=2.0,
         mean_norm=None,
-        model={name: p.detach() for name, p in model.named_parameters()},
-        optimizer=optimizers,
+        model={name: parameter.detach() for name, parameter in parameters.items()},
+        optimizer=optimizer,
         schedule={},
         loss_scaler={},
         random={},
@@ -82,5 +82,6 @@ def write_checkpoint(path, config: Config, **changes) -> dict:
         data=dict(data_hash="d" * 32, tokenizer_hash="t" * 64),
         tokenizer_json=tokenizer_json(),
     )
-    checkpoint.save(path, state | changes)
-    return state | changes
+    state |= changes
+    checkpoint.save(path, state)
+    return state

@@ -55,7 +55,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def masters(state: dict) -> dict[str, torch.Tensor]:
-    kept = {**state["optimizer"]["muon"]["state"], **state["optimizer"]["adamw"]["state"]}
+    kept = checkpoint.optimizer_tensors(state)
     return {
         name: decode_master(p, kept[name]["residual"]) if "residual" in kept[name] else p
         for name, p in state["model"].items()
