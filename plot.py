@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from config import ExperimentError
+from config import ExperimentError, defaults
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, PINK, SKY = (
@@ -279,7 +279,7 @@ def labels(runs: list[Path], configs: list[dict]) -> list[str]:
         name
         for name in dict.fromkeys(itertools.chain.from_iterable(configs))
         if name not in PLACES
-        and any(config.get(name) != configs[0].get(name) for config in configs)
+        and any(_value(config, name) != _value(configs[0], name) for config in configs)
     ]
     found = [
         ", ".join(f"{name}={config[name]}" for name in fields if name in config)
@@ -289,6 +289,16 @@ def labels(runs: list[Path], configs: list[dict]) -> list[str]:
         label if label and found.count(label) == 1 else f"{run} ({label})" if label else str(run)
         for run, label in zip(runs, found)
     ]
+
+
+def _value(config: dict, name: str):
+    """A field of a run's configuration; None of a run without one.
+
+    A field that is newer than the run has its default: with it a run does what it did before.
+    """
+    if not config:
+        return None
+    return config.get(name, defaults().get(name))
 
 
 def main(argv=None) -> int:

@@ -1,6 +1,6 @@
 """Trains a Mixture-of-Experts language model on one GPU (or, small, on a CPU).
 
-python run_experiment.py                  train the preset that fits this machine's GPU (a CPU: tiny)
+python run_experiment.py                  train the preset that fits this GPU (on a CPU: tiny)
 python run_experiment.py --preset 5b      train this preset; every field of config.py is an option
 python run_experiment.py --resume latest  continue where the last run stopped
 python run_experiment.py plan --gpu h200  what it takes, without a GPU
