@@ -1,7 +1,8 @@
 """Training curves as a PNG, without a display.
 
 python plot.py RUN                      redraws RUN/training_curves.png from RUN/metrics.jsonl
-python plot.py RUN RUN ...              draws the losses of several runs into comparison.png, beside the first run
+python plot.py RUN RUN ...              draws the losses of several runs into comparison.png, beside
+                                        the first run
 python plot.py RUN ... --out FILE.png
 """
 
@@ -9,12 +10,12 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import sys
 import textwrap
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
@@ -22,114 +23,198 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from config import ExperimentError, defaults
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, RED, PINK, SKY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-)
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+RED = "#D55E00"
+PINK = "#CC79A7"
+SKY = "#56B4E9"
+
+# Lines of one panel differ in colour and in dashes.
+LINE_STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, ":"), (PINK, "-."))
+
+OPTIMIZER_LABELS = {"muon": "Muon", "adamw": "AdamW"}
 PLACES = ("save_dir", "cache_dir")  # fields that say where a run is kept, not what it does
+
+Rows = list[dict]  # of metrics.jsonl
+
+# ---------------------------------------------------------------- one run
 
 
 def plot_training_curves(
-    history: list[dict], path, title: str = "", unigram_entropy: float | None = None
-):
-    """Draws the rows of metrics.jsonl into a PNG of 1800 x 1500 pixels at `path`, which is replaced as a whole.
+    history: Rows, path, title: str = "", unigram_entropy: float | None = None
+) -> None:
+    """Draws the rows of metrics.jsonl into a PNG of 1800 x 1500 pixels at `path`.
 
-    `history` may be short or empty; values that are missing, None, nan or infinite leave a gap. `unigram_entropy` (nats
-    per token) adds a reference line to the loss panel. Raises ExperimentError when the file cannot be written.
+    The file is replaced as a whole. `history` may be short or empty; values that are missing, None,
+    nan or infinite leave a gap. `unigram_entropy` (nats per token) adds a reference line to the
+    loss panel. Raises ExperimentError when the file cannot be written.
     """
-    figure = Figure(figsize=(12, 10), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    (loss, perplexity), (rate, speed), (experts, memory) = panels = figure.subplots(3, 2)
-    figure.suptitle(title, fontsize=14)
     train = [row for row in history if "train_loss" in row]
     validation = [row for row in history if "val_loss" in row]
+    last_step = max([1, *(row["step"] for row in history)])
 
-    for axes, name in ((loss, "loss"), (perplexity, "perplexity")):
-        x, y = _series(train, f"train_{name}")
-        _line(axes, x, y, None, BLUE, alpha=0.35, linewidth=0.8)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            smooth = _smoothed(y) if axes is loss else np.exp(_smoothed(np.log(y)))
-        _line(axes, x, smooth, "training, smoothed", BLUE, linewidth=1.8)
-        size = 4 if len(validation) <= 30 else 2
-        _line(
-            axes,
-            *_series(validation, f"val_{name}"),
-            "validation",
-            RED,
-            linewidth=0.8,
-            marker="o",
-            markersize=size,
-        )
-    loss.set_title("Loss (nats per token)")
-    perplexity.set_title("Perplexity")
-    _log_axis(perplexity)
-    if unigram_entropy is not None:
-        loss.axhline(
-            unigram_entropy, color="0.5", linewidth=1, linestyle="--", label="unigram entropy"
-        )
+    figure = Figure(figsize=(12, 10), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    figure.suptitle(title, fontsize=14)
+    panels = figure.subplots(3, 2)
+    draw_loss(panels[0, 0], train, validation, unigram_entropy)
+    draw_perplexity(panels[0, 1], train, validation)
+    draw_learning_rates(panels[1, 0], train)
+    draw_throughput(panels[1, 1], train)
+    draw_expert_load(panels[2, 0], train)
+    draw_memory(panels[2, 1], train)
 
-    _line(rate, *_series(train, "muon_lr"), "Muon", BLUE)
-    _line(rate, *_series(train, "adamw_lr"), "AdamW", ORANGE, linestyle="--")
-    rate.set_title("Learning rate")
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-
-    _line(speed, *_series(train, "tokens_per_second"), None, GREEN, linewidth=1)
-    speed.set_title("Throughput (tokens/s)")
-    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
-
-    _expert_panel(experts, train)
-
-    # A CPU run has the process's resident memory as memory_allocated_gb, and nothing reserved.
-    on_gpu = bool(np.isfinite(_series(train, "memory_reserved_gb")[1]).any())
-    _line(memory, *_series(train, "memory_reserved_gb"), "reserved", ORANGE, linestyle="--")
-    _line(memory, *_series(train, "memory_peak_gb"), "peak", RED)
-    _line(
-        memory, *_series(train, "memory_allocated_gb"), "allocated" if on_gpu else "resident", BLUE
-    )
-    memory.set_title("GPU memory (GB)" if on_gpu else "Memory (GB)")
-
-    last = max([1, *(row["step"] for row in history)])
     for axes in panels.flat:
-        axes.set_xlim(-0.02 * last, 1.02 * last)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.9", linewidth=0.8)
-        if axes in (rate, speed, memory):
-            top = axes.dataLim.ymax
-            axes.set_ylim(0, 1.1 * top if 0 < top < np.inf else 1)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(frameon=False)
-        elif not axes.lines:
-            _say(
-                axes,
-                "no data yet" if axes is not experts or not train else "dense model: no experts",
-            )
+        _finish_panel(axes, last_step)
     for axes in panels[-1]:
         axes.set_xlabel("step")
     write_figure(figure, Path(path))
 
 
-def plot_comparison(runs: dict[str, list[dict]], path, title: str = ""):
-    """Draws the loss of several runs, {label: rows of metrics.jsonl}, into one PNG at `path`: smoothed training loss, and
-    validation loss as points. Raises ExperimentError when the file cannot be written."""
+def draw_loss(axes: Axes, train: Rows, validation: Rows, unigram_entropy: float | None) -> None:
+    """Training loss as it is and smoothed, and validation loss."""
+    axes.set_title("Loss (nats per token)")
+    steps, loss = _series(train, "train_loss")
+    _draw_training(axes, steps, loss, _smoothed(loss))
+    _draw_validation(axes, validation, "val_loss")
+    if unigram_entropy is not None:
+        axes.axhline(
+            unigram_entropy, color="0.5", linewidth=1, linestyle="--", label="unigram entropy"
+        )
+
+
+def draw_perplexity(axes: Axes, train: Rows, validation: Rows) -> None:
+    """As the loss, on a logarithmic axis. The mean is that of the loss: a geometric one."""
+    axes.set_title("Perplexity")
+    steps, values = _series(train, "train_perplexity")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        smooth = np.exp(_smoothed(np.log(values)))
+    _draw_training(axes, steps, values, smooth)
+    _draw_validation(axes, validation, "val_perplexity")
+    _log_axis(axes)
+
+
+def draw_learning_rates(axes: Axes, train: Rows) -> None:
+    """A line for each optimizer: every key of the rows that ends in _lr."""
+    axes.set_title("Learning rate")
+    keys = []
+    for row in train:
+        for key in row:
+            if key.endswith("_lr") and key not in keys:
+                keys.append(key)
+    for key, (color, dashes) in zip(keys, itertools.cycle(LINE_STYLES)):
+        optimizer = key.removesuffix("_lr")
+        label = OPTIMIZER_LABELS.get(optimizer, optimizer)
+        _line(axes, *_series(train, key), label, color, linestyle=dashes)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    _from_zero(axes)
+
+
+def draw_throughput(axes: Axes, train: Rows) -> None:
+    axes.set_title("Throughput (tokens/s)")
+    _line(axes, *_series(train, "tokens_per_second"), None, GREEN, linewidth=1)
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    _from_zero(axes)
+
+
+def draw_expert_load(axes: Axes, train: Rows) -> None:
+    """Each layer's largest and smallest share of the tokens among its experts.
+
+    Lines are the median layer, bands reach over all layers.
+    """
+    axes.set_title("Expert load (share of a layer's tokens; bands: all layers)")
+    rows = [row for row in train if row.get("expert_load")]
+    if not rows:
+        if train:
+            _say(axes, "dense model: no experts")
+        return
+    steps = np.array([row["step"] for row in rows])
+    load = np.array([row["expert_load"] for row in rows], float)  # [rows, layers, experts]
+    n_experts = load.shape[-1]
+    for share, label, color in (
+        (load.max(-1), "busiest expert", RED),
+        (load.min(-1), "idlest expert", BLUE),
+    ):
+        axes.fill_between(steps, share.min(1), share.max(1), color=color, alpha=0.2, linewidth=0)
+        _line(axes, steps, np.median(share, axis=1), f"{label}, median layer", color)
+    even = 1 / n_experts
+    axes.axhline(
+        even, color="black", linewidth=1, linestyle="--", label=f"even share, 1/{n_experts}"
+    )
+    # Room above for the legend: matplotlib places it clear of lines, but not of bands.
+    largest = float(np.nan_to_num(load).max())
+    axes.set_ylim(0, min(1.5, max(2.5 * even, 1.5 * largest)))
+
+
+def draw_memory(axes: Axes, train: Rows) -> None:
+    """Of a GPU what PyTorch's allocator reports, of a CPU run the process's resident memory."""
+    # A CPU run has its resident memory as memory_allocated_gb, and nothing reserved.
+    on_gpu = bool(np.isfinite(_series(train, "memory_reserved_gb")[1]).any())
+    title = "Memory (GB)"
+    label = "resident"
+    if on_gpu:
+        title = "GPU memory (GB)"
+        label = "allocated"
+    axes.set_title(title)
+    _line(axes, *_series(train, "memory_reserved_gb"), "reserved", ORANGE, linestyle="--")
+    _line(axes, *_series(train, "memory_peak_gb"), "peak", RED)
+    _line(axes, *_series(train, "memory_allocated_gb"), label, BLUE)
+    _from_zero(axes)
+
+
+def _draw_training(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: np.ndarray) -> None:
+    _line(axes, steps, values, None, BLUE, alpha=0.35, linewidth=0.8)
+    _line(axes, steps, smooth, "training, smoothed", BLUE, linewidth=1.8)
+
+
+def _draw_validation(axes: Axes, validation: Rows, name: str) -> None:
+    size = 4
+    if len(validation) > 30:
+        size = 2
+    steps, values = _series(validation, name)
+    _line(axes, steps, values, "validation", RED, linewidth=0.8, marker="o", markersize=size)
+
+
+def _finish_panel(axes: Axes, last_step: int) -> None:
+    """What all panels share: the axis of steps, the frame, and a legend or a word of excuse."""
+    axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _plain_frame(axes)
+    _, labels_shown = axes.get_legend_handles_labels()
+    if labels_shown:
+        axes.legend(frameon=False)
+    elif not axes.lines and not axes.texts:
+        _say(axes, "no data yet")
+    if axes.texts:
+        _hide_scale(axes)
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def plot_comparison(runs: dict[str, Rows], path, title: str = "") -> None:
+    """Draws the loss of several runs into one PNG at `path`.
+
+    `runs` are rows of metrics.jsonl by label. Training loss is smoothed, validation loss is drawn
+    as points. Raises ExperimentError when the file cannot be written.
+    """
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     styles = itertools.cycle(
         itertools.product(("-", "--", ":"), (BLUE, ORANGE, GREEN, RED, PINK, SKY))
     )
     for (label, history), (dashes, color) in zip(runs.items(), styles):
-        x, y = _series([row for row in history if "train_loss" in row], "train_loss")
-        label = "\n".join(textwrap.wrap(label, 60)).replace("$", r"\$")  # else a formula
-        label = f" {label}" if label.startswith("_") else label  # else not in the legend
-        _line(axes, x, _smoothed(y), label, color, linewidth=1.5, linestyle=dashes)
+        train = [row for row in history if "train_loss" in row]
+        validation = [row for row in history if "val_loss" in row]
+        steps, loss = _series(train, "train_loss")
+        _line(
+            axes, steps, _smoothed(loss), _as_label(label), color, linewidth=1.5, linestyle=dashes
+        )
         _line(
             axes,
-            *_series([row for row in history if "val_loss" in row], "val_loss"),
+            *_series(validation, "val_loss"),
             None,
             color,
             marker="o",
@@ -137,82 +222,61 @@ def plot_comparison(runs: dict[str, list[dict]], path, title: str = ""):
             linestyle="",
         )
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token); points: validation")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.9", linewidth=0.8)
+    _plain_frame(axes)
     if axes.lines:
         axes.legend(frameon=False, fontsize="small")
     else:
         _say(axes, "no data yet")
+        _hide_scale(axes)
     write_figure(figure, Path(path))
 
 
-def _expert_panel(axes, train: list[dict]):
-    """Each layer's largest and smallest share of the tokens among its experts: the median layer, and the range."""
-    axes.set_title("Expert load (share of a layer's tokens; bands: all layers)")
-    rows = [row for row in train if row.get("expert_load")]
-    if not rows:
-        return
-    x = np.array([row["step"] for row in rows])
-    load = np.array([row["expert_load"] for row in rows], float)  # (rows, layers, experts)
-    for share, label, color in (
-        (load.max(-1), "busiest expert", RED),
-        (load.min(-1), "idlest expert", BLUE),
-    ):
-        axes.fill_between(x, share.min(1), share.max(1), color=color, alpha=0.2, linewidth=0)
-        _line(axes, x, np.median(share, axis=1), f"{label}, median layer", color)
-    even = 1 / load.shape[-1]
-    axes.axhline(
-        even, color="black", linewidth=1, linestyle="--", label=f"even share, 1/{load.shape[-1]}"
-    )
-    axes.set_ylim(
-        0, min(1.5, max(2.5 * even, 1.5 * float(np.nan_to_num(load).max())))
-    )  # room above for the legend, which sees lines alone
+def _as_label(text: str) -> str:
+    """The text as matplotlib shows it in a legend, whatever it holds."""
+    text = "\n".join(textwrap.wrap(text, 60))
+    text = text.replace("$", r"\$")  # between two of them a formula would be set
+    if text.startswith("_"):
+        text = f" {text}"  # a label that begins with _ stays out of legends
+    return text
 
 
-def _line(axes, x, y, label, color, **style):
-    """A line, unless it has no points; so few points that a line might not be seen get markers."""
+# ---------------------------------------------------------------- drawing
+
+
+def _line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str | None, color: str, **style) -> None:
+    """A line, unless it has no points. Few points get markers: the line might not be seen."""
     points = np.isfinite(y).sum()
-    if points:
-        axes.plot(
-            x,
-            y,
-            label=label,
-            color=color,
-            **(dict(marker="o", markersize=4) if points <= 3 else {}) | style,
-        )
+    if not points:
+        return
+    if points <= 3:
+        style = dict(marker="o", markersize=4) | style
+    axes.plot(x, y, label=label, color=color, **style)
 
 
-def _say(axes, text: str):
+def _say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4")
+
+
+def _hide_scale(axes: Axes) -> None:
     axes.grid(False)
     axes.set_yticks([], minor=False)
     axes.set_yticks([], minor=True)
 
 
-def _series(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric; None becomes nan, and nan and inf leave a gap in a line."""
-    return np.array([row["step"] for row in rows], float), np.array(
-        [row.get(name) for row in rows], float
-    )
+def _plain_frame(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9", linewidth=0.8)
 
 
-def _smoothed(y: np.ndarray) -> np.ndarray:
-    """Mean over a window of 1/25 of the points (at least 5) centred on each, so that it does not lag; skips nan.
-
-    At the start, where a loss falls fast, the window shrinks on both sides; at the end only on the right.
-    """
-    n, i = len(y), np.arange(len(y))
-    half = np.minimum(max(2, n // 50), i)
-    low, high = i - half, np.minimum(i + half + 1, n)
-    finite = np.isfinite(y)
-    total = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
-    count = np.concatenate([[0], np.cumsum(finite)])
-    return np.where(
-        finite, (total[high] - total[low]) / np.maximum(count[high] - count[low], 1), np.nan
-    )
+def _from_zero(axes: Axes) -> None:
+    top = axes.dataLim.ymax
+    if 0 < top < np.inf:
+        axes.set_ylim(0, 1.1 * top)
+    else:
+        axes.set_ylim(0, 1)
 
 
-def _log_axis(axes):
+def _log_axis(axes: Axes) -> None:
     """Logarithmic y axis that has a few labels however small or large its range."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -225,13 +289,39 @@ def _log_axis(axes):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
-def write_figure(figure: Figure, path: Path):
+def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric. None becomes nan; nan and inf leave a gap in a line."""
+    steps = np.array([row["step"] for row in rows], float)
+    values = np.array([row.get(name) for row in rows], float)
+    return steps, values
+
+
+def _smoothed(y: np.ndarray) -> np.ndarray:
+    """Mean over a window of 1/25 of the points (at least 5) centred on each; skips nan.
+
+    Centred windows do not lag. At the start, where a loss falls fast, the window shrinks on both
+    sides; at the end only on the right.
+    """
+    n = len(y)
+    i = np.arange(n)
+    half = np.minimum(max(2, n // 50), i)
+    low = i - half
+    high = np.minimum(i + half + 1, n)
+    # Differences of cumulative sums: the cost does not grow with the window.
+    finite = np.isfinite(y)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    mean = (total[high] - total[low]) / np.maximum(count[high] - count[low], 1)
+    return np.where(finite, mean, np.nan)
+
+
+def write_figure(figure: Figure, path: Path) -> None:
     """Renders to a temporary file that then takes the name `path`. Raises ExperimentError."""
     temporary = path.with_name(f".{path.name}.tmp")
     FigureCanvasAgg(figure)
     try:
         figure.savefig(temporary, format="png")
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise ExperimentError(
             f"the plot {path} cannot be written: {error.strerror or error}. Choose another place."
@@ -242,8 +332,14 @@ def write_figure(figure: Figure, path: Path):
         figure.clear()
 
 
-def read_metrics(path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that is only half written is left out. Raises ExperimentError."""
+# ---------------------------------------------------------------- files of a run
+
+
+def read_metrics(path) -> Rows:
+    """The rows of a metrics.jsonl. A last line that is only half written is left out.
+
+    Raises ExperimentError.
+    """
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
@@ -253,10 +349,7 @@ def read_metrics(path) -> list[dict]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or type(row.get("step")) is not int:
-                raise ValueError("no row with a step")
-            rows.append(row)
+            rows.append(_row(line))
         except ValueError as error:
             if number < len(lines):
                 raise ExperimentError(
@@ -265,8 +358,18 @@ def read_metrics(path) -> list[dict]:
     return rows
 
 
+def _row(line: bytes) -> dict:
+    row = json.loads(line)
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise ValueError("no row with a step")
+    return row
+
+
 def read_config(run: Path) -> dict:
-    """The configuration in a run's run.json or, as older runs have it, in training_results.json; empty without either."""
+    """The configuration of a run, from its run.json or, in older runs, training_results.json.
+
+    Empty without either.
+    """
     for name in ("run.json", "training_results.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return dict(json.loads((run / name).read_bytes())["config"])
@@ -274,21 +377,31 @@ def read_config(run: Path) -> dict:
 
 
 def labels(runs: list[Path], configs: list[dict]) -> list[str]:
-    """A name for each run: the fields in which the runs differ, with the folder where that leaves two the same."""
-    fields = [
-        name
-        for name in dict.fromkeys(itertools.chain.from_iterable(configs))
-        if name not in PLACES
-        and any(_value(config, name) != _value(configs[0], name) for config in configs)
-    ]
-    found = [
-        ", ".join(f"{name}={config[name]}" for name in fields if name in config)
-        for config in configs
-    ]
-    return [
-        label if label and found.count(label) == 1 else f"{run} ({label})" if label else str(run)
-        for run, label in zip(runs, found)
-    ]
+    """A name for each run: the fields in which the runs differ.
+
+    Where that leaves two runs the same or without a name, it is the folder.
+    """
+    fields = []
+    for name in dict.fromkeys(itertools.chain.from_iterable(configs)):
+        values = [_value(config, name) for config in configs]
+        differs = any(value != values[0] for value in values)
+        if differs and name not in PLACES:
+            fields.append(name)
+
+    descriptions = []
+    for config in configs:
+        values = [f"{name}={config[name]}" for name in fields if name in config]
+        descriptions.append(", ".join(values))
+
+    found = []
+    for run, description in zip(runs, descriptions):
+        if not description:
+            found.append(str(run))
+        elif descriptions.count(description) == 1:
+            found.append(description)
+        else:
+            found.append(f"{run} ({description})")
+    return found
 
 
 def _value(config: dict, name: str):
@@ -301,7 +414,27 @@ def _value(config: dict, name: str):
     return config.get(name, defaults().get(name))
 
 
+# ---------------------------------------------------------------- command line
+
+
 def main(argv=None) -> int:
+    options = _parser().parse_args(argv)
+    runs = _without_repeats(options.runs)
+    if len(runs) < len(options.runs):
+        print(
+            f"note: a run that is named twice is drawn once: {', '.join(map(str, runs))}",
+            file=sys.stderr,
+        )
+    try:
+        out = draw_runs(runs, options.out)
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(out)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Draws a run's training curves, or several runs' losses, from metrics.jsonl."
     )
@@ -314,35 +447,34 @@ def main(argv=None) -> int:
         help="PNG to write; default: training_curves.png in the folder of one run, "
         "comparison.png beside the folder of the first of several",
     )
-    options = parser.parse_args(argv)
-    runs = list({run.resolve(): run for run in reversed(options.runs)}.values())[::-1]
-    if len(runs) < len(options.runs):
-        print(
-            f"note: a run that is named twice is drawn once: {', '.join(map(str, runs))}",
-            file=sys.stderr,
+    return parser
+
+
+def _without_repeats(runs: list[Path]) -> list[Path]:
+    """The runs in their order, each folder once, under the first name that it has."""
+    by_folder = {}
+    for run in runs:
+        by_folder.setdefault(run.resolve(), run)
+    return list(by_folder.values())
+
+
+def draw_runs(runs: list[Path], out: Path | None) -> Path:
+    """Draws one run's curves or several runs' comparison; returns the path of the PNG."""
+    files = [run / "metrics.jsonl" for run in runs]
+    histories = [read_metrics(file) for file in files]
+    if not any(histories):
+        raise ExperimentError(
+            f"{' and '.join(map(str, files))}: no rows yet, the first is written after "
+            "log_every steps."
         )
-    out = options.out or (
-        runs[0] / "training_curves.png"
-        if len(runs) == 1
-        else runs[0].resolve().parent / "comparison.png"
-    )
-    try:
-        histories = [read_metrics(run / "metrics.jsonl") for run in runs]
-        if not any(histories):
-            raise ExperimentError(
-                f"{' and '.join(str(run / 'metrics.jsonl') for run in runs)}: no rows yet, the first is written after log_every steps."
-            )
-        if len(runs) == 1:
-            plot_training_curves(histories[0], out)
-        else:
-            plot_comparison(
-                dict(zip(labels(runs, [read_config(run) for run in runs]), histories)), out
-            )
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(out)
-    return 0
+    if len(runs) == 1:
+        out = out or runs[0] / "training_curves.png"
+        plot_training_curves(histories[0], out)
+        return out
+    out = out or runs[0].resolve().parent / "comparison.png"
+    names = labels(runs, [read_config(run) for run in runs])
+    plot_comparison(dict(zip(names, histories)), out)
+    return out
 
 
 if __name__ == "__main__":
