@@ -1,0 +1,247 @@
+"""What a run says: on the console, and in the errors that end it.
+
+Every function returns a text. The trainer prints it or raises it.
+"""
+
+from config import Config
+from planner.choice import candidates, next_smaller
+from planner.machine import Machine
+from planner.plan import format_count, memory_table
+
+# Repeated data is worth much less than new data beyond this many passes (Muennighoff et al. 2023).
+WORTHWHILE_PASSES = 4
+
+# ---------------------------------------------------------------- before the first step
+
+
+def _machine_memory(machine: Machine) -> str:
+    if machine.name:
+        return f"{machine.name}, {machine.memory_gb:.1f} GB"
+    return f"CPU, {machine.host_memory_gb:.1f} GB free"
+
+
+def memory_plan(config: Config, predicted: dict, machine: Machine) -> str:
+    """The resolved choices that cost memory, and the table of what is predicted."""
+    mode = config.activation_checkpointing
+    last_mode = config.checkpointing_of(config.n_layers - 1)
+    if last_mode != mode:
+        mode = f"{mode} ({last_mode} in the last {config.lighter_blocks} blocks)"
+    state = "on the device"
+    if config.offload_optimizer == "true":
+        state = "streamed from the host"
+    capacity_gb = machine.memory_gb or machine.host_memory_gb
+    return (
+        f"Memory on {_machine_memory(machine)}: activation checkpointing {mode}, "
+        f"optimizer state {state}\n" + memory_table(predicted, capacity_gb=capacity_gb)
+    )
+
+
+def not_expected_to_fit(machine: Machine, advice: str) -> str:
+    return (
+        "warning: this configuration is not expected to fit "
+        f"({_machine_memory(machine)}). {advice}."
+    )
+
+
+def reserving_host_memory(host_gb: float) -> str:
+    return f"Reserving {host_gb:.1f} GB of host memory for what is streamed ..."
+
+
+def no_host_memory(needed_gb: float, free_gb: float) -> str:
+    return (
+        f"no host memory for streaming: what is streamed takes {needed_gb:.1f} GB and "
+        f"{free_gb:.1f} GB are free. Use a smaller preset or --offload_optimizer false; if the "
+        "host has more than the operating system reports, say so with --host_memory_gb."
+    )
+
+
+def forecast(config: Config, corpus) -> str:
+    """The corpus (a data.Corpus) and the length of the run, in tokens."""
+    tokens = config.max_steps * config.tokens_per_step
+    return (
+        f"Corpus {config.data}: {len(corpus.train):,} training tokens, "
+        f"{len(corpus.validation):,} validation tokens, "
+        f"unigram entropy {corpus.unigram_entropy:.3f} nats\n"
+        f"The run: {config.max_steps:,} steps of {config.tokens_per_step:,} tokens, "
+        f"{format_count(tokens)} tokens, {_passes(config, corpus):.2f} passes over the corpus"
+    )
+
+
+def forecast_warnings(config: Config, corpus, on_cpu: bool, resumed: bool) -> list[str]:
+    """What a user might want to change before the first step."""
+    warnings = []
+    passes = _passes(config, corpus)
+    if passes > WORTHWHILE_PASSES:
+        warnings.append(
+            f"warning: {passes:.1f} passes over the corpus; beyond about {WORTHWHILE_PASSES} "
+            "repeated data is worth much less than new (Muennighoff et al. 2023). "
+            "Use more --data or fewer --max_steps."
+        )
+    if on_cpu and config.precision != "fp32":
+        note = f"note: {config.precision} is slow on a CPU"
+        if not resumed:  # a resumed run keeps its precision
+            note += "; --precision fp32 is faster there"
+        warnings.append(note)
+    return warnings
+
+
+def _passes(config: Config, corpus) -> float:
+    """How often the run sees each training token."""
+    return config.max_steps * config.tokens_per_step / max(1, len(corpus.train))
+
+
+# ---------------------------------------------------------------- while it runs
+
+
+def first_speed(config: Config, seconds_per_step: float, steps_left: int) -> str:
+    tokens_per_second = config.tokens_per_step / seconds_per_step
+    hours = seconds_per_step * steps_left / 3600
+    return (
+        f"{tokens_per_second:,.0f} tokens/s in the first steps: "
+        f"{hours:,.2f} hours to go for {steps_left:,} steps"
+    )
+
+
+def progress(row: dict) -> dict[str, str]:
+    """What the progress bar shows of a row of training metrics."""
+    lrs = [value for key, value in row.items() if key.endswith("_lr")]
+    shown = dict(
+        loss=f"{row['train_loss']:.3f}",
+        ppl=f"{row['train_perplexity']:.1f}",
+        acc=f"{row['train_accuracy']:.3f}",
+        norm=f"{row['grad_norm']:.2f}",
+        lr=f"{lrs[0]:.1e}",
+        tok_s=f"{row['tokens_per_second']:,.0f}",
+    )
+    if "expert_load" in row:
+        largest_share = max(max(layer) for layer in row["expert_load"])
+        shown["aux"] = f"{row['load_balancing_loss']:.3f}"
+        shown["top_load"] = f"{largest_share:.2f}"
+    if row["mfu"]:
+        shown["mfu"] = f"{row['mfu']:.3f}"
+    shown["gb"] = f"{row['memory_peak_gb']:.1f}"
+    return shown
+
+
+def evaluation(row: dict) -> str:
+    return (
+        f"step {row['step']}: validation loss {row['val_loss']:.4f}, "
+        f"perplexity {row['val_perplexity']:.2f}, accuracy {row['val_accuracy']:.4f}"
+    )
+
+
+def spike(step: int, norm: float, usual: float, parameter: str) -> str:
+    return f"step {step}: gradient norm {norm:.2f}, usually {usual:.2f}; largest in {parameter}"
+
+
+def overflow(step: int, loss_scale: float) -> str:
+    return f"step {step}: the gradients overflowed; batch skipped, loss scale {loss_scale:g}"
+
+
+# ---------------------------------------------------------------- the end
+
+
+def nothing_left(step: int) -> str:
+    return f"Nothing is left to train: the run ended at step {step}. More: --max_steps N"
+
+
+def stopped(step: int, save_dir, saving: bool) -> str:
+    """After a signal; `saving` says whether the run saves checkpoints at all."""
+    remedy = "Saving is off (save_every=0, save_minutes=0), so nothing was saved."
+    if saving:
+        remedy = f"Go on with: python run_experiment.py --save_dir {save_dir} --resume latest"
+    return f"\nStopped at step {step}. {remedy}"
+
+
+def sample(prompt: str, text: str) -> str:
+    return f"\nA sample (prompt | continuation):\n{prompt}|{text}\n"
+
+
+def done(steps: int, tokens: int, loss: float, unigram_entropy: float, results, curves) -> str:
+    """`loss` is the last validation loss. `results` and `curves` are the paths of two files."""
+    return (
+        f"Done: {steps} steps, {format_count(tokens)} tokens, "
+        f"validation loss {loss:.4f} (unigram entropy {unigram_entropy:.4f}).\n"
+        f"{results}, {curves}"
+    )
+
+
+# ---------------------------------------------------------------- errors
+
+
+def loss_not_finite(
+    config: Config, loss: float, step: int, metrics_file, last_checkpoint: str
+) -> str:
+    precision_remedy = ""
+    if config.precision == "fp16":
+        precision_remedy = (
+            " With --precision bf16 nothing overflows at 65,504, fp16's largest number."
+        )
+    return (
+        f"the loss is {loss} in the forward pass at step {step}: training has diverged."
+        f"{precision_remedy}\n"
+        f"  {_lower_learning_rates(config)}, "
+        f"raise --warmup_fraction (now {config.warmup_fraction:g}), "
+        f"look at grad_norm in {metrics_file}, check the data.\n  {last_checkpoint}"
+    )
+
+
+def gradients_not_finite(
+    config: Config, batches: int, loss_scale: float, step: int, last_checkpoint: str
+) -> str:
+    other_precision = {
+        "fp16": ", or try --precision bf16",
+        "bf16": ", or try --precision fp32",
+        "fp32": "",
+    }
+    return (
+        f"{batches} batches in a row gave inf or nan gradients at the smallest loss scale, "
+        f"{loss_scale:g}, before step {step}: training has diverged.\n"
+        f"  {_lower_learning_rates(config)}, "
+        f"raise --warmup_fraction{other_precision[config.precision]}.\n  {last_checkpoint}"
+    )
+
+
+def _lower_learning_rates(config: Config) -> str:
+    return f"Lower --muon_lr (now {config.muon_lr:g}) and --adamw_lr (now {config.adamw_lr:g})"
+
+
+def last_checkpoint(latest) -> str:
+    if latest.exists():
+        return f"The last checkpoint is {latest}."
+    return "No checkpoint was saved yet."
+
+
+def out_of_memory(config: Config, machine: Machine, step: int, last_checkpoint: str) -> str:
+    """With the fastest choice that needs less memory, at the same number of tokens a step."""
+    cpu = machine.name is None
+    [used] = candidates(
+        config,
+        [config.activation_checkpointing],
+        [config.offload_optimizer == "true"],
+        [config.batch_size],
+        cpu,
+    )
+    smaller = next_smaller(config, used, cpu)
+    remedy = (
+        "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset."
+    )
+    if smaller:
+        remedy = (
+            "Next smaller choice, at the same tokens per step "
+            f"({smaller.memory_gb['total']:.1f} GB): {smaller.options(config)}"
+        )
+    memory_gb = machine.memory_gb or machine.host_memory_gb
+    return (
+        f"out of memory at step {step} on {machine.name or 'the CPU'} ({memory_gb:.1f} GB; "
+        f"predicted {used.memory_gb['total']:.1f} GB).\n  {remedy}\n  {last_checkpoint}"
+    )
+
+
+def other_data(key: str, what: str, option: str, saved: str, found: str) -> str:
+    """`saved` and `found` are hashes of the text or of the tokenizer."""
+    return (
+        f"the checkpoint was trained on other {what} ({key} {saved[:12]}, here {found[:12]}). "
+        f"Give the --{option} of the first run, unchanged, or start a new run with another "
+        "--save_dir."
+    )

@@ -1,0 +1,135 @@
+"""Measures the memory of a run, under the names by which the planner predicted it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from config import OptimizerGroup
+from planner.machine import GB, process_memory_gb
+from planner.plan import memory_table
+
+# The optimizer step of this process after which memory is measured. From the second step on
+# everything is there that stays: gradients, compiled kernels, copies under way.
+MEASURED_STEP = 3
+
+
+class MemoryMeter:
+    """Peak memory of the two phases of a step, and what stays between them, in GB of 1e9 bytes.
+
+        with meter.phase("backward"): ...     the forward and backward passes of a step
+        with meter.phase("optimizer"): ...    the update of the weights
+
+    `measured_gb` is None until the third optimizer phase of this process has ended. Then it holds
+    what `table` shows beside the prediction.
+
+    `optimizers` and `groups` (config.optimizer_groups) have the same keys. `host_gradients` are the
+    gradients that are summed in host memory, by name of the parameter.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        predicted: dict[str, float],
+        capacity_gb: float,
+        parameters: dict[str, Tensor],
+        optimizers: dict,
+        groups: dict[str, OptimizerGroup],
+        host_gradients: dict[str, Tensor],
+    ):
+        self.gpu = device.type == "cuda"
+        self.predicted = predicted
+        self.capacity_gb = capacity_gb
+        self.parameters = parameters
+        self.optimizers = optimizers
+        self.groups = groups
+        self.host_gradients = host_gradients
+
+        self.steps = 0  # optimizer phases of this process
+        self.peak_gb = 0.0  # over this process
+        self.phase_gb: dict[str, float] = {}  # the last peak of each phase
+        self.measured_gb: dict[str, float] | None = None
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Notes the peak of what runs inside. An error inside is passed on and nothing is noted."""
+        yield
+        if self.gpu:
+            # Reading the allocator's counters does not wait for the GPU.
+            peak = torch.cuda.max_memory_allocated() / GB
+            # The peak counts from the last reset. Resets in the second and the third step give
+            # each phase of the third a peak of its own. The first step's stays: it compiles.
+            if 0 < self.steps < MEASURED_STEP:
+                torch.cuda.reset_peak_memory_stats()
+        else:
+            _, peak = process_memory_gb()
+        self.phase_gb[name] = peak
+        self.peak_gb = max(self.peak_gb, peak)
+        if name == "optimizer":
+            self.steps += 1
+            if self.steps == MEASURED_STEP:
+                self.measured_gb = self._measure()
+
+    def _measure(self) -> dict[str, float]:
+        """What there is now, while the gradients still exist, with the peaks of the two phases.
+
+        On a CPU only what stays is known exactly: activations, workspace and total are left out.
+        """
+        weights = sum(p.nbytes for p in self.parameters.values())
+        gradients = sum(p.grad.nbytes for p in self.parameters.values() if p.grad is not None)
+        host_gradients = sum(tensor.nbytes for tensor in self.host_gradients.values())
+        state = self._state_bytes()
+        offloaded = any(optimizer.state.offload for optimizer in self.optimizers.values())
+
+        sizes = dict(weights=weights / GB, gradients=gradients / GB)
+        for key, size in state.items():
+            sizes[key] = 0.0 if offloaded else size / GB
+        if self.gpu:
+            stays = sum(sizes.values())
+            sizes["activations"] = self.phase_gb["backward"] - stays
+            # The two phases do not meet, so the workspace counts by what it adds to the peak.
+            added = self.phase_gb["optimizer"] - self.phase_gb["backward"]
+            sizes["workspace"] = max(0.0, added)
+            sizes["total"] = sum(sizes.values())
+        sizes["host"] = 0.0
+        if offloaded:
+            sizes["host"] = (sum(state.values()) + host_gradients) / GB
+        return sizes
+
+    def _state_bytes(self) -> dict[str, int]:
+        """Bytes of the optimizers' state, by key of the memory table."""
+        sizes = dict(master=0)
+        for name, group in self.groups.items():
+            sizes.setdefault(group.memory_key, 0)
+            for tensors in self.optimizers[name].state.tensors.values():
+                for key, tensor in tensors.items():
+                    # The low bits of the fp32 masters belong to the masters, not to the moments.
+                    part = "master" if key == "residual" else group.memory_key
+                    sizes[part] += tensor.nbytes
+        return sizes
+
+    def table(self) -> str:
+        """Predicted and measured memory side by side."""
+        table = memory_table(self.predicted, self.measured_gb, self.capacity_gb)
+        if self.gpu:
+            return table
+        return f"{table}\nThe whole process: {self.peak_gb:.3f} GB of RAM at its peak"
+
+    def now(self) -> dict[str, float | None]:
+        """The memory columns of a row of metrics, in GB.
+
+        On a GPU they are those of PyTorch's allocator, else the process's resident memory.
+        """
+        if self.gpu:
+            return dict(
+                memory_allocated_gb=torch.cuda.memory_allocated() / GB,
+                memory_reserved_gb=torch.cuda.memory_reserved() / GB,
+                memory_peak_gb=self.peak_gb,
+            )
+        resident, self.peak_gb = process_memory_gb()
+        return dict(
+            memory_allocated_gb=resident,
+            memory_reserved_gb=None,
+            memory_peak_gb=self.peak_gb,
+        )

@@ -1,0 +1,115 @@
+"""The checkpoints that a run keeps in its folder: when they are due, and which stay."""
+
+import time
+from pathlib import Path
+
+from config import Config
+from planner.machine import GB
+from planner.sizes import checkpoint_gb
+from record import checkpoint
+from record.results import set_aside
+
+
+class RunCheckpoints:
+    """Two kinds of checkpoint of one run.
+
+    checkpoint_step_N.pt   every save_every steps and at the end; the newest keep_checkpoints stay
+    checkpoint_latest.pt   the newest checkpoint: a link to a numbered one, or a file of its own
+                           that save_minutes or a signal wrote
+
+    `saved_steps` are the numbered ones that this run wrote and kept. It goes into checkpoints, so
+    that a resumed run does not delete those of another run in the same folder.
+    `resumed_from` is the file that the run continues from.
+    """
+
+    def __init__(self, config: Config, resumed_from: Path | None):
+        self.config = config
+        self.folder = Path(config.save_dir)
+        self.resumed_from = resumed_from
+        self.latest = checkpoint.latest_path(self.folder)
+        self.saved_steps: list[int] = []
+        self.last_saved_step = -1
+        self.last_save = time.monotonic()
+
+    # ------------------------------------------------------------ saving
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.config.save_every or self.config.save_minutes)
+
+    def numbered_due(self, step: int) -> bool:
+        """Whether a numbered checkpoint is due after this step."""
+        every = self.config.save_every
+        if not every:
+            return False
+        return step % every == 0 or step == self.config.max_steps
+
+    def latest_due(self, step: int) -> bool:
+        """Whether checkpoint_latest.pt is due by the clock after this step."""
+        minutes = self.config.save_minutes
+        if not minutes:
+            return False
+        old = time.monotonic() - self.last_save > 60 * minutes
+        return old or step == self.config.max_steps
+
+    def begin_numbered(self, step: int) -> Path:
+        """Where the checkpoint of this step goes, which counts among `saved_steps` from now on.
+
+        A file of that name is set aside: this run was resumed from a step further back, and the
+        file is the other branch's.
+        """
+        path = checkpoint.step_path(self.folder, step)
+        set_aside(path)
+        self.saved_steps.append(step)
+        return path
+
+    def finish_numbered(self, path: Path) -> None:
+        """After the file is whole: makes it the latest, and deletes the oldest over the limit."""
+        checkpoint.link_latest(path, self.latest)
+        self.saved_steps = checkpoint.prune(
+            self.folder, self.saved_steps, self.config.keep_checkpoints
+        )
+
+    def note_saved(self, step: int) -> None:
+        self.last_saved_step = step
+        self.last_save = time.monotonic()
+
+    # ------------------------------------------------------------ before the first step
+
+    def bytes_to_come(self, step: int) -> int:
+        """Bytes of disk that the checkpoints after this step take beside those that are there."""
+        existing = 0
+        for saved in self.saved_steps:
+            if checkpoint.step_path(self.folder, saved).exists():
+                existing += 1
+        # A latest file that this run will write over makes room for itself. One of another run,
+        # or of another branch of this one, makes none: it is set aside.
+        own_latest = self._resumed_from_latest() and not self._latest_is_numbered()
+        files = checkpoint.files_to_come(self.config, step, existing, own_latest)
+        return int(files * checkpoint_gb(self.config) * GB)
+
+    def take_over(self, step: int) -> None:
+        """Makes the checkpoint that the run was resumed from the latest, when it is in this folder.
+
+        Otherwise a run that branches off from an older checkpoint, and is killed before it saves,
+        would be resumed from the other branch.
+        """
+        if self.resumed_from is None:
+            return
+        if self.resumed_from.resolve().parent != self.folder.resolve():
+            return
+        if not self._resumed_from_latest():
+            if self.latest.exists() and not self._latest_is_numbered():
+                set_aside(self.latest)  # the other branch's only copy
+            checkpoint.link_latest(self.resumed_from, self.latest)
+        self.last_saved_step = step
+
+    def _resumed_from_latest(self) -> bool:
+        if self.resumed_from is None or not self.latest.exists():
+            return False
+        return self.latest.samefile(self.resumed_from)
+
+    def _latest_is_numbered(self) -> bool:
+        """Whether checkpoint_latest.pt is a link to a numbered checkpoint of the folder."""
+        numbered = self.folder.glob("checkpoint_step_*.pt")
+        return any(self.latest.samefile(path) for path in numbered)
