@@ -262,14 +262,14 @@ class Trainer:
             # Unscaling and clipping are one number. The optimizers multiply gradients by it in
             # fp32 as they read them, and `.grad` is never rewritten: in fp16 small values would
             # be lost.
-            clip = 1.0
+            grad_scale = 1.0 / self.scaler.scale
             if c.grad_clip:
-                clip = min(1.0, c.grad_clip / (norm + 1e-6))
+                grad_scale = min(1.0, c.grad_clip / (norm + 1e-6)) / self.scaler.scale
             lr_share = lr_schedule(self.step, c)
             with self.meter.phase("optimizer"):
                 for name, optimizer in self.optimizers.items():
-                    peak_lr = self.optimizer_groups[name].peak_lr
-                    optimizer.step(lr_share * peak_lr, grad_scale=clip / self.scaler.scale)
+                    lr = lr_share * self.optimizer_groups[name].peak_lr
+                    optimizer.step(lr, grad_scale)
                 if c.load_balancing == "bias" and c.n_moe_layers:
                     self.model.balance(expert_counts)
             self.step += 1

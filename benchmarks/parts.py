@@ -275,11 +275,11 @@ def checkpoint_io(folder: Path) -> None:
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         folder / "checkpoint_step_1.pt",
     )
-    saving = timed(lambda: checkpoint.save(target, trainer._state()))
+    saving = timed(lambda: checkpoint.save(target, trainer.state_dict()))
     saved = target.stat().st_size
     overhead = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GB
     forget_file(target)
-    loading = timed(lambda: (trainer._load(checkpoint.load(target)), torch.cuda.synchronize()))
+    loading = timed(lambda: (trainer.load_state_dict(checkpoint.load(target)), torch.cuda.synchronize()))
     share = {
         "save": (saved / saving) / (size / disk_write),
         "load": (saved / loading) / (size / disk_read),

@@ -216,10 +216,10 @@ def test_a_branch_makes_its_checkpoint_the_latest(settings, tmp_path):
     assert checkpoint.load(checkpoint.latest_path(config.save_dir))["step"] == 25, (
         "nothing is written before run"
     )
-    branch._take_over_folder()
+    branch.checkpoints.take_over(branch.step)
     assert checkpoint.load(checkpoint.latest_path(config.save_dir))["step"] == 10
     assert checkpoint.load(tmp_path / "run" / "checkpoint_latest.pt.1")["step"] == 25
-    assert branch.last_saved_step == 10
+    assert branch.checkpoints.last_saved_step == 10
 
 
 def test_metrics_after_a_resume_with_another_micro_batch(settings):
@@ -250,10 +250,10 @@ def test_metrics_after_a_resume_with_another_micro_batch(settings):
 def test_an_evaluation_that_was_cut_off_is_made_up(settings, monkeypatch):
     config = settings(save_every=10)
     first = build(config)
-    evaluate = first._evaluate
+    evaluate = first.evaluate
     monkeypatch.setattr(
         first,
-        "_evaluate",
+        "evaluate",
         lambda: evaluate() if first.step < 10 else (_ for _ in ()).throw(KeyboardInterrupt),
     )
     with pytest.raises(KeyboardInterrupt):
@@ -393,8 +393,8 @@ def test_clipping_and_scale_are_one_factor_on_gradients_that_stay_as_they_are(
         monkeypatch.setattr(
             trainer.optimizers["muon"],
             "step",
-            lambda lr, factor: seen.update(
-                factor=factor, grads=[p.grad.clone() for p in trainer.parameters.values()]
+            lambda lr, grad_scale: seen.update(
+                grad_scale=grad_scale, grads=[p.grad.clone() for p in trainer.parameters.values()]
             ),
         )
         monkeypatch.setattr(
@@ -404,9 +404,11 @@ def test_clipping_and_scale_are_one_factor_on_gradients_that_stay_as_they_are(
         )
         trainer.train_step(data.batches(trainer.corpus.train, trainer.config, 0))
         norm = torch.stack([g.double().norm() for g in seen["grads"]]).norm().item()
-        assert seen["factor"] == seen["adamw"]
-        assert norm * seen["factor"] == pytest.approx(0.01, rel=1e-3)
-        assert trainer.interval["grad_norm"] == pytest.approx(norm / trainer.scaler.scale, rel=1e-4)
+        assert seen["grad_scale"] == seen["adamw"]
+        assert norm * seen["grad_scale"] == pytest.approx(0.01, rel=1e-3)
+        assert trainer.interval.sums["grad_norm"] == pytest.approx(
+            norm / trainer.scaler.scale, rel=1e-4
+        )
 
 
 def test_the_split_into_micro_batches_does_not_change_a_step(settings):
@@ -501,17 +503,17 @@ def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     )
     build(settings(max_steps=6, eval_every=2)).run()
     assert drawn == [6], "in less than a minute, at the end alone"
-    monkeypatch.setattr("trainer.CURVES_SECONDS", 0)
+    monkeypatch.setattr(results, "CURVES_SECONDS", 0)
     build(settings(max_steps=6, eval_every=2)).run()
     assert drawn == [6, 0, 2, 4, 6, 6]
-    monkeypatch.setattr("trainer.CURVES_SECONDS", 60)
+    monkeypatch.setattr(results, "CURVES_SECONDS", 60)
     trainer = build(settings(max_steps=6, eval_every=2))
-    trainer.last_curves -= 61
+    trainer.record.last_curves -= 61
     trainer.run()
     assert drawn[6:] == [0, 6], "and then not for a minute"
     trainer = build(settings(max_steps=6, eval_every=2))
     monkeypatch.setattr(
-        trainer, "train_step", lambda batches: setattr(trainer, "stop_signal", 15) or False
+        trainer, "train_step", lambda batches: setattr(trainer.stop, "number", 15) or False
     )
     with pytest.raises(SystemExit):
         trainer.run()
@@ -647,14 +649,14 @@ def test_a_branch_needs_room_beside_the_other(settings):
 
 def test_forecast_warns_above_four_passes(settings, capsys):
     trainer = build(settings(max_steps=5000))
-    trainer._print_forecast()
+    trainer._open_folder()
     out = capsys.readouterr()
     assert (
         "training tokens" in out.out
         and "passes over the corpus" in out.out
         and "warning" in out.err
     )
-    build(settings(max_steps=10))._print_forecast()
+    build(settings(max_steps=10))._open_folder()
     assert "warning" not in capsys.readouterr().err
 
 
@@ -764,5 +766,5 @@ def test_a_bias_does_not_touch_the_weights_of_the_chosen(settings):
     assert (experts >= 2).all()
     chosen = probs.gather(-1, experts)
     torch.testing.assert_close(weights, chosen / chosen.sum(-1, keepdim=True))
-    model, _ = checkpoint.model_from_state(trainer._state())
+    model, _ = checkpoint.model_from_state(trainer.state_dict())
     assert torch.equal(model.blocks[0].ffn.router.bias, router.bias)

@@ -113,7 +113,7 @@ def test_weights_gradients_and_state_are_those_of_a_trainer(trained, form):
 @pytest.mark.parametrize("form", ["fp32", "bf16", "fp16-masters", "streamed"])
 def test_checkpoint_has_the_predicted_size(trained, tmp_path, form):
     trainer = trained(**FORMS[form] | dict(d_model=128, d_ff=256))
-    checkpoint.save(tmp_path / "c.pt", trainer._state())
+    checkpoint.save(tmp_path / "c.pt", trainer.state_dict())
     size = (tmp_path / "c.pt").stat().st_size - len(trainer.corpus.tokenizer_json)
     assert size / 1e9 == pytest.approx(checkpoint_gb(trainer.config), rel=0.03)
 
