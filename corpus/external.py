@@ -1,4 +1,8 @@
-"""TODO external"""
+"""Token shards of other programs as a corpus: nanoGPT, modded-nanogpt and llm.c.
+
+The shards are checked and counted once and used where they lie. Only tokenizer.json and the facts
+in corpus.json are written, into the folder that corpus.cache gives.
+"""
 
 import hashlib
 import json
@@ -6,118 +10,188 @@ import math
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from config import Config, ExperimentError
-from corpus.shards import (
+from corpus.token_files import (
     HEADER_BYTES,
     MAGIC,
-    Bar,
+    FileHead,
+    ProgressBar,
     count_tokens,
     entropy,
     map_tokens,
-    read_header,
+    read_head,
     replace_file,
 )
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
 
-# Shards of llm.c (dev/data/data_common.py; modded-nanogpt's are the first kind) begin with 256 int32, of which magic,
-# version and the number of tokens are the first three.
-LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, type of a token
-LLM_C_EVALUATION = 20240522
+
+class _Format(NamedTuple):
+    """A kind of shard that llm.c writes."""
+
+    version: int
+    dtype: str  # of a token
 
 
-def open_external_shard(path) -> np.ndarray:
-    """Maps a .bin file of nanoGPT (uint16 without a header), modded-nanogpt or llm.c into memory, uint16 or uint32 [tokens].
-    Raises ExperimentError when it is not whole."""
+# Shards of llm.c (dev/data/data_common.py) begin with a header of 256 int32. The first three are
+# the magic number, the version and the number of tokens. Keys are magic numbers; modded-nanogpt
+# writes the first kind.
+LLM_C_FORMATS = {20240520: _Format(1, "<u2"), 20240801: _Format(7, "<u4")}
+LLM_C_EVALUATION = 20240522  # the magic number of llm.c's multiple-choice questions
+SIDES = ("training", "validation")
+
+
+# --- one shard
+
+
+def open_external_shard(path: str) -> np.ndarray:
+    """Maps a .bin file of nanoGPT, modded-nanogpt or llm.c into memory, uint16 or uint32 [tokens].
+
+    A file of nanoGPT is uint16 without a header. Raises ExperimentError when the file is not whole.
+    """
     try:
-        header, size = read_header(path)
+        head = read_head(Path(path))
     except OSError as error:
         raise ExperimentError(
-            f"cannot read {path}: {error.strerror}. Mend it or take it out of --data"
+            f"cannot read {path}: {error.strerror}. Make it readable or take it out of --data"
         ) from error
-    magic, version, count = np.frombuffer(header[:12].ljust(12, b"\0"), "<i4").tolist()
-    if magic not in LLM_C and magic != LLM_C_EVALUATION and not header.startswith(MAGIC):
-        if size % 2 or not size:
-            raise ExperimentError(
-                f"{path} is cut short: {size:,} bytes are no whole number of uint16 tokens. Make or download "
-                "it again"
-            )
-        return map_tokens(path, "<u2", 0, size // 2)
-    if header.startswith(MAGIC):
-        raise ExperimentError(
-            f"{path} belongs to this program's cache. Give --data and --tokenizer as they were when it was "
-            "made, and it is used again"
-        )
+    if head.header.startswith(MAGIC):
+        raise ExperimentError(_our_own_shard_message(path))
+    magic, version, count = _llm_c_header(head)
     if magic == LLM_C_EVALUATION:
         raise ExperimentError(
             f"{path} holds llm.c's multiple-choice questions, not text. Take it out of --data"
         )
-    known, dtype = LLM_C[magic]
-    if version != known:
+    if magic not in LLM_C_FORMATS:
+        return _open_without_header(path, head.size)
+    known = LLM_C_FORMATS[magic]
+    if version != known.version:
         raise ExperimentError(
-            f"{path} has llm.c's format version {version}, not {known}. Make it again with a current llm.c"
+            f"{path} has llm.c's format version {version}, not {known.version}. Make it again with "
+            "a current llm.c"
         )
-    if len(header) < HEADER_BYTES or size != HEADER_BYTES + count * np.dtype(dtype).itemsize:
+    expected = count * np.dtype(known.dtype).itemsize
+    if len(head.header) < HEADER_BYTES or head.size != HEADER_BYTES + expected:
+        stored = max(0, head.size - HEADER_BYTES)
         raise ExperimentError(
-            f"{path} is cut short: it holds {max(0, size - HEADER_BYTES):,} bytes of tokens, not "
-            f"{count * np.dtype(dtype).itemsize:,}. Make or download it again"
+            f"{path} is cut short: it holds {stored:,} bytes of tokens, not {expected:,}. Make or "
+            "download it again"
         )
-    return map_tokens(path, dtype, HEADER_BYTES, count)
+    return map_tokens(Path(path), known.dtype, HEADER_BYTES, count)
+
+
+def _llm_c_header(head: FileHead) -> tuple[int, int, int]:
+    """The magic number, version and number of tokens; zeros where the file is too short."""
+    first_numbers = head.header[:12].ljust(12, b"\0")
+    magic, version, count = np.frombuffer(first_numbers, "<i4").tolist()
+    return magic, version, count
+
+
+def _open_without_header(path: str, size: int) -> np.ndarray:
+    if size % 2 or not size:
+        raise ExperimentError(
+            f"{path} is cut short: {size:,} bytes are no whole number of uint16 tokens. Make or "
+            "download it again"
+        )
+    return map_tokens(Path(path), "<u2", 0, size // 2)
+
+
+def _our_own_shard_message(path: str) -> str:
+    return (
+        f"{path} belongs to this program's cache. Give --data and --tokenizer as they were when it "
+        "was made, and it is used again"
+    )
+
+
+# --- several shards as one corpus
+
+
+class Joined:
+    """Token arrays one after the other as one, without a copy.
+
+    It has what batches need of an array: the length, and slices [first:last].
+    """
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        first, last, _ = window.indices(len(self))
+        slices = []
+        for number in range(self._part_of(first), len(self.parts)):
+            part = self.parts[number]
+            part_start = int(self.ends[number]) - len(part)
+            if part_start >= last:
+                break
+            slices.append(part[max(0, first - part_start) : last - part_start])
+        if len(slices) == 1:
+            return slices[0]
+        if not slices:
+            return self.parts[0][:0]
+        return np.concatenate(slices)
+
+    def _part_of(self, position: int) -> int:
+        return int(np.searchsorted(self.ends, position, side="right"))
+
+
+def cut_shards(
+    shards: list[np.ndarray], train_tokens: int
+) -> tuple[np.ndarray | Joined, np.ndarray | Joined]:
+    """The first `train_tokens` tokens of several shards, and the others."""
+    training = []
+    validation = []
+    for shard in shards:
+        taken = min(train_tokens, len(shard))
+        train_tokens -= taken
+        training.append(shard[:taken])
+        validation.append(shard[taken:])
+    return _join(training), _join(validation)
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray | Joined:
+    filled = [part for part in parts if len(part)]
+    if len(filled) == 1:
+        return filled[0]
+    return Joined(filled or [np.empty(0, np.uint16)])
 
 
 def import_shards(config: Config, files: list[str], tokenizer_json: str, folder: Path) -> None:
-    """Checks and counts foreign shards, which are used where they lie, and writes tokenizer.json and corpus.json into
-    `folder`. Held out are the files named val or validation, else the last tokens. Raises ExperimentError."""
-    held_out = [
-        path
-        for path in files
-        if re.search(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", Path(path).stem.lower())
-    ]
-    files = [path for path in files if path not in held_out] + held_out
+    """Checks and counts external shards; writes tokenizer.json and corpus.json into `folder`.
+
+    Held out are the files named val or validation. If that is none or all of them, the last
+    config.validation_fraction of the tokens are held out.
+    Raises ExperimentError when a shard is not whole or was made by another tokenizer.
+    """
+    named_validation = [path for path in files if _is_named_validation(path)]
+    named_training = [path for path in files if not _is_named_validation(path)]
+    files = named_training + named_validation
     shards = [open_external_shard(path) for path in files]
-    tokens = [
-        sum(len(s) for path, s in zip(files, shards) if (path in held_out) is side)
-        for side in (False, True)
-    ]
-    if not all(tokens):  # none is held out by its name, or all are
-        tokens = [sum(tokens) - (last := math.ceil(sum(tokens) * config.validation_fraction)), last]
+    total = sum(len(shard) for shard in shards)
+    train_tokens = sum(len(shard) for shard in shards[: len(named_training)])
+    if train_tokens in (0, total):
+        train_tokens = total - math.ceil(total * config.validation_fraction)
+
     tokenizer, end_of_text = load_tokenizer(tokenizer_json)
-    counts, digest, first = (
-        np.zeros((2, vocabulary(tokenizer)), np.int64),
-        hashlib.blake2b(digest_size=16),
-        0,
-    )
-    with Bar("checking the tokens", sum(tokens), unit="token") as bar:
-        for path, shard in zip(files, shards):
-            cut = min(max(0, tokens[0] - first), len(shard))
-            for side, part in enumerate((shard[:cut], shard[cut:])):
-                try:
-                    counts[side] += count_tokens(part, counts.shape[1], bar, digest)
-                except ValueError as error:
-                    raise ExperimentError(
-                        f"{path}: {error} of its {'validation' if side else 'training'} part is out of range: the tokenizer "
-                        f"{config.tokenizer} has {counts.shape[1]:,} tokens. Give the --tokenizer that made the shards; if it is "
-                        "the one, the file is damaged or no token shard"
-                    ) from error
-            first += len(shard)
-    lengths = np.array(
-        [
-            len(tokenizer.decode([token], skip_special_tokens=False))
-            for token in range(counts.shape[1])
-        ]
-    )
-    total = counts.sum(0)
+    counts, data_hash = _count(config, files, shards, train_tokens, vocabulary(tokenizer))
+    counts_of_both = counts.sum(0)
     facts = dict(
         data=config.data,
-        files=[os.path.abspath(path) for path in files],
-        documents=int(total[end_of_text]),
-        characters=int(total @ lengths),
-        train_tokens=tokens[0],
-        validation_tokens=tokens[1],
-        vocabulary=counts.shape[1],
-        data_hash=digest.hexdigest(),
+        # Path.resolve would follow links, which the cache's key does not.
+        files=[os.path.abspath(path) for path in files],  # noqa: PTH100
+        documents=int(counts_of_both[end_of_text]),
+        characters=int(counts_of_both @ _token_lengths(tokenizer)),
+        train_tokens=train_tokens,
+        validation_tokens=total - train_tokens,
+        vocabulary=vocabulary(tokenizer),
+        data_hash=data_hash,
         tokenizer_hash=sha256(tokenizer_json),
         unigram_entropy=entropy(counts[0]),
         left_out=0,
@@ -125,47 +199,60 @@ def import_shards(config: Config, files: list[str], tokenizer_json: str, folder:
     replace_file(folder / "tokenizer.json", tokenizer_json)
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
     print(
-        f"data: {len(files):,} token shards, {tokens[0]:,} training and {tokens[1]:,} validation tokens"
-        + (
-            ""
-            if held_out and len(held_out) < len(files)
-            else ": the last ones, as no file is named val"
-        )
+        f"data: {len(files):,} token shards, {train_tokens:,} training and "
+        f"{total - train_tokens:,} validation tokens"
+        + _which_are_held_out(named_training, named_validation)
     )
 
 
-class Joined:
-    """Token arrays one after the other as one, without a copy: its length, and slices [first:last] of it."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, place: slice) -> np.ndarray:
-        first, last, _ = place.indices(len(self))
-        taken = []
-        for number in range(int(np.searchsorted(self.ends, first, side="right")), len(self.parts)):
-            begin = int(self.ends[number]) - len(self.parts[number])
-            if begin >= last:
-                break
-            taken.append(self.parts[number][max(0, first - begin) : last - begin])
-        return taken[0] if len(taken) == 1 else np.concatenate(taken or [self.parts[0][:0]])
+def _is_named_validation(path: str) -> bool:
+    name = Path(path).stem.lower()
+    return re.search(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", name) is not None
 
 
-def cut_shards(
-    shards: list[np.ndarray], first: int
-) -> tuple[np.ndarray | Joined, np.ndarray | Joined]:
-    """The first tokens of several shards, and the others."""
-    sides = ([], [])
-    for shard in shards:
-        taken = min(first, len(shard))
-        first -= taken
-        for side, part in zip(sides, (shard[:taken], shard[taken:])):
-            if len(part):
-                side.append(part)
-    return tuple(
-        parts[0] if len(parts) == 1 else Joined(parts or [np.empty(0, np.uint16)])
-        for parts in sides
+def _which_are_held_out(named_training: list[str], named_validation: list[str]) -> str:
+    if named_training and named_validation:
+        return ""
+    return ": the last ones, as no file is named val"
+
+
+def _count(
+    config: Config,
+    files: list[str],
+    shards: list[np.ndarray],
+    train_tokens: int,
+    vocabulary_size: int,
+) -> tuple[np.ndarray, str]:
+    """How often each token occurs, int64 [2 sides, tokens of the vocabulary], and the data hash."""
+    counts = np.zeros((len(SIDES), vocabulary_size), np.int64)
+    digest = hashlib.blake2b(digest_size=16)
+    total = sum(len(shard) for shard in shards)
+    left_to_train = train_tokens
+    with ProgressBar("checking the tokens", total, unit="token") as bar:
+        for path, shard in zip(files, shards):
+            cut = min(left_to_train, len(shard))
+            left_to_train -= cut
+            for side, part in enumerate((shard[:cut], shard[cut:])):
+                try:
+                    counts[side] += count_tokens(part, vocabulary_size, bar, digest)
+                except ValueError as error:
+                    raise ExperimentError(
+                        f"{path}: {error} of its {SIDES[side]} part is out of range: "
+                        + _other_tokenizer_message(config, vocabulary_size)
+                    ) from error
+    return counts, digest.hexdigest()
+
+
+def _other_tokenizer_message(config: Config, vocabulary_size: int) -> str:
+    return (
+        f"the tokenizer {config.tokenizer} has {vocabulary_size:,} tokens. Give the --tokenizer "
+        "that made the shards; if it is this one, the file is damaged or no token shard"
     )
+
+
+def _token_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """How many characters each token decodes to by itself."""
+    lengths = []
+    for token in range(vocabulary(tokenizer)):
+        lengths.append(len(tokenizer.decode([token], skip_special_tokens=False)))
+    return np.array(lengths)

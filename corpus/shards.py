@@ -1,29 +1,43 @@
-"""Text to token shards: the split by document, and tokenizing on all cores.
+"""Text to token shards: scan the text, split it by document, tokenize it on all cores, write it.
 
-`build` appends to two shards and writes down, every SHARD_CHARACTERS characters, how far it is, so that a build that was
-killed goes on from there.
+`scan` reads the text once and notes the hash and length of every chunk. `build` decides from these
+which documents are held out, trains the tokenizer, and appends tokens to train.bin and
+validation.bin. Every SHARD_CHARACTERS characters it writes down how far it is, so that a build that
+was killed continues from there.
+
+It writes into the folder that it is given, which corpus.cache locks. File names and keys in files
+are what caches on disk have: survey.npz, pieces.bin and the key "pieces" are older than the words
+"scan" and "chunk" in this code.
 """
 
 import collections
-import ctypes
+import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
-import struct
-import sys
 import time
 from array import array
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from config import Config, ExperimentError
 from corpus.sources import Source
+from corpus.token_files import (
+    FORMAT_VERSION,
+    HEADER_BYTES,
+    ProgressBar,
+    count_tokens,
+    entropy,
+    replace_file,
+    write_header,
+)
 from corpus.tokenizer import (
     encoder,
     load_tokenizer,
@@ -32,488 +46,605 @@ from corpus.tokenizer import (
     trained_size,
     vocabulary,
 )
+from corpus.workers import die_with_parent
 from planner.machine import cpu_cores
 
-TOKENIZER_SAMPLE = (
-    20_000_000  # characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores
-)
-TOKENIZE_CHARACTERS = 1_000_000  # characters tokenized at a time, by one core
-SHARD_CHARACTERS = 64_000_000  # characters after which what is tokenized outlives a kill
-COUNT_TOKENS = 2**20  # tokens counted at a time
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-FORMAT_VERSION = 2  # of the cache: raise it when the same files would give other shards
-MAGIC, HEADER_BYTES = b"MOETOKEN", 1024
-HEADER = struct.Struct(
-    "<8sIIQ32s"
-)  # magic, version, bytes in a token, tokens, the tokenizer's sha256
-# A piece of text: its hash, its length in characters, whether its document ends with it.
+# Characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores.
+TOKENIZER_SAMPLE = 20_000_000
+TOKENIZE_CHARACTERS = 1_000_000  # characters that one core tokenizes at a time
+SHARD_CHARACTERS = 64_000_000  # characters after which the tokens outlive a kill
+CHUNKS_AT_ONCE = 2**20  # chunks whose hashes are hashed at a time
+
+TOKEN_FILES = ("train.bin", "validation.bin")
+CHUNK_FILE = "pieces.bin"
+SCAN_FILE = "survey.npz"
+PROGRESS_FILE = "progress.json"
+# What only an unfinished build needs.
+TEMPORARY_FILES = (SCAN_FILE, CHUNK_FILE, PROGRESS_FILE)
+
+# What is kept of a chunk of text: its hash, its length in characters, whether its document ends
+# with it.
 CHUNK = np.dtype([("hash", "<u8"), ("length", "<u4"), ("last", "?")])
 
 
-# --- what the text is like
+# --- scanning the text
 
 
-class Bar:
-    """A progress bar: characters or tokens a second, documents a second and, with a total, the time left."""
+@dataclass(frozen=True)
+class Scan:
+    """What one reading of a text found. The fields but the first are keys of the scan's file."""
 
-    def __init__(self, what: str, total: int | None = None, done: int = 0, unit: str = "char"):
-        self.bar = tqdm(
-            desc=what,
-            total=total,
-            initial=done,
-            unit=unit,
-            unit_scale=True,
-            leave=False,
-            mininterval=0.5,
-        )
-        self.start, self.documents = time.perf_counter(), 0
+    chunks: np.ndarray  # CHUNK records, in reading order
+    whole: bool  # whether these are all chunks of the text
+    rows: int  # lines and rows that were read
+    bad: int  # of these, how many cannot be read and are left out
+    bad_rows: str  # where the first of them are, and what is wrong with them
 
-    def add(self, count: int, documents: int = 0) -> None:
-        self.documents += documents
-        if self.documents:
-            self.bar.set_postfix_str(
-                f"{self.documents / (time.perf_counter() - self.start):,.0f} documents/s",
-                refresh=False,
-            )
-        self.bar.update(count)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.chunks["length"].astype(np.int64)
 
 
-def text_hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def scan(source: Source, folder: Path) -> Scan:
+    """Reads the text once, or only its beginning when reading the rest means downloading it.
 
-
-def data_hash(pieces: np.ndarray) -> str:
-    """The identity of a corpus, of its pieces (CHUNK array, which may be mapped): the same on every machine."""
-    total = hashlib.blake2b(digest_size=16)
-    for name in ("hash", "last"):
-        for first in range(0, len(pieces), COUNT_TOKENS):
-            total.update(pieces[name][first : first + COUNT_TOKENS].tobytes())
-    return total.hexdigest()
-
-
-def scan(text: Source, folder: Path) -> dict:
-    """Reads the text once; of a hub's data set only as much as a tokenizer is trained on. Kept in the folder for the next
-    time. Returns pieces (CHUNK array), whole (whether they are all), and rows, bad, bad_rows of its RowCounter."""
-    path = folder / "survey.npz"
+    What was found is kept in `folder` for a build that continues there after a kill.
+    Raises ExperimentError when there is no text.
+    """
+    path = folder / SCAN_FILE
     if path.exists():
-        with np.load(path) as saved:
-            return {name: saved[name] if saved[name].ndim else saved[name].item() for name in saved}
-    hashes, lengths, ends, whole = array("Q"), array("L"), bytearray(), True
-    characters = 0
-    with Bar("reading the corpus") as bar:
-        for piece, last in text.chunks():
-            hashes.append(text_hash(piece))
-            lengths.append(len(piece))
-            ends.append(last)
-            bar.add(len(piece), last)
-            characters += len(piece)
-            if (
-                not text.scan_to_end and characters >= TOKENIZER_SAMPLE and last
-            ):  # `surveyed` says the same
-                whole = False
-                break
-    if not hashes:
-        raise ExperimentError(f"{text.name} is empty. Give --data a corpus with text")
-    pieces = np.empty(len(hashes), CHUNK)
-    pieces["hash"], pieces["length"], pieces["last"] = hashes, lengths, np.frombuffer(ends, bool)
-    found = dict(
-        pieces=pieces,
-        whole=whole,
-        rows=text.rows.read,
-        bad=text.rows.bad,
-        bad_rows="; ".join(text.rows.problems),
-    )
-    np.savez(folder / "survey.tmp.npz", **found)
-    os.replace(folder / "survey.tmp.npz", path)
+        return _load_scan(path)
+    found = _read_text(source)
+    _save_scan(found, path)
     return found
 
 
-def scanned(pieces: np.ndarray) -> np.ndarray:
-    """Of all pieces of a hub's data set, those that `survey` reads."""
-    enough = (np.cumsum(pieces["length"], dtype=np.int64) >= TOKENIZER_SAMPLE) & pieces["last"]
-    return pieces[: enough.argmax() + 1] if enough.any() else pieces
+def _read_text(source: Source) -> Scan:
+    # These arrays take 17 bytes a chunk; lists of Python's numbers would take five times as much.
+    hashes = array("Q")
+    lengths = array("L")
+    ends = bytearray()
+    characters = 0
+    whole = True
+    with ProgressBar("reading the corpus") as bar:
+        for text, last in source.chunks():
+            hashes.append(text_hash(text))
+            lengths.append(len(text))
+            ends.append(last)
+            characters += len(text)
+            bar.add(len(text), last)
+            # `scanned` finds the same end in a list of all chunks.
+            if not source.scan_to_end and last and characters >= TOKENIZER_SAMPLE:
+                whole = False
+                break
+    if not hashes:
+        raise ExperimentError(f"{source.name} is empty. Give --data a corpus with text")
+    chunks = np.empty(len(hashes), CHUNK)
+    chunks["hash"] = hashes
+    chunks["length"] = lengths
+    chunks["last"] = np.frombuffer(ends, bool)
+    rows = source.rows
+    return Scan(chunks, whole, rows.read, rows.bad, "; ".join(rows.problems))
+
+
+def _save_scan(found: Scan, path: Path) -> None:
+    temporary = path.with_name("survey.tmp.npz")
+    np.savez(
+        temporary,
+        pieces=found.chunks,
+        whole=found.whole,
+        rows=found.rows,
+        bad=found.bad,
+        bad_rows=found.bad_rows,
+    )
+    temporary.replace(path)
+
+
+def _load_scan(path: Path) -> Scan:
+    with np.load(path) as saved:
+        return Scan(
+            chunks=saved["pieces"],
+            whole=saved["whole"].item(),
+            rows=saved["rows"].item(),
+            bad=saved["bad"].item(),
+            bad_rows=saved["bad_rows"].item(),
+        )
+
+
+def text_hash(text: str) -> int:
+    """64 bits that identify a text: the same on every machine."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def data_hash(chunks: np.ndarray) -> str:
+    """The identity of a corpus with these chunks (CHUNK records): the same on every machine.
+
+    The records may be mapped from a file: they are read a part at a time.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("hash", "last"):
+        for first in range(0, len(chunks), CHUNKS_AT_ONCE):
+            digest.update(chunks[name][first : first + CHUNKS_AT_ONCE].tobytes())
+    return digest.hexdigest()
+
+
+def scanned(chunks: np.ndarray) -> np.ndarray:
+    """Of all chunks of a source that is not scanned to its end, those that `scan` reads."""
+    characters = np.cumsum(chunks["length"], dtype=np.int64)
+    enough = (characters >= TOKENIZER_SAMPLE) & chunks["last"]
+    if not enough.any():
+        return chunks
+    return chunks[: enough.argmax() + 1]
+
+
+# --- the split
 
 
 def split(hashes: np.ndarray, lengths: np.ndarray, validation_fraction: float) -> np.ndarray:
-    """Which documents are held out, bool [documents]: those of the lowest hashes, until they hold validation_fraction
-    of all characters. Equal documents have equal hashes, so they stay together; two different ones give two sides."""
-    order = np.argsort(hashes, kind="stable")
-    characters = np.cumsum(lengths[order])
-    last = order[np.searchsorted(characters, validation_fraction * characters[-1])]
-    validation = hashes <= hashes[last]
-    return hashes < hashes.max() if validation.all() else validation
+    """Which documents are held out, bool [documents].
+
+    They are those of the lowest hashes, until these hold validation_fraction of all characters.
+    Equal documents have equal hashes, so they stay on one side. Two different documents or more
+    give two sides that are not empty.
+    """
+    by_hash = np.argsort(hashes, kind="stable")
+    characters = np.cumsum(lengths[by_hash])
+    wanted = validation_fraction * characters[-1]
+    limit = hashes[by_hash[np.searchsorted(characters, wanted)]]
+    held_out = hashes <= limit
+    if held_out.all():
+        return hashes < hashes.max()
+    return held_out
 
 
-def last_held_out(pieces: np.ndarray, validation_fraction: float) -> int:
-    """The highest hash that is held out of a text with these pieces (CHUNK array); -1 when none is."""
-    held_out = split(pieces["hash"], pieces["length"].astype(np.int64), validation_fraction)
-    return int(pieces["hash"][held_out].max()) if held_out.any() else -1
+def last_held_out(chunks: np.ndarray, validation_fraction: float) -> int:
+    """The highest hash that is held out of a text with these chunks (CHUNK records), or -1."""
+    lengths = chunks["length"].astype(np.int64)
+    held_out = split(chunks["hash"], lengths, validation_fraction)
+    if not held_out.any():
+        return -1
+    return int(chunks["hash"][held_out].max())
 
 
-def _changed(text: Source) -> ExperimentError:
-    return ExperimentError(f"the corpus {text.name} changed while it was being read; run again")
-
-
-# --- building shards
+# --- the build
 
 
 def token_dtype(config: Config) -> np.dtype:
-    return np.dtype("<u2" if config.vocab_size <= 65536 else "<u4")
+    """The type of the tokens in a shard: the smaller one that holds the vocabulary."""
+    if config.vocab_size <= 65536:
+        return np.dtype("<u2")
+    return np.dtype("<u4")
 
 
 def build_key(config: Config, tokenizer_json: str | None) -> str:
-    """Changes with whatever changes the shards of a text, besides the text."""
+    """Changes with whatever changes the shards of a text, apart from the text.
+
+    A tokenizer that is trained is known by its sample and size; a given one by its tokenizer.json
+    or, when that has not been read (None), by its name. Caches on disk are found by this key.
+    """
     size = trained_size(config)
-    tokenizer = (
-        [TOKENIZER_SAMPLE, size]
-        if size
-        else config.tokenizer
-        if tokenizer_json is None
-        else sha256(tokenizer_json)
-    )
-    return sha256(
-        json.dumps([FORMAT_VERSION, tokenizer, token_dtype(config).str, config.validation_fraction])
-    )[:16]
-
-
-def replace_file(path: Path, content: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    tokenizer: list | str
+    if size:
+        tokenizer = [TOKENIZER_SAMPLE, size]
+    elif tokenizer_json is None:
+        tokenizer = config.tokenizer
+    else:
+        tokenizer = sha256(tokenizer_json)
+    parts = [FORMAT_VERSION, tokenizer, token_dtype(config).str, config.validation_fraction]
+    return sha256(json.dumps(parts))[:16]
 
 
 def build(
-    config: Config, text: Source, found: dict, tokenizer_json: str | None, folder: Path
+    config: Config, source: Source, found: Scan, tokenizer_json: str | None, folder: Path
 ) -> None:
-    """Trains the tokenizer when tokenizer_json is None, and writes train.bin, validation.bin, tokenizer.json and the facts
-    in corpus.json; `found` is the text's survey. Goes on from what a killed build left in the folder."""
-    start, made_by = time.perf_counter(), build_key(config, tokenizer_json)
-    pieces, lengths = found["pieces"], found["pieces"]["length"].astype(np.int64)
-    limit, characters = last_held_out(pieces, config.validation_fraction), int(lengths.sum())
-    held_out = pieces["hash"] <= limit
-    what = text.description
-    if not found["whole"]:
-        what = f"the beginning of {what}"
-    print(
-        f"data: {what}, {len(pieces):,} documents, {characters:,} characters, {lengths[held_out].sum() / characters:.2%} held out"
-    )
-    if tokenizer_json is None and (folder / "tokenizer.json").exists():
-        tokenizer_json = (folder / "tokenizer.json").read_bytes().decode()
-    elif tokenizer_json is None:
-        began, sample = time.perf_counter(), ~held_out
-        share = min(1, TOKENIZER_SAMPLE / lengths[sample].sum())
-        sample[sample] = (
-            np.diff(np.floor(np.arange(sample.sum() + 1) * share)) > 0
-        )  # spread evenly over the corpus
-        tokenizer_json = train_tokenizer(_chosen(text, pieces, sample), trained_size(config))
-        print(
-            f"data: tokenizer trained on {lengths[sample].sum():,} characters in {time.perf_counter() - began:.1f} s"
-        )
-    replace_file(folder / "tokenizer.json", tokenizer_json)
+    """Writes train.bin, validation.bin, tokenizer.json and the facts in corpus.json.
 
+    `found` is the scan of the source. A tokenizer is trained when tokenizer_json is None. The build
+    continues from what a killed one left in the folder.
+    Raises ExperimentError when the text has changed since the scan or cannot be tokenized.
+    """
+    start = time.perf_counter()
+    limit = last_held_out(found.chunks, config.validation_fraction)
+    held_out = found.chunks["hash"] <= limit
+    print(_scan_message(source, found, held_out))
+
+    if tokenizer_json is None:
+        tokenizer_json = _train_or_read_tokenizer(config, source, found, ~held_out, folder)
+    replace_file(folder / "tokenizer.json", tokenizer_json)
     tokenizer, end_of_text = load_tokenizer(tokenizer_json)
-    dtype, tokenizer_hash = token_dtype(config), sha256(tokenizer_json)
-    done = _write_shards(
-        folder, text, found, limit, _Encoder(encoder(tokenizer), end_of_text, dtype)
-    )
-    for name, tokens in zip(("train.bin", "validation.bin"), done["tokens"]):
-        with open(folder / name, "r+b") as file:
-            file.write(
-                HEADER.pack(
-                    MAGIC, FORMAT_VERSION, dtype.itemsize, tokens, bytes.fromhex(tokenizer_hash)
-                )
-            )
-    with Bar("counting", done["tokens"][0], unit="token") as bar:
-        counts = count_tokens(
-            np.memmap(folder / "train.bin", dtype, mode="r", offset=HEADER_BYTES),
-            vocabulary(tokenizer),
-            bar,
-        )
-    read = np.memmap(folder / "pieces.bin", CHUNK, mode="r")
+    tokenizer_hash = sha256(tokenizer_json)
+    dtype = token_dtype(config)
+
+    batch_encoder = _BatchEncoder(encoder(tokenizer), end_of_text, dtype)
+    done = _write_shards(folder, source, found, limit, batch_encoder)
+    for name, count in zip(TOKEN_FILES, done.tokens):
+        write_header(folder / name, dtype, count, tokenizer_hash)
+
+    train_tokens, validation_tokens = done.tokens
+    vocabulary_size = vocabulary(tokenizer)
+    chunks = np.memmap(folder / CHUNK_FILE, CHUNK, mode="r")
     facts = dict(
         data=config.data,
-        documents=len(read),
-        characters=done["characters"],
-        train_tokens=done["tokens"][0],
-        validation_tokens=done["tokens"][1],
-        vocabulary=vocabulary(tokenizer),
-        data_hash=data_hash(read),
+        documents=len(chunks),
+        characters=done.characters,
+        train_tokens=train_tokens,
+        validation_tokens=validation_tokens,
+        vocabulary=vocabulary_size,
+        data_hash=data_hash(chunks),
         tokenizer_hash=tokenizer_hash,
-        unigram_entropy=entropy(counts),
-        left_out=found["bad"],
-        recipe=made_by if found["whole"] else None,
-    )  # else the same text from files is split otherwise
+        unigram_entropy=_unigram_entropy(folder / "train.bin", dtype, vocabulary_size),
+        left_out=found.bad,
+        # The key of the build, by which corpus.cache finds these shards for the same text from
+        # another place. When a beginning decided the split, the same text from files is split
+        # otherwise.
+        recipe=build_key(config, tokenizer_json) if found.whole else None,
+    )
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
+    seconds = time.perf_counter() - start
     print(
-        f"data: {done['tokens'][0]:,} training and {done['tokens'][1]:,} validation tokens, {time.perf_counter() - start:.1f} s"
+        f"data: {train_tokens:,} training and {validation_tokens:,} validation tokens, "
+        f"{seconds:.1f} s"
     )
 
 
-def _chosen(text: Source, pieces: np.ndarray, chosen: np.ndarray):
-    """The chosen pieces of a text that was surveyed."""
-    with Bar("training the tokenizer", int(pieces["length"][chosen].sum())) as bar:
-        for (piece, last), expected, take in zip(text.chunks(), pieces["hash"], chosen):
-            if text_hash(piece) != expected:
-                raise _changed(text)
-            if take:
-                yield piece
-                bar.add(len(piece), last)
+def _scan_message(source: Source, found: Scan, held_out: np.ndarray) -> str:
+    what = source.description
+    if not found.whole:
+        what = f"the beginning of {what}"
+    characters = found.lengths.sum()
+    share = found.lengths[held_out].sum() / characters
+    return (
+        f"data: {what}, {len(found.chunks):,} documents, {characters:,} characters, "
+        f"{share:.2%} held out"
+    )
 
 
-class _Encoder:
-    """What DataLoader indexes, by (texts, the side of each, whether end-of-text follows it): the tokens of both sides."""
+def _changed(source: Source) -> ExperimentError:
+    return ExperimentError(f"the corpus {source.name} changed while it was being read; run again")
+
+
+def _unigram_entropy(path: Path, dtype: np.dtype, vocabulary_size: int) -> float:
+    tokens = np.memmap(path, dtype, mode="r", offset=HEADER_BYTES)
+    with ProgressBar("counting", len(tokens), unit="token") as bar:
+        return entropy(count_tokens(tokens, vocabulary_size, bar))
+
+
+# --- the tokenizer
+
+
+def _train_or_read_tokenizer(
+    config: Config, source: Source, found: Scan, training: np.ndarray, folder: Path
+) -> str:
+    """The tokenizer.json that a killed build left in the folder, else that of a new tokenizer.
+
+    `training` (bool) says which of the scanned chunks are not held out.
+    """
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return path.read_bytes().decode()
+    start = time.perf_counter()
+    sample = _even_sample(training, found.lengths)
+    size = trained_size(config)
+    assert size is not None  # else the tokenizer is a given one
+    tokenizer_json = train_tokenizer(_sampled_texts(source, found.chunks, sample), size)
+    seconds = time.perf_counter() - start
+    characters = found.lengths[sample].sum()
+    print(f"data: tokenizer trained on {characters:,} characters in {seconds:.1f} s")
+    return tokenizer_json
+
+
+def _even_sample(training: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Which chunks a tokenizer is trained on, bool [chunks].
+
+    They are about TOKENIZER_SAMPLE characters of the training chunks, spread evenly.
+    """
+    share = min(1, TOKENIZER_SAMPLE / lengths[training].sum())
+    # Chunk i is taken where the running total i * share reaches the next whole number.
+    totals = np.floor(np.arange(training.sum() + 1) * share)
+    sample = training.copy()
+    sample[training] = np.diff(totals) > 0
+    return sample
+
+
+def _sampled_texts(source: Source, chunks: np.ndarray, sample: np.ndarray) -> Iterator[str]:
+    characters = int(chunks["length"][sample].sum())
+    with ProgressBar("training the tokenizer", characters) as bar:
+        for (text, last), expected, taken in zip(source.chunks(), chunks["hash"], sample):
+            if text_hash(text) != expected:
+                raise _changed(source)
+            if taken:
+                yield text
+                bar.add(len(text), last)
+
+
+# --- text in batches
+
+
+class _MarkedChunk(NamedTuple):
+    """A chunk of text and where it goes."""
+
+    text: str
+    hash: int
+    last: bool  # its document ends with it
+    held_out: bool
+    separated: bool  # end-of-text follows it
+
+
+class _EncoderInput(NamedTuple):
+    """What a worker process gets of a batch: one element a chunk."""
+
+    texts: list[str]
+    held_out: list[bool]
+    separated: list[bool]
+
+
+class _BatchFacts(NamedTuple):
+    """What is written of a batch when its tokens are."""
+
+    records: np.ndarray  # CHUNK
+    position: dict | None  # where a later build can continue after this batch, if it can
+
+
+def _marked_chunks(source: Source, start: dict | None, limit: int) -> Iterator[_MarkedChunk]:
+    """The chunks after `start`. Those whose hash is at most `limit` are held out.
+
+    End-of-text follows the last chunk of a document. It also follows a chunk whose successor is on
+    the other side, so a chunk is yielded when its successor is known.
+    """
+    previous = None
+    for text, last in source.chunks(start):
+        digest = text_hash(text)
+        held_out = digest <= limit
+        if previous is not None:
+            yield previous._replace(separated=previous.held_out != held_out)
+        chunk = _MarkedChunk(text, digest, last, held_out, separated=True)
+        if last:
+            yield chunk
+            previous = None
+        else:
+            previous = chunk
+
+
+def _batches(
+    source: Source, found: Scan, limit: int, start: dict | None
+) -> Iterator[tuple[_EncoderInput, _BatchFacts]]:
+    """Cuts the text after `start` into batches of about TOKENIZE_CHARACTERS characters.
+
+    Raises ExperimentError when the text is not what was scanned.
+    """
+    expected = found.chunks["hash"]
+    count = start["pieces"] if start else 0
+    chunks: list[_MarkedChunk] = []
+    characters = 0
+    characters_since_position = 0
+    for chunk in _marked_chunks(source, start, limit):
+        if count < len(expected) and chunk.hash != expected[count]:
+            raise _changed(source)
+        chunks.append(chunk)
+        count += 1
+        characters += len(chunk.text)
+        if characters < TOKENIZE_CHARACTERS:
+            continue
+        characters_since_position += characters
+        position = None
+        if characters_since_position >= SHARD_CHARACTERS:
+            position = source.position(count)
+        if position is not None:
+            characters_since_position = 0
+        yield _encoder_input(chunks), _BatchFacts(_records(chunks), position)
+        chunks = []
+        characters = 0
+    if found.whole and count != len(expected):
+        raise _changed(source)
+    if chunks:
+        yield _encoder_input(chunks), _BatchFacts(_records(chunks), None)
+
+
+def _encoder_input(chunks: list[_MarkedChunk]) -> _EncoderInput:
+    return _EncoderInput(
+        texts=[chunk.text for chunk in chunks],
+        held_out=[chunk.held_out for chunk in chunks],
+        separated=[chunk.separated for chunk in chunks],
+    )
+
+
+def _records(chunks: list[_MarkedChunk]) -> np.ndarray:
+    records = np.empty(len(chunks), CHUNK)
+    records["hash"] = [chunk.hash for chunk in chunks]
+    records["length"] = [len(chunk.text) for chunk in chunks]
+    records["last"] = [chunk.last for chunk in chunks]
+    return records
+
+
+# --- batches to tokens
+
+
+class _BatchEncoder:
+    """What DataLoader indexes with an _EncoderInput: its tokens, [training, validation].
+
+    Returns the message as a string when the tokenizer fails.
+    """
 
     def __init__(self, encode, end_of_text: int, dtype: np.dtype):
-        self.encode, self.end_of_text, self.dtype = (
-            encode,
-            np.array([end_of_text], np.uint32),
-            dtype,
-        )
+        self.encode = encode
+        self.end_of_text = np.array([end_of_text], np.uint32)
+        self.dtype = dtype
 
-    def __getitem__(self, batch: tuple):
-        texts, sides, separated = batch
+    def __getitem__(self, batch: _EncoderInput) -> list[np.ndarray] | str:
         try:
-            encoded = self.encode(texts)
-        except (
-            Exception
-        ) as error:  # tokenizers raises plain Exception; DataLoader would add a traceback to it
+            encoded = self.encode(batch.texts)
+        except Exception as error:
+            # The tokenizers library raises plain Exception; DataLoader would add a traceback to it.
             return str(error)
-        parts = ([self.end_of_text[:0]], [self.end_of_text[:0]])
-        for ids, side, separate in zip(encoded, sides, separated):
-            parts[side].extend([ids, self.end_of_text] if separate else [ids])
-        return [np.concatenate(part).astype(self.dtype) for part in parts]
+        nothing = self.end_of_text[:0]  # concatenate needs one array at least
+        training = [nothing]
+        validation = [nothing]
+        for ids, held_out, separated in zip(encoded, batch.held_out, batch.separated):
+            side = validation if held_out else training
+            side.append(ids)
+            if separated:
+                side.append(self.end_of_text)
+        return [np.concatenate(side).astype(self.dtype) for side in (training, validation)]
 
 
-LIBC = ctypes.CDLL(None)
-
-
-def signal_with_parent(number: int) -> None:
-    """Lets the kernel send this process a signal when the one that made it has ended (Linux alone can)."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, number)
-
-
-def die_with_parent() -> None:
-    """Lets the kernel end this worker process when the one that made it is killed. Else it would wait for ever to hand
-    over its work, and hold the lock of the folder that the killed build left."""
-    signal_with_parent(signal.SIGKILL)
-    if os.getppid() != multiprocessing.parent_process().pid:  # it was killed just before
-        os._exit(1)
-
-
-def _start_worker(_number: int):
-    """Texts are spread over processes, each on one core; the first process alone decides when to stop."""
+def _start_worker(_number: int) -> None:
     die_with_parent()
+    # Batches are spread over processes: each uses one core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The first process alone decides when to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _batches(text: Source, found: dict, limit: int, start: dict | None):
-    """Cuts the text after `start` into batches: yields (what _Encoder is indexed by, its CHUNK array, a position to go on
-    from or None). Pieces whose hash is at most `limit` are held out. Raises ExperimentError when the text has changed."""
-    pieces, number, since = found["pieces"], start["pieces"] if start else 0, 0
-
-    def marked():
-        """(text, hash, last, side, separate): end-of-text follows the last piece of a document, and a piece whose successor
-        is on the other side."""
-        previous = None
-        for piece, last in text.chunks(start):
-            digest = text_hash(piece)
-            side = digest <= limit
-            if previous:
-                yield *previous, previous[-1] != side
-            previous = None if last else (piece, digest, last, side)
-            if last:
-                yield piece, digest, last, side, True
-
-    def packed(batch: list, position: dict | None):
-        texts, hashes, last, sides, separated = zip(*batch)
-        record = np.empty(len(batch), CHUNK)
-        record["hash"], record["length"], record["last"] = hashes, list(map(len, texts)), last
-        return (list(texts), sides, separated), record, position
-
-    batch, size = [], 0
-    for one in marked():
-        piece, digest, *_ = one
-        if number < len(pieces) and pieces["hash"][number] != digest:
-            raise _changed(text)
-        batch.append(one)
-        number, size, since = number + 1, size + len(piece), since + len(piece)
-        if size >= TOKENIZE_CHARACTERS:
-            position = None
-            if since >= SHARD_CHARACTERS:
-                position = text.position(number)
-                if position is not None:
-                    since = 0
-            yield packed(batch, position)
-            batch, size = [], 0
-    if found["whole"] and number != len(pieces):
-        raise _changed(text)
-    if batch:
-        yield packed(batch, None)
+# --- tokens to files
 
 
-def _progress(folder: Path, names: tuple, width: int) -> dict:
-    """What a killed build wrote down of its work, after cutting off what it appended later; else an empty beginning."""
-    done = empty = dict(tokens=[0, 0], characters=0, position=None)
-    if (folder / "progress.json").exists():
-        done = json.loads((folder / "progress.json").read_bytes())
+@dataclass
+class _Progress:
+    """What is finished of a build. The fields are the keys of progress.json."""
 
-    def sizes(done: dict) -> dict:
-        pieces = done["position"]["pieces"] if done["position"] else 0
-        return dict(
-            zip(
-                names,
-                [HEADER_BYTES + width * n for n in done["tokens"]] + [CHUNK.itemsize * pieces],
-            )
-        )
+    tokens: list[int]  # of train.bin and of validation.bin
+    characters: int
+    position: dict | None  # of the source; its key "pieces" is the number of chunks
 
-    if any(
-        not (folder / name).exists() or (folder / name).stat().st_size < size
-        for name, size in sizes(done).items()
-    ):
-        done = empty
-        for name in names:
-            (folder / name).unlink(missing_ok=True)  # it may be a link to another cache folder's
+    def file_sizes(self, token_bytes: int) -> dict[str, int]:
+        """How many bytes of each file are finished."""
+        chunks = self.position["pieces"] if self.position else 0
+        sizes = {CHUNK_FILE: CHUNK.itemsize * chunks}
+        for name, count in zip(TOKEN_FILES, self.tokens):
+            sizes[name] = HEADER_BYTES + token_bytes * count
+        return sizes
+
+
+def _resume(folder: Path, token_bytes: int) -> _Progress:
+    """Prepares the files of a build: what a killed build finished, or empty files.
+
+    What the killed build appended after it last wrote down its progress is cut off.
+    """
+    done = _read_progress(folder, token_bytes)
+    if done is None:
+        done = _Progress(tokens=[0, 0], characters=0, position=None)
+        for name in done.file_sizes(token_bytes):
+            # The file may be a hard link to that of another cache folder, which must not change.
+            (folder / name).unlink(missing_ok=True)
             (folder / name).touch()
-    for name, size in sizes(done).items():
-        os.truncate(folder / name, size)
-    if done["position"]:
-        print(f"data: going on after {done['characters']:,} characters that were tokenized before")
+    for name, size in done.file_sizes(token_bytes).items():
+        os.truncate(folder / name, size)  # makes room for the header in an empty file
+    if done.position:
+        print(f"data: continuing after {done.characters:,} characters that were tokenized before")
     return done
 
 
-def _write_shards(folder: Path, text: Source, found: dict, limit: int, tokens_of: _Encoder) -> dict:
-    """Appends the tokens of the text to train.bin and validation.bin, after room for their headers, and what it read to
-    pieces.bin. Returns tokens (of both) and characters, all that there are."""
-    names = ("train.bin", "validation.bin", "pieces.bin")
-    done = _progress(folder, names, tokens_of.dtype.itemsize)
-    total = int(found["pieces"]["length"].sum())
-    workers = 0 if found["whole"] and total <= 2 * TOKENIZE_CHARACTERS else cpu_cores()
-    if not found["whole"]:
-        total = text.expected_characters(total, int(found["pieces"]["last"].sum()))
-    waiting = (
-        collections.deque()
-    )  # of the batches whose tokens are being made: CHUNK array, position
+def _read_progress(folder: Path, token_bytes: int) -> _Progress | None:
+    """What a killed build wrote down, if the files hold as much."""
+    path = folder / PROGRESS_FILE
+    if not path.exists():
+        return None
+    done = _Progress(**json.loads(path.read_bytes()))
+    for name, size in done.file_sizes(token_bytes).items():
+        file = folder / name
+        if not file.exists() or file.stat().st_size < size:
+            return None
+    return done
 
-    def batches():
-        for batch, *rest in _batches(text, found, limit, done["position"]):
-            waiting.append(rest)
-            yield batch
 
-    files = [open(folder / name, "ab") for name in names]
+def _write_shards(
+    folder: Path, source: Source, found: Scan, limit: int, batch_encoder: _BatchEncoder
+) -> _Progress:
+    """Appends the tokens of the text to the TOKEN_FILES, and its chunks' records to CHUNK_FILE.
+
+    Returns what there is in the end. Raises ExperimentError when the text cannot be tokenized.
+    """
+    done = _resume(folder, batch_encoder.dtype.itemsize)
+    batches = _batches(source, found, limit, done.position)
+    workers = _worker_count(found)
+    total = _expected_characters(source, found)
+    with contextlib.ExitStack() as stack:
+        files = []
+        for name in (*TOKEN_FILES, CHUNK_FILE):
+            files.append(stack.enter_context(open(folder / name, "ab")))
+        bar = stack.enter_context(ProgressBar("tokenizing", total, done.characters))
+        for tokens, facts in _encoded(batches, batch_encoder, workers):
+            for file, content in zip(files, (*tokens, facts.records)):
+                file.write(content.tobytes())
+            for side, side_tokens in enumerate(tokens):
+                done.tokens[side] += len(side_tokens)
+            characters = int(facts.records["length"].sum())
+            done.characters += characters
+            bar.add(characters, int(facts.records["last"].sum()))
+            if facts.position:
+                done.position = facts.position
+                _save_progress(folder, files, done)
+    return done
+
+
+def _worker_count(found: Scan) -> int:
+    """How many processes tokenize; 0 where starting them would take longer than the work."""
+    if found.whole and found.lengths.sum() <= 2 * TOKENIZE_CHARACTERS:
+        return 0
+    return cpu_cores()
+
+
+def _expected_characters(source: Source, found: Scan) -> int | None:
+    characters = int(found.lengths.sum())
+    if found.whole:
+        return characters
+    return source.expected_characters(characters, int(found.chunks["last"].sum()))
+
+
+def _encoded(
+    batches: Iterator[tuple[_EncoderInput, _BatchFacts]], batch_encoder: _BatchEncoder, workers: int
+) -> Iterator[tuple[list[np.ndarray], _BatchFacts]]:
+    """Yields the tokens of every batch, [training, validation], in the order of the batches."""
+    # The facts of the batches that the workers have. The tokens come back in the same order.
+    waiting: collections.deque[_BatchFacts] = collections.deque()
+
+    def inputs() -> Iterator[_EncoderInput]:
+        for encoder_input, facts in batches:
+            waiting.append(facts)
+            yield encoder_input
+
+    loader = DataLoader(
+        batch_encoder,
+        sampler=inputs(),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if workers else None,
+        # A generator of its own: otherwise DataLoader would advance the global one.
+        generator=torch.Generator(),
+    )
     try:
-        with Bar("tokenizing", total, done["characters"]) as bar:
-            for tokens in DataLoader(
-                tokens_of,
-                sampler=batches(),
-                batch_size=None,
-                num_workers=workers,
-                collate_fn=lambda x: x,
-                worker_init_fn=_start_worker,
-                multiprocessing_context="fork" if workers else None,
-                generator=torch.Generator(),
-            ):  # its own, or it would advance the global one
-                if isinstance(tokens, str):
-                    raise ExperimentError(
-                        f"the tokenizer cannot encode this corpus: {tokens}. Choose another with --tokenizer"
-                    )
-                record, position = waiting.popleft()
-                for file, content in zip(files, (*tokens, record)):
-                    file.write(content.tobytes())
-                done["tokens"] = [n + len(t) for n, t in zip(done["tokens"], tokens)]
-                characters = int(record["length"].sum())
-                done["characters"] += characters
-                bar.add(characters, int(record["last"].sum()))
-                if position:
-                    for file in files:
-                        file.flush()
-                        os.fsync(file.fileno())
-                    done["position"] = position
-                    replace_file(folder / "progress.json", json.dumps(done))
-    except RuntimeError as error:  # DataLoader's, of a worker that is gone
-        raise ExperimentError(
-            f"a tokenizing process ended, most often for lack of memory ({error}). Run again: what was "
-            "tokenized is kept, and it goes on from there"
-        ) from error
-    finally:
-        for file in files:
-            file.close()
-    return done
+        for tokens in loader:
+            if isinstance(tokens, str):
+                raise ExperimentError(_cannot_encode_message(tokens))
+            yield tokens, waiting.popleft()
+    except RuntimeError as error:  # DataLoader raises it when a worker is gone
+        raise ExperimentError(_worker_died_message(error)) from error
 
 
-# --- counting
+def _unchanged(tokens):
+    return tokens
 
 
-def count_tokens(tokens: np.ndarray, size: int, bar: Bar, digest=None) -> np.ndarray:
-    """How often each token occurs, int64 [size]; feeds the tokens to a hash too. Raises ValueError at one out of range."""
-    counts = np.zeros(size, np.int64)
-    for first in range(0, len(tokens), COUNT_TOKENS):
-        chunk = tokens[first : first + COUNT_TOKENS]
-        if chunk.max() >= size:
-            place = int(np.argmax(chunk >= size))
-            raise ValueError(f"token {chunk[place]} at place {first + place}")
-        counts += np.bincount(chunk, minlength=size)
-        if digest:
-            digest.update(chunk.tobytes())
-        bar.add(len(chunk))
-    return counts
-
-
-def entropy(counts: np.ndarray) -> float:
-    """Of the distribution with these counts, in nats."""
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
-
-
-# --- opening shards
-
-
-def read_header(path) -> tuple[bytes, int]:
-    """The first HEADER_BYTES bytes of a file, or fewer, and its size."""
-    with open(path, "rb") as file:
-        return file.read(HEADER_BYTES), os.fstat(file.fileno()).st_size
-
-
-def map_tokens(path: Path, dtype, offset: int, count: int) -> np.ndarray:
+def _cannot_encode_message(problem: str) -> str:
     return (
-        np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
-        if count
-        else np.empty(0, dtype)
+        f"the tokenizer cannot encode this corpus: {problem}. Choose another tokenizer with "
+        "--tokenizer"
     )
 
 
-def open_shard(path, tokenizer_hash: str) -> np.ndarray:
-    """Maps a token shard of our own into memory, uint16 or uint32 [tokens]. Raises ExperimentError when its header or size
-    is not what a whole shard of this tokenizer has."""
-    path = Path(path)
-    header, size = read_header(path)
-    problem = "is cut short"
-    if len(header) == HEADER_BYTES:
-        magic, version, width, count, tokenizer = HEADER.unpack_from(header)
-        problem = (
-            "is not a token shard"
-            if magic != MAGIC
-            else f"has format version {version}, not {FORMAT_VERSION}"
-            if version != FORMAT_VERSION
-            else f"has tokens of {width} bytes, not 2 or 4"
-            if width not in (2, 4)
-            else "belongs to another tokenizer"
-            if tokenizer.hex() != tokenizer_hash
-            else f"holds {size - HEADER_BYTES:,} bytes of tokens, not {count * width:,}"
-            if size != HEADER_BYTES + count * width
-            else None
-        )
-    if problem:
-        raise ExperimentError(f"{path} {problem}: delete the folder {path.parent} and run again")
-    return map_tokens(path, np.dtype(f"<u{width}"), HEADER_BYTES, count)
+def _worker_died_message(error: RuntimeError) -> str:
+    return (
+        f"a tokenizing process ended, most often for lack of memory ({error}). Run again: what was "
+        "tokenized is kept, and the next run continues from there"
+    )
+
+
+def _save_progress(folder: Path, files: list, done: _Progress) -> None:
+    # The files reach the disk first: progress.json must not promise more than they hold.
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+    replace_file(folder / PROGRESS_FILE, json.dumps(asdict(done)))

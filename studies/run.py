@@ -46,7 +46,7 @@ from pathlib import Path
 import data
 from cli import add_config_options, config_options, exit_code, locked, new_parser
 from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory, nearest, resolve
-from corpus.shards import signal_with_parent
+from corpus.workers import signal_with_parent
 from planner.machine import cpu_cores
 from record.results import git_state
 from studies.figures import draw
