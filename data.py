@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from config import Config
 from corpus.cache import Corpus, prepare
@@ -98,7 +98,7 @@ def batches(
     )
 
 
-class _TrainingBatches:
+class _TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """What DataLoader indexes with a data position: the micro-batch that begins there.
 
     The windows of READ_AHEAD micro-batches later are fetched from the disk meanwhile. Without that,

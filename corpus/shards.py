@@ -21,11 +21,11 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from config import Config, ExperimentError
 from corpus.sources import Source
@@ -385,6 +385,14 @@ class _BatchFacts(NamedTuple):
     records: np.ndarray  # CHUNK
     position: dict | None  # where a later build can continue after this batch, if it can
 
+    @property
+    def characters(self) -> int:
+        return int(self.records["length"].sum())
+
+    @property
+    def documents(self) -> int:
+        return int(self.records["last"].sum())
+
 
 def _marked_chunks(source: Source, start: dict | None, limit: int) -> Iterator[_MarkedChunk]:
     """The chunks after `start`. Those whose hash is at most `limit` are held out.
@@ -460,7 +468,7 @@ def _records(chunks: list[_MarkedChunk]) -> np.ndarray:
 # --- batches to tokens
 
 
-class _BatchEncoder:
+class _BatchEncoder(Dataset[list[np.ndarray] | str]):
     """What DataLoader indexes with an _EncoderInput: its tokens, [training, validation].
 
     Returns the message as a string when the tokenizer fails.
@@ -559,23 +567,32 @@ def _write_shards(
     batches = _batches(source, found, limit, done.position)
     workers = _worker_count(found)
     total = _expected_characters(source, found)
-    with contextlib.ExitStack() as stack:
-        files = []
-        for name in (*TOKEN_FILES, CHUNK_FILE):
-            files.append(stack.enter_context(open(folder / name, "ab")))
-        bar = stack.enter_context(ProgressBar("tokenizing", total, done.characters))
-        for tokens, facts in _encoded(batches, batch_encoder, workers):
-            for file, content in zip(files, (*tokens, facts.records)):
-                file.write(content.tobytes())
-            for side, side_tokens in enumerate(tokens):
-                done.tokens[side] += len(side_tokens)
-            characters = int(facts.records["length"].sum())
-            done.characters += characters
-            bar.add(characters, int(facts.records["last"].sum()))
-            if facts.position:
-                done.position = facts.position
-                _save_progress(folder, files, done)
+    try:
+        with contextlib.ExitStack() as stack:
+            files: list[BinaryIO] = []
+            for name in (*TOKEN_FILES, CHUNK_FILE):
+                files.append(stack.enter_context(open(folder / name, "ab")))
+            bar = stack.enter_context(ProgressBar("tokenizing", total, done.characters))
+            for tokens, facts in _encoded(batches, batch_encoder, workers):
+                _append(files, tokens, facts, done)
+                bar.add(facts.characters, facts.documents)
+                if facts.position:
+                    done.position = facts.position
+                    _save_progress(folder, files, done)
+    except RuntimeError as error:
+        # A signal handler of DataLoader raises it at any line of the above when a worker is gone.
+        raise ExperimentError(_worker_died_message(error)) from error
     return done
+
+
+def _append(
+    files: list[BinaryIO], tokens: list[np.ndarray], facts: _BatchFacts, done: _Progress
+) -> None:
+    for file, content in zip(files, (*tokens, facts.records)):
+        file.write(content.tobytes())
+    for side, side_tokens in enumerate(tokens):
+        done.tokens[side] += len(side_tokens)
+    done.characters += facts.characters
 
 
 def _worker_count(found: Scan) -> int:
@@ -615,13 +632,10 @@ def _encoded(
         # A generator of its own: otherwise DataLoader would advance the global one.
         generator=torch.Generator(),
     )
-    try:
-        for tokens in loader:
-            if isinstance(tokens, str):
-                raise ExperimentError(_cannot_encode_message(tokens))
-            yield tokens, waiting.popleft()
-    except RuntimeError as error:  # DataLoader raises it when a worker is gone
-        raise ExperimentError(_worker_died_message(error)) from error
+    for tokens in loader:
+        if isinstance(tokens, str):
+            raise ExperimentError(_cannot_encode_message(tokens))
+        yield tokens, waiting.popleft()
 
 
 def _unchanged(tokens):
@@ -642,7 +656,7 @@ def _worker_died_message(error: RuntimeError) -> str:
     )
 
 
-def _save_progress(folder: Path, files: list, done: _Progress) -> None:
+def _save_progress(folder: Path, files: list[BinaryIO], done: _Progress) -> None:
     # The files reach the disk first: progress.json must not promise more than they hold.
     for file in files:
         file.flush()

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import data
 from config import PRESETS, Config, ExperimentError
 from corpus import shards, sources
-from corpus.shards import open_shard
+from corpus.token_files import open_shard
 from corpus.tokenizer import load_tokenizer, sha256, train_tokenizer
 from tests.corpus.conftest import folder  # noqa: F401 (a fixture)
 from tests.corpus.stories import config_for, fails, save_tokenizer, story, text_of

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 import data
 from config import ConfigError, ExperimentError
-from corpus import cache, external, shards, sources, tokenizer
+from corpus import cache, external, shards, sources, token_files, tokenizer
 from corpus.cache import _cache_key, _lock, _unfinished
 from corpus.external import Joined, cut_shards, open_external_shard
-from corpus.shards import open_shard
+from corpus.token_files import open_shard
 from corpus.tokenizer import load_tokenizer
 from tests.corpus.stories import STORIES, config_for, fails, save_tokenizer
 from tests.corpus.test_sources import hub, write_rows  # noqa: F401 (hub is a fixture)
@@ -115,7 +115,7 @@ def test_a_killed_build_goes_on_without_doing_finished_shards_again(
     corpus = data.prepare(config_for(tmp_path, **changes))
     assert same(corpus, whole)
     assert 3000 * commits <= progress["characters"] < 3700 * commits + 3000
-    assert f"going on after {progress['characters']:,} characters" in capsys.readouterr().out
+    assert f"continuing after {progress['characters']:,} characters" in capsys.readouterr().out
     assert (
         encoded == all_texts[progress["position"]["pieces"] :]
         and sum(map(len, encoded)) + progress["characters"] == corpus.characters
@@ -309,7 +309,7 @@ def test_tokenizing_stays_within_a_memory_limit_that_the_corpus_exceeds(tmp_path
 
 
 def test_the_progress_bar_has_documents_a_second_and_the_time_left():
-    with shards.Bar("tokenizing", 4000, done=1000) as bar:
+    with token_files.ProgressBar("tokenizing", 4000, done=1000) as bar:
         bar.start -= 10
         bar.bar.start_t -= 10
         bar.add(1000, 20)
@@ -425,8 +425,8 @@ def test_a_shard_is_read_as_it_was_written_and_not_when_a_byte_of_its_header_or_
 ):
     path, width = tmp_path_factory.getbasetemp() / "shard.bin", 4 if wide else 2
     written = np.array(tokens, np.uint64).astype(f"<u{width}")
-    header = shards.HEADER.pack(shards.MAGIC, shards.FORMAT_VERSION, width, len(tokens), bytes(32))
-    whole = header.ljust(shards.HEADER_BYTES, b"\0") + written.tobytes()
+    header = token_files.HEADER.pack(token_files.MAGIC, token_files.FORMAT_VERSION, width, len(tokens), bytes(32))
+    whole = header.ljust(token_files.HEADER_BYTES, b"\0") + written.tobytes()
     path.write_bytes(whole)
     read = open_shard(path, "00" * 32)
     assert read.dtype == written.dtype and np.array_equal(read, written)
@@ -583,7 +583,7 @@ def test_shards_that_cannot_be_used(tmp_path, bins):
     fails(
         config,
         "train.bin",
-        "token 300 at place",
+        "token 300 at position",
         "out of range",
         "tok.json has 300 tokens",
         "--tokenizer",
