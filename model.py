@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import math
-from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -77,10 +76,9 @@ class Attention(nn.Module):
         self, x_BSD: Tensor, positions_S: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, H, S, hd] of tokens at these positions, by default 0, 1, 2 ..."""
-        q, k, v = (
-            linear(x_BSD, projection.weight).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q, self.k, self.v)
-        )  # [B, S, H, hd]
+        q = linear(x_BSD, self.q.weight).unflatten(-1, (-1, self.head_dim))
+        k = linear(x_BSD, self.k.weight).unflatten(-1, (-1, self.head_dim))
+        v = linear(x_BSD, self.v.weight, recompute=True).unflatten(-1, (-1, self.head_dim))
         angles = self.rope.cache if positions_S is None else self.rope.cache[positions_S]
         q, k = (
             qk_norm_rope(x, norm.weight, angles, norm.eps)
@@ -97,7 +95,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 rows, k, v, attn_mask=seen_L.expand(rows.shape[2], -1)
             ).reshape(q.shape)
-        return linear(out.transpose(1, 2).flatten(2), self.o.weight)
+        return linear(out.transpose(1, 2).flatten(2), self.o.weight, recompute=True)
 
 
 # ---------------------------------------------------------------- activation checkpointing
@@ -106,8 +104,7 @@ aten = torch.ops.aten
 # The router's choice is kept even when all else is recomputed: rounding could flip a near tie between the two passes. And the row
 # ranges that the host has asked for, so that it need not ask again.
 KEEP_ROUTING = {aten.topk.default, torch.ops.engine.on_host.default}
-# Products and attention: nearly all the FLOPs of a block for about half of its bytes.
-KEEP_PRODUCTS = KEEP_ROUTING | {
+KEEP_MATMULS = KEEP_ROUTING | {
     aten.mm.default,
     aten._grouped_mm.default,
     torch.ops.engine.expert_loop.default,
@@ -116,36 +113,16 @@ KEEP_PRODUCTS = KEEP_ROUTING | {
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
-# Every product costs about as many FLOPs for a byte of its output. The two that are made again all the same, of values and of
-# attention's output, are a sixth of those bytes in a dense block of 18b, for a twentieth of its FLOPs. Products of a block in
-# order, from 1.
-RECOMPUTED_PRODUCTS = 3, 4
+KEEP = {"full": KEEP_ROUTING, "selective": KEEP_MATMULS}
 
 
-def _keep_routing():
-    return create_selective_checkpoint_contexts(
-        lambda context, operator, *args, **kwargs: _choice(operator in KEEP_ROUTING)
-    )
-
-
-def _keep_products():
-    products = Counter()  # of the forward pass, and of the one that makes them again
-
+def _checkpoint_contexts(kept_operators: set):
     def policy(context, operator, *args, **kwargs):
-        products[context.is_recompute] += operator is aten.mm.default
-        again = (
-            operator is aten.mm.default and products[context.is_recompute] in RECOMPUTED_PRODUCTS
-        )
-        return _choice(operator in KEEP_PRODUCTS and not again)
+        if operator in kept_operators:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
-
-
-def _choice(keep: bool) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-CONTEXT_FN = {"full": _keep_routing, "selective": _keep_products}
 
 
 class Block(nn.Module):
@@ -170,7 +147,7 @@ class Block(nn.Module):
             x_BSD,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=CONTEXT_FN[self.checkpointing],
+            context_fn=functools.partial(_checkpoint_contexts, KEEP[self.checkpointing]),
         )
 
     def compute(self, x_BSD: Tensor):
