@@ -1,9 +1,11 @@
-"""The MoE transformer: embedding, pre-norm blocks (attention, then SwiGLU or MoE), norm, head with chunked loss.
+"""The transformer: embedding, blocks of attention and feed-forward network, norm, head and loss.
 
-The architecture is that of Qwen3-MoE: RMSNorm, QK-norm, rotary embeddings, grouped-query attention, SwiGLU, no biases.
-The residual stream has the compute dtype; norms, softmax, router and loss compute in fp32.
+The architecture is that of Qwen3-MoE: pre-norm blocks with RMSNorm, normalised queries and keys,
+rotary embeddings, grouped-query attention, SwiGLU (dense or as experts, see moe.py), no biases.
+The residual stream has the compute dtype. Norms, softmax, router and loss compute in fp32.
 
-Shape suffixes: B sequences, S positions, N = B S tokens, D d_model, H heads, V vocabulary, E experts, L MoE blocks.
+Shape suffixes: B sequences, S positions, N = B S tokens, D d_model, H heads, V vocabulary,
+E experts, L MoE blocks, T positions in a key/value cache.
 """
 
 import contextlib
@@ -14,30 +16,30 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from config import LOSS_CHUNK, Config
+from config import LOSS_CHUNK, Config, ExperimentError, parameter_table
 from engine.linear import linear
 from engine.triton_kernels import COMPILE_OPTIONS, compile_with_barriers, qk_norm_rope
 from moe import MoE, SwiGLU
 
-logging.getLogger("torchao").setLevel(
-    logging.ERROR
-)  # it warns of compiled extensions that nothing here uses
-logging.getLogger("torch._higher_order_ops.wrap").setLevel(
-    logging.ERROR
-)  # of in-place operations, which no block has
+# torchtune imports torchao, which warns of compiled extensions that nothing here uses.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+# This one warns of in-place operations under checkpointing. No block has any.
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 from torchtune.modules import RotaryPositionalEmbeddings  # noqa: E402
 
 COMPUTE_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+# ---------------------------------------------------------------- norm and attention
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019) in fp32, returned in x's dtype; the weight is fp32."""
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019).
+
+    Computes in fp32, as its weight is, and returns x's dtype.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -46,65 +48,95 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(self.weight.dtype)
-        return (
-            wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps) * self.weight
-        ).to(x.dtype)
+        inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * inverse_rms * self.weight).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries, normalised queries and keys, and rotary positions."""
+    """Causal self-attention with grouped queries, normalised queries and keys, and RoPE.
+
+    Training calls `forward`. Generation calls `project` and `attend`, and keeps keys and values in
+    a cache between the two.
+    """
 
     def __init__(self, config: Config, rope: nn.Module, dtype: torch.dtype):
         super().__init__()
-        d, hd = config.d_model, config.head_dim
-        self.head_dim, self.grouped = hd, config.n_kv_heads != config.n_heads
+        self.head_dim = config.head_dim
+        self.enable_gqa = config.n_kv_heads != config.n_heads
+        q_width = config.n_heads * config.head_dim
+        kv_width = config.n_kv_heads * config.head_dim
         projection = functools.partial(nn.Linear, bias=False, dtype=dtype)
-        self.q = projection(d, config.n_heads * hd)
-        self.k = projection(d, config.n_kv_heads * hd)
-        self.v = projection(d, config.n_kv_heads * hd)
-        self.o = projection(config.n_heads * hd, d)
-        self.q_norm, self.k_norm = (
-            RMSNorm(hd, config.rms_norm_eps),
-            RMSNorm(hd, config.rms_norm_eps),
-        )
+        self.q = projection(config.d_model, q_width)
+        self.k = projection(config.d_model, kv_width)
+        self.v = projection(config.d_model, kv_width)
+        self.o = projection(q_width, config.d_model)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.rope = rope
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.attend(*self.project(x_BSD))
+        q, k, v = self.project(x_BSD)
+        return self.attend(q, k, v)
 
     def project(
         self, x_BSD: Tensor, positions_S: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, H, S, hd] of tokens at these positions, by default 0, 1, 2 ..."""
+        """Returns queries, keys and values, each [B, heads, S, head_dim].
+
+        The tokens stand at `positions_S`, by default 0, 1, 2 ...
+        """
+        # [B, S, heads, head_dim]
         q = linear(x_BSD, self.q.weight).unflatten(-1, (-1, self.head_dim))
         k = linear(x_BSD, self.k.weight).unflatten(-1, (-1, self.head_dim))
         v = linear(x_BSD, self.v.weight, recompute=True).unflatten(-1, (-1, self.head_dim))
-        angles = self.rope.cache if positions_S is None else self.rope.cache[positions_S]
-        q, k = (
-            qk_norm_rope(x, norm.weight, angles, norm.eps)
-            for norm, x in ((self.q_norm, q), (self.k_norm, k))
-        )
+        angles = self.rope.cache
+        if positions_S is not None:
+            angles = angles[positions_S]
+        q = qk_norm_rope(q, self.q_norm.weight, angles, self.q_norm.eps)
+        k = qk_norm_rope(k, self.k_norm.weight, angles, self.k_norm.eps)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen_L: Tensor | None = None) -> Tensor:
-        """The output [B, S, D] of queries at the positions of the keys; or, of a single query over those of L keys that are seen."""
-        if seen_L is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        else:  # the queries of a group are the rows of one head
-            rows = q.view(len(q), k.shape[1], -1, self.head_dim)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible_T: Tensor | None = None) -> Tensor:
+        """Returns attention's output [B, S, D].
+
+        Without `visible_T` the queries stand at the positions of the keys, and see those before
+        them. With it there is a single query a sequence, and T keys of which it sees the true ones.
+        """
+        if visible_T is None:
             out = F.scaled_dot_product_attention(
-                rows, k, v, attn_mask=seen_L.expand(rows.shape[2], -1)
-            ).reshape(q.shape)
+                q, k, v, is_causal=True, enable_gqa=self.enable_gqa
+            )
+        else:
+            # The queries that share a key head become the rows (query positions) of one head, so
+            # that its keys are read once.
+            n_kv_heads = k.shape[1]
+            rows = q.view(len(q), n_kv_heads, -1, self.head_dim)
+            mask = visible_T.expand(rows.shape[2], -1)
+            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
         return linear(out.transpose(1, 2).flatten(2), self.o.weight, recompute=True)
 
 
 # ---------------------------------------------------------------- activation checkpointing
 
+# A block's checkpoint keeps the outputs of the operators listed here, and recomputes the others
+# in the backward pass. The lists name operators alone, and do not count their calls: a block may
+# gain or lose a matmul without a change here.
 aten = torch.ops.aten
-# The router's choice is kept even when all else is recomputed: rounding could flip a near tie between the two passes. And the row
-# ranges that the host has asked for, so that it need not ask again.
-KEEP_ROUTING = {aten.topk.default, torch.ops.engine.on_host.default}
-KEEP_MATMULS = KEEP_ROUTING | {
+
+# "full" keeps the routing and nothing else. Rounding could flip a near tie between two experts,
+# and the two passes would then use different ones. And `offs` in host memory is kept (on_host), so
+# that the backward pass does not wait for the GPU again.
+KEEP_ROUTING = [aten.topk.default, torch.ops.engine.on_host.default]
+
+# "selective" also keeps what matmuls and attention return: nearly all the FLOPs of a block, for
+# about half of its bytes.
+#
+# Two matmuls are recomputed all the same, those of values and of attention's output. Every matmul
+# costs about as many FLOPs for a byte of its output, but these two are a sixth of the bytes of a
+# dense block of 18b, for a twentieth of its FLOPs. Attention marks them with `recompute=True`,
+# which makes them aten.addmm: an operator that is not in this list.
+KEEP_MATMULS = [
+    *KEEP_ROUTING,
     aten.mm.default,
     aten._grouped_mm.default,
     torch.ops.engine.expert_loop.default,
@@ -112,28 +144,29 @@ KEEP_MATMULS = KEEP_ROUTING | {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
+CHECKPOINT_CONTEXTS = {
+    "full": functools.partial(create_selective_checkpoint_contexts, KEEP_ROUTING),
+    "selective": functools.partial(create_selective_checkpoint_contexts, KEEP_MATMULS),
 }
-KEEP = {"full": KEEP_ROUTING, "selective": KEEP_MATMULS}
 
 
-def _checkpoint_contexts(kept_operators: set):
-    def policy(context, operator, *args, **kwargs):
-        if operator in kept_operators:
-            return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
+# ---------------------------------------------------------------- block and model
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); returns the residual stream and an MoE block's routing statistics.
+    """x + attention(norm(x)), then x + ffn(norm(x)).
 
-    The checkpoint stands inside forward, so that torch.compile, which goes around the block, sees its operators.
+    Returns the residual stream [B, S, D] and the routing statistics of an MoE block (see MoE), None
+    for a dense one. The checkpoint stands inside forward: torch.compile, which goes around the
+    block, then sees the block's operators.
     """
 
     def __init__(self, config: Config, layer: int, rope: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.moe, self.checkpointing = config.is_moe(layer), config.checkpointing_of(layer)
+        self.moe = config.is_moe(layer)
+        self.checkpointing = config.checkpointing_of(layer)
         self.attention_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.attention = Attention(config, rope, dtype)
         self.ffn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
@@ -146,8 +179,8 @@ class Block(nn.Module):
             self.compute,
             x_BSD,
             use_reentrant=False,
-            preserve_rng_state=False,
-            context_fn=functools.partial(_checkpoint_contexts, KEEP[self.checkpointing]),
+            preserve_rng_state=False,  # a block draws no random numbers
+            context_fn=CHECKPOINT_CONTEXTS[self.checkpointing],
         )
 
     def compute(self, x_BSD: Tensor):
@@ -158,31 +191,35 @@ class Block(nn.Module):
 
 
 class MoETransformer(nn.Module):
-    """model(tokens) gives fp32 logits [B, S, V]; model(tokens, targets) gives (loss, metrics), see `forward`.
+    """The whole model.
 
-    Built on the meta device it takes no memory; `materialize` then gives it storage on a device.
-    `config.activation_checkpointing` must be none, selective or full (the planner turns auto into one of them).
+    `model(tokens)` returns fp32 logits [B, S, V]. `model(tokens, targets)` returns (loss, metrics):
+    see `forward`.
+
+    A model that is built on the meta device takes no memory. `materialize` then gives it storage.
+    `config.activation_checkpointing` must be none, selective or full: the planner resolves "auto".
+    Raises ExperimentError if the parameters are not those of `config.parameter_table`.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         assert config.activation_checkpointing != "auto"
         self.config = config
-        self.compute_dtype, self.chunk_loss = COMPUTE_DTYPE[config.precision], chunk_loss
+        self.compute_dtype = COMPUTE_DTYPE[config.precision]
+        self.chunk_loss = chunk_loss
         dtype = self.compute_dtype if config.split_masters else torch.float32
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
         self.rope = RotaryPositionalEmbeddings(
             config.head_dim, config.max_seq_len, config.rope_theta
         )
         self.blocks = nn.ModuleList(
-            Block(config, i, self.rope, dtype) for i in range(config.n_layers)
+            Block(config, layer, self.rope, dtype) for layer in range(config.n_layers)
         )
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.head = (
-            None
-            if config.tie_embeddings
-            else nn.Linear(config.d_model, config.vocab_size, bias=False, dtype=dtype)
-        )
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False, dtype=dtype)
+        self._check_parameters()
         if not self.norm.weight.is_meta:
             self.init_weights()
 
@@ -190,9 +227,27 @@ class MoETransformer(nn.Module):
     def head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
+    def _check_parameters(self) -> None:
+        """Holds the modules against the table from which counts, FLOPs and memory are derived."""
+        expected = {name: spec.shape for name, spec in parameter_table(self.config).items()}
+        found = {name: tuple(p.shape) for name, p in self.named_parameters()}
+        if found != expected:
+            raise ExperimentError(_other_parameters_message(found, expected))
+
+    # ------------------------------------------------------------ storage and initial weights
+
+    def materialize(self, device: torch.device | str) -> "MoETransformer":
+        """Gives a model from the meta device storage on `device`, with initial weights."""
+        self.to_empty(device=device)
+        self.init_weights()
+        return self
+
     def _apply(self, fn, recurse=True):
-        """After a move (`to`, `to_empty`, `half` ...) the rotary tables are made anew, in fp32: `to_empty` would leave
-        them unwritten, `to(bfloat16)` rounded."""
+        """Moves the model (`to`, `to_empty`, `half` ...), then makes the rotary tables anew.
+
+        `to_empty` would leave the tables unwritten, and `to(bfloat16)` would round them: they are
+        fp32 on every device.
+        """
         super()._apply(fn, recurse)
         device = self.norm.weight.device
         if device.type != "meta":
@@ -202,68 +257,87 @@ class MoETransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal with `init_std`, less for what writes to the residual stream (GPT-2), ones for norms. Each parameter has
-        a random stream of its own, from `seed`."""
-        residual_std = self.config.init_std / math.sqrt(2 * self.config.n_layers)
+        """Ones for norms, normal numbers with a standard deviation of `init_std` for matrices.
+
+        The matrices that write to the residual stream have init_std / sqrt(2 n_layers), as in
+        GPT-2: each of n_layers blocks adds to the stream twice. Each parameter has a random stream
+        of its own, derived from `seed`.
+        """
+        writers_std = self.config.init_std / math.sqrt(2 * self.config.n_layers)
         for i, (name, p) in enumerate(self.named_parameters()):
             if p.ndim == 1:
                 p.fill_(1)
                 continue
-            std = (
-                residual_std
-                if name.endswith(("attention.o.weight", ".down"))
-                else self.config.init_std
-            )
+            writes_to_stream = name.endswith(("attention.o.weight", ".down"))
+            std = writers_std if writes_to_stream else self.config.init_std
             generator = torch.Generator(p.device).manual_seed(self.config.seed * 1_000_003 + i)
-            for matrix in p.view(
-                -1, *p.shape[-2:]
-            ):  # one at a time: the fp32 draw of an expert bank is large
-                matrix.copy_(
-                    torch.empty(matrix.shape, device=p.device).normal_(std=std, generator=generator)
-                )
+            # one matrix at a time: the fp32 numbers of a whole bank of experts are large
+            for matrix in p.view(-1, *p.shape[-2:]):
+                numbers = torch.empty(matrix.shape, device=p.device)
+                matrix.copy_(numbers.normal_(std=std, generator=generator))
         for bias in self.balancing_biases().values():
             bias.zero_()
 
+    # ------------------------------------------------------------ load balancing without a loss
+
     def balancing_biases(self) -> dict[str, Tensor]:
-        """The routers' biases [E] by name, with load_balancing=bias."""
+        """The routers' biases [E] by name. There are some with load_balancing=bias only."""
         return {
             name: buffer for name, buffer in self.named_buffers() if name.endswith(".router.bias")
         }
 
     @torch.no_grad()
-    def balance(self, counts_LE: Tensor) -> None:
-        """Moves each expert's bias a step of `load_balancing_bias_rate` towards an even load, given a step's token-expert
-        pairs (DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2; Wang et al. 2024)."""
-        for bias, counts in zip(self.balancing_biases().values(), counts_LE.float()):
-            bias += self.config.load_balancing_bias_rate * torch.sign(counts.mean() - counts)
+    def balance(self, num_tokens_per_expert_LE: Tensor) -> None:
+        """Moves each expert's bias by `load_balancing_bias_rate` towards an even load.
 
-    def materialize(self, device: torch.device | str) -> "MoETransformer":
-        """Gives a model that was built on the meta device storage, initial weights and tables on `device`."""
-        self.to_empty(device=device)
-        self.init_weights()
-        return self
+        Takes the routed tokens of a whole optimizer step. An expert with fewer than the mean goes
+        up (DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2; Wang et al. 2024).
+        """
+        rate = self.config.load_balancing_bias_rate
+        biases = self.balancing_biases().values()
+        for bias, num_tokens_E in zip(biases, num_tokens_per_expert_LE.float()):
+            bias += rate * torch.sign(num_tokens_E.mean() - num_tokens_E)
+
+    # ------------------------------------------------------------ forward pass
 
     def compile_blocks(self) -> None:
-        """torch.compile around each block: one graph for dense and one for MoE blocks (two where `lighter_blocks` recompute less),
-        shared by all layers. And the loss."""
+        """Puts torch.compile around each block, and around the loss of a chunk.
+
+        All layers share one graph for dense and one for MoE blocks (two of each kind where the last
+        `lighter_blocks` blocks recompute less).
+        """
         compile_with_barriers()
-        torch._dynamo.config.recompile_limit = (
-            16  # those in training, and in validation of a whole and of a short batch
-        )
-        for (
-            block
-        ) in self.blocks:  # not dynamic: a short validation batch must not change training's graphs
-            block.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
-        self.chunk_loss = torch.compile(
-            chunk_loss, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS
+        # graphs of one function: in training, and in validation of a whole and of a short batch
+        torch._dynamo.config.recompile_limit = 16
+        # not dynamic: a short validation batch must not make training's graphs dynamic as well
+        options = dict(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+        for block in self.blocks:
+            block.compile(**options)
+        self.chunk_loss = torch.compile(chunk_loss, **options)
+
+    def autocast(self):
+        """The context in which the model computes: autocast to the compute dtype."""
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        # No cache of casts: no weight is cast twice in a pass, and casts that outlive their use
+        # would hold a copy of the model.
+        return torch.autocast(
+            self.norm.weight.device.type, dtype=self.compute_dtype, cache_enabled=False
         )
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None):
-        """Without targets: fp32 logits [B, S, V]. With targets: (loss, metrics), all on the device, no synchronisation.
+        """Without targets returns fp32 logits [B, S, V], with targets (loss, metrics).
 
-        loss is the mean cross-entropy in nats plus the weighted auxiliary losses, summed over MoE blocks. metrics holds
-        cross_entropy (0-d), correct (0-d count), load_balancing_loss and router_z_loss (means over MoE blocks) and
-        expert_counts [L, E], token-expert pairs.
+        Everything stays on the device, without synchronisation. loss is the mean cross-entropy in
+        nats plus the weighted auxiliary losses, summed over MoE blocks. metrics holds
+
+        - cross_entropy: 0-d, nats
+        - correct: 0-d, how many targets have the largest logit
+
+        and with MoE blocks also
+
+        - load_balancing_loss, router_z_loss: 0-d, means over MoE blocks, without their weights
+        - expert_counts: [L, E], routed tokens of each expert
         """
         x_BSD, routing = self.hidden(tokens_BS)
         if targets_BS is None:
@@ -273,122 +347,147 @@ class MoETransformer(nn.Module):
         cross_entropy, correct = chunked_cross_entropy(
             x_BSD.flatten(0, 1), self.head_weight, targets_BS.flatten(), self.chunk_loss
         )
-        loss, metrics = cross_entropy, dict(cross_entropy=cross_entropy.detach(), correct=correct)
+        loss = cross_entropy
+        metrics = dict(cross_entropy=cross_entropy.detach(), correct=correct)
         if routing:
-            balance, z, counts = (torch.stack(values) for values in zip(*routing))
-            balance_weight = (
-                self.config.load_balancing_weight if self.config.load_balancing == "loss" else 0.0
-            )
-            loss = (
-                loss + balance_weight * balance.sum() + self.config.router_z_loss_weight * z.sum()
-            )
-            metrics |= dict(
-                load_balancing_loss=balance.detach().mean(),
-                router_z_loss=z.detach().mean(),
-                expert_counts=counts,
-            )
+            balancing, z, num_tokens_per_expert = (torch.stack(values) for values in zip(*routing))
+            loss = loss + self._balancing_weight() * balancing.sum()
+            loss = loss + self.config.router_z_loss_weight * z.sum()
+            metrics["load_balancing_loss"] = balancing.detach().mean()
+            metrics["router_z_loss"] = z.detach().mean()
+            metrics["expert_counts"] = num_tokens_per_expert
         return loss, metrics
+
+    def _balancing_weight(self) -> float:
+        if self.config.load_balancing == "loss":
+            return self.config.load_balancing_weight
+        return 0.0
 
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list]:
         """What the head reads, [B, S, D], and the routing statistics of each MoE block."""
+        routing = []
         with self.autocast():
             x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
-            routing = []
             for block in self.blocks:
                 x_BSD, block_routing = block(x_BSD)
                 if block_routing is not None:
                     routing.append(block_routing)
-            # an operator that autocast widens would make every later product an fp32 one, several times slower
+            # An operator that autocast widens would make every later matmul an fp32 one, several
+            # times slower.
             assert x_BSD.dtype == self.compute_dtype
             return self.norm(x_BSD), routing
 
-    def autocast(self):
-        if self.compute_dtype == torch.float32:
-            return contextlib.nullcontext()
-        # no weight is cast twice in a pass, and a cast that outlives it would hold a copy of the model
-        return torch.autocast(
-            self.norm.weight.device.type, dtype=self.compute_dtype, cache_enabled=False
-        )
+
+def _other_parameters_message(
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
+) -> str:
+    def total(shapes: dict[str, tuple[int, ...]]) -> int:
+        return sum(math.prod(shape) for shape in shapes.values())
+
+    differences = []
+    for name in expected | found:
+        if found.get(name) != expected.get(name):
+            in_model = found.get(name, "absent")
+            in_table = expected.get(name, "absent")
+            differences.append(f"  {name}: {in_model} in the model, {in_table} in the table")
+    return "\n".join(
+        [
+            f"the model has {total(found):,} parameters, and the table of parameters in "
+            f"config.py {total(expected):,}. They differ in",
+            *differences,
+            "Describe in config.parameter_table what the modules of model.py and moe.py hold.",
+        ]
+    )
 
 
 # ---------------------------------------------------------------- loss
 
 
 def chunk_loss(
-    logits: Tensor, targets_N1: Tensor, boost: float | None
+    logits_NV: Tensor, targets_N1: Tensor, grad_scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of a chunk of logits [N, V]: the sum of the cross-entropies and the count of right arg-maxima, in fp32, and the sum's
-    gradient by the logits times `boost`, in their dtype (None without a boost). Overwrites fp32 logits."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """The loss of a chunk of tokens, in fp32. Overwrites fp32 logits.
+
+    Returns the sum of the cross-entropies, how many targets have the largest logit, and the
+    gradient of that sum by the logits, times `grad_scale` and in the logits' dtype (None if
+    grad_scale is None).
+    """
+    wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     log_z = wide.logsumexp(dim=-1, keepdim=True)
     loss = (log_z - wide.gather(1, targets_N1)).sum()
     correct = (wide.argmax(dim=-1, keepdim=True) == targets_N1).sum()
-    if boost is None:
+    if grad_scale is None:
         return loss, correct, None
+    # the gradient is softmax(logits) minus one at the target
     grad = wide.sub_(log_z).exp_()
     grad.scatter_(1, targets_N1, grad.gather(1, targets_N1) - 1)
-    return loss, correct, grad.mul_(boost).to(logits.dtype)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Head product and cross-entropy a chunk of tokens at a time; the gradients are made in the forward pass, where the
-    logits are, so that the [N, V] matrix never exists and the head product is not done twice (as in Liger Kernel, Hsu
-    et al. 2024). The head's gradient is summed over chunks in fp32."""
-
-    @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, need_gradients: bool, chunk_loss):
-        weight = weight_VD.to(x_ND.dtype)
-        # d loss / d logits lies in [-1, 1] and most of it is tiny: fp16 would lose what is under 6e-8
-        boost = 256.0 if x_ND.dtype == torch.float16 else 1.0
-        total = torch.zeros(
-            (), device=x_ND.device, dtype=torch.promote_types(x_ND.dtype, torch.float32)
-        )
-        correct = torch.zeros((), device=x_ND.device, dtype=torch.long)
-        if need_gradients:
-            grad_x = torch.empty_like(x_ND)
-            grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=total.dtype)
-        for start in range(0, len(x_ND), LOSS_CHUNK):
-            chunk = slice(start, start + LOSS_CHUNK)
-            x, targets = x_ND[chunk], targets_N[chunk, None]
-            chunk_total, chunk_correct, grad_logits = chunk_loss(
-                x @ weight.T, targets, boost if need_gradients else None
-            )
-            total += chunk_total
-            correct += chunk_correct
-            if need_gradients:
-                torch.mm(grad_logits, weight, out=grad_x[chunk])
-                grad_weight += _wide_product(grad_logits.T, x)
-        if need_gradients:
-            ctx.save_for_backward(grad_x, grad_weight)
-            ctx.mean, ctx.weight_dtype = 1 / (boost * len(x_ND)), weight_VD.dtype
-        return total / len(x_ND), correct
-
-    @staticmethod
-    def backward(ctx, grad_loss, _):
-        grad_x, grad_weight = ctx.saved_tensors
-        factor = grad_loss * ctx.mean
-        return (
-            (grad_x.to(grad_weight.dtype) * factor).to(grad_x.dtype),
-            (grad_weight * factor).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-        )
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with an fp32 result, from 16-bit inputs too."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    return loss, correct, grad.mul_(grad_scale).to(logits_NV.dtype)
 
 
 def chunked_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_loss=chunk_loss
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (nats, fp32) of softmax(x weight^T) against targets, and how many arg-maxima are right.
-    `chunk_loss` may be the compiled one."""
+    """Mean cross-entropy of softmax(x weight^T) against the targets, and the count of right ones.
+
+    The first is in nats and fp32. `chunk_loss` may be the compiled one.
+    """
     with torch.autocast(x_ND.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(
             x_ND, weight_VD, targets_N, torch.is_grad_enabled(), chunk_loss
         )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The head's matmul and the cross-entropy, LOSS_CHUNK tokens at a time.
+
+    The gradients are made in the forward pass, where the logits are. So the [N, V] matrix never
+    exists, and the head's matmul is not repeated (as in Liger Kernel, Hsu et al. 2024).
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND, weight_VD, targets_N, need_gradients: bool, chunk_loss):
+        weight = weight_VD.to(x_ND.dtype)
+        wide_dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        total = torch.zeros((), device=x_ND.device, dtype=wide_dtype)
+        correct = torch.zeros((), device=x_ND.device, dtype=torch.long)
+        grad_scale = None
+        if need_gradients:
+            # The gradient by a logit lies in [-1, 1], and is tiny for most of them: fp16 would lose
+            # those under 6e-8. Scaled by 256 all stay far from fp16's largest number, 65504.
+            grad_scale = 256.0 if x_ND.dtype == torch.float16 else 1.0
+            grad_x = torch.empty_like(x_ND)
+            # In fp32: it is a sum over many chunks. A sum of 128 chunks in bf16 is 1.4% off.
+            grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=wide_dtype)
+        for start in range(0, len(x_ND), LOSS_CHUNK):
+            chunk = slice(start, start + LOSS_CHUNK)
+            x = x_ND[chunk]
+            targets = targets_N[chunk, None]
+            chunk_total, chunk_correct, grad_logits = chunk_loss(x @ weight.T, targets, grad_scale)
+            total += chunk_total
+            correct += chunk_correct
+            if need_gradients:
+                torch.mm(grad_logits, weight, out=grad_x[chunk])
+                grad_weight += _fp32_matmul(grad_logits.T, x)
+        if need_gradients:
+            ctx.save_for_backward(grad_x, grad_weight)
+            # what was scaled is scaled back, and the sum over tokens becomes a mean
+            ctx.unscale = 1 / (grad_scale * len(x_ND))
+            ctx.weight_dtype = weight_VD.dtype
+        return total / len(x_ND), correct
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grad_loss * ctx.unscale
+        grad_x = (grad_x.to(grad_weight.dtype) * scale).to(grad_x.dtype)
+        grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None, None
+
+
+def _fp32_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with an fp32 result, also from 16-bit inputs."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()

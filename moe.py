@@ -1,10 +1,10 @@
-"""Mixture of Experts: a top-k router, SwiGLU experts as grouped products, the balancing losses, routing statistics.
+"""Mixture of Experts: router, SwiGLU experts, balancing losses. And the SwiGLU of dense blocks.
 
-Dropless: every token reaches its top_k experts, whatever the load. Token-expert pairs are sorted by expert, each product
-runs once over all experts with their row ranges, and the results go back to their tokens.
+Dropless: every token reaches its top_k experts, whatever the load. Routed tokens are sorted by
+expert, so that each matmul runs once over all experts, and the results go back to their tokens.
 
-Shape suffixes: B sequences, S positions, N = B S tokens, R = N K token-expert pairs sorted by expert, D d_model,
-F d_ff, E experts, K experts a token.
+Shape suffixes: B sequences, S positions, N = B S tokens, E experts, K = top_k experts of a token,
+R = N K routed tokens (a token once for each of its experts) sorted by expert, D d_model, F d_ff.
 """
 
 import torch
@@ -19,57 +19,75 @@ from engine.triton_kernels import swiglu
 
 
 class _Dispatch(torch.autograd.Function):
-    """Copies each token's row to its K places in expert order. The gradient is `_Combine`, a gather and a sum. The one that
-    autograd makes of indexing scatters with atomics: slower, in no fixed order, and compiled (torch 2.11, on a GPU) into a
-    buffer that was not always zero."""
+    """Copies the row of each token to its K rows in the order of experts: [N, D] to [R, D].
+
+    The gradient is `_Combine`, a gather and a sum. The gradient that autograd makes of indexing is
+    a scatter with atomics: it is slower, adds in no fixed order, and compiled (torch 2.11, on a
+    GPU) it added to a buffer that was not always zero.
+    """
 
     @staticmethod
-    def forward(ctx, x_ND, order_R, place_R, k: int):
-        ctx.save_for_backward(order_R, place_R)
+    def forward(ctx, x_ND, sort_indices_R, inverse_permutation_R, k: int):
+        ctx.save_for_backward(sort_indices_R, inverse_permutation_R)
         ctx.k = k
-        return x_ND[order_R // k]
+        return x_ND[sort_indices_R // k]  # before the sort, routed token r is of token r // K
 
     @staticmethod
     def backward(ctx, grad_RD):
-        order_R, place_R = ctx.saved_tensors
-        return _Combine.apply(grad_RD, order_R, place_R, ctx.k), None, None, None
+        sort_indices_R, inverse_permutation_R = ctx.saved_tensors
+        grad_ND = _Combine.apply(grad_RD, sort_indices_R, inverse_permutation_R, ctx.k)
+        return grad_ND, None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """Sums the K rows of each token, wherever expert order has put them."""
+    """Sums the K rows of each token, wherever the sort by expert has put them: [R, D] to [N, D].
+
+    The gradient is `_Dispatch`.
+    """
 
     @staticmethod
-    def forward(ctx, y_RD, order_R, place_R, k: int):
-        ctx.save_for_backward(order_R, place_R)
+    def forward(ctx, y_RD, sort_indices_R, inverse_permutation_R, k: int):
+        ctx.save_for_backward(sort_indices_R, inverse_permutation_R)
         ctx.k = k
-        # the dtype is stated because autocast on GPUs would give a sum in fp32, and with it an fp32 residual stream
-        return y_RD[place_R].view(-1, k, y_RD.shape[-1]).sum(dim=1, dtype=y_RD.dtype)
+        y_NKD = y_RD[inverse_permutation_R].view(-1, k, y_RD.shape[-1])
+        # The dtype is stated because autocast on GPUs would give an fp32 sum, and with it an fp32
+        # residual stream.
+        return y_NKD.sum(dim=1, dtype=y_RD.dtype)
 
     @staticmethod
     def backward(ctx, grad_ND):
-        order_R, place_R = ctx.saved_tensors
-        return _Dispatch.apply(grad_ND, order_R, place_R, ctx.k), None, None, None
+        sort_indices_R, inverse_permutation_R = ctx.saved_tensors
+        grad_RD = _Dispatch.apply(grad_ND, sort_indices_R, inverse_permutation_R, ctx.k)
+        return grad_RD, None, None, None
 
 
-# ---------------------------------------------------------------- balance
+# ---------------------------------------------------------------- auxiliary losses
 
 
-def load_balancing_loss(probs_BSE: Tensor, counts_BE: Tensor, scope: str) -> Tensor:
-    """Switch Transformer's auxiliary loss (Fedus et al. 2021, eq. 4): E sum_e f_e P_e, where f_e is expert e's share of
-    the routed pairs and P_e its mean router probability; 1 at perfect balance whatever top_k.
+def load_balancing_loss(probs_BSE: Tensor, num_tokens_per_expert_BE: Tensor, scope: str) -> Tensor:
+    """Switch Transformer's auxiliary loss (Fedus et al. 2021, eq. 4): E sum_e f_e P_e.
 
-    scope "batch" takes both shares over all tokens given, so the micro-batch is part of the objective; "sequence" takes
-    them in each sequence and averages, and does not depend on it.
+    f_e is expert e's share of the routed tokens, and P_e its mean router probability. The loss is 1
+    at perfect balance, whatever top_k.
+
+    Scope "batch" takes both shares over all tokens given: the micro-batch is then part of the
+    objective. "sequence" takes them in each sequence and averages, and does not depend on it.
     """
-    probs_BE, counts_BE = probs_BSE.mean(dim=1), counts_BE.float()
+    probs_BE = probs_BSE.mean(dim=1)
+    counts_BE = num_tokens_per_expert_BE.float()
     if scope == "batch":
-        probs_BE, counts_BE = probs_BE.mean(dim=0, keepdim=True), counts_BE.sum(dim=0, keepdim=True)
+        probs_BE = probs_BE.mean(dim=0, keepdim=True)
+        counts_BE = counts_BE.sum(dim=0, keepdim=True)
     share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True)
-    return (share_BE * probs_BE).sum(dim=1).mean() * probs_BSE.shape[-1]
+    num_experts = probs_BSE.shape[-1]
+    return (share_BE * probs_BE).sum(dim=1).mean() * num_experts
 
 
 def router_z_loss(logits_BSE: Tensor) -> Tensor:
-    """Mean squared log-partition of the router's logits (Zoph et al. 2022, ST-MoE, eq. 5): keeps them small."""
+    """Mean squared log-partition of the router's logits (Zoph et al. 2022, ST-MoE, eq. 5).
+
+    It keeps the logits small.
+    """
     return torch.logsumexp(logits_BSE, dim=-1).square().mean()
 
 
@@ -77,7 +95,10 @@ def router_z_loss(logits_BSE: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020); gate and up are one product. gate_up [2, F, D], down [D, F]."""
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020). Gate and up are one matmul.
+
+    gate_up is [2, F, D], down is [D, F].
+    """
 
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
@@ -86,96 +107,123 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = linear(x, self.gate_up.flatten(0, 1))
-        return linear(swiglu(gate_up.flatten(0, -2)).view(*x.shape[:-1], -1), self.down)
+        hidden = swiglu(gate_up.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return linear(hidden, self.down)
 
 
 class Router(nn.Module):
-    """Chooses top_k of num_experts for each token; in fp32 throughout, its weight [E, D] too."""
+    """Chooses top_k of num_experts for each token, in fp32 throughout. The weight is [E, D]."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.weight = nn.Parameter(
             torch.empty(config.num_experts, config.d_model, dtype=torch.float32)
         )
-        self.top_k, self.norm_topk_prob = config.top_k, config.norm_topk_prob
+        self.top_k = config.top_k
+        self.norm_topk_prob = config.norm_topk_prob
         # added to the probabilities where experts are chosen, and only there
-        self.register_buffer(
-            "bias", torch.zeros(config.num_experts) if config.load_balancing == "bias" else None
-        )
+        bias = torch.zeros(config.num_experts) if config.load_balancing == "bias" else None
+        self.register_buffer("bias", bias)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Returns logits [B, S, E], probabilities [B, S, E], chosen weights [B, S, K], chosen experts [B, S, K] and the same
-        as one-hot booleans [B, S, K, E]."""
+        """Returns, for each token,
+
+        - logits_BSE and probs_BSE over all experts,
+        - topk_weights_BSK, by which the outputs of its experts are multiplied,
+        - topk_expert_ids_BSK, and the same experts as booleans in one_hot_BSKE.
+        """
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_BSE = F.linear(x_BSD.to(self.weight.dtype), self.weight)
         probs_BSE = logits_BSE.softmax(dim=-1)
-        scores_BSE = probs_BSE.detach() if self.bias is None else probs_BSE.detach() + self.bias
-        experts_BSK = scores_BSE.topk(self.top_k, dim=-1).indices
-        chosen_BSKE = experts_BSK.unsqueeze(-1) == torch.arange(
-            probs_BSE.shape[-1], device=x_BSD.device
-        )
-        # a masked sum instead of topk's values, whose gradient scatters
-        weights_BSK = (probs_BSE.unsqueeze(-2) * chosen_BSKE).sum(dim=-1)
+        scores_BSE = probs_BSE.detach()
+        if self.bias is not None:
+            scores_BSE = scores_BSE + self.bias
+        topk_expert_ids_BSK = scores_BSE.topk(self.top_k, dim=-1).indices
+        expert_ids_E = torch.arange(probs_BSE.shape[-1], device=x_BSD.device)
+        one_hot_BSKE = topk_expert_ids_BSK.unsqueeze(-1) == expert_ids_E
+        # a masked sum instead of topk's values, whose gradient is a scatter
+        topk_weights_BSK = (probs_BSE.unsqueeze(-2) * one_hot_BSKE).sum(dim=-1)
         if self.norm_topk_prob:
-            weights_BSK = weights_BSK / weights_BSK.sum(dim=-1, keepdim=True)
-        return logits_BSE, probs_BSE, weights_BSK, experts_BSK, chosen_BSKE
+            topk_weights_BSK = topk_weights_BSK / topk_weights_BSK.sum(dim=-1, keepdim=True)
+        return logits_BSE, probs_BSE, topk_weights_BSK, topk_expert_ids_BSK, one_hot_BSKE
 
 
 class Experts(nn.Module):
-    """num_experts SwiGLU networks. gate_up [E, 2, F, D], down [E, D, F]."""
+    """num_experts SwiGLU networks. gate_up is [E, 2, F, D], down is [E, D, F]."""
 
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
-        self.gate_up = nn.Parameter(
-            torch.empty(config.num_experts, 2, config.d_ff, config.d_model, dtype=dtype)
-        )
-        self.down = nn.Parameter(
-            torch.empty(config.num_experts, config.d_model, config.d_ff, dtype=dtype)
-        )
+        E, F, D = config.num_experts, config.d_ff, config.d_model
+        self.gate_up = nn.Parameter(torch.empty(E, 2, F, D, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(E, D, F, dtype=dtype))
 
     def forward(self, x_RD: Tensor, weights_R: Tensor, offs_E: Tensor) -> Tensor:
-        """Each expert on its rows, times the router's weight (before the down product: the same, and fused)."""
-        dtype, offs_E = (
-            x_RD.dtype,
-            offs_for(x_RD, offs_E),
-        )  # grouped products are not autocast: fp32 masters are cast here
-        hidden_RF = swiglu(
-            grouped_linear(x_RD, self.gate_up.flatten(1, 2).to(dtype), offs_E), weights_R
-        )
-        return grouped_linear(hidden_RF, self.down.to(dtype), offs_E)
+        """Each expert on its rows offs[e-1] : offs[e], times the router's weight. Returns [R, D].
+
+        The weight is applied before the down matmul. The result is the same, and it is fused with
+        SwiGLU.
+        """
+        # autocast does not reach grouped matmuls: fp32 masters are cast here
+        gate_up_EOD = self.gate_up.flatten(1, 2).to(x_RD.dtype)
+        down_EDF = self.down.to(x_RD.dtype)
+        offs_E = offs_for(x_RD, offs_E)
+        hidden_RF = swiglu(grouped_linear(x_RD, gate_up_EOD, offs_E), weights_R)
+        return grouped_linear(hidden_RF, down_EDF, offs_E)
 
 
 class MoE(nn.Module):
-    """Router, experts, and what there is to know about the routing."""
+    """Router and experts."""
 
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
-        self.router, self.experts = Router(config), Experts(config, dtype)
-        self.num_experts, self.top_k, self.scope = (
-            config.num_experts,
-            config.top_k,
-            config.load_balancing_scope,
-        )
+        self.router = Router(config)
+        self.experts = Experts(config, dtype)
+        self.num_experts = config.num_experts
+        self.top_k = config.top_k
+        self.scope = config.load_balancing_scope
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Returns the output [B, S, D] and (load-balancing loss, router z-loss, token-expert pairs per expert [E])."""
-        logits_BSE, probs_BSE, weights_BSK, experts_BSK, chosen_BSKE = self.router(x_BSD)
-        counts_BE = chosen_BSKE.sum(dim=(1, 2))
-        counts_E = counts_BE.sum(dim=0)
-        offs_E = counts_E.cumsum(dim=0).to(torch.int32)
+        """The output [B, S, D], and the routing statistics.
 
-        order_R = experts_BSK.flatten().argsort(
-            stable=True
-        )  # pairs by expert; pair r is token r // K
-        place_R = torch.empty_like(order_R).scatter_(
-            0, order_R, torch.arange(len(order_R), device=order_R.device)
+        1. The router gives each token K experts and their weights.
+        2. `num_tokens_per_expert` counts the routed tokens of each expert. Its cumulative sum is
+           `offs`: expert e has rows offs[e-1] : offs[e] of those sorted by expert.
+        3. `sort_indices` sorts the R routed tokens by expert. Routed token r is token r // K.
+           `inverse_permutation` says in which row each of them is after the sort.
+        4. Dispatch copies each token's row, and each weight, to that order.
+        5. Each expert computes on its rows, and multiplies by the weights.
+        6. Combine sums the K rows of each token.
+
+        The routing statistics are the load-balancing loss, the router z-loss (both 0-d, without
+        their weights) and num_tokens_per_expert [E].
+        """
+        logits_BSE, probs_BSE, topk_weights_BSK, topk_expert_ids_BSK, one_hot_BSKE = self.router(
+            x_BSD
         )
-        x_RD = _Dispatch.apply(x_BSD.flatten(0, 1), order_R, place_R, self.top_k)
-        weights_R = _Dispatch.apply(weights_BSK.view(-1, 1), order_R, place_R, 1).squeeze(1)
-        y_RD = self.experts(x_RD, weights_R, offs_E)
-        y_BSD = _Combine.apply(y_RD, order_R, place_R, self.top_k).view_as(x_BSD)
-        return y_BSD, (
-            load_balancing_loss(probs_BSE, counts_BE, self.scope),
-            router_z_loss(logits_BSE),
-            counts_E,
+
+        num_tokens_per_expert_BE = one_hot_BSKE.sum(dim=(1, 2))
+        num_tokens_per_expert_E = num_tokens_per_expert_BE.sum(dim=0)
+        offs_E = num_tokens_per_expert_E.cumsum(dim=0).to(torch.int32)
+
+        # stable: the rows of an expert stay in the order of their tokens
+        sort_indices_R = topk_expert_ids_BSK.flatten().argsort(stable=True)
+        inverse_permutation_R = _inverse(sort_indices_R)
+
+        x_RD = _Dispatch.apply(
+            x_BSD.flatten(0, 1), sort_indices_R, inverse_permutation_R, self.top_k
         )
+        # a weight belongs to one routed token: k = 1
+        weights_R1 = _Dispatch.apply(
+            topk_weights_BSK.view(-1, 1), sort_indices_R, inverse_permutation_R, 1
+        )
+        y_RD = self.experts(x_RD, weights_R1.squeeze(1), offs_E)
+        y_ND = _Combine.apply(y_RD, sort_indices_R, inverse_permutation_R, self.top_k)
+
+        balancing = load_balancing_loss(probs_BSE, num_tokens_per_expert_BE, self.scope)
+        z = router_z_loss(logits_BSE)
+        return y_ND.view_as(x_BSD), (balancing, z, num_tokens_per_expert_E)
+
+
+def _inverse(permutation_R: Tensor) -> Tensor:
+    positions_R = torch.arange(len(permutation_R), device=permutation_R.device)
+    return torch.empty_like(permutation_R).scatter_(0, permutation_R, positions_R)

@@ -1,9 +1,10 @@
 """The matmuls of a transformer block: one linear function, and one for all experts at once.
 
-Attention, dense feed-forward networks and experts call these two functions for every matmul (the router does not: it is fp32
-throughout). A change of precision or of sharding is made here.
+Attention, dense feed-forward networks and experts call these two functions for every matmul. The
+router does not: it is fp32 throughout. A change of precision or of sharding is made here.
 
-Shape suffixes: R rows (tokens, or routed tokens sorted by expert), I inputs, O outputs, E experts.
+Shape suffixes: R rows (tokens, or routed tokens sorted by expert), I inputs, O outputs,
+E experts.
 """
 
 import torch
@@ -12,39 +13,43 @@ from torch import Tensor
 
 from engine.triton_kernels import GEMV_MAX_ROWS, grouped_gemv, triton
 
-# Blackwell's grouped GEMM leaves the weight gradient of an expert without rows unwritten. Hopper's writes zeros.
-IDLE_GRADIENTS_UNWRITTEN = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (
-    10,
-    0,
+BLACKWELL = (10, 0)
+# Blackwell's grouped GEMM leaves the weight gradient of an expert without rows unwritten. Hopper's
+# writes zeros.
+IDLE_GRADIENTS_UNWRITTEN = (
+    torch.cuda.is_available() and torch.cuda.get_device_capability() >= BLACKWELL
 )
 
 
 def linear(x: Tensor, weight_OI: Tensor, recompute: bool = False) -> Tensor:
-    """x [..., I] times weight transposed, as [..., O]. Under autocast both are cast to the compute dtype.
+    """x [..., I] times weight transposed, as [..., O]. Autocast casts both to the compute dtype.
 
-    With `recompute`, selective checkpointing makes this output again in the backward pass, and keeps those of all other matmuls.
-    Its policy sees operators and no names, so such a matmul is another operator: addmm where F.linear is mm. Both run the
-    same GEMM, forward and backward, and give the same bits.
+    With `recompute`, selective checkpointing makes this output again in the backward pass, and it
+    keeps the outputs of all other matmuls. Its policy sees operators and no names, so such a matmul
+    is another operator: aten.addmm, where F.linear is aten.mm. Both are the same GEMM, and have the
+    same matmuls as gradients.
     """
     if not recompute:
         return F.linear(x, weight_OI)
     x_RI = x.flatten(0, -2)
-    # With beta=0 nothing is added, and what stands here is not read. A view of x costs no kernel.
-    not_added = x_RI[:1, :1].detach()
-    return torch.addmm(not_added, x_RI, weight_OI.T, beta=0).unflatten(0, x.shape[:-1])
+    # beta=0: the addend is not read, so it may be anything. A view of x costs no kernel.
+    unread = x_RI[:1, :1].detach()
+    return torch.addmm(unread, x_RI, weight_OI.T, beta=0).unflatten(0, x.shape[:-1])
 
 
 # ---------------------------------------------------------------- all experts at once
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
-    """Multiplies rows offs[e-1] : offs[e] of x by weight[e] transposed, for every expert e. Returns [R, O].
+    """Rows offs[e-1] : offs[e] of x times weight[e] transposed, for every expert e, as [R, O].
 
-    The range of an expert may be empty. x and weight have one dtype. `offs` is int32 with offs[-1] == R, from `offs_for`.
+    The range of an expert may be empty. x and weight have one dtype. `offs` is int32, comes from
+    `offs_for`, and offs[-1] is R.
 
-    In bfloat16 on a GPU this is one grouped GEMM, and the host does not wait for the GPU. Elsewhere it is one matmul for each
-    expert: F.grouped_mm lacks float64, is broken in fp32 on CPUs, and copies `offs` to the host in fp16 anyway. A few rows
-    without gradients, which generation has, take a kernel of their own.
+    In bfloat16 on a GPU this is one grouped GEMM, and the host does not wait for the GPU. Elsewhere
+    it is one matmul for each expert: F.grouped_mm lacks float64, is broken in fp32 on CPUs, and
+    copies `offs` to the host in fp16 anyway. A few rows without gradients, which generation has,
+    take a kernel of their own.
     """
     if _loops_over_experts(x_RI):
         return expert_loop(x_RI, weight_EOI, offs_E)
@@ -56,9 +61,10 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
 
 
 def offs_for(x_RI: Tensor, offs_E: Tensor) -> Tensor:
-    """`offs` where `grouped_linear` reads them for rows such as x: in host memory if it loops over experts, else unchanged.
+    """`offs` on the device from which `grouped_linear` reads them, for rows such as x.
 
-    The copy to the host waits for the GPU. A layer makes it once, for all its matmuls and their backward passes.
+    That is host memory where it loops over experts. The copy waits for the GPU: a layer makes it
+    once, for all its matmuls and their backward passes.
     """
     if _loops_over_experts(x_RI):
         return on_host(offs_E)
@@ -79,7 +85,8 @@ def _loops_over_experts(x_RI: Tensor) -> bool:
 
 # ---------------------------------------------------------------- the loop over experts
 
-# Custom operators, so that torch.compile and selective checkpointing see one matmul instead of a data-dependent loop.
+# Custom operators, so that torch.compile and selective checkpointing see one matmul instead of a
+# loop that depends on data.
 
 
 @torch.library.custom_op("engine::on_host", mutates_args=())
@@ -106,7 +113,7 @@ def expert_loop(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
 def expert_loop_backward(
     grad_RO: Tensor, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `expert_loop` by x and by weight. An expert without rows has a weight gradient of zero."""
+    """Gradients of `expert_loop` by x and by weight, zeros for the weight of an idle expert."""
     grad_x = torch.empty_like(x_RI)
     grad_weight = torch.empty_like(weight_EOI)
     for e, rows in enumerate(_row_ranges(offs_E)):

@@ -1,6 +1,8 @@
 """The whole model: an independent implementation, checkpointing, accumulation, the chunked loss, tables, compilation."""
 
 import dataclasses
+import re
+from collections import Counter
 
 import pytest
 import torch
@@ -9,8 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import model as model_module
+from config import ExperimentError
+from engine.linear import linear
+from engine.triton_kernels import qk_norm_rope
 from generate import generate
-from model import MoETransformer, chunked_cross_entropy
+from model import Attention, MoETransformer, SwiGLU, chunked_cross_entropy
 from tests.helpers import tiny_config
 
 MODES = ["none", "selective", "full"]
@@ -19,7 +24,7 @@ MODES = ["none", "selective", "full"]
 def build(**changes) -> MoETransformer:
     model = MoETransformer(tiny_config(**changes))
     with torch.no_grad():  # initial norms are all ones and would hide a missing one
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.ndim == 1:
                 p.copy_(torch.rand_like(p) + 0.5)
     return model
@@ -236,6 +241,50 @@ def test_checkpointing_recomputes_what_it_should():
     )
 
 
+def concatenated_project(attention, x_BSD, positions_S=None):
+    """`Attention.project` with one matmul for queries, keys and values, which is then split."""
+    weights = [attention.q.weight, attention.k.weight, attention.v.weight]
+    heads = [len(weight) // attention.head_dim for weight in weights]
+    out = linear(x_BSD, torch.cat(weights)).unflatten(-1, (-1, attention.head_dim))
+    q, k, v = out.split(heads, dim=2)
+    angles = attention.rope.cache
+    q = qk_norm_rope(q, attention.q_norm.weight, angles, attention.q_norm.eps)
+    k = qk_norm_rope(k, attention.k_norm.weight, angles, attention.k_norm.eps)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def recomputed_operators() -> Counter:
+    """Calls in a backward pass under selective checkpointing beyond those without checkpointing."""
+    calls = {}
+    for mode in ("none", "selective"):
+        model = build(n_kv_heads=2, activation_checkpointing=mode)
+        loss, _ = model(*batch(model))
+        with Count() as count:
+            loss.backward()
+        calls[mode] = Counter(count.calls)
+    calls["selective"].subtract(calls["none"])
+    return calls["selective"]
+
+
+def test_what_is_recomputed_does_not_depend_on_the_number_of_matmuls(monkeypatch):
+    """The policy names operators. One that counted matmuls would now keep or recompute others."""
+    separate = recomputed_operators()
+    monkeypatch.setattr(Attention, "project", concatenated_project)
+    concatenated = recomputed_operators()
+    for operator in (
+        "aten.mm.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "engine.expert_loop.default",
+        "aten.topk.default",
+    ):
+        assert separate[operator] == concatenated[operator] == 0, operator
+    # attention's output in 4 blocks, and values where they have a matmul of their own
+    assert separate["aten.addmm.default"] == 4 * 2
+    assert concatenated["aten.addmm.default"] == 4
+    for operator in ("aten.rsqrt.default", "aten.silu.default", "aten.stack.default"):
+        assert separate[operator] == concatenated[operator] > 0, operator
+
+
 @pytest.mark.parametrize(
     "changes, equal",
     [
@@ -372,7 +421,7 @@ def test_chunked_loss_sums_the_heads_gradient_in_fp32(monkeypatch):
     F.cross_entropy(x.double() @ wide.T, targets).backward()
     assert error(weight.grad.double(), wide.grad) < 4e-3
     ones = torch.ones(1, 257).bfloat16()  # 257 is no bfloat16 number
-    assert model_module._wide_product(ones, ones.T).item() == 257
+    assert model_module._fp32_matmul(ones, ones.T).item() == 257
 
 
 def test_small_probabilities_reach_the_head_in_fp16():
@@ -453,6 +502,34 @@ def test_initial_weights_have_their_spread():
     assert (parameters["norm.weight"] == 1).all()
 
 
+def test_a_model_with_other_parameters_than_the_table_is_refused(monkeypatch):
+    """The planner, the optimizers and the counts read the table, and not the model."""
+    config = tiny_config()
+
+    class WithGateBias(SwiGLU):
+        def __init__(self, config, dtype):
+            super().__init__(config, dtype)
+            self.bias = torch.nn.Parameter(torch.zeros(3))
+
+    monkeypatch.setattr(model_module, "SwiGLU", WithGateBias)
+    total = f"{config.total_params:,}"
+    more = f"{config.total_params + 2 * 3:,}"  # in 2 dense blocks
+    with pytest.raises(ExperimentError, match=f"{more} parameters, .*{total}") as raised:
+        MoETransformer(config)
+    names = re.findall(r"^  (\S+): \(3,\) in the model, absent", str(raised.value), re.M)
+    assert names == ["blocks.0.ffn.bias", "blocks.2.ffn.bias"]
+
+
+def test_a_parameter_of_another_shape_than_in_the_table_is_refused(monkeypatch):
+    class Narrow(SwiGLU):
+        def __init__(self, config, dtype):
+            super().__init__(dataclasses.replace(config, d_ff=24), dtype)
+
+    monkeypatch.setattr(model_module, "SwiGLU", Narrow)
+    with pytest.raises(ExperimentError, match=r"ffn.down: \(32, 24\) in the model, \(32, 48\)"):
+        MoETransformer(tiny_config())
+
+
 # ---------------------------------------------------------------- compilation
 
 
@@ -487,11 +564,11 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("mode, lighter", [*((mode, 0) for mode in MODES), ("full", 6)])
+@pytest.mark.parametrize("mode, lighter", [*((mode, 0) for mode in MODES), ("full", 3)])
 @pytest.mark.filterwarnings("ignore")
 def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(graphs, mode, lighter):
     plain, compiled = (
-        build(n_layers=12, moe_every=3, activation_checkpointing=mode, lighter_blocks=lighter)
+        build(n_layers=6, moe_every=3, activation_checkpointing=mode, lighter_blocks=lighter)
         for _ in range(2)
     )
     compiled.load_state_dict(plain.state_dict())

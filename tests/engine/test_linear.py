@@ -1,4 +1,4 @@
-"""Grouped matmuls against a loop, their gradients, and experts without rows."""
+"""One matmul and grouped ones: values, gradients, operators, and experts without rows."""
 
 import math
 
@@ -7,7 +7,42 @@ import torch
 from torch.autograd import gradcheck
 
 import engine.linear as linear_module
-from engine.linear import _clear_idle_gradient, expert_loop, expert_loop_backward, grouped_linear
+from engine.linear import (
+    _clear_idle_gradient,
+    expert_loop,
+    expert_loop_backward,
+    grouped_linear,
+    linear,
+)
+
+# ---------------------------------------------------------------- linear
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", ["compute dtype", "fp32"])
+def test_a_matmul_that_is_recomputed_gives_the_same_bits(dtype, stored):
+    x = torch.randn(2, 8, 16, dtype=dtype)
+    weight = torch.randn(24, 16, dtype=torch.float32 if stored == "fp32" else dtype)
+    upstream = torch.randn(2, 8, 24, dtype=dtype)
+    results = []
+    for recompute in (False, True):
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            out = linear(*leaves, recompute=recompute)
+        results.append([out, *torch.autograd.grad(out, leaves, upstream)])
+    for expected, found in zip(*results):
+        assert found.dtype == expected.dtype and found.stride() == expected.stride()
+        assert torch.equal(found, expected)
+
+
+def test_what_addmm_would_add_is_not_read():
+    x = torch.ones(2, 3)
+    x[0, 0] = math.nan  # the addend is a view of this element
+    out = linear(x, torch.ones(4, 3), recompute=True)
+    assert out[0].isnan().all() and (out[1] == 3).all()
+
+
+# ---------------------------------------------------------------- grouped linear
 
 OFFS = [[3, 7, 12], [0, 5, 12], [5, 5, 12], [4, 12, 12], [0, 0, 12], [12, 12, 12], [0, 0, 0]]
 
