@@ -49,217 +49,78 @@ COMMANDS = [
 WITHOUT_HELP = ["benchmarks.check_gpu", "benchmarks.data_speed"]
 
 PLANS = {
-    "on a GPU, fits": ["--preset", "18b", "--gpu", "h200"],
-    "on a GPU, fits with lighter blocks": [
-        "--preset",
-        "18b",
-        "--gpu",
-        "h100",
-        "--activation_checkpointing",
-        "none",
-    ],
-    "on a GPU, does not fit": ["--preset", "18b", "--gpu", "rtx4090"],
-    "on a GPU, fits with other options": [
-        "--preset",
-        "5b",
-        "--gpu",
-        "rtx4090",
-        "--host_memory_gb",
-        "900",
-    ],
-    "on a CPU, fits": ["--preset", "tiny", "--device", "cpu", "--host_memory_gb", "16"],
-    "on a CPU, does not fit": ["--preset", "18b", "--device", "cpu", "--host_memory_gb", "16"],
+    "on a GPU, fits": "--preset 18b --gpu h200",
+    "on a GPU, fits with lighter blocks": "--preset 18b --gpu h100 --activation_checkpointing none",
+    "on a GPU, does not fit": "--preset 18b --gpu rtx4090",
+    "on a GPU, fits with other options": "--preset 5b --gpu rtx4090 --host_memory_gb 900",
+    "on a CPU, fits": "--preset tiny --device cpu --host_memory_gb 16",
+    "on a CPU, does not fit": "--preset 18b --device cpu --host_memory_gb 16",
 }
 
 # {old}: the old runs; {run}: a copy of one of them; {tmp}: an empty folder.
-SAVED = "{run}/checkpoint_step_6.pt"
-ELSEWHERE = [
-    "--data",
-    "{old}/text.jsonl",
-    "--tokenizer",
-    "{old}/tokenizer.json",
-    "--cache_dir",
-    "{tmp}/cache",
-    "--save_dir",
-    "{run}",
-]
-NEW_RUN = ["--preset", "tiny", "--device", "cpu", *ELSEWHERE]
+ELSEWHERE = (
+    " --data {old}/text.jsonl --tokenizer {old}/tokenizer.json"
+    " --cache_dir {tmp}/cache --save_dir {run}"
+)
+NEW_RUN = "run_experiment --preset tiny --device cpu" + ELSEWHERE
+RESUME = "run_experiment --resume {run}/checkpoint_step_6.pt" + ELSEWHERE
+
 CALLS = {
-    "an unknown option": ["run_experiment", "--nonsense", "1"],
-    "an unknown option after train": ["run_experiment", "train", "--nonsense", "1"],
-    "an unknown command": ["run_experiment", "nonsense"],
-    "a word too many": ["run_experiment", "--max_steps", "5", "nonsense"],
-    "a text for a number": ["run_experiment", "--d_model", "many"],
-    "a value that is none of the choices": ["run_experiment", "--precision", "fp64"],
-    "an impossible configuration": ["run_experiment", "--preset", "tiny", "--d_model", "33"],
-    "an unknown preset": ["run_experiment", "--preset", "nonsense"],
-    "resume and overwrite": ["run_experiment", "--resume", "latest", "--overwrite"],
-    "a checkpoint that is missing": ["run_experiment", "--resume", "{tmp}/no.pt", *ELSEWHERE],
-    "a checkpoint that is a folder": ["run_experiment", "--resume", "{run}", *ELSEWHERE],
-    "a checkpoint that is none": ["run_experiment", "--resume", "{run}/run.json", *ELSEWHERE],
-    "another width on resume": ["run_experiment", "--resume", SAVED, *ELSEWHERE, "--d_model", "32"],
-    "fewer steps than are done": [
-        "run_experiment",
-        "--resume",
-        SAVED,
-        *ELSEWHERE,
-        "--max_steps",
-        "3",
-    ],
-    "other data on resume": [
-        "run_experiment",
-        "--resume",
-        SAVED,
-        *ELSEWHERE,
-        "--data",
-        "{run}/metrics.jsonl",
-        "--text_field",
-        "step",
-    ],
-    "other tokens on resume": [
-        "run_experiment",
-        "--resume",
-        SAVED,
-        *ELSEWHERE,
-        "--tokenizer",
-        "train:270",
-    ],
-    "a folder that holds a run": ["run_experiment", *NEW_RUN],
-    "data that is missing": [
-        "run_experiment",
-        *NEW_RUN,
-        "--save_dir",
-        "{tmp}/new",
-        "--data",
-        "{tmp}/no.txt",
-    ],
-    "a run that does not fit": [
-        "run_experiment",
-        "--preset",
-        "18b",
-        "--device",
-        "cpu",
-        "--host_memory_gb",
-        "8",
-        "--save_dir",
-        "{tmp}/new",
-    ],
-    "a run that diverges": [
-        "run_experiment",
-        "--resume",
-        SAVED,
-        *ELSEWHERE,
-        "--muon_lr",
-        "1e30",
-        "--adamw_lr",
-        "1e30",
-    ],
-    "a plan that fits": ["run_experiment", "plan", "--preset", "18b", "--gpu", "h200"],
-    "a plan that does not fit": ["run_experiment", "plan", "--preset", "18b", "--gpu", "rtx4090"],
-    "a plan for an unknown GPU": ["run_experiment", "plan", "--gpu", "nonsense"],
-    "a sample": [
-        "run_experiment",
-        "sample",
-        "--checkpoint",
-        SAVED,
-        "--prompt",
-        "The",
-        "--max_new_tokens",
-        "4",
-        "--device",
-        "cpu",
-    ],
-    "a sample of nothing": ["run_experiment", "sample"],
-    "a sample of a missing checkpoint": [
-        "run_experiment",
-        "sample",
-        "--checkpoint",
-        "{tmp}/no.pt",
-        "--prompt",
-        "The",
-    ],
-    "a sample of a folder": [
-        "run_experiment",
-        "sample",
-        "--checkpoint",
-        "{run}",
-        "--prompt",
-        "The",
-    ],
-    "a sample at a wrong temperature": [
-        "run_experiment",
-        "sample",
-        "--checkpoint",
-        SAVED,
-        "--prompt",
-        "The",
-        "--temperature",
-        "-1",
-    ],
-    "a plot of a run": ["plot", "{run}", "--out", "{tmp}/curves.png"],
-    "a plot of nothing": ["plot"],
-    "a plot of a missing run": ["plot", "{tmp}/no"],
-    "a plot with an unknown option": ["plot", "{run}", "--nonsense"],
-    "an export": ["tools.export_hf", "--checkpoint", SAVED, "--out", "{tmp}/model"],
-    "an export into a full folder": ["tools.export_hf", "--checkpoint", SAVED, "--out", "{run}"],
-    "an export of nothing": ["tools.export_hf"],
-    "an export of a missing checkpoint": [
-        "tools.export_hf",
-        "--checkpoint",
-        "{tmp}/no.pt",
-        "--out",
-        "{tmp}/model",
-    ],
-    "an export of a folder": ["tools.export_hf", "--checkpoint", "{run}", "--out", "{tmp}/model"],
-    "an export of a model with biases": [
-        "tools.export_hf",
-        "--checkpoint",
-        "{old}/bias_balancing/checkpoint_step_6.pt",
-        "--out",
-        "{tmp}/model",
-    ],
-    "an import of the export": [
-        "tools.import_hf",
-        "--model",
-        "{tmp}/model",
-        "--out",
-        "{tmp}/imported",
-        "--preset",
-        "tiny",
-    ],
-    "an import of nothing": ["tools.import_hf"],
-    "an import of a missing folder": [
-        "tools.import_hf",
-        "--model",
-        "{tmp}/no",
-        "--out",
-        "{tmp}/new",
-    ],
-    "an evaluation": [
-        "tools.evaluate",
-        "--checkpoint",
-        SAVED,
-        "--data",
-        "{old}/text.jsonl",
-        "--limit",
-        "100",
-        "--device",
-        "cpu",
-        "--json",
-    ],
-    "an evaluation of nothing": ["tools.evaluate"],
-    "an evaluation of a missing checkpoint": ["tools.evaluate", "--checkpoint", "{tmp}/no.pt"],
-    "the list of benchmarks": ["benchmarks.run"],
-    "an unknown benchmark": ["benchmarks.run", "nonsense"],
-    "a profile with an unknown option": ["benchmarks.profile_step", "--nonsense", "1"],
-    "a harness without a checkpoint": ["benchmarks.harness"],
-    "a sampling speed with an unknown option": ["benchmarks.sample_speed", "--nonsense", "1"],
-    "the list of studies": ["studies.run"],
-    "an unknown study": ["studies.run", "nonsense"],
-    "a study with an unknown option": ["studies.run", "optimizer", "--nonsense", "1"],
-    "a report on a missing study": ["studies.report", "{tmp}/no"],
-    "experts of nothing": ["studies.experts"],
-    "experts of a missing run": ["studies.experts", "{tmp}/no"],
+    "an unknown option": "run_experiment --nonsense 1",
+    "an unknown option after train": "run_experiment train --nonsense 1",
+    "an unknown command": "run_experiment nonsense",
+    "a word too many": "run_experiment --max_steps 5 nonsense",
+    "a text for a number": "run_experiment --d_model many",
+    "a value that is none of the choices": "run_experiment --precision fp64",
+    "an impossible configuration": "run_experiment --preset tiny --d_model 33",
+    "an unknown preset": "run_experiment --preset nonsense",
+    "resume and overwrite": "run_experiment --resume latest --overwrite",
+    "a checkpoint that is missing": "run_experiment --resume {tmp}/no.pt" + ELSEWHERE,
+    "a checkpoint that is a folder": "run_experiment --resume {run}" + ELSEWHERE,
+    "a checkpoint that is none": "run_experiment --resume {run}/run.json" + ELSEWHERE,
+    "another width on resume": RESUME + " --d_model 32",
+    "fewer steps than are done": RESUME + " --max_steps 3",
+    "other data on resume": RESUME + " --data {run}/metrics.jsonl --text_field step",
+    "other tokens on resume": RESUME + " --tokenizer train:270",
+    "a folder that holds a run": NEW_RUN,
+    "data that is missing": NEW_RUN + " --save_dir {tmp}/new --data {tmp}/no.txt",
+    "a run that does not fit": "run_experiment --preset 18b --device cpu --host_memory_gb 8 --save_dir {tmp}/new",
+    "a run that diverges": RESUME + " --muon_lr 1e30 --adamw_lr 1e30",
+    "a plan that fits": "run_experiment plan --preset 18b --gpu h200",
+    "a plan that does not fit": "run_experiment plan --preset 18b --gpu rtx4090",
+    "a plan for an unknown GPU": "run_experiment plan --gpu nonsense",
+    "a sample": "run_experiment sample --checkpoint {run}/checkpoint_step_6.pt --prompt The --max_new_tokens 4 --device cpu",
+    "a sample of nothing": "run_experiment sample",
+    "a sample of a missing checkpoint": "run_experiment sample --checkpoint {tmp}/no.pt --prompt The",
+    "a sample of a folder": "run_experiment sample --checkpoint {run} --prompt The",
+    "a sample at a wrong temperature": "run_experiment sample --checkpoint {run}/checkpoint_step_6.pt --prompt The --temperature -1",
+    "a plot of a run": "plot {run} --out {tmp}/curves.png",
+    "a plot of nothing": "plot",
+    "a plot of a missing run": "plot {tmp}/no",
+    "a plot with an unknown option": "plot {run} --nonsense",
+    "an export": "tools.export_hf --checkpoint {run}/checkpoint_step_6.pt --out {tmp}/model",
+    "an export into a full folder": "tools.export_hf --checkpoint {run}/checkpoint_step_6.pt --out {run}",
+    "an export of nothing": "tools.export_hf",
+    "an export of a missing checkpoint": "tools.export_hf --checkpoint {tmp}/no.pt --out {tmp}/model",
+    "an export of a folder": "tools.export_hf --checkpoint {run} --out {tmp}/model",
+    "an export of a model with biases": "tools.export_hf --checkpoint {old}/bias_balancing/checkpoint_step_6.pt --out {tmp}/model",
+    "an import of the export": "tools.import_hf --model {tmp}/model --out {tmp}/imported --preset tiny",
+    "an import of nothing": "tools.import_hf",
+    "an import of a missing folder": "tools.import_hf --model {tmp}/no --out {tmp}/new",
+    "an evaluation": "tools.evaluate --checkpoint {run}/checkpoint_step_6.pt --data {old}/text.jsonl --limit 100 --device cpu --json",
+    "an evaluation of nothing": "tools.evaluate",
+    "an evaluation of a missing checkpoint": "tools.evaluate --checkpoint {tmp}/no.pt",
+    "the list of benchmarks": "benchmarks.run",
+    "an unknown benchmark": "benchmarks.run nonsense",
+    "a profile with an unknown option": "benchmarks.profile_step --nonsense 1",
+    "a harness without a checkpoint": "benchmarks.harness",
+    "a sampling speed with an unknown option": "benchmarks.sample_speed --nonsense 1",
+    "the list of studies": "studies.run",
+    "an unknown study": "studies.run nonsense",
+    "a study with an unknown option": "studies.run optimizer --nonsense 1",
+    "a report on a missing study": "studies.report {tmp}/no",
+    "experts of nothing": "studies.experts",
+    "experts of a missing run": "studies.experts {tmp}/no",
 }
 
 # Calls that need what another one makes.
@@ -346,7 +207,7 @@ def files_of_a_run(folder: Path) -> dict:
     """Names and keys of what a short run writes."""
     import torch
 
-    words = [word.format(old=OLD_RUNS, run=folder / "run", tmp=folder) for word in NEW_RUN]
+    words = [word.format(old=OLD_RUNS, run=folder / "run", tmp=folder) for word in NEW_RUN.split()]
     size = dict(
         d_model=16,
         n_layers=2,
@@ -365,7 +226,7 @@ def files_of_a_run(folder: Path) -> dict:
         validation_fraction=0.1,
     )
     words += [word for name, value in size.items() for word in (f"--{name}", str(value))]
-    code, _, err = call(["run_experiment", *words])
+    code, _, err = call(words)
     assert code == 0, err
     run = folder / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -437,8 +298,9 @@ def names_of_lists() -> dict[str, list[str]]:
 
 def calls() -> dict[str, dict]:
     names, found = names_of_lists(), {}
-    for name, words in CALLS.items():
-        before = CALLS[BEFORE[name]] if name in BEFORE else None
+    for name, line in CALLS.items():
+        words = line.split()
+        before = CALLS[BEFORE[name]].split() if name in BEFORE else None
         with tempfile.TemporaryDirectory() as folder:
             code, out, _ = answer(words, Path(folder), before)
         found[name] = dict(
@@ -458,7 +320,7 @@ def main() -> None:
     found = dict(
         commands={command: options_of(command) for command in COMMANDS},
         commands_without_help=WITHOUT_HELP,
-        plans={name: plan_of(arguments) for name, arguments in PLANS.items()},
+        plans={name: plan_of(line.split()) for name, line in PLANS.items()},
         calls=calls(),
         files=files,
         config=configuration(),

@@ -1,7 +1,6 @@
 """The command line: what it answers, what it refuses and how, and whole runs that end, are killed, stopped and resumed."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -64,13 +63,12 @@ def base(tmp_path_factory):
 
 
 def arguments(base, **options) -> list[str]:
+    """The command line of a small run, with these options."""
     options = {**SMALL, "data": base / "text", "cache_dir": base / "cache", **options}
-    return [
-        text
-        for name, value in options.items()
-        if value is not None
-        for text in (f"--{name}", str(value))
-    ]
+    words = []
+    for name, value in options.items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
 @pytest.fixture(autouse=True)
@@ -99,25 +97,38 @@ def contents(folder: Path) -> dict:
 
 
 def rows(folder: Path, kind: str) -> list[dict]:
-    return [
-        row
-        for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        if kind in row
-    ]
+    """The rows of a run's metrics.jsonl that have this key."""
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in found if kind in row]
+
+
+def steps_of(folder: Path, kind: str) -> list[int]:
+    return [row["step"] for row in rows(folder, kind)]
+
+
+def step_of(folder: Path) -> int:
+    """The step of a run's latest checkpoint."""
+    return checkpoint.load(folder / "checkpoint_latest.pt")["step"]
 
 
 # ---------------------------------------------------------------- answers without torch
 
 
+WITHOUT_TORCH = """
+import sys, runpy
+sys.argv[:] = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name='__main__')
+finally:
+    assert 'torch' not in sys.modules and 'numpy' not in sys.modules
+"""
+
+
 def answer(*argv):
     """(stdout, seconds) of the program in a process of its own, which must not import torch."""
-    code = (
-        "import sys, runpy\nsys.argv[:] = sys.argv[1:]\ntry:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally:\n    assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-    )
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", code, ROOT / "run_experiment.py", *argv],
+        [sys.executable, "-c", WITHOUT_TORCH, ROOT / "run_experiment.py", *argv],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -145,19 +156,17 @@ def test_help_and_plan_answer_within_three_seconds_without_torch(argv):
 
 def test_help_documents_every_field(cli):
     code, out, _ = cli("--help")
-    text = " ".join(out.split())
-    assert code == 0 and "run_experiment.py plan" in text
+    # argparse breaks lines at hyphens too
+    text = " ".join(out.split()).replace("- ", "-")
+    assert code == 0
+    for word in ("run_experiment.py plan", "--resume", "--overwrite"):
+        assert word in text
+    assert "--precision fp16|bf16|fp32 " in text and "--optimizer muon|adamw " in text
+    assert list(field_docs()) == list(defaults())
     for name, doc in field_docs().items():
-        default = defaults()[name]
-        values = (
-            dict(precision="fp16|bf16|fp32", optimizer="muon|adamw").get(name)
-            or re.findall(rf"--{name} (\S+) ", text)[-1]
-        )
-        assert f"--{name} {values} {doc} [{'derived' if default is None else default}]".replace(
-            "- ", "-"
-        ) in text.replace("- ", "-"), name
-    assert set(field_docs()) == {f.name for f in dataclasses.fields(Config)}
-    assert "--resume" in text and "--overwrite" in text
+        shown = "derived" if defaults()[name] is None else defaults()[name]
+        help_of_the_field = f"{doc} [{shown}]".replace("- ", "-")
+        assert re.search(rf"--{name} \S+ {re.escape(help_of_the_field)}", text), name
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -239,19 +248,14 @@ def test_plan_of_every_preset_on_every_gpu(cli, preset):
 )
 def test_plan_of_18b(cli, gpu, fits, offload, at_most):
     facts = planned(cli, "--preset", "18b", "--gpu", gpu)
-    assert (
-        facts["fits"] is fits
-        and facts["choice"]["offload_optimizer"] is offload
-        and facts["choice"]["batch_size"] <= at_most
-    )
+    assert facts["fits"] is fits
+    assert facts["choice"]["offload_optimizer"] is offload
+    assert facts["choice"]["batch_size"] <= at_most
     code, out, _ = cli("plan", "--preset", "18b", "--gpu", gpu)
-    assert (
-        code == (0 if fits else 1)
-        and ("does not fit" in out) is not fits
-        and facts["options"] in out
-        and "17.97B" in out
-        and "Headroom" in out
-    )
+    assert code == (0 if fits else 1)
+    assert ("does not fit" in out) is not fits
+    for words in (facts["options"], "17.97B", "Headroom"):
+        assert words in out
 
 
 def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
@@ -515,16 +519,6 @@ def test_what_comes_to_nothing_leaves_no_folder(cli, base, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["there"], "only what it made itself"
 
 
-def test_resume_latest_of_nothing_says_that_a_new_run_starts(cli, base, finished, tmp_path):
-    code, out, _ = cli(*arguments(base, save_dir=tmp_path / "run"), "--resume", "latest")
-    assert (
-        code == 0
-        and f"Nothing to resume: no checkpoint in {tmp_path / 'run'}. A new run starts." in out
-        and "Done: 8 steps" in out
-    )
-    assert "Nothing to resume" not in cli("--resume", "latest", "--save_dir", tmp_path / "run")[1]
-
-
 def test_a_folder_that_holds_a_run_is_not_written_to(cli, base, finished):
     before = contents(finished)
     assert_refused(
@@ -715,32 +709,17 @@ def run(finished, tmp_path):
 
 
 def test_resume_goes_further_and_says_what_changed(cli, run):
-    code, out, _ = cli(
-        "--resume",
-        "latest",
-        "--save_dir",
-        run,
-        "--max_steps",
-        "12",
-        "--muon-lr",
-        "0.005",
-        "--preset",
-        "18b",
-    )
+    options = ("--max_steps", "12", "--muon-lr", "0.005", "--preset", "18b")
+    code, out, _ = cli("--resume", "latest", "--save_dir", run, *options)
     assert code == 0 and f"Resuming {run / 'checkpoint_latest.pt'} at step 8" in out
-    assert (
-        "max_steps: 8 -> 12" in out
-        and "muon_lr: 0.02 -> 0.005" in out
-        and "adamw_lr" not in out.split("\n")[0]
-    )
+    assert "max_steps: 8 -> 12" in out and "muon_lr: 0.02 -> 0.005" in out
+    assert "adamw_lr" not in out.split("\n")[0]
     assert "18b ignored" in out, "a preset is for a fresh start"
-    assert "learning rates continue at 0.285 of their peaks, where they were at 0.1." in out, (
-        "after 8 of 12 steps, and of 8"
-    )
-    assert [r["step"] for r in rows(run, "train_loss")] == [2, 4, 6, 8, 10, 12] and rows(
-        run, "val_loss"
-    )[-1]["step"] == 12
-    assert checkpoint.load(run / "checkpoint_latest.pt")["step"] == 12
+    # after 8 of 12 steps, and of 8
+    assert "learning rates continue at 0.285 of their peaks, where they were at 0.1." in out
+    assert steps_of(run, "train_loss") == [2, 4, 6, 8, 10, 12]
+    assert steps_of(run, "val_loss")[-1] == 12
+    assert step_of(run) == 12
 
 
 def test_resume_to_a_step_that_is_past_is_refused(cli, base, run):
@@ -754,32 +733,25 @@ def test_resume_to_a_step_that_is_past_is_refused(cli, base, run):
 def test_resume_of_a_finished_run_changes_no_weights(cli, run):
     before = (run / "checkpoint_latest.pt").read_bytes()
     code, out, _ = cli("--resume", "latest", "--save_dir", run)
-    assert (
-        code == 0
-        and "Done: 8 steps" in out
-        and "learning rates continue" not in out
-        and (run / "checkpoint_latest.pt").read_bytes() == before
-    )
-    assert [r["step"] for r in rows(run, "val_loss")] == [0, 8]
+    assert code == 0 and "Done: 8 steps" in out
+    assert "learning rates continue" not in out
+    assert (run / "checkpoint_latest.pt").read_bytes() == before
+    assert steps_of(run, "val_loss") == [0, 8]
 
 
-def test_resume_latest_goes_on_in_its_folder_and_a_path_in_the_folder_of_its_run(
+def test_resume_latest_stays_in_its_folder_and_a_path_in_the_folder_of_its_run(
     cli, finished, run, monkeypatch
 ):
     before = contents(finished)
     monkeypatch.chdir(run.parent)
     run.rename("checkpoints")  # the default save_dir; the checkpoint names another
-    code, out, _ = cli("--resume", "latest", "--max_steps", "12")
-    assert (
-        code == 0 and f"save_dir: {finished} -> checkpoints" in out and contents(finished) == before
-    )
+    code, out, _ = cli("--resume", "latest", "--max_steps", "10")
+    assert code == 0 and f"save_dir: {finished} -> checkpoints" in out
+    assert contents(finished) == before
     moved = Path("checkpoints").rename("moved")
-    assert cli("--resume", "latest", "--save_dir", moved, "--max_steps", "14")[0] == 0
-    assert cli("--resume", moved / "checkpoint_latest.pt", "--max_steps", "16")[0] == 0
-    assert (
-        checkpoint.load(moved / "checkpoint_latest.pt")["step"] == 16
-        and not Path("checkpoints").exists()
-    )
+    assert cli("--resume", "latest", "--save_dir", moved, "--max_steps", "11")[0] == 0
+    assert cli("--resume", moved / "checkpoint_latest.pt", "--max_steps", "12")[0] == 0
+    assert step_of(moved) == 12 and not Path("checkpoints").exists()
     assert contents(finished) == before
 
 
@@ -794,32 +766,27 @@ def test_resume_from_elsewhere_takes_the_history_along(cli, finished, tmp_path):
     before, folder = contents(finished), tmp_path / "branch"
     code, out, _ = cli("--resume", finished / "checkpoint_step_4.pt", "--save_dir", folder)
     assert code == 0 and "at step 4" in out and contents(finished) == before
-    assert [r["step"] for r in rows(folder, "train_loss")] == [2, 4, 6, 8]
-    assert [r["train_loss"] for r in rows(folder, "train_loss")] == [
-        r["train_loss"] for r in rows(finished, "train_loss")
-    ]
+    assert steps_of(folder, "train_loss") == [2, 4, 6, 8]
+    losses = [[row["train_loss"] for row in rows(run, "train_loss")] for run in (folder, finished)]
+    assert losses[0] == losses[1]
 
 
 def test_resume_latest_without_a_checkpoint_is_a_fresh_start(cli, base, tmp_path, run):
-    code, out, _ = cli(
-        *arguments(base, save_dir=tmp_path / "new", max_steps=2), "--resume", "latest"
-    )
-    assert (
-        code == 0
-        and "Preset tiny: chosen with --preset" in out
-        and checkpoint.load(tmp_path / "new" / "checkpoint_latest.pt")["step"] == 2
-    )
+    new = tmp_path / "new"
+    code, out, _ = cli(*arguments(base, save_dir=new, max_steps=2), "--resume", "latest")
+    assert code == 0 and "Preset tiny: chosen with --preset" in out and "Done: 2 steps" in out
+    assert f"Nothing to resume: no checkpoint in {new}. A new run starts." in out
+    assert step_of(new) == 2
+    assert "Nothing to resume" not in cli("--resume", "latest", "--save_dir", new)[1]
+
     metrics = (run / "metrics.jsonl").read_bytes()
     for path in run.glob("*.pt"):
         path.unlink()
     code, out, _ = cli(*arguments(base, save_dir=run, max_steps=2), "--resume", "latest")
-    assert (
-        code == 0
-        and "Nothing to resume: no checkpoint in" in out
-        and (run / "metrics.jsonl.1").read_bytes() == metrics
-    ), "set aside, not lost"
+    assert code == 0 and "Nothing to resume: no checkpoint in" in out
+    assert (run / "metrics.jsonl.1").read_bytes() == metrics, "set aside, not lost"
     assert json.loads((run / "training_results.json.1").read_text())["totals"]["steps"] == 8
-    assert [r["step"] for r in rows(run, "train_loss")] == [2]
+    assert steps_of(run, "train_loss") == [2]
 
 
 def test_overwrite_starts_anew_and_leaves_other_files(cli, base, run):
@@ -833,51 +800,38 @@ def test_overwrite_starts_anew_and_leaves_other_files(cli, base, run):
 # ---------------------------------------------------------------- run.json
 
 
-def test_run_json_says_what_the_run_is_made_of(cli, finished, run, monkeypatch):
+def test_run_json_says_what_the_run_is_made_of(finished):
     facts = json.loads((finished / "run.json").read_text())
     results = json.loads((finished / "training_results.json").read_text())
     state = checkpoint.load(finished / "checkpoint_latest.pt")
-    assert (
-        facts["config"] == results["config"]
-        and facts["config"]["d_model"] == 32
-        and facts["data"] == results["data"]
-    )
-    assert (
-        facts["data"]["data_hash"] == state["data"]["data_hash"]
-        and facts["data"]["tokenizer_hash"] == state["data"]["tokenizer_hash"]
-    )
-    assert facts["run_id"] == state["run_id"] and (
-        facts["step"],
-        facts["resumed_from"],
-        facts["earlier"],
-    ) == (0, None, [])
-    assert (
-        facts["packages"]["torch"] == torch.__version__
-        and facts["packages"]["numpy"]
-        and facts["gpu"] is None
-    )
+    assert facts["config"] == results["config"] and facts["config"]["d_model"] == 32
+    assert facts["data"] == results["data"]
+    for key in ("data_hash", "tokenizer_hash"):
+        assert facts["data"][key] == state["data"][key]
+    assert facts["run_id"] == state["run_id"]
+    assert (facts["step"], facts["resumed_from"], facts["earlier"]) == (0, None, [])
+    assert facts["packages"]["torch"] == torch.__version__ and facts["packages"]["numpy"]
+    assert facts["gpu"] is None
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     assert git.returncode != 0 or facts["git"]["commit"] == git.stdout.strip()
 
+
+def test_run_json_of_a_resumed_run_keeps_the_earlier_ones(cli, run, monkeypatch):
+    before = json.loads((run / "run.json").read_text())
     monkeypatch.setattr(sys, "argv", ["run_experiment.py", "--save_dir", "a folder"])
-    assert (
-        cli("--resume", "latest", "--save_dir", run, "--max_steps", "10", "--muon_lr", "0.5")[0]
-        == 0
-    )
+    resume = ("--resume", "latest", "--save_dir", run)
+    assert cli(*resume, "--max_steps", "9", "--muon_lr", "0.5")[0] == 0
     again = json.loads((run / "run.json").read_text())
     assert again["environment"]["command"] == "run_experiment.py --save_dir 'a folder'"
-    assert again["earlier"] == [{k: v for k, v in facts.items() if k != "earlier"}]
-    assert (
-        again["step"] == 8
-        and again["resumed_from"] == str(run / "checkpoint_latest.pt")
-        and again["run_id"] == facts["run_id"]
-    )
-    assert (again["config"]["muon_lr"], facts["config"]["muon_lr"]) == (0.5, 0.02)
+    assert again["earlier"] == [{k: v for k, v in before.items() if k != "earlier"}]
+    assert (again["step"], again["run_id"]) == (8, before["run_id"])
+    assert again["resumed_from"] == str(run / "checkpoint_latest.pt")
+    assert (again["config"]["muon_lr"], before["config"]["muon_lr"]) == (0.5, 0.02)
+
     (run / "run.json").write_text("my notes")
-    assert cli("--resume", "latest", "--save_dir", run, "--max_steps", "12")[0] == 0
-    assert (run / "run.json.1").read_text() == "my notes" and json.loads(
-        (run / "run.json").read_text()
-    )["step"] == 10
+    assert cli(*resume, "--max_steps", "10")[0] == 0
+    assert (run / "run.json.1").read_text() == "my notes"
+    assert json.loads((run / "run.json").read_text())["step"] == 9
 
 
 def test_git_state(tmp_path, monkeypatch):
@@ -1052,65 +1006,62 @@ def assert_group_ends(process):
     raise AssertionError("processes are left")
 
 
-def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(base, tmp_path):
+def tensors(path: Path) -> dict:
+    """Every tensor of the model and of the optimizers in a checkpoint."""
+    state = checkpoint.load(path)
+    found = dict(state["model"])
+    for optimizer, saved in state["optimizer"].items():
+        for name, buffers in saved["state"].items():
+            for key, tensor in buffers.items():
+                found[optimizer, name, key] = tensor
+    return found
+
+
+def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(cli, base, tmp_path):
+    """The first runs in this process; the second is killed in its own, and resumed in another."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = dict(max_steps=80, eval_every=40, save_every=20, sample_tokens=8)
-    first = start(*arguments(base, save_dir=whole, **settings))
-    second = start(*arguments(base, save_dir=killed, **settings, num_workers=1))
-    wait_for(second, (killed / "checkpoint_latest.pt").exists)
-    second.kill()
-    assert second.wait() == -signal.SIGKILL and not (killed / "checkpoint_step_80.pt").exists()
-    third = start("--resume", "latest", "--save_dir", killed)
-    out, err = first.communicate(timeout=120)
-    assert first.returncode == 0 and "Traceback" not in err
-    for words in (
-        "step 0: validation loss",
-        "step 40: validation loss",
-        "step 80: validation loss",
-        "A sample",
-        "Done: 80 steps",
-    ):
-        assert words in out
-    assert {p.name for p in whole.iterdir()} == {
+    process = start(*arguments(base, save_dir=killed, **settings, num_workers=1))
+    wait_for(process, (killed / "checkpoint_latest.pt").exists)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (killed / "checkpoint_step_80.pt").exists()
+    process = start("--resume", "latest", "--save_dir", killed)
+    code, out, _ = cli(*arguments(base, save_dir=whole, **settings))
+    assert code == 0
+    for step in (0, 40, 80):
+        assert f"step {step}: validation loss" in out
+    assert "A sample" in out and "Done: 80 steps" in out
+
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Resuming" in out and "Traceback" not in err
+    assert {path.name for path in killed.iterdir()} == {
         "metrics.jsonl",
         "training_results.json",
         "training_curves.png",
         "run.json",
         "checkpoint_latest.pt",
-        *(f"checkpoint_step_{n}.pt" for n in (40, 60, 80)),
+        "checkpoint_step_40.pt",
+        "checkpoint_step_60.pt",
+        "checkpoint_step_80.pt",
     }
-    assert (whole / "training_curves.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((whole / "training_results.json").read_text())
-    assert (
-        results["totals"]["steps"] == 80
-        and results["sample"]["text"]
-        and results["config"]["d_model"] == 32
-    )
+    assert (killed / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((killed / "training_results.json").read_text())
+    assert results["totals"]["steps"] == 80 and results["sample"]["text"]
+    assert results["config"]["d_model"] == 32
 
-    out, err = third.communicate(timeout=120)
-    assert third.returncode == 0 and "Resuming" in out and "Traceback" not in err
+    same = ("step", "train_loss", "val_loss", "grad_norm", "expert_load", "tokens_seen", "muon_lr")
     for kind in ("train_loss", "val_loss"):
-        same = ("step", kind, "grad_norm", "expert_load", "tokens_seen", "muon_lr")
-        assert [[r.get(k) for k in same] for r in rows(whole, kind)] == [
-            [r.get(k) for k in same] for r in rows(killed, kind)
-        ]
-    states = [checkpoint.load(folder / "checkpoint_step_80.pt") for folder in (whole, killed)]
-    flat = [
-        {
-            **s["model"],
-            **{
-                (o, n, k): t
-                for o in ("muon", "adamw")
-                for n, ts in s["optimizer"][o]["state"].items()
-                for k, t in ts.items()
-            },
-        }
-        for s in states
-    ]
-    assert flat[0].keys() == flat[1].keys() and all(
-        torch.equal(flat[0][k], flat[1][k]) for k in flat[0]
-    )
-    assert states[0]["data_position"] == states[1]["data_position"] == 320
+        expected, found = (
+            [[row.get(key) for key in same] for row in rows(folder, kind)]
+            for folder in (whole, killed)
+        )
+        assert expected == found
+    expected, found = (tensors(run / "checkpoint_step_80.pt") for run in (whole, killed))
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    for run in (whole, killed):
+        assert checkpoint.load(run / "checkpoint_step_80.pt")["data_position"] == 320
 
 
 def test_a_folder_in_use_is_left_alone(cli, base, finished):
@@ -1191,30 +1142,20 @@ def test_a_file_system_without_locks_is_good_enough(monkeypatch, tmp_path):
 
 
 def test_sigterm_and_an_interrupt_save_and_stop(cli, base, tmp_path):
-    cases = [(signal.SIGTERM, 143, tmp_path / "a", 2), (signal.SIGINT, 130, tmp_path / "b", 2)]
-    processes = [
-        start(
-            *arguments(
-                base, save_dir=run, max_steps=100_000, save_every=50_000, num_workers=workers
-            )
-        )
-        for _, _, run, workers in cases
-    ]
-    for (number, code, run, _), process in zip(cases, processes):
+    cases = [(signal.SIGTERM, 143, tmp_path / "a"), (signal.SIGINT, 130, tmp_path / "b")]
+    endless = dict(max_steps=100_000, save_every=50_000, num_workers=1)
+    processes = [start(*arguments(base, save_dir=run, **endless)) for _, _, run in cases]
+    for (number, code, run), process in zip(cases, processes):
         wait_for(process, trained(run))
-        os.killpg(process.pid, number)  # as a terminal does: the workers get it too
+        os.killpg(process.pid, number)  # as a terminal does: the worker gets it too
         out, err = process.communicate(timeout=30)
-        assert (
-            process.returncode == code
-            and "Traceback" not in err
-            and "stopping after this step" in err
-        )
+        assert process.returncode == code
+        assert "Traceback" not in err and "stopping after this step" in err
         assert_group_ends(process)
-        step = checkpoint.load(run / "checkpoint_latest.pt")["step"]
-        assert f"Stopped at step {step}" in out and "--resume latest" in out and step > 0
-    code, out, _ = cli(
-        "--resume", "latest", "--save_dir", run, "--max_steps", step + 3, "--num_workers", "0"
-    )
+        step = step_of(run)
+        assert step > 0 and f"Stopped at step {step}" in out and "--resume latest" in out
+    resume = ("--resume", "latest", "--save_dir", run, "--num_workers", "0")
+    code, out, _ = cli(*resume, "--max_steps", step + 3)
     assert code == 0 and f"Done: {step + 3} steps" in out
 
 
