@@ -254,7 +254,7 @@ def _earlier_starts(path: Path) -> list[dict]:
     try:
         last_start = json.loads(path.read_bytes())
         return [*last_start.pop("earlier"), last_start]
-    except (ValueError, AttributeError, KeyError):
+    except (ValueError, TypeError, AttributeError, KeyError):
         set_aside(path)
         return []
 

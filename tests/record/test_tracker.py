@@ -10,7 +10,15 @@ import pytest
 
 from config import ExperimentError
 from record import tracker
-from tests.test_trainer import build, no_pictures, resume, rows, settings, stop_after, text  # noqa: F401 (some are fixtures)
+from tests.training import (  # some are fixtures
+    build,
+    no_pictures,  # noqa: F401
+    resume,
+    rows,
+    run_to,
+    settings,  # noqa: F401
+    text,  # noqa: F401
+)
 
 NUMBERS = ("train_loss", "grad_norm", "tokens_per_second", "expert_load_max", "val_loss")
 
@@ -22,9 +30,7 @@ def run(settings):  # noqa: F811
     def make(name: str):
         config = settings(tracker=name, max_steps=8, eval_every=4, save_every=100, log_every=1)
         first = build(config)
-        stop_after(first, 4)
-        with pytest.raises(SystemExit):
-            first.run()
+        run_to(first, 4)
         resume(config, first.folder / "checkpoint_latest.pt").run()
         expected = {}
         for row in rows(config, "step"):
@@ -73,7 +79,7 @@ def test_tensorboard_hides_rows_past_the_checkpoint(settings):  # noqa: F811
 
 def test_trackio(run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("trackio")
-    import trackio.utils
+    import trackio.utils  # noqa: F401 (one of the modules that know the folder)
     from trackio.sqlite_storage import SQLiteStorage
 
     for module in [

@@ -1,0 +1,245 @@
+"""What a run writes down: rows, sums, results, run.json, measured memory, which checkpoints stay."""
+
+import json
+
+import pytest
+import torch
+
+from config import optimizer_groups
+from muon import build_optimizers
+from planner.machine import GB
+from record import checkpoint, messages, meter, results
+from record.meter import MemoryMeter
+from record.metrics import Interval, perplexity
+from record.results import Record, run_files, set_aside, write_run_file
+from record.run_folder import RunCheckpoints
+from tests.helpers import tiny_config
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_a_record_continues_with_the_rows_up_to_its_step(tmp_path, capsys):
+    first = Record(tmp_path)
+    for step in range(1, 5):
+        first.append(dict(step=step, train_loss=1.0 / step))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "tr')  # a crash in the middle of a line
+
+    second = Record(tmp_path)
+    second.load(tmp_path, 2)
+    assert [row["step"] for row in second.history] == [1, 2]
+    second.begin()
+    assert "2 rows of metrics.jsonl" in capsys.readouterr().out
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "metrics.jsonl.1").read_text().splitlines()) == 5
+
+    sent = []
+    second.track = sent.append
+    second.append(dict(step=3, val_loss=2.0))
+    assert sent == [dict(step=3, val_loss=2.0)]
+    assert second.evaluated(3)
+    assert not second.evaluated(2)
+
+
+def test_the_latest_metrics_are_single_numbers(tmp_path):
+    record = Record(tmp_path)
+    record.append(dict(step=1, train_loss=3.0, expert_load=[[0.5, 0.5]], grad_norm_spike={}))
+    record.append(dict(step=2, val_loss=2.0, sample="a text"))
+    assert record.latest() == dict(step=2, train_loss=3.0, val_loss=2.0)
+
+
+def test_files_are_set_aside_under_the_first_free_name(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert set_aside(path) is None
+    for name in ("metrics.jsonl.1", "metrics.jsonl.2"):
+        path.write_text(name)
+        assert set_aside(path).name == name
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "metrics.jsonl.1",
+        "metrics.jsonl.2",
+    ]
+
+
+def test_run_files_are_those_of_a_run(tmp_path):
+    for name in ("checkpoint_step_2.pt", "checkpoint_latest.pt", "run.json", "notes.txt"):
+        (tmp_path / name).write_text("")
+    assert [path.name for path in run_files(tmp_path)] == [
+        "checkpoint_latest.pt",
+        "run.json",
+        "checkpoint_step_2.pt",
+    ]
+
+
+def test_run_json_keeps_the_earlier_starts(tmp_path):
+    (tmp_path / "run.json").write_text("[1]")  # not this program's: it is not lost
+    for step in (0, 5, 9):
+        write_run_file(tmp_path, CPU, step=step)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["step"] == 9
+    assert [start["step"] for start in facts["earlier"]] == [0, 5]
+    assert facts["gpu"] is None
+    assert facts["packages"]["torch"]
+    assert (tmp_path / "run.json.1").read_text() == "[1]"
+
+
+def test_results_are_written_whole(tmp_path, monkeypatch):
+    record = Record(tmp_path)
+    record.append(dict(step=1, train_loss=3.0))
+    record.write_results(dict(totals=dict(steps=1)))
+    before = (tmp_path / results.RESULTS).read_text()
+    assert json.loads(before)["final_metrics"] == dict(step=1, train_loss=3.0)
+    with pytest.raises(TypeError):
+        record.write_results(dict(totals=object()))
+    assert (tmp_path / results.RESULTS).read_text() == before
+
+
+# ---------------------------------------------------------------- sums
+
+
+def test_means_of_an_interval_are_weighted_by_sequences():
+    config = tiny_config(n_layers=2, moe_every=1)
+    counts = torch.tensor([[1, 3, 0, 0], [1, 1, 1, 1]])
+    interval = Interval()
+    for loss, sequences in ((2.0, 3), (4.0, 1)):
+        metrics = dict(
+            cross_entropy=torch.tensor(loss),
+            correct=torch.tensor(8 * sequences),
+            load_balancing_loss=torch.tensor(1.0),
+            router_z_loss=torch.tensor(0.0),
+            expert_counts=counts,
+        )
+        interval.add_micro_batch(metrics, sequences)
+    interval.add_seconds(1.0)
+    interval.add_seconds(1.0)
+    row = interval.training_row(config)
+    assert row["train_loss"] == 2.5
+    assert row["train_perplexity"] == perplexity(2.5)
+    assert row["train_accuracy"] == 0.5, "8 of 16 tokens of each sequence"
+    assert row["load_balancing_loss"] == 1.0
+    assert row["expert_load"] == [[0.25, 0.75, 0, 0], [0.25, 0.25, 0.25, 0.25]]
+    assert interval.tokens_per_second(config) == 4 * 16 / 2
+
+    resumed = Interval(dict(interval.sums))
+    assert resumed.training_row(config) == row
+
+
+def test_the_perplexity_of_a_run_that_diverges_is_a_number():
+    assert perplexity(1e6) == perplexity(700) < float("inf")
+
+
+def test_the_bar_shows_the_first_learning_rate():
+    row = dict(
+        train_loss=2.0,
+        train_perplexity=7.4,
+        train_accuracy=0.5,
+        grad_norm=1.0,
+        sgd_lr=0.5,
+        adamw_lr=0.1,
+        tokens_per_second=1000.0,
+        mfu=None,
+        memory_peak_gb=1.0,
+    )
+    shown = messages.progress(row)
+    assert shown["lr"] == "5.0e-01"
+    assert "aux" not in shown, "a dense model"
+
+
+# ---------------------------------------------------------------- memory
+
+
+def meter_of(config, offload: bool, host_gradients: dict) -> MemoryMeter:
+    parameters = {"embedding.weight": torch.zeros(264, 32, dtype=torch.bfloat16)}
+    groups = optimizer_groups(config)
+    for group in groups.values():
+        for parameter in group.parameters:
+            parameters.setdefault(parameter, torch.zeros(2, 3, dtype=torch.bfloat16))
+    optimizers = build_optimizers(config, parameters, offload)
+    return MemoryMeter(CPU, {}, 0.0, parameters, optimizers, groups, host_gradients)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_memory_is_measured_once_by_the_groups_keys(offload):
+    config = tiny_config(precision="bf16")
+    host_gradients = {"x": torch.zeros(10)} if offload else {}
+    measured = meter_of(config, offload, host_gradients)
+    for parameter in measured.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    for step in range(4):
+        assert (measured.measured_gb is not None) == (step >= meter.MEASURED_STEP)
+        with measured.phase("backward"):
+            pass
+        with measured.phase("optimizer"):
+            pass
+    elements = sum(p.numel() for p in measured.parameters.values())
+    groups = optimizer_groups(config)
+    muon = sum(measured.parameters[name].numel() for name in groups["muon"].parameters)
+    state = dict(master=2 * elements, momentum=2 * muon, adamw=8 * (elements - muon))
+    sizes = {key: round(value * GB) for key, value in measured.measured_gb.items()}
+    assert sizes["weights"] == sizes["gradients"] == 2 * elements
+    assert {key: sizes[key] for key in state} == (dict.fromkeys(state, 0) if offload else state)
+    assert sizes["host"] == (sum(state.values()) + 40 if offload else 0)
+    assert "total" not in sizes, "activations of a CPU are not known"
+
+
+def test_a_phase_that_fails_is_not_noted():
+    measured = meter_of(tiny_config(precision="bf16"), False, {})
+    with pytest.raises(ZeroDivisionError), measured.phase("optimizer"):
+        raise ZeroDivisionError
+    assert measured.steps == 0
+    assert measured.phase_gb == {}
+
+
+def test_each_phase_of_the_measured_step_has_a_peak_of_its_own(monkeypatch):
+    """A stand-in for PyTorch's allocator: its peak counts from the last reset."""
+    peaks = iter([9, 9, 9, 9, 5, 6, 8, 8])
+    resets = []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks) * GB)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    measured = meter_of(tiny_config(precision="bf16"), False, {})
+    measured.gpu = True
+    for _ in range(4):
+        with measured.phase("backward"):
+            pass
+        with measured.phase("optimizer"):
+            pass
+    sizes = measured.measured_gb
+    assert sizes["workspace"] == 1
+    assert sizes["total"] == pytest.approx(6)
+    assert measured.peak_gb == 9
+    assert len(resets) == 4, "two phases of the second and the third step"
+
+
+# ---------------------------------------------------------------- which checkpoints stay
+
+
+def checkpoints_of(folder, **changes) -> RunCheckpoints:
+    return RunCheckpoints(tiny_config(save_dir=str(folder), max_steps=10, **changes), None)
+
+
+def test_when_checkpoints_are_due(tmp_path):
+    every = checkpoints_of(tmp_path, save_every=4, save_minutes=0)
+    assert [step for step in range(1, 11) if every.numbered_due(step)] == [4, 8, 10]
+    assert not any(every.latest_due(step) for step in range(1, 11))
+    by_time = checkpoints_of(tmp_path, save_every=0, save_minutes=30)
+    assert [step for step in range(1, 11) if by_time.latest_due(step)] == [10]
+    by_time.last_save -= 31 * 60
+    assert by_time.latest_due(1)
+    assert not checkpoints_of(tmp_path, save_every=0, save_minutes=0).enabled
+
+
+def test_the_oldest_of_the_runs_own_checkpoints_go(tmp_path):
+    (tmp_path / "checkpoint_step_1.pt").write_text("another run's")
+    own = checkpoints_of(tmp_path, keep_checkpoints=2)
+    for step in (2, 4, 6):
+        path = own.begin_numbered(step)
+        assert step in own.saved_steps, "the checkpoint itself says that it is there"
+        path.write_text(str(step))
+        own.finish_numbered(path)
+        own.note_saved(step)
+    assert own.saved_steps == [4, 6]
+    assert own.last_saved_step == 6
+    assert own.latest.samefile(checkpoint.step_path(tmp_path, 6))
+    assert (tmp_path / "checkpoint_step_1.pt").exists()
