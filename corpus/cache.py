@@ -21,6 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Config, ConfigError, ExperimentError
+from corpus import sources
 from corpus.external import Joined, cut_shards, import_shards, open_external_shard
 from corpus.shards import (
     PROGRESS_FILE,
@@ -32,7 +33,7 @@ from corpus.shards import (
     data_hash,
     scan,
 )
-from corpus.sources import Source, open_source
+from corpus.sources import Source
 from corpus.token_files import open_shard, replace_file
 from corpus.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer, sha256, trained_size
 
@@ -67,7 +68,7 @@ def prepare(config: Config) -> Corpus:
     the corpus is too small to give each split one window of max_seq_len + 1 tokens.
     """
     _check_num_workers(config)
-    source = open_source(config)
+    source = sources.open_source(config)
     if source.token_shards and trained_size(config):
         raise ExperimentError(_unknown_tokenizer_message(config))
     cache = Path(config.cache_dir).expanduser()
