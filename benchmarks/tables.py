@@ -1,288 +1,505 @@
-"""Writes the README's figures from benchmarks/results, between the marks <!-- NAME --> and <!-- end -->.
+"""Writes the tables of README.md and docs/ from the result files in benchmarks/results/.
 
-python -m benchmarks.tables
+    python -m benchmarks.tables
+
+A table stands between the marks <!-- NAME --> and <!-- end -->, where NAME is a key of `blocks()`.
+The sentences around it are written by hand.
 """
 
+import dataclasses
 import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from config import PRESETS, Config
-from planner.machine import GPUS
-from planner.plan import format_count
+from config import PRESETS, Config, field_docs
+from planner.choice import choose
+from planner.machine import GPUS, find_machine
+from planner.plan import format_count, memory_table
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BRIEF_STEPS = 50_000
 
 
-def default_run() -> str:
-    r = json.loads((ROOT / "benchmarks/results/default_run_cpu.json").read_text())
-    d = r["details"]
-    text = d["sample"]["text"].rstrip()
-    return (
-        f"| on | first step after | in all | tokens/s | validation loss | below the unigram entropy |\n|---|---|---|---|---|---|\n"
-        f"| {r['gpu'].removeprefix('none, ')} | {d['seconds_to_first_step']:.0f} s | {d['seconds_in_all']:.0f} s | "
-        f"{d['tokens_per_second']:,.0f} | {r['value']:.2f} nats | by {d['below_unigram_entropy']:.2f} nats |\n\n"
-        f"Its text after {d['tokens'] / 1e6:.2f} million tokens:\n\n```\n{text}\n```"
-    )
+def pages() -> list[Path]:
+    """The files that hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def load_result(name: str, gpu: str) -> dict:
+    return json.loads((RESULTS / f"{name}_{gpu}.json").read_text())
+
+
+def has_result(name: str, gpu: str) -> bool:
+    return (RESULTS / f"{name}_{gpu}.json").exists()
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def machine_name(result: dict) -> str:
+    return result["gpu"].removeprefix("none, ").removeprefix("NVIDIA ")
+
+
+# ---------------------------------------------------------------- README.md
 
 
 def headline() -> str:
     """The figures that a reader asks for first."""
-
-    def result(name: str, gpu: str) -> dict:
-        return json.loads((ROOT / f"benchmarks/results/{name}_{gpu}.json").read_text())
-
-    lines = [
-        "| all parameters, every feature on | bf16, tokens/s | MFU | fp16, tokens/s | MFU | predicted peak memory is off by |",
-        "|---|---|---|---|---|---|",
+    header = ["all parameters, every feature on"]
+    for precision in ("bf16", "fp16"):
+        header += [f"{precision}, tokens/s", "MFU"]
+    header.append("predicted peak memory is off by")
+    rows = [
+        _headline_row("`18b`, one H200 (141 GB)", "18b", "h200"),
+        _headline_row("`18b`, one H100 (80 GB)", "18b", "h100"),
+        _headline_row("`25b`, one H200", "25b", "h200"),
     ]
-    for preset, gpu, where in (
-        ("18b", "h200", "`18b`, one H200 (141 GB)"),
-        ("18b", "h100", "`18b`, one H100 (80 GB)"),
-        ("25b", "h200", "`25b`, one H200"),
-    ):
-        cells, errors = [], []
-        for precision in ("bf16", "fp16"):
-            if not (ROOT / f"benchmarks/results/train_{preset}_{precision}_{gpu}.json").exists():
-                cells += ["", ""]
-                continue
-            r = result(f"train_{preset}_{precision}", gpu)
-            cells += [f"{r['value']:,.0f}", f"{r['details']['mfu']:.2f}"]
-            memory = {kind: sizes["total"] for kind, sizes in r["details"]["memory_gb"].items()}
-            errors.append(100 * abs(memory["predicted"] - memory["measured"]) / memory["measured"])
-        lines.append(f"| {where} | {' | '.join(cells)} | {max(errors):.2f}% |")
-    theirs, io = result("vs_transformers", "h200"), result("checkpoint_io", "h200")["details"]
-    return "\n".join(
+    return table(header, rows) + "\n\n" + _beside_headline()
+
+
+def _headline_row(label: str, preset: str, gpu: str) -> list[str]:
+    cells = [label]
+    errors = []
+    for precision in ("bf16", "fp16"):
+        name = f"train_{preset}_{precision}"
+        if not has_result(name, gpu):
+            cells += ["", ""]
+            continue
+        result = load_result(name, gpu)
+        cells += [f"{result['value']:,.0f}", f"{result['details']['mfu']:.2f}"]
+        errors.append(_memory_error_percent(result))
+    return [*cells, f"{max(errors):.2f}%"]
+
+
+def _memory_error_percent(result: dict) -> float:
+    predicted, measured = _peak_gb(result)
+    return 100 * abs(predicted - measured) / measured
+
+
+def _peak_gb(result: dict) -> tuple[float, float]:
+    """(predicted, measured) peak memory."""
+    memory = result["details"]["memory_gb"]
+    return memory["predicted"]["total"], memory["measured"]["total"]
+
+
+def _beside_headline() -> str:
+    ratio = load_result("vs_transformers", "h200")["value"]
+    disk = load_result("checkpoint_io", "h200")["details"]
+    rows = [
         [
-            *lines,
-            "",
-            f"Four layers train at {theirs['value']:.2f} times the speed of transformers' Qwen3-MoE, compiled, in no more memory; a "
-            f"checkpoint of {io['gb']:.0f} GB is saved at {io['save_gb_s']:.1f} GB/s and loaded at {io['load_gb_s']:.1f}, checksums included, on a "
-            f"disk that `dd` writes at {io['disk_write_gb_s']:.1f} and reads at {io['disk_read_gb_s']:.1f}.",
-        ]
-    )
+            "speed of four layers, compared with transformers' compiled Qwen3-MoE",
+            f"{ratio:.2f} times",
+        ],
+        [
+            f"saving a checkpoint of {disk['gb']:.0f} GB, checksums included",
+            f"{disk['save_gb_s']:.1f} GB/s",
+        ],
+        ["what `dd` writes on that disk", f"{disk['disk_write_gb_s']:.1f} GB/s"],
+        ["loading it, checksums included", f"{disk['load_gb_s']:.1f} GB/s"],
+        ["what `dd` reads from that disk", f"{disk['disk_read_gb_s']:.1f} GB/s"],
+    ]
+    return table(["on an H200", "measured"], rows)
+
+
+def default_run() -> str:
+    result = load_result("default_run", "cpu")
+    details = result["details"]
+    header = [
+        "on",
+        "first step after",
+        "in all",
+        "tokens/s",
+        "validation loss",
+        "below the unigram entropy",
+    ]
+    row = [
+        machine_name(result),
+        f"{details['seconds_to_first_step']:.0f} s",
+        f"{details['seconds_in_all']:.0f} s",
+        f"{details['tokens_per_second']:,.0f}",
+        f"{result['value']:.2f} nats",
+        f"by {details['below_unigram_entropy']:.2f} nats",
+    ]
+    sample = details["sample"]["text"].rstrip()
+    trained = f"A sample after {details['tokens'] / 1e6:.2f} million tokens:"
+    return f"{table(header, [row])}\n\n{trained}\n\n```\n{sample}\n```"
+
+
+def presets() -> str:
+    header = [
+        "preset",
+        "width x layers",
+        "`d_ff`",
+        "MoE every",
+        "parameters",
+        "active",
+        "tokens a step",
+    ]
+    rows = []
+    for name, values in PRESETS.items():
+        c = Config(**values)
+        rows.append(
+            [
+                f"`{name}`",
+                f"{c.d_model} x {c.n_layers}",
+                f"{c.d_ff:,}",
+                str(c.moe_every),
+                format_count(c.total_params),
+                format_count(c.active_params),
+                f"{c.tokens_per_step:,}",
+            ]
+        )
+    return table(header, rows)
+
+
+# ---------------------------------------------------------------- docs/options.md, docs/memory.md
+
+
+def options() -> str:
+    """Every field of Config with its default and its docstring."""
+    docs = field_docs()
+    rows = []
+    for field in dataclasses.fields(Config):
+        default = "derived" if field.default is None else _option_value(field.default)
+        rows.append([f"`{field.name}`", f"`{default}`", docs[field.name].replace("|", "\\|")])
+    return table(["option", "default", "meaning"], rows)
+
+
+def _option_value(value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def brief_memory() -> str:
+    """The planner's table for the brief's model on the brief's GPU."""
+    machine = find_machine(gpu="b200")
+    choice, _ = choose(Config(**PRESETS["18b"]), machine, fixed_batch=False)
+    return f"```\n{memory_table(choice.memory_gb, capacity_gb=machine.memory_gb)}\n```"
+
+
+# ---------------------------------------------------------------- docs/data.md, docs/models.md
 
 
 def data_speed() -> str:
-    r = json.loads((ROOT / "benchmarks/results/data_speed_cpu.json").read_text())
-    t, loader = r["details"]["tokenizing"], r["details"]["loader"]
+    result = load_result("data_speed", "cpu")
+    return f"{_tokenizing_table(result)}\n\n{_loader_table(result)}"
+
+
+def _tokenizing_table(result: dict) -> str:
+    measured = result["details"]["tokenizing"]
     ways = {
         "this program, from .jsonl to shards": "ours_mb_per_s",
         "`datasets.map`, a process for each core": "datasets_map_processes_mb_per_s",
         "`datasets.map`, the tokenizer's own threads": "datasets_map_threads_mb_per_s",
     }
-    lines = [
-        f"| tokenizing {t['text_mb']:.0f} MB on {r['gpu'].removeprefix('none, ')} | MB/s (median of {r['repetitions']}) |",
-        "|---|---|",
+    header = [
+        f"tokenizing {measured['text_mb']:.0f} MB on {machine_name(result)}",
+        f"MB/s (median of {result['repetitions']})",
     ]
-    lines += [f"| {way} | {statistics.median(t[key]):.1f} |" for way, key in ways.items()]
-    lines += [
-        "",
-        "| loader | batches/s, warm | tokens/s | batches/s, cold disk | tokens/s |",
-        "|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(key.rpartition(", ")[0] for key in loader):
-        cells = (
-            f"{loader[f'{name}, {state}']['batches_per_s']:,.0f} | {loader[f'{name}, {state}']['tokens_per_s'] / 1e6:.1f}M"
-            for state in ("warm", "cold")
-        )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [[way, f"{statistics.median(measured[key]):.1f}"] for way, key in ways.items()]
+    return table(header, rows)
 
 
-def gpu_figures() -> str:
-    lines = ["| figure | GPU | value | besides |", "|---|---|---|---|"]
-    for path in sorted(
-        path for gpu in GPUS for path in (ROOT / "benchmarks/results").glob(f"*_{gpu}.json")
-    ):
-        r = json.loads(path.read_text())
-        if r["name"] == "sampling" or r["name"].startswith("profile_"):  # have tables of their own
-            continue
-        d, beside = r["details"], ""
-        if r["name"].startswith("train_"):
-            memory = {kind: sizes["total"] for kind, sizes in d["memory_gb"].items()}
-            hours = (
-                Config(**PRESETS[r["name"].split("_", 1)[1].rpartition("_")[0]]).tokens_per_step
-                * 50_000
-                / r["value"]
-                / 3600
-            )
-            beside = (
-                f"MFU {d['mfu']:.3f}; peak {memory['measured']:.1f} GB, predicted {memory['predicted']:.1f}; first step after "
-                f"{d['seconds_to_first_step']:.0f} s; 50,000 steps would take {hours:,.0f} hours"
-            )
-        if r["name"] == "muon_step_18b":
-            beside = f"{d['streaming_costs_seconds']:.3f} s of it for streaming {d['host_gb']:.0f} GB of state each way"
-        if r["name"] == "memory_5b":
-            largest = max(d["errors"], key=d["errors"].get)
-            beside = f"{largest}: {d['predicted_gb'][largest]:.2f} GB predicted, {d['measured_gb'][largest]:.2f} measured; in all {d['measured_gb']['total']:.1f}"
-        if r["name"] == "small_precisions":
-            losses = ", ".join(
-                f"{run}: {loss:.3f}" for run, loss in d["final_validation_loss"].items()
-            )
-            beside = (
-                f"{losses} ({d['unigram_entropy']:.2f} is the unigram entropy); between seeds {d['spread_of_seeds']:.4f}; "
-                f"steps skipped after warm-up: {sum(d['skipped_steps_after_warmup'].values())}"
-            )
-        if r["name"] == "curve_18b_fp16":
-            losses = d["train_loss"]
-            beside = (
-                f"{len(losses)} steps in {d['seconds_in_all']:.0f} s; training loss {losses[0]:.2f} to {losses[-1]:.2f}; unigram entropy "
-                f"{d['unigram_entropy']:.2f}; skipped, in search of the loss scale: {d['skipped_steps'][-1]} step"
-            )
-        if r["name"] == "resume_18b":
-            beside = (
-                f"steps {d['steps'][0]} to {d['steps'][-1]}; the first differs by {abs(d['whole'][0] - d['resumed'][0]):g}; two runs resumed from the same "
-                f"checkpoint differ by {d['between_resumed']:.2g}: sums are not made in a fixed order on a GPU"
-            )
-        if r["name"].startswith("moe_vs_dense"):
-            beside = f"largest share of the pairs on one expert: {max(d['load']):.3f}"
-        if r["name"] == "vs_transformers":
-            ours, theirs = d["ours"][d["compared"]], d["theirs"]
-            full = d["ours"]["full"]["tokens_per_second"] / theirs["tokens_per_second"]
-            beside = (
-                f"`{d['compared']}`: {ours['tokens_per_second']:,.0f} tokens/s in {ours['peak_gb']:.1f} GB; transformers {d['transformers']}, "
-                f"compiled, its checkpointing on, which recomputes all: {theirs['tokens_per_second']:,.0f} in {theirs['peak_gb']:.1f} GB; "
-                f"ours at `full`: {full:.2f} times"
-            )
-        if r["name"].startswith("checkpointing_"):
-            beside = "; ".join(
-                f"{mode}: {d['activations_gb'][mode]:.1f} GB, {d['tokens_per_second'][mode]:,.0f} tokens/s"
-                for mode in d["activations_gb"]
-            )
-        if r["name"] == "checkpoint_io":
-            beside = (
-                f"saved at {d['save_gb_s']:.2f}, loaded at {d['load_gb_s']:.2f} GB/s; the disk writes {d['disk_write_gb_s']:.2f}, reads "
-                f"{d['disk_read_gb_s']:.2f}; {d['gb']:.1f} GB; {d['host_memory_overhead_gb']:.2f} GB more host memory"
-            )
-        lines.append(
-            f"| `{r['name']}` | {r['gpu'].removeprefix('NVIDIA ')} | {r['value']:{',.0f' if r['value'] >= 1000 else '.4g'}} {r['unit']} | {beside} |"
-        )
-    return "\n".join(lines)
-
-
-def profile() -> str:
-    r = json.loads((ROOT / "benchmarks/results/profile_18b_bf16_h200.json").read_text())
-    d = r["details"]
-    lines = [
-        f"| a step of `18b` in bf16 on {r['gpu'].removeprefix('NVIDIA ')}: {r['value']:.2f} s | seconds | share | floor | times the floor |",
-        "|---|---|---|---|---|",
-    ]
-    for kind, spent in sorted(d["seconds"].items(), key=lambda item: -item[1]):
-        floor = d["floor_seconds"].get(kind)
-        name = {
-            "optimizer: copies": "optimizer: copies, beside its products",
-            "optimizer (wall)": "optimizer, from its start to its end",
-        }.get(kind, kind)
-        lines.append(
-            f"| {name} | {spent:.2f} | {100 * d['share'][kind]:.1f}% | "
-            + (f"{floor:.2f} | {spent / floor:.2f} |" if floor else "| |")
-        )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"The floor: FLOPs at {d['product_tflops']:.0f} TFLOP/s, bytes at {d['copy_tb_s']:.2f} TB/s, as a large product and a "
-            "large copy reach them on that GPU. The optimizer's rows are parts of its time from start to end, and its copies run "
-            "beside its products, so the shares add up to more than all.",
-        ]
-    )
+def _loader_table(result: dict) -> str:
+    measured = result["details"]["loader"]
+    rows = []
+    for name in dict.fromkeys(key.rpartition(", ")[0] for key in measured):
+        row = [name]
+        for state in ("warm", "cold"):
+            speed = measured[f"{name}, {state}"]
+            row.append(f"{speed['batches_per_s']:,.0f}")
+            row.append(f"{speed['tokens_per_s'] / 1e6:.1f}M")
+        rows.append(row)
+    header = ["loader", "batches/s, warm", "tokens/s", "batches/s, cold disk", "tokens/s"]
+    return table(header, rows)
 
 
 def sampling() -> str:
-    lines = [
-        "| sampling on | preset | texts at a time | this program, tokens/s | transformers' `generate`, tokens/s |",
-        "|---|---|---|---|---|",
+    header = [
+        "sampling on",
+        "preset",
+        "texts at a time",
+        "this program, tokens/s",
+        "transformers' `generate`, tokens/s",
     ]
-    for path in sorted((ROOT / "benchmarks/results").glob("sampling_*.json")):
-        r = json.loads(path.read_text())
-        d, machine = r["details"], r["gpu"].removeprefix("none, ")
-        lines += [
-            f"| {machine} | `{d['preset']}`, {d['precision']} | {key.split()[0]} | {speeds['ours']:,.1f} | {speeds['transformers']:,.1f} |"
-            for key, speeds in d.items()
-            if key.endswith(" at a time")
-        ]
-    return "\n".join(lines)
+    rows = []
+    for path in sorted(RESULTS.glob("sampling_*.json")):
+        result = json.loads(path.read_text())
+        details = result["details"]
+        preset = f"`{details['preset']}`, {details['precision']}"
+        for key, speeds in details.items():
+            if not key.endswith(" at a time"):
+                continue
+            ours = f"{speeds['ours']:,.1f}"
+            theirs = f"{speeds['transformers']:,.1f}"
+            rows.append([machine_name(result), preset, key.split()[0], ours, theirs])
+    return table(header, rows)
 
 
 def lm_eval() -> str:
-    r = json.loads((ROOT / "benchmarks/results/lm_eval_cpu.json").read_text())
-    d = r["details"]
-    [(task, found)] = d["results"].items()
-    domains = sorted(d["evaluate"]["domains"].items(), key=lambda item: -item[1]["tokens"])
-    lines = [
-        "| `tools.evaluate` on the text held out of the default run | tokens | loss | perplexity | bits per byte | accuracy |",
-        "|---|---|---|---|---|---|",
+    details = load_result("lm_eval", "cpu")["details"]
+    return f"{_domains_table(details['evaluate'])}\n\n{_lm_eval_table(details)}"
+
+
+def _domains_table(evaluated: dict) -> str:
+    header = [
+        "`tools.evaluate` on the text held out of the default run",
+        "tokens",
+        "loss",
+        "perplexity",
+        "bits per byte",
+        "accuracy",
     ]
-    lines += [
-        f"| {name} | {f['tokens']:,} | {f['loss']:.3f} | {f['perplexity']:.1f} | {f['bits_per_byte']:.3f} | {f['accuracy']:.3f} |"
-        for name, f in [*domains, ("all", d["evaluate"])]
-    ]
-    return "\n".join(
+    domains = sorted(evaluated["domains"].items(), key=lambda item: -item[1]["tokens"])
+    rows = [
         [
-            *lines,
-            "",
-            f"`lm_eval` {d['lm_eval']} on the same checkpoint, exported: `{task}`, {d['n_samples'][task]['effective']} questions "
-            f"of 4 choices, accuracy {found['acc,none']:.3f} ± {found['acc_stderr,none']:.3f}.",
+            name,
+            f"{found['tokens']:,}",
+            f"{found['loss']:.3f}",
+            f"{found['perplexity']:.1f}",
+            f"{found['bits_per_byte']:.3f}",
+            f"{found['accuracy']:.3f}",
         ]
-    )
-
-
-def presets() -> str:
-    lines = [
-        "| preset | width x layers | `d_ff` | MoE every | parameters | active | tokens a step |",
-        "|---|---|---|---|---|---|---|",
+        for name, found in [*domains, ("all", evaluated)]
     ]
-    for name, values in PRESETS.items():
-        c = Config(**values)
-        lines.append(
-            f"| `{name}` | {c.d_model} x {c.n_layers} | {c.d_ff:,} | {c.moe_every} | {format_count(c.total_params)} | "
-            f"{format_count(c.active_params)} | {c.tokens_per_step:,} |"
+    return table(header, rows)
+
+
+def _lm_eval_table(details: dict) -> str:
+    rows = []
+    for task, found in details["results"].items():
+        questions = f"{details['n_samples'][task]['effective']} of 4 choices"
+        accuracy = f"{found['acc,none']:.3f} ± {found['acc_stderr,none']:.3f}"
+        rows.append([f"`{task}`", questions, accuracy])
+    return table([f"task of `lm_eval` {details['lm_eval']}", "questions", "accuracy"], rows)
+
+
+# ---------------------------------------------------------------- docs/figures.md
+
+
+def gpu_figures() -> str:
+    rows = []
+    for result in _gpu_results():
+        value = _significant(result["value"])
+        rows.append(
+            [
+                f"`{result['name']}`",
+                machine_name(result),
+                f"{value} {result['unit']}",
+                _remark(result["name"], result["details"], result),
+            ]
         )
-    return "\n".join(lines)
+    return table(["figure", "GPU", "value", "remarks"], rows)
 
 
-def fill(readme: str, blocks: dict) -> str:
-    """The README with what stands between <!-- NAME --> and <!-- end --> replaced by blocks[NAME]()."""
-    for name, block in blocks.items():
-        readme = re.sub(
-            rf"<!-- {name} -->\n.*?<!-- end -->",
-            lambda _: f"<!-- {name} -->\n{block()}\n<!-- end -->",
-            readme,
-            flags=re.S,
-        )
-    return readme
+def _gpu_results() -> list[dict]:
+    """The results of known GPUs, without those that have a table of their own."""
+    paths = sorted(path for gpu in GPUS for path in RESULTS.glob(f"*_{gpu}.json"))
+    results = [json.loads(path.read_text()) for path in paths]
+    return [
+        result
+        for result in results
+        if result["name"] != "sampling" and not result["name"].startswith("profile_")
+    ]
 
 
-def rewrite(filled) -> None:
-    """Writes README.md as `filled` returns it."""
-    path = ROOT / "README.md"
-    before = path.read_text()
-    path.write_text(filled(before))
-    print(
-        "README.md is up to date" if filled(before) == before else "README.md written",
-        file=sys.stderr,
+def _significant(value: float) -> str:
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def _remark(name: str, details: dict, result: dict) -> str:
+    """What the table says of a figure beside its value."""
+    if name.startswith("train_"):
+        return _training_remark(name, details, result)
+    if name.startswith("moe_vs_dense"):
+        return f"largest share of the routed tokens on one expert: {max(details['load']):.3f}"
+    if name.startswith("checkpointing_"):
+        return _checkpointing_remark(details)
+    remarks = {
+        "muon_step_18b": _muon_step_remark,
+        "memory_5b": _memory_remark,
+        "small_precisions": _precisions_remark,
+        "curve_18b_fp16": _curve_remark,
+        "resume_18b": _resume_remark,
+        "vs_transformers": _transformers_remark,
+        "checkpoint_io": _checkpoint_io_remark,
+    }
+    if name not in remarks:
+        return ""
+    return remarks[name](details)
+
+
+def _training_remark(name: str, details: dict, result: dict) -> str:
+    predicted, measured = _peak_gb(result)
+    preset = name.removeprefix("train_").rpartition("_")[0]
+    tokens = Config(**PRESETS[preset]).tokens_per_step * BRIEF_STEPS
+    hours = tokens / result["value"] / 3600
+    return (
+        f"MFU {details['mfu']:.3f}; peak {measured:.1f} GB, predicted {predicted:.1f}; "
+        f"first step after {details['seconds_to_first_step']:.0f} s; "
+        f"{BRIEF_STEPS:,} steps would take {hours:,.0f} hours"
     )
 
 
-def filled(readme: str) -> str:
-    """The README with every block of this file written anew."""
-    return fill(
-        readme,
-        dict(
-            headline=headline,
-            default_run=default_run,
-            presets=presets,
-            data_speed=data_speed,
-            gpu_figures=gpu_figures,
-            profile=profile,
-            sampling=sampling,
-            lm_eval=lm_eval,
-        ),
+def _checkpointing_remark(details: dict) -> str:
+    modes = [
+        f"{mode}: {gb:.1f} GB, {details['tokens_per_second'][mode]:,.0f} tokens/s"
+        for mode, gb in details["activations_gb"].items()
+    ]
+    return "; ".join(modes)
+
+
+def _muon_step_remark(details: dict) -> str:
+    return (
+        f"{details['streaming_costs_seconds']:.3f} s of it for the transfer of "
+        f"{details['host_gb']:.0f} GB of state each way"
     )
+
+
+def _memory_remark(details: dict) -> str:
+    largest = max(details["errors"], key=details["errors"].get)
+    return (
+        f"{largest}: {details['predicted_gb'][largest]:.2f} GB predicted, "
+        f"{details['measured_gb'][largest]:.2f} measured; "
+        f"in all {details['measured_gb']['total']:.1f}"
+    )
+
+
+def _precisions_remark(details: dict) -> str:
+    losses = [f"{run}: {loss:.3f}" for run, loss in details["final_validation_loss"].items()]
+    skipped = sum(details["skipped_steps_after_warmup"].values())
+    return (
+        f"{', '.join(losses)}; unigram entropy {details['unigram_entropy']:.2f}; "
+        f"between seeds {details['spread_of_seeds']:.4f}; steps skipped after warm-up: {skipped}"
+    )
+
+
+def _curve_remark(details: dict) -> str:
+    losses = details["train_loss"]
+    return (
+        f"{len(losses)} steps in {details['seconds_in_all']:.0f} s; "
+        f"training loss {losses[0]:.2f} to {losses[-1]:.2f}; "
+        f"unigram entropy {details['unigram_entropy']:.2f}; "
+        f"steps skipped in search of the loss scale: {details['skipped_steps'][-1]}"
+    )
+
+
+def _resume_remark(details: dict) -> str:
+    first_difference = abs(details["whole"][0] - details["resumed"][0])
+    return (
+        f"steps {details['steps'][0]} to {details['steps'][-1]}; "
+        f"the first differs by {first_difference:g}; "
+        f"two runs resumed from one checkpoint differ by {details['between_resumed']:.2g}, "
+        "because a GPU does not sum in a fixed order"
+    )
+
+
+def _transformers_remark(details: dict) -> str:
+    ours = details["ours"][details["compared"]]
+    theirs = details["theirs"]
+    full = details["ours"]["full"]["tokens_per_second"] / theirs["tokens_per_second"]
+    return (
+        f"`{details['compared']}`: {ours['tokens_per_second']:,.0f} tokens/s in "
+        f"{ours['peak_gb']:.1f} GB; transformers {details['transformers']}, compiled, with its "
+        f"checkpointing, which recomputes all: {theirs['tokens_per_second']:,.0f} in "
+        f"{theirs['peak_gb']:.1f} GB; ours at `full`: {full:.2f} times"
+    )
+
+
+def _checkpoint_io_remark(details: dict) -> str:
+    return (
+        f"saved at {details['save_gb_s']:.2f} GB/s, loaded at {details['load_gb_s']:.2f}; "
+        f"the disk writes {details['disk_write_gb_s']:.2f}, reads {details['disk_read_gb_s']:.2f}; "
+        f"{details['gb']:.1f} GB; {details['host_memory_overhead_gb']:.2f} GB more host memory"
+    )
+
+
+# Rows of a profile whose keys in the result file need more words.
+PROFILE_LABELS = {
+    "products": "matmuls",
+    "optimizer: products": "optimizer: matmuls",
+    "optimizer: copies": "optimizer: copies, beside its matmuls",
+    "optimizer (wall)": "optimizer, from its start to its end",
+}
+
+
+def profile() -> str:
+    result = load_result("profile_18b_bf16", "h200")
+    details = result["details"]
+    what = f"a step of `18b` in bf16 on {machine_name(result)}: {result['value']:.2f} s"
+    header = [what, "seconds", "share", "floor", "times the floor"]
+    rows = []
+    for kind, spent in sorted(details["seconds"].items(), key=lambda item: -item[1]):
+        floor = details["floor_seconds"].get(kind)
+        row = [
+            PROFILE_LABELS.get(kind, kind),
+            f"{spent:.2f}",
+            f"{100 * details['share'][kind]:.1f}%",
+        ]
+        row += [f"{floor:.2f}", f"{spent / floor:.2f}"] if floor else ["", ""]
+        rows.append(row)
+    rates = table(
+        ["rate that the floor assumes", "measured on that GPU"],
+        [
+            ["FLOPs, of a large matmul", f"{details['product_tflops']:.0f} TFLOP/s"],
+            ["bytes, of a large copy", f"{details['copy_tb_s']:.2f} TB/s"],
+        ],
+    )
+    return f"{table(header, rows)}\n\n{rates}"
+
+
+# ---------------------------------------------------------------- between the marks
+
+
+def blocks() -> dict[str, Callable[[], str]]:
+    """The function that makes each table, by the name in its mark."""
+    return dict(
+        headline=headline,
+        default_run=default_run,
+        presets=presets,
+        options=options,
+        memory_table=brief_memory,
+        data_speed=data_speed,
+        sampling=sampling,
+        lm_eval=lm_eval,
+        gpu_figures=gpu_figures,
+        profile=profile,
+    )
+
+
+def fill(text: str, made_by: dict[str, Callable[[], str]]) -> str:
+    """`text` with what stands between <!-- NAME --> and <!-- end --> made anew."""
+
+    def filled(match: re.Match) -> str:
+        if match["name"] not in made_by:
+            return match[0]
+        return f"<!-- {match['name']} -->\n{made_by[match['name']]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- (?P<name>[\w -]+) -->\n.*?<!-- end -->", filled, text, flags=re.S)
+
+
+def rewrite(made_by: dict[str, Callable[[], str]]) -> None:
+    """Writes every page whose tables are not those of the result files."""
+    for page in pages():
+        before = page.read_text()
+        after = fill(before, made_by)
+        if after != before:
+            page.write_text(after)
+            print(f"{page.relative_to(ROOT)} written", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    print(__doc__) if sys.argv[1:] else rewrite(filled)
+    if sys.argv[1:]:
+        print(__doc__)
+    else:
+        rewrite(blocks())
