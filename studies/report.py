@@ -1,10 +1,11 @@
-"""Writes the README's section "What it found" from studies/NAME/results.json, between the marks <!-- study NAME --> and <!-- end -->.
+"""Writes the tables of docs/findings.md from studies/NAME/results.json.
 
     python -m studies.report
-    python -m studies.report FOLDER     prints what a study in another folder, or one without such marks, found
+    python -m studies.report FOLDER     prints the tables of the study in another folder
 
-Every number in it, those in the sentences too, is computed here from a results.json; a study without one is said not to be run.
-A value of several runs is their mean ± half of their spread; a run's speed is the median of its steps.
+A table stands between the marks <!-- study NAME --> and <!-- end -->. The sentences around it are
+written by hand. A value of several runs is their mean ± half of their spread. The speed of a run is
+the median of its steps.
 """
 
 import collections
@@ -14,13 +15,15 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.tables import fill, rewrite
+from benchmarks.tables import rewrite, table
 from cli import exit_code, new_parser
-from config import ConfigError
+from config import Config, ConfigError
 from planner.plan import format_count
 from studies.analysis import (
     SPEED,
@@ -49,160 +52,223 @@ from studies.grids import ADAMW_RATES, EQUAL_TIME, QUARTER, QUARTER_RATES, STUDI
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN_TOKENS = 8
+UNKNOWN = "–"
+
+Runs = list[dict]
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- values and verdicts
 
 
-def value(runs: list[dict], key: str = "val_loss", digits: int = 3) -> str:
+def value(runs: Runs, key: str = "val_loss", digits: int = 3) -> str:
+    """The mean over `runs` ± half of their spread."""
     mean, spread = mean_and_spread(runs, key)
-    return f"{mean:,.{digits}f}" + (
-        f" ± {spread / 2:,.{digits}f}" if len(runs) > 1 else " (one run)"
-    )
+    if len(runs) == 1:
+        return f"{mean:,.{digits}f} (one run)"
+    return f"{mean:,.{digits}f} ± {spread / 2:,.{digits}f}"
 
 
 def undecided(
-    a: list[dict], b: list[dict], honest: float, more: float = 0.0, key: str = "val_loss"
+    a: Runs, b: Runs, resolution: float, more: float = 0.0, key: str = "val_loss"
 ) -> bool:
-    """Whether two groups have one seed only, or differ by no more than the spread of either's seeds or than the study's honest
-    difference; than those and `more`, if there is another uncertainty."""
-    (mean_a, spread_a), (mean_b, spread_b) = mean_and_spread(a, key), mean_and_spread(b, key)
-    return (
-        min(len(a), len(b)) < 2
-        or abs(mean_a - mean_b) <= max(spread_a, spread_b, limit(a, b, honest)) + more
-    )
+    """Whether the difference of two groups says nothing.
+
+    So it is when a group has one seed only, or when the difference is no larger than the spread of
+    the seeds on either side, or than Tukey's limit at the study's `resolution`. `more` adds another
+    uncertainty to these limits.
+    """
+    if min(len(a), len(b)) < 2:
+        return True
+    mean_a, spread_a = mean_and_spread(a, key)
+    mean_b, spread_b = mean_and_spread(b, key)
+    noise_limit = max(spread_a, spread_b, limit(a, b, resolution))
+    return abs(mean_a - mean_b) <= noise_limit + more
 
 
-def against(a: list[dict], b: list[dict], honest: float, more: float = 0.0) -> str:
-    """How much lower or higher a ends than b, or that it is not decided."""
-    difference = mean_and_spread(a)[0] - mean_and_spread(b)[0]
-    return f"{difference:+.3f}" + (", undecided" if undecided(a, b, honest, more) else "")
+def against(a: Runs, b: Runs, resolution: float, more: float = 0.0) -> str:
+    """How much lower or higher the loss of a is than that of b, and whether that is undecided."""
+    difference = f"{mean_and_spread(a)[0] - mean_and_spread(b)[0]:+.3f}"
+    if undecided(a, b, resolution, more):
+        return f"{difference}, undecided"
+    return difference
 
 
-def least(found: dict[str, list[dict]]) -> str:
-    """A sentence on what a study cannot see."""
+def lowest(found: dict[str, Runs], resolution: float) -> tuple[str, str]:
+    """The group with the lowest loss, and against which others that is undecided or decided."""
+    best = min(found, key=lambda name: mean_and_spread(found[name])[0])
+    others = [name for name in found if name != best]
+    alike = [name for name in others if undecided(found[name], found[best], resolution)]
+    if not alike:
+        return best, "decided against each of the others"
+    if len(alike) == len(others):
+        return best, "undecided against each of the others"
+    if len(alike) <= len(others) - len(alike):
+        return best, f"undecided against {listed(alike)}"
+    return best, f"decided only against {listed([name for name in others if name not in alike])}"
+
+
+def smallest_difference(found: dict[str, Runs]) -> str:
+    """The smallest difference of means that the study can decide."""
     smallest = smallest_decided(found)
     if smallest == math.inf:
-        return "There are too few seeds to tell any difference."
-    seeds = next(len(runs) for runs in found.values() if len(runs) > 1)
-    return f"Means of {seeds} seeds that are less than {smallest:.3f} nats apart cannot be told from each other."
-
-
-def rows(head: list[str], body: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *body))
+        return "none: too few seeds"
+    return f"{smallest:.3f} nats"
 
 
 def listed(names: list[str]) -> str:
-    return " and ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
+    """a, b and c"""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def level(runs: dict[str, list[dict]], honest: float) -> tuple[str, str]:
-    """The group that ends lowest, and a sentence on those that cannot be told from it."""
-    best = min(runs, key=lambda name: mean_and_spread(runs[name])[0])
-    same = [name for name in runs if name != best and undecided(runs[name], runs[best], honest)]
-    others = [name for name in runs if name != best and name not in same]
-    if not same or not others:
-        return best, f"{'undecided' if same else 'decided'} against each of the others"
-    return best, f"undecided against {listed(same)}" if len(same) <= len(
-        others
-    ) else f"decided only against {listed(others)}"
+def span(words: list[str]) -> str:
+    """The first and the last of some words, once where they are equal."""
+    if words[0] == words[-1]:
+        return words[0]
+    return f"{words[0]} to {words[-1]}"
 
 
 def code(token: str) -> str:
-    """A token as Markdown code in a table, with its spaces and line ends visible."""
-    text = (
-        json.dumps(token, ensure_ascii=False)[1:-1]
-        .replace('\\"', '"')
-        .replace("\\\\", "\\")
-        .replace(" ", "␣")
-        .replace("|", "\\|")
-    )
-    return f"`` {text} ``" if "`" in text else f"`{text}`"
+    """A token as Markdown code in a table, with visible spaces and line ends."""
+    text = json.dumps(token, ensure_ascii=False)[1:-1]
+    for written, shown in (('\\"', '"'), ("\\\\", "\\"), (" ", "␣"), ("|", "\\|")):
+        text = text.replace(written, shown)
+    if "`" in text:
+        return f"`` {text} ``"
+    return f"`{text}`"
 
 
-def machines(results: dict) -> str:
-    names = {
-        run["machine"]["gpu"] or f"{run['machine']['cpus']} CPU cores"
-        for run in results["runs"].values()
-        if "machine" in run
-    }
-    return listed(sorted(names))
+def summary(rows: list[tuple[str, str]]) -> str:
+    """A table of single quantities."""
+    return table(["quantity", "value"], [list(row) for row in rows])
+
+
+@dataclass
+class Outcome:
+    """The parts of a study's results that every report reads."""
+
+    results: dict
+    runs: dict[str, Runs]  # by group, without failed runs and those that only measured speed
+    speeds: dict[str, Runs]  # by configuration, the runs that measured its speed
+    resolution: float  # of Tukey's test among all groups with several seeds
+
+
+def outcome(results: dict) -> Outcome:
+    found = groups(results)
+    return Outcome(results, found, timed(results), honest_difference(found))
+
+
+# ---------------------------------------------------------------- what a study trained
 
 
 def budget(results: dict) -> str:
-    """What was trained on what, how much of it, and how long that took."""
-    b, corpus, base = results["budget"], results["corpus"], base_config(results)
+    """What was trained, on what text, and how long that took."""
     every = [run for run in results["runs"].values() if "tokens" in run]
-    runs = [
-        run for run in every if not run["group"].startswith(SPEED)
-    ] or every  # speeds are no training
+    # a run that only measures speed trains nothing worth counting, unless there is nothing else
+    trained = [run for run in every if not run["group"].startswith(SPEED)] or every
+    corpus = results["corpus"]
+    base = base_config(results)
+    passes = max(run["passes"] for run in trained)
+    rows = [
+        ("models, layers x width", _shapes(trained, base)),
+        ("active parameters of all", _parameters(trained)),
+        ("tokens of the longest run", format_count(max(run["tokens"] for run in trained))),
+        ("tokens for each active parameter", _tokens_per_parameter(trained)),
+        ("text", f"`{corpus['data']}`, {format_count(corpus['train_tokens'])} tokens"),
+        ("passes over the text, at most", f"{passes:.2f}"),
+        ("tokens a step", _tokens_per_step(trained)),
+        ("precision", base.precision),
+    ]
+    rates = _common_rates(trained, base)
+    if rates:
+        rows.append(("peak learning rates", rates))
+    rows += [
+        ("runs", f"{len(results['runs'])}: {_kinds_of_runs(results, every)}"),
+        ("tokens of all runs", format_count(results["budget"]["tokens"])),
+        ("minutes of all runs", _minutes(results["budget"])),
+        ("machines", machines(results)),
+    ]
+    return summary(rows)
+
+
+def _shapes(runs: Runs, base: Config) -> str:
+    def shape(run: dict) -> tuple[int, int]:
+        changes = run["changes"]
+        return changes.get("n_layers", base.n_layers), changes.get("d_model", base.d_model)
+
+    return span([f"{layers} x {width}" for layers, width in sorted({shape(run) for run in runs})])
+
+
+def _parameters(runs: Runs) -> str:
+    sizes = sorted({(run["active_params"], run["total_params"]) for run in runs})
+    return span([f"{format_count(active)} of {format_count(total)}" for active, total in sizes])
+
+
+def _tokens_per_parameter(runs: Runs) -> str:
+    ratios = sorted(run["tokens"] / run["active_params"] for run in runs)
+    return span([f"{ratio:.2g}" for ratio in ratios])
+
+
+def _tokens_per_step(runs: Runs) -> str:
     steps = sorted({round(run["tokens"] / run["changes"]["max_steps"]) for run in runs})
-    per_step = " to ".join(f"{tokens:,}" for tokens in dict.fromkeys((steps[0], steps[-1])))
+    return span([f"{tokens:,}" for tokens in steps])
+
+
+def _common_rates(runs: Runs, base: Config) -> str:
+    """The peak learning rates that no run of the study changes."""
+    rates = []
+    for field, optimizer in (("muon_lr", "Muon"), ("adamw_lr", "AdamW")):
+        if not any(field in run["changes"] for run in runs):
+            rates.append(f"{optimizer} {getattr(base, field):g}")
+    return listed(rates)
+
+
+def _kinds_of_runs(results: dict, finished: Runs) -> str:
     seeds = collections.Counter(
         len({run["changes"]["seed"] for run in group}) for group in groups(results).values()
     )
     kinds = [
-        f"{n} configuration{'s' * (n > 1)} with {k} seed{'s' * (k > 1)}"
-        for k, n in sorted(seeds.items(), reverse=True)
+        f"{counted(number, 'configuration')} with {counted(of, 'seed')}"
+        for of, number in sorted(seeds.items(), reverse=True)
     ]
-    kinds += [
-        f"{n} {words}"
-        for words, n in (
-            ("to measure speeds", sum(run["group"].startswith(SPEED) for run in every)),
-            ("that diverged or did not fit", len(results["runs"]) - len(every)),
-        )
-        if n
-    ]
-    sizes = sorted({(run["active_params"], run["total_params"]) for run in runs})
-    size = " to ".join(
-        dict.fromkeys(
-            f"{format_count(active)} of {format_count(total)}"
-            for active, total in (sizes[0], sizes[-1])
-        )
-    )
-    shapes = sorted(
-        {
-            tuple(
-                run["changes"].get(field, getattr(base, field)) for field in ("n_layers", "d_model")
-            )
-            for run in runs
-        }
-    )
-    shape = " to ".join(
-        dict.fromkeys(f"{layers} x {width}" for layers, width in (shapes[0], shapes[-1]))
-    )
-    each = [run["tokens"] / run["active_params"] for run in runs]
-    seen = " to ".join(dict.fromkeys(f"{tokens:.2g}" for tokens in (min(each), max(each))))
-    rates = listed(
-        [
-            f"{name} {getattr(base, field):g}"
-            for field, name in (("muon_lr", "Muon"), ("adamw_lr", "AdamW"))
-            if not any(field in run["changes"] for run in runs)
-        ]
-    )
-    minutes = listed(
-        [
-            f"{b[key]:.0f} {name} minutes"
-            for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU"))
-            if b[key]
-        ]
-    )
-    return (
-        f"The models ({shape}, layers x width) have {size} parameters active and see at most {format_count(max(run['tokens'] for run in runs))} "
-        f"tokens ({seen} for an active parameter, {max(run['passes'] for run in runs):.2f} passes over `{corpus['data']}`, {format_count(corpus['train_tokens'])} tokens) in steps of {per_step}, in "
-        f"{base.precision}"
-        + (f"; peak rates: {rates}" if rates else "")
-        + f". {len(results['runs'])} runs: {listed(kinds)}; {format_count(b['tokens'])} "
-        f"tokens, {minutes} in all on {machines(results)}."
-    )
+    measured_speed = sum(run["group"].startswith(SPEED) for run in finished)
+    if measured_speed:
+        kinds.append(f"{measured_speed} to measure speeds")
+    failed = len(results["runs"]) - len(finished)
+    if failed:
+        kinds.append(f"{failed} that diverged or did not fit")
+    return listed(kinds)
 
 
-# ---------------------------------------------------------------- one study each
+def counted(number: int, word: str) -> str:
+    if number == 1:
+        return f"1 {word}"
+    return f"{number} {word}s"
+
+
+def _minutes(spent: dict) -> str:
+    kinds = (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU"))
+    return listed([f"{spent[key]:.0f} {name} minutes" for key, name in kinds if spent[key]])
+
+
+def machines(results: dict) -> str:
+    names = set()
+    for run in results["runs"].values():
+        if "machine" in run:
+            names.add(run["machine"]["gpu"] or f"{run['machine']['cpus']} CPU cores")
+    return listed(sorted(names))
+
+
+# ---------------------------------------------------------------- optimizer
 
 
 def tokens_to(points: list[tuple[float, float]], loss: float) -> tuple[float, str] | None:
-    """With how many tokens a whole run reaches a loss, by (tokens, loss) of runs of several lengths, between which it is taken to
-    be linear in the logarithm of the tokens; "at most " stands before the shortest run, None after the longest."""
+    """How many tokens a whole run needs to reach `loss`, and "at most " if that is an upper bound.
+
+    `points` are (tokens, loss) of runs of several lengths. Between them the loss is taken to be linear
+    in the logarithm of the tokens. None when the longest run does not reach it.
+    """
     points = sorted(points)
     if loss >= points[0][1]:
         return points[0][0], "at most "
@@ -213,668 +279,768 @@ def tokens_to(points: list[tuple[float, float]], loss: float) -> tuple[float, st
 
 
 def optimizer(results: dict) -> str:
-    found, speeds = groups(results), timed(results)
-    muon, adamw = best_runs(found, "muon"), best_runs(found, "adamw")
-    target, tokens = mean_and_spread(adamw)[0], adamw[0]["tokens"]
-    lengths = [(runs[0]["tokens"], mean_and_spread(runs)[0]) for runs in [*shorter(found), muon]]
-    reached = tokens_to(lengths, target)
-    per_step = tokens / adamw[0]["changes"]["max_steps"]
-    rates = {
-        name: mean_and_spread(speeds[name], "tokens_per_second")[0] for name in ("muon", "adamw")
-    }
-    bytes_each = {name: speeds[name][0]["state_bytes_per_parameter"] for name in rates}
-    peaks = {name: mean_and_spread(speeds[name], "peak_gb")[0] for name in rates}
-    none, honest = "not reached", honest_difference(found)
-    sweeps = swept(found, "muon") + swept(found, "adamw")
-    asked = [
+    """Muon with AdamW beside AdamW alone, each at the best rates that its sweep found."""
+    study = outcome(results)
+    muon = best_runs(study.runs, "muon")
+    adamw = best_runs(study.runs, "adamw")
+    tokens = adamw[0]["tokens"]
+    lengths = [(runs[0]["tokens"], mean_and_spread(runs)[0]) for runs in shorter(study.runs)]
+    lengths.append((muon[0]["tokens"], mean_and_spread(muon)[0]))
+    reached = tokens_to(lengths, mean_and_spread(adamw)[0])
+    rows = [
+        _rates_row(study, muon, adamw),
+        _warmup_row(study, adamw),
+        [f"validation loss after {format_count(tokens)} tokens", value(muon), value(adamw)],
+    ]
+    quarter = _quarter_batch(study, muon, adamw)
+    if quarter:
+        rows.append(_quarter_row(study, quarter, muon, adamw))
+    rows += _cost_rows(study, reached, adamw)
+    header = ["", "Muon with AdamW", "AdamW alone"]
+    return f"{table(header, rows)}\n\n{_optimizer_summary(study, muon, adamw, quarter, lengths)}"
+
+
+def _within_noise(study: Outcome, a: Runs, b: Runs) -> bool:
+    """Whether two learning rates cannot be told apart, also where they have one seed."""
+    difference = abs(mean_and_spread(a)[0] - mean_and_spread(b)[0])
+    return difference <= limit(a, b, study.resolution)
+
+
+def _swept_changes(study: Outcome) -> list[dict]:
+    """The changes of every run of the sweeps, of those that diverged too."""
+    return [
         run["changes"]
-        for run in results["runs"].values()
+        for run in study.results["runs"].values()
         if "_lr" in run["group"] and not run["group"].startswith(QUARTER)
-    ]  # those that diverged too
+    ]
 
-    def within_the_noise(a: list[dict], b: list[dict]) -> bool:
-        """Whether two rates cannot be told from each other, with one seed too."""
-        return abs(mean_and_spread(a)[0] - mean_and_spread(b)[0]) <= limit(a, b, honest)
 
-    def rate(best: list[dict], field: str) -> str:
-        """The best rate; which others of its sweep cannot be told from it, and whether the sweep ended there, so that a better one may lie beyond."""
-        mine = best[0]["changes"]
-        beside = dict(optimizer=mine["optimizer"])
-        if mine["optimizer"] == "muon":  # its own rate was swept beside this one of AdamW
-            beside |= (
-                dict(adamw_lr=ADAMW_RATES[1])
-                if field == "muon_lr"
-                else dict(muon_lr=mine["muon_lr"])
-            )
-        beside |= dict(warmup_fraction=mine.get("warmup_fraction"))
-        ends = [
-            c[field] for c in asked if beside.items() <= (dict(warmup_fraction=None) | c).items()
-        ]
+def _rates_row(study: Outcome, muon: Runs, adamw: Runs) -> list[str]:
+    own = _rate(study, muon, "muon_lr")
+    beside = _rate(study, muon, "adamw_lr")
+    return [
+        "best peak rates of the sweeps",
+        f"Muon {own}, its AdamW {beside}",
+        _rate(study, adamw, "adamw_lr"),
+    ]
+
+
+def _rate(study: Outcome, best: Runs, field: str) -> str:
+    """The best value of a learning rate, and what the sweep leaves open.
+
+    Other values may lie within the noise. Where the best value is the first or the last of its sweep, a
+    better one may lie beyond.
+    """
+    mine = best[0]["changes"]
+    same_sweep = dict(optimizer=mine["optimizer"], warmup_fraction=mine.get("warmup_fraction"))
+    if mine["optimizer"] == "muon" and field == "muon_lr":
+        same_sweep["adamw_lr"] = ADAMW_RATES[1]  # Muon's rate was swept at this rate of AdamW
+    elif mine["optimizer"] == "muon":
+        same_sweep["muon_lr"] = mine["muon_lr"]
+
+    def in_sweep(changes: dict) -> bool:
+        return same_sweep.items() <= (dict(warmup_fraction=None) | changes).items()
+
+    requested = [changes[field] for changes in _swept_changes(study) if in_sweep(changes)]
+    sweeps = swept(study.runs, "muon") + swept(study.runs, "adamw")
+    tried = {runs[0]["changes"][field]: runs for runs in sweeps if in_sweep(runs[0]["changes"])}
+    chosen = tried.get(mine[field])
+    if chosen is None:
+        return f"{mine[field]:g} (swept beside another rate)"
+    alike = [
+        f"{other:g}"
+        for other, runs in sorted(tried.items())
+        if runs is not chosen and _within_noise(study, runs, chosen)
+    ]
+    notes = []
+    if alike:
+        notes.append(f"within the noise: {listed(alike)}")
+    if not min(requested) < mine[field] < max(requested):
+        notes.append("the sweep's end")
+    if not notes:
+        return f"{mine[field]:g}"
+    return f"{mine[field]:g} ({'; '.join(notes)})"
+
+
+def _warmup_row(study: Outcome, adamw: Runs) -> list[str]:
+    usual = base_config(study.results).warmup_fraction
+    tried = [
+        changes.get("warmup_fraction", usual)
+        for changes in _swept_changes(study)
+        if changes["optimizer"] == "adamw"
+    ]
+    chosen = adamw[0]["changes"].get("warmup_fraction", usual)
+    note = " (the longest tried)" if usual < chosen == max(tried) else ""
+    return ["warm-up", f"{usual:.0%}", f"{chosen:.0%}{note}"]
+
+
+def _quarter_batch(study: Outcome, muon: Runs, adamw: Runs) -> dict[str, Runs]:
+    """The best runs in steps of a quarter of the batch; empty until all their rates were tried."""
+    best = dict(muon=muon, adamw=adamw)
+    for name, runs in best.items():
+        full_rate = runs[0]["changes"]["adamw_lr"]
         tried = {
-            runs[0]["changes"][field]: runs
-            for runs in sweeps
-            if beside.items() <= (dict(warmup_fraction=None) | runs[0]["changes"]).items()
-        }
-        nearest = tried.get(mine[field])
-        if nearest is None:
-            return f"{mine[field]:g} (swept beside another rate)"
-        alike = [
-            f"{other:g}"
-            for other, runs in sorted(tried.items())
-            if runs is not nearest and within_the_noise(runs, nearest)
-        ]
-        notes = [f"within the noise: {listed(alike)}"] * bool(alike)
-        notes += ["the sweep's end"] * (not min(ends) < mine[field] < max(ends))
-        return f"{mine[field]:g}" + (f" ({'; '.join(notes)})" if notes else "")
-
-    usual = base_config(results).warmup_fraction
-    warmups = [c.get("warmup_fraction", usual) for c in asked if c["optimizer"] == "adamw"]
-    warmup = adamw[0]["changes"].get("warmup_fraction", usual)
-    longest = " (the longest tried)" if usual < warmup == max(warmups) else ""
-    shares = {
-        name: {
-            run["changes"]["adamw_lr"] / best[0]["changes"]["adamw_lr"]
-            for run in results["runs"].values()
+            run["changes"]["adamw_lr"] / full_rate
+            for run in study.results["runs"].values()
             if run["group"].startswith(f"{QUARTER}{name}, ")
         }
-        for name, best in (("muon", muon), ("adamw", adamw))
-    }
-    smaller = (
-        {name: best_runs(found, QUARTER + name) for name in rates}
-        if all(set(QUARTER_RATES) <= tried for tried in shares.values())
-        and all(swept(found, QUARTER + name) for name in rates)
-        else {}
+        if not set(QUARTER_RATES) <= tried or not swept(study.runs, QUARTER + name):
+            return {}
+    return {name: best_runs(study.runs, QUARTER + name) for name in best}
+
+
+def _quarter_row(study: Outcome, quarter: dict[str, Runs], muon: Runs, adamw: Runs) -> list[str]:
+    row = ["with 4 times as many steps, of a quarter"]
+    for name, whole in (("muon", muon), ("adamw", adamw)):
+        runs = quarter[name]
+        row.append(f"{value(runs)} ({_quarter_settings(study, name, runs, whole)})")
+    return row
+
+
+def _quarter_settings(study: Outcome, name: str, runs: Runs, whole: Runs) -> str:
+    """At which share of the whole batch's rates the smaller steps did best, and what is open."""
+    mine = runs[0]["changes"]
+    full = whole[0]["changes"]
+    share = mine["adamw_lr"] / full["adamw_lr"]
+    notes = [f"rates x {share:g}"]
+    if share == min(QUARTER_RATES):
+        notes.append("the lowest tried")
+    if share == max(QUARTER_RATES):
+        notes.append("the highest tried")
+    alike = sorted(
+        other[0]["changes"]["adamw_lr"] / full["adamw_lr"]
+        for other in swept(study.runs, QUARTER + name)
+        if other is not runs
+        and other[0]["changes"].get("warmup_fraction") == mine.get("warmup_fraction")
+        and _within_noise(study, other, runs)
     )
+    if alike:
+        notes.append(f"within the noise: {listed([f'{other:g}' for other in alike])}")
+    if mine.get("warmup_fraction") != full.get("warmup_fraction"):
+        notes.append(f"warm-up {mine['warmup_fraction']:.0%}")
+    return "; ".join(notes)
 
-    def times(name: str) -> str:
-        """At which share of the rates above, and with which warm-up, the smaller steps did best."""
-        whole, mine = (muon if name == "muon" else adamw)[0]["changes"], smaller[name][0]["changes"]
-        share = mine["adamw_lr"] / whole["adamw_lr"]
-        end = {
-            min(QUARTER_RATES): ", the lowest tried",
-            max(QUARTER_RATES): ", the highest tried",
-        }.get(share, "")
-        level = [
-            runs[0]["changes"]["adamw_lr"] / whole["adamw_lr"]
-            for runs in swept(found, QUARTER + name)
-            if runs is not smaller[name]
-            and runs[0]["changes"].get("warmup_fraction") == mine.get("warmup_fraction")
-            and within_the_noise(runs, smaller[name])
-        ]
-        alike = (
-            f"; within the noise: {listed([f'{other:g}' for other in sorted(level)])}"
-            if level
-            else ""
-        )
-        other = (
-            f"; warm-up {mine['warmup_fraction']:.0%}"
-            if mine.get("warmup_fraction") != whole.get("warmup_fraction")
-            else ""
-        )
-        return f" (rates x {share:g}{end}{alike}{other})"
 
-    table = rows(
-        ["", "Muon with AdamW", "AdamW alone"],
+def _cost_rows(study: Outcome, reached: tuple[float, str] | None, adamw: Runs) -> list[list[str]]:
+    """What the loss of AdamW alone costs with each optimizer."""
+    tokens = adamw[0]["tokens"]
+    per_step = tokens / adamw[0]["changes"]["max_steps"]
+    speeds = {name: study.speeds[name] for name in ("muon", "adamw")}
+    rate = {name: mean_and_spread(runs, "tokens_per_second")[0] for name, runs in speeds.items()}
+
+    def muon_cost(divisor: float, digits: int, unit: str = "") -> str:
+        if reached is None:
+            return "not reached"
+        needed, bound = reached
+        return f"{bound}{needed / divisor:.{digits}f}{unit}"
+
+    gpu = speeds["muon"][0]["machine"]["gpu"] or "the CPU"
+    return [
+        ["tokens to AdamW's loss", muon_cost(1e6, 1, "M"), format_count(tokens)],
+        ["steps", muon_cost(per_step, 0), f"{tokens / per_step:.0f}"],
         [
-            [
-                "best peak rates of the sweeps",
-                f"Muon {rate(muon, 'muon_lr')}, its AdamW {rate(muon, 'adamw_lr')}",
-                rate(adamw, "adamw_lr"),
-            ],
-            ["warm-up", f"{usual:.0%}", f"{warmup:.0%}{longest}"],
-            [f"validation loss after {format_count(tokens)} tokens", value(muon), value(adamw)],
-            *(
-                [
-                    [
-                        "with 4 times as many steps, of a quarter",
-                        *(value(smaller[name]) + times(name) for name in rates),
-                    ]
-                ]
-                if smaller
-                else []
-            ),
-            [
-                "tokens to AdamW's loss",
-                f"{reached[1]}{reached[0] / 1e6:.1f}M" if reached else none,
-                format_count(tokens),
-            ],
-            [
-                "steps",
-                f"{reached[1]}{reached[0] / per_step:.0f}" if reached else none,
-                f"{tokens / per_step:.0f}",
-            ],
-            [
-                "seconds of training at that speed",
-                f"{reached[1]}{reached[0] / rates['muon']:.0f}" if reached else none,
-                f"{tokens / rates['adamw']:.0f}",
-            ],
-            [
-                f"tokens/s, alone on {speeds['muon'][0]['machine']['gpu'] or 'the CPU'}",
-                *(value(speeds[name], "tokens_per_second", 0) for name in rates),
-            ],
-            ["bytes a parameter, measured", *(f"{bytes_each[name]:.1f}" for name in rates)],
-            ["peak memory of a run, GB", *(f"{peaks[name]:.1f}" for name in rates)],
+            "seconds of training at that speed",
+            muon_cost(rate["muon"], 0),
+            f"{tokens / rate['adamw']:.0f}",
         ],
-    )
+        [
+            "share of AdamW's tokens",
+            muon_cost(tokens / 100, 0, "%"),
+            "100%",
+        ],
+        [
+            "share of AdamW's time",
+            muon_cost(tokens * rate["muon"] / rate["adamw"] / 100, 0, "%"),
+            "100%",
+        ],
+        [
+            f"tokens/s, alone on {gpu}",
+            *(value(runs, "tokens_per_second", 0) for runs in speeds.values()),
+        ],
+        [
+            "bytes a parameter, measured",
+            *(f"{runs[0]['state_bytes_per_parameter']:.1f}" for runs in speeds.values()),
+        ],
+        [
+            "peak memory of a run, GB",
+            *(f"{mean_and_spread(runs, 'peak_gb')[0]:.1f}" for runs in speeds.values()),
+        ],
+    ]
 
-    def lead(muon: list[dict], adamw: list[dict]) -> str:
-        gap = mean_and_spread(adamw)[0] - mean_and_spread(muon)[0]
-        sure = (
-            "one seed so far"
-            if min(len(muon), len(adamw)) < 2
-            else "undecided"
-            if undecided(muon, adamw, honest)
-            else "decided"
-        )
-        return f"{abs(gap):.3f} nats {'lower' if gap > 0 else 'higher'} ({sure})"
 
-    cost = (
-        f"Muon reaches AdamW's loss with {reached[1]}about {reached[0] / tokens:.0%} of the tokens and "
-        f"{reached[0] / rates['muon'] * rates['adamw'] / tokens:.0%} of the time"
-        if reached
-        else "Muon does not reach AdamW's loss"
-    )
-    answer = (
-        f"{cost}. At the end of runs of {format_count(tokens)} tokens, with the best settings tried, it is {lead(muon, adamw)}"
-        + (
-            f"; with a quarter of the batch, and so 4 times the steps, {lead(*smaller.values())}"
-            if smaller
-            else ""
-        )
-        + "."
-    )
-    words = "AdamW alone has one rate for all parameters"
+def _optimizer_summary(
+    study: Outcome,
+    muon: Runs,
+    adamw: Runs,
+    quarter: dict[str, Runs],
+    lengths: list[tuple[float, float]],
+) -> str:
+    rows = [("Muon's loss minus AdamW's", _verdict(study, muon, adamw))]
+    if quarter:
+        verdict = _verdict(study, quarter["muon"], quarter["adamw"])
+        rows.append(("the same with 4 times as many steps", verdict))
+    rate = adamw[0]["changes"]["adamw_lr"]
     same_rate = [
         runs[0]["val_loss"]
-        for runs in sweeps
-        if runs[0]["changes"]["optimizer"] == "muon"
-        and runs[0]["changes"]["adamw_lr"] == adamw[0]["changes"]["adamw_lr"]
+        for runs in swept(study.runs, "muon")
+        if runs[0]["changes"]["adamw_lr"] == rate
     ]
     if same_rate:
-        words += (
-            f"; with that rate, {adamw[0]['changes']['adamw_lr']:g}, for what AdamW trains beside Muon too, the difference is "
-            f"{adamw[0]['val_loss'] - min(same_rate):.3f} (one seed)"
+        difference = min(same_rate) - adamw[0]["val_loss"]
+        label = f"the same with AdamW's rate {rate:g} beside Muon too"
+        rows.append((label, f"{difference:+.3f} nats (one seed)"))
+    rows.append(
+        (
+            "tokens of the runs that Muon's loss is interpolated between",
+            listed([format_count(length) for length, _ in lengths]),
         )
-    words += (
-        f". Muon's loss is interpolated between runs of {listed([format_count(length) for length, _ in lengths])} tokens, each with a whole schedule. "
-        f"Muon's own rate was swept with its AdamW at {ADAMW_RATES[1]:g}, and its warm-up not at all. Weights, gradients and state take {1 - bytes_each['muon'] / bytes_each['adamw']:.0%} less memory (the "
-        f"brief: 30%, and 8 bytes against 12, which is 33%), as Muon keeps one momentum, in 16 bits, and AdamW two moments, in 32; the peak of these runs, most "
-        f"of which is activations, falls by {1 - peaks['muon'] / peaks['adamw']:.0%}."
     )
-    return f"{answer}\n\n{table}\n\n{words}"
+    rows.append(("less memory with Muon: weights, gradients and state", _bytes_saved(study)))
+    rows.append(("less memory with Muon: peak of these runs", _peak_saved(study)))
+    rows.append(("smallest difference that is decided", smallest_difference(study.runs)))
+    return summary(rows)
+
+
+def _verdict(study: Outcome, a: Runs, b: Runs) -> str:
+    difference = f"{mean_and_spread(a)[0] - mean_and_spread(b)[0]:+.3f} nats"
+    if min(len(a), len(b)) < 2:
+        return f"{difference} (one seed so far)"
+    if undecided(a, b, study.resolution):
+        return f"{difference} (undecided)"
+    return f"{difference} (decided)"
+
+
+def _bytes_saved(study: Outcome) -> str:
+    muon, adamw = (study.speeds[name][0]["state_bytes_per_parameter"] for name in ("muon", "adamw"))
+    return f"{1 - muon / adamw:.0%}"
+
+
+def _peak_saved(study: Outcome) -> str:
+    muon, adamw = (mean_and_spread(study.speeds[name], "peak_gb")[0] for name in ("muon", "adamw"))
+    return f"{1 - muon / adamw:.0%}"
+
+
+# ---------------------------------------------------------------- routing
 
 
 def routing(results: dict) -> str:
-    found, speeds = groups(results), timed(results)
-    honest = honest_difference(found)
-    fair = {
-        f"top-{k}": found["top-2, equal tokens" if k == 2 else f"top-{k}, equal FLOPs"]
-        for k in (1, 2, 3, 4)
-    }
-    same = {f"top-{k}": found[f"top-{k}, equal tokens"] for k in (1, 2, 3, 4)}
-    flops = {name: runs[0]["flops"] / runs[0]["tokens"] for name, runs in same.items()}
-    table = rows(
-        [
-            "experts a token",
-            "loss, equal tokens",
-            "against top-2",
-            "loss, equal FLOPs",
-            "against top-2",
-            "FLOPs a token",
-            "tokens/s",
-        ],
-        [
-            [
-                name,
-                value(same[name]),
-                against(same[name], same["top-2"], honest) if name != "top-2" else "",
-                value(fair[name]),
-                against(fair[name], fair["top-2"], honest) if name != "top-2" else "",
-                f"{flops[name] / flops['top-2']:.2f}x",
-                value(speeds[name], "tokens_per_second", 0),
-            ]
-            for name in same
-        ],
-    )
-    (best, sure), (best_fair, sure_fair) = level(same, honest), level(fair, honest)
-    off = max(abs(runs[0]["flops"] / fair["top-2"][0]["flops"] - 1) for runs in fair.values())
-    more, gain = (
-        fair["top-1"][0]["tokens"] / same["top-1"][0]["tokens"],
-        mean_and_spread(same["top-1"])[0] - mean_and_spread(fair["top-1"])[0],
-    )
-    return (
-        f"At equal tokens ({format_count(same['top-2'][0]['tokens'])}) {best} ends lowest, {sure}; at equal FLOPs {best_fair} does, {sure_fair}.\n\n{table}"
-        f"\n\n{least(found)} At equal FLOPs fewer experts see more tokens: top-1 {more:.2f} times as many, which alone changes its loss by "
-        f"{-gain:+.3f} nats, in runs so short. The weights of a token's experts sum to 1, but top-1's, from which its router must learn, is the probability of the expert, below 1."
-        + (
-            f" In whole steps the FLOPs are equal but for {off:.0%}: give more --tokens."
-            if off > 0.02
-            else ""
-        )
-    )
+    """top-1 to top-4 at equal tokens and at equal FLOPs."""
+    study = outcome(results)
+    chosen = (1, 2, 3, 4)
+    by_tokens = {f"top-{k}": study.runs[f"top-{k}, equal tokens"] for k in chosen}
+    by_flops = {f"top-{k}": study.runs[f"top-{k}, equal FLOPs"] for k in chosen if k != 2}
+    by_flops = {"top-1": by_flops.pop("top-1"), "top-2": by_tokens["top-2"], **by_flops}
+    header = [
+        "experts a token",
+        "loss, equal tokens",
+        "against top-2",
+        "loss, equal FLOPs",
+        "against top-2",
+        "FLOPs a token",
+        "tokens/s",
+    ]
+    rows = [_routing_row(study, name, by_tokens, by_flops) for name in by_tokens]
+    return f"{table(header, rows)}\n\n{_routing_summary(study, by_tokens, by_flops)}"
+
+
+def _routing_row(
+    study: Outcome, name: str, by_tokens: dict[str, Runs], by_flops: dict[str, Runs]
+) -> list[str]:
+    row = [name]
+    for found in (by_tokens, by_flops):
+        row.append(value(found[name]))
+        if name == "top-2":
+            row.append("")
+        else:
+            row.append(against(found[name], found["top-2"], study.resolution))
+    relative = _flops_per_token(by_tokens[name]) / _flops_per_token(by_tokens["top-2"])
+    return [*row, f"{relative:.2f}x", value(study.speeds[name], "tokens_per_second", 0)]
+
+
+def _flops_per_token(runs: Runs) -> float:
+    return runs[0]["flops"] / runs[0]["tokens"]
+
+
+def _routing_summary(study: Outcome, by_tokens: dict[str, Runs], by_flops: dict[str, Runs]) -> str:
+    tokens = format_count(by_tokens["top-2"][0]["tokens"])
+    more_tokens = by_flops["top-1"][0]["tokens"] / by_tokens["top-1"][0]["tokens"]
+    gain = mean_and_spread(by_flops["top-1"])[0] - mean_and_spread(by_tokens["top-1"])[0]
+    flops = by_flops["top-2"][0]["flops"]
+    off = max(abs(runs[0]["flops"] / flops - 1) for runs in by_flops.values())
+    rows = [
+        (f"lowest at equal tokens ({tokens})", "; ".join(lowest(by_tokens, study.resolution))),
+        ("lowest at equal FLOPs", "; ".join(lowest(by_flops, study.resolution))),
+        ("tokens of top-1 at equal FLOPs, times those at equal tokens", f"{more_tokens:.2f}"),
+        ("what these tokens alone change in its loss", f"{gain:+.3f} nats"),
+        ("largest difference of the equal FLOPs, for whole steps", f"{off:.1%}"),
+        ("smallest difference that is decided", smallest_difference(study.runs)),
+    ]
+    return summary(rows)
+
+
+# ---------------------------------------------------------------- balance
 
 
 def balance(results: dict) -> str:
-    names = {
-        "none": "none",
-        **{
-            f"{scope}, weight {weight:g}": f"loss {weight:g}, {scope}"
-            for scope in ("batch", "sequence")
-            for weight in WEIGHTS
-        },
-        "bias": "bias alone",
-    }
-    found = {f"`{names[name]}`": runs for name, runs in groups(results).items() if name in names}
-    honest = honest_difference(found)
-    best, sure = level(found, honest)
+    """Loss and evenness of each way of balancing."""
+    study = outcome(results)
+    labels = _balance_labels()
+    found = {labels[name]: runs for name, runs in study.runs.items() if name in labels}
+    resolution = honest_difference(found)
+    best, verdict = lowest(found, resolution)
+    rows = []
+    for name, runs in found.items():
+        compared = "" if name == best else against(runs, found[best], resolution)
+        entropy = f"{1 - mean_and_spread(runs, 'load_entropy')[0]:.2g}"
+        rows.append([name, value(runs), compared, entropy, value(runs, "worst_share")])
+    header = [
+        "balancing",
+        "validation loss",
+        f"against {best}",
+        "1 - load entropy (0: even)",
+        "largest share of an expert",
+    ]
+    return f"{table(header, rows)}\n\n{_balance_summary(results, found, resolution, best, verdict)}"
+
+
+def _balance_labels() -> dict[str, str]:
+    """How the table calls each group."""
+    labels = {"none": "`none`"}
+    for scope in ("batch", "sequence"):
+        for weight in WEIGHTS:
+            labels[f"{scope}, weight {weight:g}"] = f"`loss {weight:g}, {scope}`"
+    return labels | {"bias": "`bias alone`"}
+
+
+def _balance_summary(
+    results: dict, found: dict[str, Runs], resolution: float, best: str, verdict: str
+) -> str:
     base = base_config(results)
-    table = rows(
-        [
-            "balancing",
-            "validation loss",
-            f"against {best}",
-            "1 - load entropy (0: even)",
-            "largest share of an expert",
-        ],
-        [
-            [
-                name,
-                value(runs),
-                "" if name == best else against(runs, found[best], honest),
-                f"{1 - mean_and_spread(runs, 'load_entropy')[0]:.2g}",
-                value(runs, "worst_share"),
-            ]
-            for name, runs in found.items()
-        ],
-    )
     as_low = {
         name: runs
         for name, runs in found.items()
-        if name == best or undecided(runs, found[best], honest)
+        if name == best or undecided(runs, found[best], resolution)
     }
-    low, high = (
-        pick(as_low, key=lambda name: mean_and_spread(as_low[name], "worst_share")[0])
-        for pick in (min, max)
-    )
-    shares = honest_difference(found, "worst_share")
+
+    def largest_share(name: str) -> float:
+        return mean_and_spread(found[name], "worst_share")[0]
+
+    evenest = min(as_low, key=largest_share)
+    least_even = max(as_low, key=largest_share)
+    of_shares = honest_difference(found, "worst_share")
     as_even = [
         name
         for name, runs in as_low.items()
-        if name != low and undecided(runs, as_low[low], shares, key="worst_share")
+        if name != evenest and undecided(runs, as_low[evenest], of_shares, key="worst_share")
     ]
-    return (
-        f"{best} ends lowest, {sure}; of what cannot be told from it, {low} keeps the busiest expert's share smallest"
-        + (f", undecided against {listed(as_even)}" if as_even else "")
-        + f".\n\n{table}"
-        "\n\nOf it and those that cannot be told from it, the largest share of an expert goes "
-        f"from {value(as_low[low], 'worst_share')} ({low}) to {value(as_low[high], 'worst_share')} ({high}). Entropy and share are "
-        f"of the training batches of the last lines of a run's log, a tenth of them; the share is that of the busiest expert of all layers, "
-        f"in all choices of an expert by a token: even is {1 / base.num_experts:g}, and no share exceeds {1 / base.top_k:g}, as a token chooses "
-        f"{base.top_k}. The bias has one step, {base.load_balancing_bias_rate:g}. {least(found)}"
+    even = f"{evenest}: {value(found[evenest], 'worst_share')}"
+    if as_even:
+        even += f", undecided against {listed(as_even)}"
+    uneven = f"{least_even}: {value(found[least_even], 'worst_share')}"
+    return summary(
+        [
+            ("lowest loss", f"{best}; {verdict}"),
+            ("of these alike, the smallest largest share", even),
+            ("of these alike, the largest largest share", uneven),
+            ("share of an expert at even load", f"{1 / base.num_experts:g}"),
+            ("largest share that is possible", f"{1 / base.top_k:g}"),
+            ("step of the bias", f"{base.load_balancing_bias_rate:g}"),
+            ("smallest difference that is decided", smallest_difference(found)),
+        ]
     )
+
+
+# ---------------------------------------------------------------- specialization
 
 
 def specialization(results: dict) -> str:
-    experts = [run["experts"] for runs in groups(results).values() for run in runs]
-    first = experts[0]
-
-    def mean_bits(i: int, label: str, key: str) -> list[dict]:
-        return [dict(bits=float(np.mean(e["steps"][i][label][key]))) for e in experts]
-
-    body = [
-        [
-            "before training" if step["step"] == 0 else format_count(step["tokens"]),
-            *(
-                value(mean_bits(i, label, key), "bits")
-                for label in ("kind", "domain")
-                for key in ("bits", "shuffled_most")
-            ),
-        ]
-        for i, step in enumerate(first["steps"])
-    ]
-    table = rows(
-        ["tokens of training", "bits of the kind", "shuffled", "bits of the domain", "shuffled"],
-        body,
-    )
-    layer = sharpest_layer(first, "kind")
-    pairs = np.array(first["kind_table"][layer], float)
-
-    def largest(shares: np.ndarray) -> str:
-        return listed([f"{first['kinds'][k]} ({shares[k]:.0%})" for k in np.argsort(-shares)[:2]])
-
-    tokens = rows(
-        [
-            "expert",
-            "is chosen, of all choices by a kind",
-            "its tokens are",
-            "tokens that set it apart",
-        ],
-        [
-            [
-                str(e + 1),
-                largest(pairs[e] / pairs.sum(0).clip(1)),
-                largest(pairs[e] / pairs[e].sum().clip(1)),
-                " ".join(code(token) for token, _ in first["top_tokens"][layer][e][:SHOWN_TOKENS]),
-            ]
-            for e in range(len(pairs))
-        ],
-    )
-    most = most_bits(first)
-    last = len(first["steps"]) - 1
-    (kind, domain), (kind_before, domain_before) = (
-        [mean_and_spread(mean_bits(i, label, "bits"), "bits")[0] for label in ("kind", "domain")]
-        for i in (last, 0)
-    )
-    shuffled = mean_and_spread(mean_bits(last, "domain", "shuffled_most"), "bits")[0]
-    others = (
-        first["domain_tokens"][first["domains"].index("others")] / sum(first["domain_tokens"])
-        if "others" in first["domains"]
-        else 0
-    )
+    """Mutual information between experts and token kinds and domains, over training."""
+    analyses = [run["experts"] for runs in groups(results).values() for run in runs]
+    first = analyses[0]
     seed = next(iter(results["runs"].values()))["changes"]["seed"]
-    return (
-        f"What kind a token is of: the expert says {kind:.3f} bits{f', {kind / most:.0%} of the {most:.2f} that it could' if most else ''}, before training "
-        f"{kind_before:.3f}, as equal tokens look alike to a router. What domain (package) its text is from: {domain:.3f} bits, of "
-        f"which {shuffled:.3f} are found with shuffled domains too, and {domain_before:.3f} before training.\n\n{table}\n\nMeans over the MoE layers, "
-        f'of {format_count(first["tokens"])} held-out tokens, each counted at each of its experts; "shuffled" is the largest of ten. The kinds have {first["kind_entropy"]:.2f} '
-        f"bits and the domains {first['domain_entropy']:.2f}; one of a token's experts can say no more than {most:.2f}, as the token chooses others too."
-        + (
-            f" Of the tokens {others:.0%} are of packages too small to have a name of their own."
-            if others
-            else ""
-        )
-        + f" Layer {first['layers'][layer] + 1} says most of the kind; its experts (seed {seed}):\n\n{tokens}"
-    )
-
-
-def most_bits(experts: dict) -> float:
-    """How many bits one of a token's k experts can say of its kind, mean over the layers: no more than the kinds have, and no more than
-    the experts' entropy less log2(k), as it stays open which of the k it is."""
-    tables = [np.array(table, float) for table in experts["kind_table"]]
-    shares = [table.sum(1) / table.sum() for table in tables]
-    k = tables[0].sum() / max(1, sum(experts["kind_tokens"]))
-    return max(
-        0.0,
-        float(
-            np.mean(
-                [
-                    min(
-                        experts["kind_entropy"],
-                        -sum(p * math.log2(p) for p in share if p > 0) - math.log2(k),
-                    )
-                    for share in shares
-                ]
-            )
-        ),
-    )
-
-
-def equal_loss_flops(
-    law: ScalingLaw, runs: list[dict], deviation: float, tried: list[float]
-) -> str:
-    """How many times the FLOPs a token of `runs` a model that follows the law needs for their loss, whose deviation over seeds is
-    given, with a 95% interval; no farther than models were tried."""
-    own, mean = runs[0]["flops"] / runs[0]["tokens"], mean_and_spread(runs)[0]
-    needed = [law.inverse(mean), *law.inverse_between(mean, deviation / math.sqrt(len(runs)))]
-    words = [
-        f"> {max(tried) / own:.2f}"
-        if x > max(tried)
-        else f"< {min(tried) / own:.2f}"
-        if x < min(tried)
-        else f"{x / own:.2f}"
-        for x in needed
+    layer = sharpest_layer(first, "kind")
+    where = f"layer {first['layers'][layer] + 1}, seed {seed}"
+    parts = [
+        _information_table(analyses),
+        _specialization_summary(analyses, where),
+        _experts_table(first, layer, where),
     ]
-    return (
-        "beyond those tried"
-        if words[1][0] == ">" or words[2][0] == "<"
-        else f"{words[0]} ({words[1]} to {words[2]})"
-    )
+    return "\n\n".join(parts)
+
+
+def _mean_bits(analyses: list[dict], step: int, label: str, key: str) -> Runs:
+    """The mean over layers of each seed's mutual information, as runs with the value `bits`."""
+    return [dict(bits=float(np.mean(each["steps"][step][label][key]))) for each in analyses]
+
+
+def _information_table(analyses: list[dict]) -> str:
+    rows = []
+    for number, step in enumerate(analyses[0]["steps"]):
+        row = ["before training" if step["step"] == 0 else format_count(step["tokens"])]
+        for label in ("kind", "domain"):
+            for key in ("bits", "shuffled_most"):
+                row.append(value(_mean_bits(analyses, number, label, key), "bits"))
+        rows.append(row)
+    header = [
+        "tokens of training",
+        "bits of the kind",
+        "shuffled",
+        "bits of the domain",
+        "shuffled",
+    ]
+    return table(header, rows)
+
+
+def _specialization_summary(analyses: list[dict], where: str) -> str:
+    first = analyses[0]
+    last = len(first["steps"]) - 1
+    kind = mean_and_spread(_mean_bits(analyses, last, "kind", "bits"), "bits")[0]
+    possible = most_bits(first)
+    rows = [
+        ("held-out tokens", format_count(first["tokens"])),
+        ("entropy of the kinds", f"{first['kind_entropy']:.2f} bits"),
+        ("entropy of the domains", f"{first['domain_entropy']:.2f} bits"),
+        ("what one of a token's experts can say at most", f"{possible:.2f} bits"),
+    ]
+    if possible:
+        rows.append(("what it says of the kind, of that", f"{kind / possible:.0%}"))
+    if "others" in first["domains"]:
+        others = first["domain_tokens"][first["domains"].index("others")]
+        share = others / sum(first["domain_tokens"])
+        rows.append(("tokens of packages without a name of their own", f"{share:.0%}"))
+    rows.append(("layer that says most of the kind", where))
+    return summary(rows)
+
+
+def _experts_table(analysis: dict, layer: int, where: str) -> str:
+    """What each expert of a layer is chosen for."""
+    routed = np.array(analysis["kind_table"][layer], float)  # [experts, kinds] of routed tokens
+
+    def two_largest(shares: np.ndarray) -> str:
+        largest = np.argsort(-shares)[:2]
+        return listed([f"{analysis['kinds'][kind]} ({shares[kind]:.0%})" for kind in largest])
+
+    rows = []
+    for expert, counts in enumerate(routed):
+        tokens = analysis["top_tokens"][layer][expert][:SHOWN_TOKENS]
+        rows.append(
+            [
+                str(expert + 1),
+                two_largest(counts / routed.sum(0).clip(1)),
+                two_largest(counts / counts.sum().clip(1)),
+                " ".join(code(token) for token, _ in tokens),
+            ]
+        )
+    header = [
+        f"expert ({where})",
+        "is chosen, of all choices by a kind",
+        "its tokens are",
+        "tokens that set it apart",
+    ]
+    return table(header, rows)
+
+
+def most_bits(analysis: dict) -> float:
+    """How many bits one of a token's k experts can say of its kind, mean over the layers.
+
+    No more than the entropy of the kinds, and no more than the entropy of the experts less log2(k),
+    because it stays open which of the k experts it is.
+    """
+    choices = np.sum(analysis["kind_table"][0])
+    k = choices / max(1, sum(analysis["kind_tokens"]))
+    limits = []
+    for counts in analysis["kind_table"]:
+        share = np.sum(counts, axis=1) / np.sum(counts)
+        entropy = -sum(p * math.log2(p) for p in share if p > 0)
+        limits.append(min(analysis["kind_entropy"], entropy - math.log2(k)))
+    return max(0.0, float(np.mean(limits)))
+
+
+# ---------------------------------------------------------------- scaling
+
+
+@dataclass
+class Size:
+    """The groups of one size of the scaling study."""
+
+    name: str
+    moe: Runs
+    dense: Runs
+    equal_time: Runs | None
+    speed_ratios: Runs
 
 
 def scaling(results: dict) -> str:
-    found, speeds = groups(results), timed(results)
-    honest, deviation = (
-        honest_difference(found),
-        noise({group: runs for group, runs in found.items() if group.startswith("moe, ")}),
-    )
-    dense_runs, moe_runs = (of_kind(results, kind) for kind in ("dense", "moe"))
-    names = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
-    sizes = {
-        name: (
-            found[f"moe, {name}"],
-            found[f"dense, {name}"],
-            found.get(f"dense, {name}{EQUAL_TIME}"),
+    """MoE against dense models of equal active parameters, at equal tokens and at equal time."""
+    study = outcome(results)
+    sizes = _sizes(study)
+    law = _loss_law(of_kind(results, "dense"))
+    _, _, nats_of_speeds = equal_time(results)
+    deviation = _deviation_of_moe(study)
+    tried = [run["flops_per_token"] for run in of_kind(results, "dense")]
+    rows = []
+    for size in sizes:
+        worth = UNKNOWN
+        if law and deviation < math.inf:
+            worth = equal_loss_flops(law, size.moe, deviation, tried)
+        timely = "not run yet"
+        if size.equal_time:
+            timely = against(size.moe, size.equal_time, study.resolution, nats_of_speeds)
+        rows.append(
+            [
+                size.name,
+                format_count(size.moe[0]["active_params"]),
+                format_count(size.moe[0]["total_params"]),
+                value(size.dense),
+                value(size.moe),
+                against(size.moe, size.dense, study.resolution),
+                worth,
+                timely,
+                value(size.speed_ratios, "ratio"),
+            ]
+        )
+    header = [
+        "layers x width",
+        "parameters used",
+        "of the MoE's",
+        "dense loss",
+        "MoE loss",
+        "MoE - dense, equal tokens, FLOPs and parameters used",
+        "FLOPs a token of a dense model with the MoE's loss, times",
+        "MoE - dense, equal time",
+        "MoE's speed, times the dense one's",
+    ]
+    return f"{table(header, rows)}\n\n{_scaling_summary(study, sizes, rows)}"
+
+
+def _sizes(study: Outcome) -> list[Size]:
+    names = [group.removeprefix("moe, ") for group in study.runs if group.startswith("moe, ")]
+    return [
+        Size(
+            name=name,
+            moe=study.runs[f"moe, {name}"],
+            dense=study.runs[f"dense, {name}"],
+            equal_time=study.runs.get(f"dense, {name}{EQUAL_TIME}"),
+            speed_ratios=speed_ratios(study.speeds[f"moe, {name}"], study.speeds[f"dense, {name}"]),
         )
         for name in names
-    }
-    together, interval = mean_difference([(moe, dense) for moe, dense, _ in sizes.values()])
-    by_flops = [
-        scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs])
-        for runs in (dense_runs, moe_runs)
     ]
-    by_parameters = scaling_law(
-        [run["total_params"] for run in dense_runs], [run["val_loss"] for run in dense_runs]
-    )
-    ratios = {
-        name: speed_ratios(speeds[f"moe, {name}"], speeds[f"dense, {name}"]) for name in sizes
-    }
-    per_time, speed_error, nats_of_speeds = equal_time(results)
-    body, differences = [], dict(tokens=[], time=[])
-    for name, (moe, dense, timely) in sizes.items():
-        differences["tokens"].append(against(moe, dense, honest))
-        differences["time"].append(
-            against(moe, timely, honest, nats_of_speeds) if timely else "not run yet"
-        )
-        worth = (
-            equal_loss_flops(
-                by_flops[0], moe, deviation, [run["flops_per_token"] for run in dense_runs]
-            )
-            if by_flops[0] and deviation < math.inf
-            else "–"
-        )
-        body.append(
-            [
-                name,
-                format_count(moe[0]["active_params"]),
-                format_count(moe[0]["total_params"]),
-                value(dense),
-                value(moe),
-                differences["tokens"][-1],
-                worth,
-                differences["time"][-1],
-                value(ratios[name], "ratio"),
-            ]
-        )
-    table = rows(
-        [
-            "layers x width",
-            "parameters used",
-            "of the MoE's",
-            "dense loss",
-            "MoE loss",
-            "MoE - dense, equal tokens, FLOPs and parameters used",
-            "FLOPs a token of a dense model with the MoE's loss, times",
-            "MoE - dense, equal time",
-            "MoE's speed, times the dense one's",
-        ],
-        body,
-    )
 
-    def counted(words: list[str]) -> str:
-        verdicts = [
-            {"-": "lower", "+": "higher"}.get(text[0], "unknown")
-            if "undecided" not in text
-            else "undecided"
-            for text in words
+
+def _loss_law(runs: Runs) -> ScalingLaw | None:
+    """The loss as a function of FLOPs a token."""
+    return scaling_law([run["flops_per_token"] for run in runs], [run["val_loss"] for run in runs])
+
+
+def _deviation_of_moe(study: Outcome) -> float:
+    """The standard deviation of the MoE's losses over seeds."""
+    return noise({name: runs for name, runs in study.runs.items() if name.startswith("moe, ")})
+
+
+def equal_loss_flops(law: ScalingLaw, runs: Runs, deviation: float, tried: list[float]) -> str:
+    """How many times the FLOPs a token of `runs` a model that follows `law` needs for their loss.
+
+    With a 95% interval, from the law's errors and the `deviation` of a loss over seeds. Nothing is
+    extrapolated beyond the FLOPs that were `tried`.
+    """
+    own = _flops_per_token(runs)
+    mean = mean_and_spread(runs)[0]
+    low, high = law.inverse_between(mean, deviation / math.sqrt(len(runs)))
+
+    def times(flops: float) -> str:
+        if flops > max(tried):
+            return f"> {max(tried) / own:.2f}"
+        if flops < min(tried):
+            return f"< {min(tried) / own:.2f}"
+        return f"{flops / own:.2f}"
+
+    if times(low).startswith(">") or times(high).startswith("<"):
+        return "beyond those tried"
+    return f"{times(law.inverse(mean))} ({times(low)} to {times(high)})"
+
+
+def _scaling_summary(study: Outcome, sizes: list[Size], rows: list[list[str]]) -> str:
+    mean, interval = mean_difference([(size.moe, size.dense) for size in sizes])
+    worth_of_time, speed_error, nats_of_speeds = equal_time(study.results)
+    extra = sorted(size.moe[0]["total_params"] / size.moe[0]["active_params"] for size in sizes)
+    facts = [("the MoE's loss at equal tokens", _count_verdicts([row[5] for row in rows]))]
+    if interval < math.inf:
+        bounds = f"{mean:+.3f} ± {interval:.3f} nats (95% interval)"
+        facts.append(("mean difference of all sizes at equal tokens", bounds))
+    facts.append(("the MoE's loss at equal time", _count_verdicts([row[7] for row in rows])))
+    facts.append(("smallest difference that is decided", smallest_difference(study.runs)))
+    smallest_at_equal_time = smallest_decided(study.runs) + nats_of_speeds
+    if smallest_at_equal_time < math.inf:
+        facts += [
+            ("the same at equal time", f"{smallest_at_equal_time:.3f} nats"),
+            ("error of the ratio of the speeds (95% interval)", f"{speed_error:.0%}"),
+            ("worth of 10% more time, at most", f"{worth_of_time * math.log(1.1):.2f} nats"),
         ]
-        return listed(
-            [
-                f"{word} at {verdicts.count(word)} of {len(words)} sizes"
-                for word in ("lower", "higher", "undecided", "unknown")
-                if word in verdicts
-            ]
-        )
+    for kind, label in (("dense", "dense model"), ("moe", "MoE")):
+        law = _loss_law(of_kind(study.results, kind))
+        facts.append((f"fit of the {label}: floor, exponent ± standard error", _law_words(law)))
+    facts.append(("parameters of the MoE, times those it uses", span([f"{x:.1f}" for x in extra])))
+    facts += _against_equal_parameters(study, sizes)
+    return summary(facts)
 
-    laws = dict(zip(("the dense model", "the MoE"), by_flops))
-    fits = (
-        "By fits of floor + rise x (FLOPs a token)^-exponent (Hoffmann et al. 2022, with the tokens fixed), ± standard errors, "
-        + listed(
-            [
-                f"{name} falls towards {law.floor:.2f} ± {law.errors[0]:.2f} with the exponent {law.exponent:.2f} ± {law.errors[2]:.2f}"
-                if law
-                else f"{name} has none that these losses determine"
-                for name, law in laws.items()
-            ]
-        )
-        + "; a floor is that of so few tokens, at these rates."
-    )
-    largest = max(run["total_params"] for run in dense_runs)
-    beside = []
-    for name, (moe, _, _) in sizes.items():
-        total = moe[0]["total_params"]
-        if by_parameters and total <= largest and deviation < math.inf:
-            difference, error = (
-                mean_and_spread(moe)[0] - by_parameters.at(total),
-                math.hypot(by_parameters.error_at(total), deviation / math.sqrt(len(moe))),
-            )
-            beside.append(f"{difference:+.3f} ± {error:.3f} at {name}")
-    limit_of_time = smallest_decided(found) + nats_of_speeds
-    timely_limit = (
-        f" With equal time the limit is {limit_of_time:.3f}, as the ratio of the speeds is known to {speed_error:.0%} "
-        f"(95% interval) only, and by how the loss falls with tokens here 10% more time is worth up to {per_time * math.log(1.1):.2f} nats."
-        if limit_of_time < math.inf
-        else ""
-    )
-    extra = [runs[0]["total_params"] / runs[0]["active_params"] for runs, _, _ in sizes.values()]
-    mean = f"; by the mean of all, {abs(together):.3f} ± {interval:.3f} nats (95% interval) {'lower' if together < 0 else 'higher'}"
-    return (
-        f"With equal tokens, FLOPs and parameters used the MoE ends {counted(differences['tokens'])}{mean if interval < math.inf else ''}. With "
-        f"equal time it ends {counted(differences['time'])}.\n\n{table}\n\nEach dense model has feed-forward networks twice as wide, so that parameters "
-        "used and FLOPs are those of the MoE; for equal time it was trained again, on as many tokens as take it the MoE's time, of at most 4 passes "
-        f"over the text. {least(found)}{timely_limit} {fits} The MoE has {min(extra):.1f} to {max(extra):.1f} times as many parameters as it uses"
-        + (
-            "; what that is worth is in the table, with 95% intervals by the dense model's fit"
-            if by_flops[0]
-            else ""
-        )
-        + " (the brief: 4x capacity at the same compute)."
-        + (
-            f" Against a dense model of as many parameters in all, by its fit, the MoE ends, ± standard errors, {listed(beside)} nats"
-            + ("; larger ones lie beyond the fit." if len(beside) < len(sizes) else ".")
-            if beside
-            else ""
-        )
-    )
+
+def _count_verdicts(cells: list[str]) -> str:
+    """How many differences say lower, higher or nothing."""
+    counts: dict[str, int] = {}
+    for cell in cells:
+        verdict = "undecided"
+        if "undecided" not in cell:
+            verdict = {"-": "lower", "+": "higher"}.get(cell[0], "unknown")
+        counts[verdict] = counts.get(verdict, 0) + 1
+    order = [word for word in ("lower", "higher", "undecided", "unknown") if word in counts]
+    return listed([f"{word} at {counts[word]} of {len(cells)} sizes" for word in order])
+
+
+def _law_words(law: ScalingLaw | None) -> str:
+    if law is None:
+        return "not determined by these losses"
+    floor, _, exponent = law.errors
+    return f"{law.floor:.2f} ± {floor:.2f}, {law.exponent:.2f} ± {exponent:.2f}"
+
+
+def _against_equal_parameters(study: Outcome, sizes: list[Size]) -> list[tuple[str, str]]:
+    """The MoE's loss minus that of a dense model of as many parameters in all, by a fit.
+
+    Only for sizes that do not lie beyond the dense models that were trained.
+    """
+    dense = of_kind(study.results, "dense")
+    parameters = [run["total_params"] for run in dense]
+    law = scaling_law(parameters, [run["val_loss"] for run in dense])
+    deviation = _deviation_of_moe(study)
+    if law is None or deviation == math.inf:
+        return []
+    rows = []
+    for size in sizes:
+        total = size.moe[0]["total_params"]
+        if total > max(parameters):
+            continue
+        difference = mean_and_spread(size.moe)[0] - law.at(total)
+        error = math.hypot(law.error_at(total), deviation / math.sqrt(len(size.moe)))
+        label = f"MoE - dense of as many parameters in all, by its fit, {size.name}"
+        rows.append((label, f"{difference:+.3f} ± {error:.3f} nats"))
+    return rows
+
+
+# ---------------------------------------------------------------- checkpointing
 
 
 def checkpointing(results: dict) -> str:
-    body, saved, slower = [], [], []
+    """Memory and time of each mode, at micro-batches that all modes fit."""
     fitted, too_large = micro_batches(results)
+    rows: list[list[str]] = []
+    for layers in sorted({layers for layers, _ in fitted.keys() | too_large.keys()}):
+        rows += _checkpointing_rows(layers, fitted, too_large)
+    header = [
+        "layers",
+        "checkpointing",
+        "micro-batch",
+        "peak GB",
+        "of the activations saved",
+        "tokens/s",
+        "time a token",
+        "largest micro-batch that fits",
+    ]
+    return table(header, rows)
 
-    def slowdown(times: list[dict]) -> str:
-        mean, spread = mean_and_spread(times, "ratio")
-        return f"{round(100 * (mean - 1)):+d}%" + (
-            f" ± {spread / 2:.0%}" if len(times) > 1 else " (one run)"
-        )
 
-    for depth in sorted({layers for layers, _ in fitted.keys() | too_large.keys()}):
-        fits = {mode: fitted.get((depth, mode), {}) for mode in MODES}
-        common = sorted(set.intersection(*map(set, fits.values())))
-        largest = {
-            mode: f"{max(fits[mode], default=0)}, not {too_large[depth, mode]}"
-            if (depth, mode) in too_large
-            else f"at least {max(fits[mode], default=0)}"
-            for mode in MODES
-        }
-        body += [[str(depth), mode, *["–"] * 5, largest[mode]] for mode in MODES if not common]
-        for batch, mode in ((batch, mode) for batch in common for mode in MODES):
-            none, runs = fits["none"][batch], fits[mode][batch]
-            activations = [r[0]["memory_gb"].get("activations") for r in (runs, none)]
-            less = (
-                None
-                if None in activations or not activations[1]
-                else 1 - activations[0] / activations[1]
-            )
-            times = speed_ratios(none, runs)
-            if mode != "none" and batch == common[-1]:
-                saved += [] if less is None else [(mode, less)]
-                slower += [(mode, mean_and_spread(times, "ratio")[0] - 1)]
-            body.append(
+def _checkpointing_rows(layers: int, fitted: dict, too_large: dict) -> list[list[str]]:
+    fits = {mode: fitted.get((layers, mode), {}) for mode in MODES}
+    common = sorted(set.intersection(*map(set, fits.values())))
+    largest = {}
+    for mode in MODES:
+        most = max(fits[mode], default=0)
+        largest[mode] = f"at least {most}"
+        if (layers, mode) in too_large:
+            largest[mode] = f"{most}, not {too_large[layers, mode]}"
+    if not common:
+        return [[str(layers), mode, *[UNKNOWN] * 5, largest[mode]] for mode in MODES]
+    rows = []
+    for batch in common:
+        none = fits["none"][batch]
+        for mode in MODES:
+            runs = fits[mode][batch]
+            rows.append(
                 [
-                    str(depth),
+                    str(layers),
                     mode,
                     str(batch),
                     f"{mean_and_spread(runs, 'peak_gb')[0]:.1f}",
-                    "–" if less is None else f"{less:.0%}",
+                    _activations_saved(none, runs),
                     value(runs, "tokens_per_second", 0),
-                    "" if mode == "none" else slowdown(times),
+                    "" if mode == "none" else _more_time(none, runs),
                     largest[mode],
                 ]
             )
-    table = rows(
-        [
-            "layers",
-            "checkpointing",
-            "micro-batch",
-            "peak GB",
-            "of the activations saved",
-            "tokens/s",
-            "time a token",
-            "largest micro-batch that fits",
-        ],
-        body,
-    )
+    return rows
 
-    def span(found: list, mode: str) -> str:
-        values = [v for m, v in found if m == mode]
-        ends = sorted({round(100 * v) for v in values})
-        return (
-            " to ".join(f"{v}%" for v in dict.fromkeys((ends[0], ends[-1])))
-            if ends
-            else "an unknown share"
-        )
 
-    return (
-        f"At the largest micro-batch that all three fit, `selective` saves {span(saved, 'selective')} of the activations' memory for "
-        f"{span(slower, 'selective')} more time a token, `full` {span(saved, 'full')} for {span(slower, 'full')} (the brief: 40 to 50% saved, 10 to "
-        f"15% slower).\n\n{table}\n\nWith a micro-batch larger than the base's step the step is larger too, so that the optimizer's part of a "
-        "token's time is smaller."
-    )
+def _activations_saved(none: Runs, runs: Runs) -> str:
+    all_kept = none[0]["memory_gb"].get("activations")
+    kept = runs[0]["memory_gb"].get("activations")
+    if kept is None or not all_kept:
+        return UNKNOWN
+    return f"{1 - kept / all_kept:.0%}"
+
+
+def _more_time(none: Runs, runs: Runs) -> str:
+    times = speed_ratios(none, runs)
+    mean, spread = mean_and_spread(times, "ratio")
+    percent = f"{round(100 * (mean - 1)):+d}%"
+    if len(times) == 1:
+        return f"{percent} (one run)"
+    return f"{percent} ± {spread / 2:.0%}"
+
+
+# ---------------------------------------------------------------- a study of the user's own
 
 
 def losses(results: dict) -> str:
-    """A study that has no words of its own."""
-    found, speeds = groups(results), timed(results)
-    honest = honest_difference(found)
-    best, sure = level(found, honest) if len(found) > 1 else (next(iter(found), ""), "")
-    body = [
-        [
-            name,
-            value(found[name]) if name in found else "–",
-            against(found[name], found[best], honest) if name in found and name != best else "",
-            format_count(found[name][0]["tokens"]) if name in found else "–",
-            value(speeds[name], "tokens_per_second", 0) if name in speeds else "–",
-        ]
-        for name in [*found, *(name for name in speeds if name not in found)]
+    """Losses and speeds of a study that has no report of its own."""
+    study = outcome(results)
+    best = ""
+    if len(study.runs) > 1:
+        best, verdict = lowest(study.runs, study.resolution)
+    rows = []
+    for name, runs in study.runs.items():
+        compared = (
+            "" if name == best or not best else against(runs, study.runs[best], study.resolution)
+        )
+        rows.append(
+            [name, value(runs), compared, format_count(runs[0]["tokens"]), _speed(study, name)]
+        )
+    for name in study.speeds:
+        if name not in study.runs:
+            rows.append([name, UNKNOWN, "", UNKNOWN, _speed(study, name)])
+    header = [
+        "configuration",
+        "validation loss",
+        f"against {best or 'others'}",
+        "tokens",
+        "tokens/s, alone",
     ]
-    table = rows(
-        [
-            "configuration",
-            "validation loss",
-            f"against {best or 'others'}",
-            "tokens",
-            "tokens/s, alone",
-        ],
-        body,
-    )
-    return (
-        (f"{best} ends lowest, {sure}.\n\n" if sure else "")
-        + table
-        + (f"\n\n{least(found)}" if found else "")
-    )
+    facts = [("smallest difference that is decided", smallest_difference(study.runs))]
+    if best:
+        facts.insert(0, ("lowest loss", f"{best}; {verdict}"))
+    if not study.runs:
+        return table(header, rows)
+    return f"{table(header, rows)}\n\n{summary(facts)}"
 
 
-BLOCKS = dict(
+def _speed(study: Outcome, name: str) -> str:
+    if name not in study.speeds:
+        return UNKNOWN
+    return value(study.speeds[name], "tokens_per_second", 0)
+
+
+# ---------------------------------------------------------------- the page
+
+
+REPORTS = dict(
     optimizer=optimizer,
     routing=routing,
     balance=balance,
@@ -884,9 +1050,6 @@ BLOCKS = dict(
 )
 
 
-# ---------------------------------------------------------------- the README
-
-
 def question(name: str) -> str:
     """The first sentence of a study's docstring."""
     words = " ".join((getattr(STUDIES.get(name), "__doc__", None) or name).split())
@@ -894,42 +1057,44 @@ def question(name: str) -> str:
 
 
 def block(name: str, folder: Path) -> str:
-    """A study's part of the section."""
-    head = f"### {question(name)}\n\n"
+    """The tables of the study in `folder`, or how to run or finish it."""
     if not (folder / "results.json").exists():
-        return f"{head}Not run yet: `python -m studies.run {name}`."
+        return f"Not run yet: `python -m studies.run {name}`."
     results = json.loads((folder / "results.json").read_text())
     if results["study"] != name:
         raise ValueError(f"{folder / 'results.json'} is of the study {results['study']}")
-    figure = folder / "figure.png"
-    if not (results["finished"] and figure.exists()):
-        seeds = max((run["changes"]["seed"] for run in results["runs"].values()), default=1)
-        own = [
-            *(["--seeds", str(seeds)] if seeds > 2 else []),
-            *(["--out", str(folder)] if folder != ROOT / "studies" / name else []),
-        ]
-        command = [
-            "python",
-            "-m",
-            "studies.run",
-            name,
-            "--tokens",
-            format(results["tokens"], ".15g"),
-            *own,
-            *results["options"],
-        ]
-        head += f"Not finished ({len(results['runs'])} runs so far): `{shlex.join(command)}` goes on.\n\n"
-    if not figure.exists():
-        return head.strip()
-    shown = figure.relative_to(ROOT) if figure.is_relative_to(ROOT) else figure
-    return f"{head}![{question(name)}]({shown})\n\n{BLOCKS.get(name, losses)(results)}\n\n{budget(results)}"
+    drawn = (folder / "figure.png").exists()
+    parts = []
+    if not (results["finished"] and drawn):
+        runs = f"{len(results['runs'])} runs so far"
+        parts.append(f"Not finished ({runs}). Continue with `{_command(name, folder, results)}`.")
+    if drawn:
+        parts += [REPORTS.get(name, losses)(results), budget(results)]
+    return "\n\n".join(parts)
 
 
-def filled(readme: str, folder: Path = ROOT / "studies") -> str:
-    """The README with every study's block written anew from the results in `folder`."""
-    return fill(
-        readme, {f"study {name}": functools.partial(block, name, folder / name) for name in STUDIES}
-    )
+def section(name: str, folder: Path) -> str:
+    """What `python -m studies.report FOLDER` prints: the question, the figure and the tables."""
+    parts = [f"### {question(name)}"]
+    if (folder / "figure.png").exists():
+        parts.append(f"![{question(name)}]({folder / 'figure.png'})")
+    return "\n\n".join([*parts, block(name, folder)])
+
+
+def _command(name: str, folder: Path, results: dict) -> str:
+    """The command that continues a study."""
+    command = ["python", "-m", "studies.run", name, "--tokens", format(results["tokens"], ".15g")]
+    seeds = max((run["changes"]["seed"] for run in results["runs"].values()), default=1)
+    if seeds > 2:
+        command += ["--seeds", str(seeds)]
+    if folder != ROOT / "studies" / name:
+        command += ["--out", str(folder)]
+    return shlex.join([*command, *results["options"]])
+
+
+def blocks(folder: Path = ROOT / "studies") -> dict[str, Callable[[], str]]:
+    """The function that makes each study's tables, by the name in its mark."""
+    return {f"study {name}": functools.partial(block, name, folder / name) for name in STUDIES}
 
 
 def main(argv: list[str]) -> None:
@@ -937,15 +1102,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     folder = parser.parse(argv).folder
     if folder is None:
-        rewrite(filled)
-    elif not (folder / "results.json").exists():
-        beside = ROOT / "studies" / folder
-        raise ConfigError(
-            f"there is no results.json in {folder}: name the folder of a study, its --out"
-            + (f", such as {beside}" if (beside / "results.json").exists() else "")
-        )
-    else:
-        print(block(json.loads((folder / "results.json").read_text())["study"], folder))
+        rewrite(blocks())
+        return
+    if not (folder / "results.json").exists():
+        raise ConfigError(_no_results_message(folder))
+    name = json.loads((folder / "results.json").read_text())["study"]
+    print(section(name, folder))
+
+
+def _no_results_message(folder: Path) -> str:
+    message = f"there is no results.json in {folder}: name the folder of a study, its --out"
+    beside = ROOT / "studies" / folder
+    if (beside / "results.json").exists():
+        message += f", such as {beside}"
+    return message
 
 
 if __name__ == "__main__":

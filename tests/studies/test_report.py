@@ -1,12 +1,14 @@
 """What a study says: what is called undecided, fits and their errors, figures and the report."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from benchmarks.tables import fill
 from config import ExperimentError
 from studies import analysis, figures, report
 from studies import run as runner
@@ -145,10 +147,6 @@ def test_what_checkpointing_costs_is_read_from_each_run(tmp_path):
             changes=dict(n_layers=6, activation_checkpointing=mode, seed=1, batch_size=40),
         )
     text = report.checkpointing(dict(runs=runs))
-    assert (
-        "`selective` saves 40% of the activations' memory for 19% more time a token, `full` 90% for 100% (the brief"
-        in text
-    )
     assert [row for row in text.splitlines() if row.startswith("| 2 |") and " | 4 | " in row] == [
         "| 2 | none | 4 | 11.5 | 0% | 75 ± 25 |  | 4, not 8 |",
         "| 2 | selective | 4 | 7.5 | 40% | 62 ± 18 | +19% ± 6% | 4, not 8 |",
@@ -301,11 +299,7 @@ def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "perform", perform)
     assert go("scaling", tmp_path)
     text = report.block("scaling", tmp_path)
-    rows = [
-        row.split(" | ")
-        for row in text.splitlines()
-        if row.startswith("| ") and " x " in row.split(" | ")[0]
-    ][1:]
+    rows = [row.split(" | ") for row in text.splitlines() if re.match(r"\| \d+ x \d+ \|", row)]
     assert len(rows) > 2 and rows[0][6].startswith("2.0") and rows[-1][6] == "beyond those tried"
     assert all(
         row[-1] == "0.502 ± 0.003 |"
@@ -315,15 +309,12 @@ def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
         for row in rows
     )
     of = f"{len(rows)} of {len(rows)} sizes"
-    assert (
-        f"With equal tokens, FLOPs and parameters used the MoE ends lower at {of}; by the mean"
-        in text
-        and f"With equal time it ends higher at {of}." in text
-    )
+    assert f"| the MoE's loss at equal tokens | lower at {of} |" in text
+    assert "| mean difference of all sizes at equal tokens | -" in text
+    assert f"| the MoE's loss at equal time | higher at {of} |" in text
     monkeypatch.setattr(analysis, "ratio_error", lambda pairs: {8: 0.5}[sum(map(len, pairs))])
-    assert f"With equal time it ends undecided at {of}." in report.block("scaling", tmp_path), (
-        "speeds that are not known decide nothing"
-    )
+    undecided = f"| the MoE's loss at equal time | undecided at {of} |"
+    assert undecided in report.block("scaling", tmp_path), "unknown speeds decide nothing"
 
 
 def test_equal_loss_flops_are_told_within_those_tried():
@@ -414,11 +405,9 @@ def test_which_shares_of_the_busiest_expert_are_smallest_is_by_their_own_noise(p
             val_loss=3 + 0.1 * seed, worst_share=shares.get(run["group"], (0.3, 0.3))[seed - 1]
         )
     text = report.balance(results)
-    assert (
-        "`bias alone` keeps the busiest expert's share smallest, undecided against `loss 0.01, batch`.\n"
-        in text
-    )
-    assert "from 0.135 ± 0.004 (`bias alone`) to 0.300 ± 0.000" in text
+    evenest = "`bias alone`: 0.135 ± 0.004, undecided against `loss 0.01, batch`"
+    assert f"| of these alike, the smallest largest share | {evenest} |" in text
+    assert re.search(r"of these alike, the largest largest share \| [^|]*: 0.300 ± 0.000", text)
 
 
 def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
@@ -463,20 +452,16 @@ def test_tokens_to_equal_loss_are_read_between_runs():
     assert report.tokens_to(points, 5.0)[0] == pytest.approx(200)
 
 
-def test_the_readme_says_what_the_results_say():
-    readme = (ROOT / "README.md").read_text()
-    assert report.filled(readme) == readme, "run python -m studies.report"
-    assert all(f"<!-- study {name} -->" in readme for name in STUDIES)
+def test_every_study_has_its_place_on_the_page():
+    page = (ROOT / "docs" / "findings.md").read_text()
+    assert all(f"<!-- study {name} -->" in page for name in STUDIES)
 
 
 def test_a_study_without_results_is_said_not_to_be_run(tmp_path):
-    text = report.filled("before\n<!-- study balance -->\nold\n<!-- end -->\nafter", tmp_path)
-    assert (
-        "Not run yet: `python -m studies.run balance`" in text
-        and "old" not in text
-        and text.startswith("before\n")
-        and text.endswith("\nafter")
-    )
+    page = "before\n<!-- study balance -->\nold\n<!-- end -->\nafter"
+    text = fill(page, report.blocks(tmp_path))
+    assert "Not run yet: `python -m studies.run balance`" in text
+    assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter")
 
 
 def test_tokens_are_shown_as_code():

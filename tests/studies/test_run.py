@@ -58,9 +58,11 @@ def test_a_study_performs_each_run_once_draws_and_is_reported(performed, tmp_pat
         for run in results["runs"].values()
         if "tokens" in run and (name == "checkpointing" or "speed" not in run["group"])
     ]
-    assert f"see at most {format_count(max(training))} tokens" in text, "speeds are no training"
+    longest = f"| tokens of the longest run | {format_count(max(training))} |"
+    assert longest in text, "speeds are no training"
     assert (
-        "minutes in all on 2 CPU cores" in text
+        "CPU minutes |" in text
+        and "| machines | 2 CPU cores |" in text
         and "| --- |" in text
         and "nan" not in text
         and "inf" not in text.replace("information", "")
@@ -76,7 +78,7 @@ def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
         and not (tmp_path / "figure.png").exists()
     )
     assert (
-        f"`python -m studies.run routing --tokens {TOKENS:g} --out {tmp_path} --preset tiny` goes on"
+        f"Continue with `python -m studies.run routing --tokens {TOKENS:g} --out {tmp_path} --preset tiny`."
         in report.block("routing", tmp_path)
     )
     monkeypatch.setattr(runner, "perform", whole)
@@ -94,8 +96,7 @@ def test_a_study_is_drawn_when_only_runs_that_others_led_to_are_missing(
     text = report.block("scaling", tmp_path)
     assert (
         "Not finished" in text
-        and "figure.png" in text
-        and "and unknown at 1 of 4 sizes." in text
+        and "and unknown at 1 of 4 sizes |" in text
         and "| not run yet |" in text
     )
     (tmp_path / "results.json").unlink()
@@ -516,18 +517,18 @@ def test_a_study_of_your_own_needs_a_function_and_its_name(
 
     monkeypatch.setitem(STUDIES, "experts", experts)
     assert go("experts", tmp_path) and (tmp_path / "figure.png").stat().st_size > 10_000
-    said, text = capsys.readouterr().out, report.block("experts", tmp_path)
+    said, text = capsys.readouterr().out, report.section("experts", tmp_path)
     assert said.count(" tokens/s, 4 s") == 2 and said.count(": validation loss 3.") == 4
     assert (
         text.startswith("### Are more experts better?\n\n![Are more experts better?]")
-        and "ends lowest, undecided against each of the others." in text
+        and "experts; undecided against each of the others |" in text
     )
     rates = [
         run["tokens_per_second"]
         for run in loaded(tmp_path)["runs"].values()
         if run["group"] == "speed of 4 experts"
     ]
-    head, line, four, eight = [row for row in text.splitlines() if row.startswith("| ")]
+    four, eight = [row for row in text.splitlines() if re.match(r"\| [48] experts \|", row)]
     assert four.startswith("| 4 experts | 3.") and four.endswith(
         f" | {format_count(TOKENS)} | {sum(rates) / 2:,.0f} ± {(rates[1] - rates[0]) / 2:,.0f} |"
     )
@@ -540,9 +541,9 @@ def test_a_study_of_your_own_needs_a_function_and_its_name(
         "experts", tmp_path / "one"
     )
     monkeypatch.setitem(STUDIES, "alone", lambda *arguments: experts(*arguments)[:2])
-    assert go("alone", tmp_path / "alone") and report.block("alone", tmp_path / "alone").startswith(
-        "### alone\n"
-    )
+    assert go("alone", tmp_path / "alone") and report.section(
+        "alone", tmp_path / "alone"
+    ).startswith("### alone\n")
 
 
 @pytest.mark.parametrize(
@@ -637,7 +638,7 @@ def test_the_command_that_the_report_prints_goes_on(performed, monkeypatch, tmp_
         runner, "_own_settings", lambda base, tokens: {}
     )  # all come from the command
     goes_on = shlex.split(
-        re.search("`python -m studies.run (.*)` goes on", report.block(name, folder))[1]
+        re.search("with `python -m studies.run (.*)`", report.block(name, folder))[1]
     )
     performed.clear()
     assert (
@@ -813,7 +814,7 @@ def test_the_whole_command_with_the_analysis_of_experts(tmp_path, text, capsys):
             sorted(found["domains"]) == [".md", "package"]
             and found["steps"][-1]["domain"]["bits"][0] > 0
         )
-    assert "Layer" in report.block("specialization", tmp_path / "study")
+    assert "layer" in report.block("specialization", tmp_path / "study")
     assert runner.exit_code(runner.run_study, [*command, "--grad_clip", "2"]) == 2
     assert "is of another study: --grad_clip was not given and is 2" in capsys.readouterr().err
     assert (
