@@ -14,9 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from config import ConfigError
 from record import archive, checkpoint
 from record.checkpoint import CheckpointError
-from tests.helpers import tiny_config
+from tests.helpers import tiny_config, write_checkpoint
 
 DTYPES = [
     torch.float32,
@@ -271,6 +272,7 @@ def test_truncation(tmp_path, mmap):
 def test_damaged_bytes_never_give_wrong_values(tmp_path):
     path = tmp_path / "c.pt"
     state = example()
+    del state["model"]["embed.weight"], state["rng"]  # three tensors are enough, and load faster
     checkpoint.save(path, state)
     data = path.read_bytes()
     rng = random.Random(0)
@@ -696,3 +698,30 @@ def test_leftovers(tmp_path):
     checkpoint.remove_leftovers(tmp_path)
     assert set(names(tmp_path)) == keep
     checkpoint.remove_leftovers(tmp_path / "missing")
+
+
+# --- opening a model
+
+
+def test_a_third_optimizer_changes_nothing_here(tmp_path):
+    """A model is opened from every group's masters, whatever the groups are called."""
+    config = tiny_config(precision="bf16")
+    state = write_checkpoint(tmp_path / "two.pt", config)
+    head = state["optimizer"]["adamw"]["state"].pop("head.weight")
+    state["optimizer"]["sgd"] = dict(state={"head.weight": head})
+    checkpoint.save(tmp_path / "three.pt", state)
+    two, _ = checkpoint.load_model(tmp_path / "two.pt")
+    three, _ = checkpoint.load_model(tmp_path / "three.pt")
+    assert_same(two.state_dict(), three.state_dict())
+    assert not torch.equal(three.head.weight, state["model"]["head.weight"].float()), "the master"
+
+
+def test_a_model_is_opened_in_the_precision_that_is_named(tmp_path):
+    state = write_checkpoint(tmp_path / "c.pt", tiny_config(precision="bf16"))
+    model, config, same = checkpoint.open_model(str(tmp_path / "c.pt"), "cpu", None)
+    assert model.head.weight.dtype == torch.float32, "fp32 on a CPU"
+    assert config.precision == "bf16" and same["step"] == state["step"]
+    model, _, _ = checkpoint.open_model(str(tmp_path / "c.pt"), "cpu", "bf16")
+    assert torch.equal(model.head.weight, state["model"]["head.weight"])
+    with pytest.raises(ConfigError, match="is a folder"):
+        checkpoint.open_model(str(tmp_path), "cpu", None)

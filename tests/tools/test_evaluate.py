@@ -29,7 +29,8 @@ from tools import evaluate, export_hf
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     """Two folders of text and two files beside them."""
-    folder, draw = tmp_path_factory.mktemp("corpus") / "text", random.Random(0)
+    folder = tmp_path_factory.mktemp("corpus") / "text"
+    draw = random.Random(0)
     words = TEXT.splitlines(True)[0].split()
     for name, n in (
         ("wiki/a.txt", 90),
@@ -94,19 +95,13 @@ def test_figures_are_those_of_plain_forward_passes(measure, corpus, tmp_path):
     model, _ = checkpoint.load_model(tmp_path / "checkpoint.pt")
     tokenizer, end = load_tokenizer(tokenizer_json())
     assert found["domains"].keys() == {"wiki", "code", ".md", ".jsonl"}
-    sums = torch.zeros(4, dtype=torch.double)
+    total = dict(tokens=0, bytes=0, loss=0.0)
     for domain, texts in documents(corpus).items():
         ids = [end]
         for text in texts:
-            ids += tokenizer.encode(text).ids + [end]
-        losses, right = [], 0
-        for start in range(0, len(ids) - 1, 16):
-            window = torch.tensor(ids[start : start + 17])
-            with torch.no_grad():
-                logits = model(window[None, :-1])[0].double()
-            losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
-            right += (logits.argmax(-1) == window[1:]).sum().item()
-        losses, targets = torch.cat(losses), torch.tensor(ids[1:])
+            ids += [*tokenizer.encode(text).ids, end]
+        losses, n_right = losses_in_windows(model, ids)
+        targets = torch.tensor(ids[1:])
         n_bytes = sum(len(text.encode()) for text in texts)
         expected = dict(
             tokens=len(targets),
@@ -114,14 +109,33 @@ def test_figures_are_those_of_plain_forward_passes(measure, corpus, tmp_path):
             loss=losses.mean().item(),
             perplexity=losses.mean().exp().item(),
             bits_per_byte=losses[targets != end].sum().item() / math.log(2) / n_bytes,
-            accuracy=right / len(targets),
+            accuracy=n_right / len(targets),
         )
         assert found["domains"][domain] == pytest.approx(expected, rel=1e-5), domain
-        sums += torch.tensor([len(targets), n_bytes, losses.sum(), right])
-    assert (found["tokens"], found["bytes"]) == (sums[0], sums[1]) and found[
-        "loss"
-    ] == pytest.approx((sums[2] / sums[0]).item(), rel=1e-5)
+        total["tokens"] += len(targets)
+        total["bytes"] += n_bytes
+        total["loss"] += losses.sum().item()
+    assert found["tokens"] == total["tokens"]
+    assert found["bytes"] == total["bytes"]
+    assert found["loss"] == pytest.approx(total["loss"] / total["tokens"], rel=1e-5)
     assert found["step"] == 7 and found["held_out"] is False
+
+
+@torch.no_grad()
+def losses_in_windows(model, ids: list[int], length: int = 16) -> tuple[torch.Tensor, int]:
+    """(the loss of each of ids[1:], how many of them the model finds likeliest)."""
+    windows = [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
+    whole = [window for window in windows if len(window) == length + 1]
+    losses = []
+    n_right = 0
+    for some in (whole, windows[len(whole) :]):
+        if some:
+            tokens = torch.tensor(some)
+            logits = model(tokens[:, :-1]).double().flatten(0, 1)
+            targets = tokens[:, 1:].flatten()
+            losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+            n_right += (logits.argmax(-1) == targets).sum().item()
+    return torch.cat(losses), n_right
 
 
 def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_for_each_token(
@@ -191,11 +205,11 @@ def test_text_is_read_to_its_end_though_the_run_read_less_of_its_own(measure, co
 # ---------------------------------------------------------------- held-out text
 
 
-@pytest.fixture
-def run(corpus, tmp_path, monkeypatch):
-    """The folder of a run of one step on a copy of the corpus."""
-    monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
-    shutil.copytree(corpus, tmp_path / "text")
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """The folder of a run of one step on a copy of the corpus, which lies beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(corpus, folder / "text")
     options = dict(
         preset="tiny",
         d_model=32,
@@ -211,42 +225,40 @@ def run(corpus, tmp_path, monkeypatch):
         sample_tokens=0,
         device="cpu",
         validation_fraction=0.3,
-        data=tmp_path / "text",
-        cache_dir=tmp_path / "cache",
-        save_dir=tmp_path / "run",
+        data=folder / "text",
+        cache_dir=folder / "cache",
+        save_dir=folder / "run",
     )
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert (
-            run_experiment.main(
-                [text for name, value in options.items() for text in (f"--{name}", str(value))]
-            )
-            == 0
-        )
-    (tmp_path / "run" / "checkpoint_latest.pt").rename(tmp_path / "checkpoint.pt")
-    return tmp_path / "run"
+    words = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
+        assert run_experiment.main(words) == 0
+    return folder / "run"
 
 
-def test_without_data_the_text_is_what_the_run_held_out(measure, run, tmp_path):
+@pytest.fixture
+def checkpoint_of_run(run, tmp_path):
+    shutil.copy(run / "checkpoint_latest.pt", tmp_path / "checkpoint.pt")
+
+
+def test_without_data_the_text_is_what_the_run_held_out(measure, run, checkpoint_of_run):
     code, found, err = measure("--json")
     assert code == 0, err
+    assert found["held_out"]
     results = json.loads((run / "training_results.json").read_text())
-    assert found["held_out"] and found["tokens"] == results["data"]["validation_tokens"], (
-        "each token of the validation shard"
-    )
-    assert found["loss"] == pytest.approx(results["final_metrics"]["val_loss"], rel=0.03), (
-        "in other windows"
-    )
-    _, whole, note = measure("--json", "--data", tmp_path / "text")
-    assert (
-        "the run was trained on" in note
-        and "trained" not in err + measure("--data", tmp_path / "text" / "wiki")[2]
-    )
-    assert all(
-        found["domains"][name]["bytes"] < whole["domains"][name]["bytes"]
-        for name in found["domains"]
-    )
+    assert found["tokens"] == results["data"]["validation_tokens"], "each of the validation shard"
+    # In other windows, so nearly the same.
+    assert found["loss"] == pytest.approx(results["final_metrics"]["val_loss"], rel=0.03)
     assert "what its run held out of" in measure()[1]
     assert measure("--json", "--text_field", "text")[1] == found, "a field is no other text"
+
+    text = run.parent / "text"
+    _, whole, note = measure("--json", "--data", text)
+    for name, domain in found["domains"].items():
+        assert domain["bytes"] < whole["domains"][name]["bytes"]
+    assert "the run was trained on" in note
+    assert "trained" not in err
+    assert "trained" not in measure("--data", text / "wiki")[2]
 
 
 def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_path, monkeypatch):
@@ -275,15 +287,16 @@ def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_
     assert len(set(map(len, held_out.values()))) == 2
 
 
-def test_held_out_text_that_is_no_longer_known(measure, run, tmp_path):
-    (tmp_path / "text" / "e.md").write_text("other text")
-    code, _, err = measure()
-    assert (
-        code == 1
-        and "not the text that the checkpoint was trained on" in err
-        and "--data" in err
-        and "Traceback" not in err
-    )
+def test_held_out_text_that_is_no_longer_known(measure, run, checkpoint_of_run):
+    path = run.parent / "text" / "e.md"
+    before = path.read_text()
+    path.write_text("other text")
+    try:
+        code, _, err = measure()
+    finally:
+        path.write_text(before)
+    assert code == 1 and "Traceback" not in err
+    assert "not the text that the checkpoint was trained on" in err and "--data" in err
 
 
 def test_of_an_imported_model_nothing_was_held_out(measure, tmp_path):

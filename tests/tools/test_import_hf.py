@@ -18,10 +18,10 @@ from transformers import (
 import data
 import run_experiment
 from cli import exit_code
-from config import Config, ExperimentError
+from config import Config, ExperimentError, ParameterSpec, parameter_table
 from record import checkpoint, results
 from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
-from tools import export_hf, import_hf
+from tools import export_hf, import_hf, qwen3_moe
 from trainer import Trainer
 
 THEIRS = dict(
@@ -49,20 +49,20 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A Hugging Face folder that transformers made."""
-    return made_by_transformers(tmp_path / "theirs")
-
-
-def made_by_transformers(
-    folder: Path, fused=False, tokenizer=True, shards=False, **changes
-) -> Path:
+def transformers_model(**changes) -> Qwen3MoeForCausalLM:
+    """A random model of transformers, in which no norm is 1."""
     theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**THEIRS, **changes}))
     with torch.no_grad():
         for p in theirs.parameters():
             if p.ndim == 1:
                 p.copy_(torch.rand_like(p) + 0.5)
+    return theirs.eval()
+
+
+def save_folder(
+    theirs: Qwen3MoeForCausalLM, folder: Path, fused=False, shards=False, tokenizer=True
+) -> Path:
+    """A Hugging Face folder that transformers writes."""
     theirs.save_pretrained(
         folder, save_original_format=not fused, max_shard_size="40KB" if shards else "5GB"
     )
@@ -72,6 +72,17 @@ def made_by_transformers(
         )
         fast.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def written_once(tmp_path_factory) -> Path:
+    return save_folder(transformers_model(), tmp_path_factory.mktemp("theirs") / "folder")
+
+
+@pytest.fixture
+def folder(written_once, tmp_path) -> Path:
+    """A folder that transformers wrote, for a test to change."""
+    return shutil.copytree(written_once, tmp_path / "theirs")
 
 
 @pytest.fixture
@@ -100,7 +111,13 @@ def assert_refused(result, code, *words):
 # ---------------------------------------------------------------- the same model
 
 
-@pytest.mark.parametrize("form", [dict(), dict(fused=True), dict(shards=True)], ids=str)
+FORMS = dict(
+    one_file=dict(),
+    fused_experts=dict(fused=True),
+    shards=dict(shards=True),
+)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -117,97 +134,86 @@ def assert_refused(result, code, *words):
     ],
     ids=str,
 )
-def test_a_folder_that_transformers_made(load, tmp_path, changes, form):
-    folder = made_by_transformers(tmp_path / "theirs", **form, **changes)
-    code, path, out, err = load(folder)
-    assert code == 0, err
-    assert f"--resume {path}" in out and "import again with --precision" in out
-    ours, config = checkpoint.load_model(path)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def test_a_folder_that_transformers_made(load, tmp_path, changes):
+    theirs = transformers_model(**changes)
     tokens = torch.randint(270, (2, 16))
     with torch.no_grad():
         expected = theirs(tokens).logits
-        assert expected.std() > 0.1 and (ours(tokens) - expected).abs().max() < 1e-4
-    assert config.rope_theta == 20000 and config.max_seq_len == 16
+    assert expected.std() > 0.1
+    for name, form in FORMS.items():
+        code, path, out, err = load(save_folder(theirs, tmp_path / name, **form))
+        assert code == 0, (name, err)
+        assert f"--resume {path}" in out and "import again with --precision" in out
+        ours, config = checkpoint.load_model(path)
+        with torch.no_grad():
+            assert (ours(tokens) - expected).abs().max() < 1e-4, name
+        assert config.rope_theta == 20000 and config.max_seq_len == 16
+        shutil.rmtree(path.parent)
 
 
 def test_mlp_only_layers_may_leave_every_third_block(load, tmp_path):
-    folder = made_by_transformers(
-        tmp_path / "theirs",
-        mlp_only_layers=[0, 1, 3, 4],
-        decoder_sparse_step=1,
-        num_hidden_layers=6,
+    theirs = transformers_model(
+        mlp_only_layers=[0, 1, 3, 4], decoder_sparse_step=1, num_hidden_layers=6
     )
-    _, path, _, _ = load(folder)
+    _, path, _, _ = load(save_folder(theirs, tmp_path / "theirs"))
     config = Config(**checkpoint.load(path)["config"])
     assert [config.is_moe(i) for i in range(6)] == [False, False, True] * 2
+
+
+# What the folder keeps of a Config.
+SHAPE = (
+    "d_model",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "d_ff",
+    "num_experts",
+    "top_k",
+    "norm_topk_prob",
+    "moe_every",
+    "max_seq_len",
+    "vocab_size",
+    "tie_embeddings",
+    "rope_theta",
+    "rms_norm_eps",
+    "init_std",
+)
+
+
+def described(tensors: dict[str, torch.Tensor]) -> dict:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 def test_out_and_in_again_is_the_same_to_the_bit(load, tmp_path, precision):
     config = tiny_config(precision=precision, n_kv_heads=2, init_std=0.2)
     before = write_checkpoint(tmp_path / "before.pt", config)
-    assert (
-        exit_code(
-            export_hf.main,
-            [
-                "--checkpoint",
-                str(tmp_path / "before.pt"),
-                "--out",
-                str(tmp_path / "hf"),
-                "--dtype",
-                "fp32",
-                "--shard_gb",
-                "0.00005",
-            ],
-        )
-        == 0
-    )
+    export_hf.export(before, {}, tmp_path / "hf", "fp32", shard_bytes=50_000)
     code, path, _, err = load(tmp_path / "hf", "--precision", precision)
     assert code == 0, err
     after = checkpoint.load(path)
-    shape = [
-        "d_model",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "d_ff",
-        "num_experts",
-        "top_k",
-        "norm_topk_prob",
-        "moe_every",
-        "max_seq_len",
-        "vocab_size",
-        "tie_embeddings",
-        "rope_theta",
-        "rms_norm_eps",
-        "init_std",
-        "precision",
-    ]
-    assert all(after["config"][name] == before["config"][name] for name in shape)
-    assert (
-        after["model"].keys() == before["model"].keys()
-        and after["tokenizer_json"] == before["tokenizer_json"]
-    )
-    assert (
-        after["step"]
-        == after["tokens_seen"]
-        == after["data_position"]
-        == after["optimizer"]["adamw"]["steps"]
-        == 0
-    )
-    for name, p in before["model"].items():
-        assert torch.equal(after["model"][name], p) and after["model"][name].dtype == p.dtype, name
-    for group in ("muon", "adamw"):
-        for name, tensors in before["optimizer"][group]["state"].items():
-            found = after["optimizer"][group]["state"][name]
-            assert {k: (t.dtype, t.shape) for k, t in found.items()} == {
-                k: (t.dtype, t.shape) for k, t in tensors.items()
-            }
-            for key, tensor in found.items():
-                assert (
-                    torch.equal(tensor, tensors[key]) if key == "residual" else not tensor.any()
-                ), (name, key)
+    for name in (*SHAPE, "precision"):
+        assert after["config"][name] == before["config"][name], name
+    assert after["tokenizer_json"] == before["tokenizer_json"]
+    for counter in ("step", "tokens_seen", "data_position"):
+        assert after[counter] == 0, counter
+    assert after["optimizer"]["adamw"]["steps"] == 0
+
+    assert described(after["model"]) == described(before["model"])
+    for name, parameter in before["model"].items():
+        assert torch.equal(after["model"][name], parameter), name
+
+    assert after["optimizer"].keys() == before["optimizer"].keys()
+    expected = checkpoint.optimizer_tensors(before)
+    found = checkpoint.optimizer_tensors(after)
+    assert found.keys() == expected.keys()
+    for name, tensors in found.items():
+        assert described(tensors) == described(expected[name])
+        for key, tensor in tensors.items():
+            if key == "residual":
+                assert torch.equal(tensor, expected[name][key]), name
+            else:
+                assert not tensor.any(), (name, key)
 
 
 # ---------------------------------------------------------------- training goes on
@@ -223,92 +229,73 @@ def text(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def training(tmp_path_factory) -> list[str]:
+    """Options of an import whose run trains in a second. The text is tokenized once for all of them."""
+    options = dict(
+        batch_size=2,
+        eval_steps=2,
+        validation_fraction=0.2,
+        cache_dir=tmp_path_factory.mktemp("cache"),
+    )
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def train(capsys, *options) -> str:
+    """Resumes as the options say; returns what was printed."""
+    code = run_experiment.main(["--resume", *map(str, options)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_goes_on_from_the_folders_weights(load, folder, text, tmp_path, capsys, precision):
+def test_training_goes_on_from_the_folders_weights(
+    load, folder, text, training, tmp_path, capsys, precision
+):
+    every = ["--eval_every", 6, "--save_every", 6, "--log_every", 3, "--sample_tokens", 4]
     code, path, out, err = load(
-        folder,
-        "--precision",
-        precision,
-        "--max_steps",
-        20,
-        "--batch_size",
-        2,
-        "--eval_every",
-        10,
-        "--save_every",
-        10,
-        "--eval_steps",
-        2,
-        "--log_every",
-        5,
-        "--sample_tokens",
-        4,
-        "--validation_fraction",
-        0.2,
-        "--cache_dir",
-        tmp_path / "cache",
+        folder, "--precision", precision, "--max_steps", 12, *every, *training
     )
     assert code == 0, err
-    shutil.move(folder, tmp_path / "moved")  # it is no longer needed
+    moved = tmp_path / "moved"
+    shutil.move(folder, moved)  # it is no longer needed
     before = path.read_bytes()
-    assert run_experiment.main(["--resume", str(path), "--data", str(text)]) == 0, (
-        capsys.readouterr().err
-    )
-    out = capsys.readouterr().out
-    assert "at step 0" in out and "Done: 20 steps" in out
+    out = train(capsys, path, "--data", text)
+    assert "at step 0" in out and "Done: 12 steps" in out
+    assert path.read_bytes() == before
+
+    # The validation loss at step 0 is that of transformers on the same text.
+    state = checkpoint.load(path.parent / "checkpoint_step_12.pt")
+    config = Config(**state["config"])
+    corpus = data.prepare(config)
+    assert corpus.tokenizer_json == (moved / "tokenizer.json").read_text()
+    assert state["data"]["data_hash"] == corpus.data_hash
+    batches = data.validation_batches(corpus.validation, config)
+    inputs, targets = map(torch.cat, zip(*batches))
+    theirs = AutoModelForCausalLM.from_pretrained(moved, dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(inputs).logits.flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(logits, targets.flatten()).item()
     rows = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
-    state = checkpoint.load(path.parent / "checkpoint_step_20.pt")
-    corpus = data.prepare(Config(**state["config"]))
-    assert (
-        corpus.tokenizer_json == (tmp_path / "moved" / "tokenizer.json").read_text()
-        and state["data"]["data_hash"] == corpus.data_hash
-    )
-    inputs, targets = map(
-        torch.cat, zip(*data.validation_batches(corpus.validation, Config(**state["config"])))
-    )
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "moved", dtype=torch.float32)
-    with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(
-            theirs(inputs).logits.flatten(0, 1), targets.flatten()
-        ).item()
     assert losses[0] == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 0.02)
-    assert losses[20] < losses[0] - 0.5 and path.read_bytes() == before
-    assert (
-        run_experiment.main(
-            ["--resume", "latest", "--save_dir", str(path.parent), "--max_steps", "21"]
-        )
-        == 0
-    )
+    assert losses[12] < losses[0] - 0.5
+
+    # From now on it is a run as any other.
+    train(capsys, "latest", "--save_dir", path.parent, "--max_steps", 13)
 
 
 @pytest.mark.parametrize(
     "options", [["--optimizer", "adamw"], ["--load_balancing", "bias"]], ids=str
 )
 def test_what_was_imported_with_other_options_can_be_trained(
-    load, folder, text, tmp_path, capsys, options
+    load, folder, text, training, capsys, options
 ):
-    code, path, _, err = load(
-        folder,
-        *options,
-        "--max_steps",
-        2,
-        "--batch_size",
-        2,
-        "--eval_steps",
-        1,
-        "--sample_tokens",
-        0,
-        "--validation_fraction",
-        0.2,
-        "--cache_dir",
-        tmp_path / "cache",
-    )
+    few = ["--max_steps", 2, "--sample_tokens", 0]
+    code, path, _, err = load(folder, *options, *few, *training)
     assert code == 0, err
-    assert run_experiment.main(["--resume", str(path), "--data", str(text)]) == 0, (
-        capsys.readouterr().err
-    )
-    assert "Done: 2 steps" in capsys.readouterr().out
+    assert "Done: 2 steps" in train(capsys, path, "--data", text)
 
 
 def test_a_checkpoint_of_a_run_still_refuses_other_text(tmp_path, text):
@@ -440,7 +427,7 @@ def test_a_damaged_folder(load, folder, how, words):
 
 
 def test_a_tokenizer_can_be_named(load, tmp_path):
-    folder = made_by_transformers(tmp_path / "theirs", tokenizer=False)
+    folder = save_folder(transformers_model(), tmp_path / "theirs", tokenizer=False)
     (tmp_path / "other.json").write_text(tokenizer_json())
     code, path, _, err = load(folder, "--tokenizer", tmp_path / "other.json")
     assert code == 0, err
@@ -453,11 +440,10 @@ def test_a_tokenizer_can_be_named(load, tmp_path):
 
 
 def test_numbers_that_fp16_cannot_hold(load, tmp_path):
-    theirs = Qwen3MoeForCausalLM(Qwen3MoeConfig(**THEIRS))
+    theirs = transformers_model()
     with torch.no_grad():
         theirs.model.layers[1].mlp.experts.down_proj[2, 0, 0] = 7e4
-    theirs.save_pretrained(tmp_path / "theirs")
-    (tmp_path / "theirs" / "tokenizer.json").write_text(tokenizer_json())
+    save_folder(theirs, tmp_path / "theirs")
     assert_refused(
         load(tmp_path / "theirs", "--precision", "fp16"),
         1,
@@ -491,6 +477,19 @@ def test_nothing_is_written_over(load, folder, tmp_path):
         and "no empty folder" in err
         and {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()} == before
     )
+
+
+def test_a_parameter_that_the_format_has_no_place_for_is_refused(load, folder, monkeypatch):
+    """Else it would stay at zero, and nobody would know."""
+
+    def with_shared_expert(config):
+        spec = ParameterSpec((2, 48, 32), "dense_ffn", 2 * 48 * 32)
+        return parameter_table(config) | {"blocks.1.ffn.shared.gate_up": spec}
+
+    monkeypatch.setattr(qwen3_moe, "parameter_table", with_shared_expert)
+    result = load(folder)
+    assert_refused(result, 1, "Qwen3-MoE has no place for blocks.1.ffn.shared.gate_up")
+    assert result[3].count("\n") == 1
 
 
 def test_a_save_that_fails_leaves_the_folder_empty(load, folder, monkeypatch):
