@@ -1,4 +1,7 @@
-"""Config.flops_per_token against PyTorch's own counter, to which formulas are given for what it counts as zero."""
+"""Config.flops_per_token against PyTorch's own counter.
+
+The counter takes operators that it does not know for free; FORMULAS give it their FLOPs.
+"""
 
 import dataclasses
 import functools
@@ -14,28 +17,28 @@ from model import MoETransformer
 from tests.helpers import tiny_config
 
 
-def product(*shape: int) -> int:
+def matmul_flops(*shape: int) -> int:
     return functools.reduce(operator.mul, shape, 2)
 
 
 def grouped(x, weight, *_, **__) -> int:
     """Rows [R, I] with weights [E, O, I]: each row meets one expert."""
-    return product(*x, weight[1])
+    return matmul_flops(*x, weight[1])
 
 
 def grouped_backward(grad, x, weight, *_, **__) -> int:
-    return 2 * product(*x, weight[1])
+    return 2 * matmul_flops(*x, weight[1])
 
 
 def causal_attention(q, k, v, dropout=0.0, causal=False, *_, **__) -> int:
-    """Two products of [S, hd] with [hd, S] for each head of the queries; with a causal mask, half of each."""
+    """Two matmuls of [S, hd] with [hd, S] for each head; the causal mask leaves half of each."""
     assert causal
     *heads, queries, width = q
-    return 2 * product(*heads, queries, k[-2], width) // 2
+    return 2 * matmul_flops(*heads, queries, k[-2], width) // 2
 
 
 def causal_attention_backward(grad, q, k, v, out, logsumexp, dropout, causal, *_, **__) -> int:
-    """Two gradients for each product; that the scores are computed again is not counted."""
+    """Two gradients for each matmul; that the scores are computed again is not counted."""
     return 2 * causal_attention(q, k, v, dropout, causal)
 
 
@@ -68,15 +71,15 @@ def counted(config: Config) -> float:
     return counter.get_total_flops() / tokens.numel()
 
 
-def products_only(config: Config) -> int:
-    """The formula without the norms' weights, which it counts as if they were matrices: 0.1% of `tiny`, less of any other."""
+def without_norms(config: Config) -> int:
+    """The formula counts norms' weights as if they were matrices: 0.1% of `tiny`, else less."""
     return config.flops_per_token - 6 * config.parameter_groups["norms"]
 
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_the_formula_is_what_is_counted(changes):
     config = tiny_config(**changes)
-    assert products_only(config) == counted(config)
+    assert without_norms(config) == counted(config)
 
 
 WRONG = {
@@ -99,14 +102,14 @@ def test_a_wrong_formula_is_noticed(monkeypatch, formula):
     config = tiny_config()
     wrong = formula(config)
     monkeypatch.setattr(Config, "flops_per_token", wrong)
-    assert products_only(config) != counted(config)
+    assert without_norms(config) != counted(config)
 
 
 def test_recomputation_is_counted_by_the_counter_but_not_by_the_formula():
     config = tiny_config()
     extra = {
         mode: counted(dataclasses.replace(config, activation_checkpointing=mode))
-        - products_only(config)
+        - without_norms(config)
         for mode in ("none", "selective", "full")
     }
     assert extra["none"] == 0 < extra["selective"] < extra["full"] / 2

@@ -193,47 +193,46 @@ def planned(cli, *argv) -> dict:
     return facts
 
 
+PLAN_KEYS = {
+    "preset",
+    "total_params",
+    "active_params",
+    "gpu",
+    "fits",
+    "tokens_per_step",
+    "checkpoint_gb",
+    "hours",
+}
+CHOICE_KEYS = {
+    "batch_size",
+    "gradient_accumulation_steps",
+    "activation_checkpointing",
+    "offload_optimizer",
+}
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_plan_of_every_preset_on_every_gpu(cli, preset):
     c = Config(**PRESETS[preset])
     for gpu in GPUS:
         facts = planned(cli, "--preset", preset, "--gpu", gpu)
-        assert facts.keys() >= {
-            "preset",
-            "total_params",
-            "active_params",
-            "gpu",
-            "fits",
-            "tokens_per_step",
-            "checkpoint_gb",
-            "hours",
-        }
-        assert facts["memory_gb"].keys() == {*COMPONENTS, "total", "host"}
-        assert facts["choice"].keys() - {"lighter_blocks"} == {
-            "batch_size",
-            "gradient_accumulation_steps",
-            "activation_checkpointing",
-            "offload_optimizer",
-        }
+        memory_gb, choice = facts["memory_gb"], facts["choice"]
+        assert facts.keys() >= PLAN_KEYS
+        assert memory_gb.keys() == {*COMPONENTS, "total", "host"}
+        assert choice.keys() - {"lighter_blocks"} == CHOICE_KEYS
         assert (facts["preset"], facts["gpu"]) == (preset, gpu)
-        assert (facts["total_params"], facts["active_params"], facts["tokens_per_step"]) == (
-            c.total_params,
-            c.active_params,
-            c.tokens_per_step,
-        )
-        assert facts["memory_gb"]["total"] == pytest.approx(
-            sum(facts["memory_gb"][k] for k in COMPONENTS), abs=0.005
-        )
-        assert (facts["memory_gb"]["host"] > 0) == facts["choice"]["offload_optimizer"]
-        choice = facts["choice"]
-        assert (
-            choice["batch_size"] * choice["gradient_accumulation_steps"] * c.max_seq_len
-            == c.tokens_per_step
-        )
-        assert facts["fits"] == (facts["memory_gb"]["total"] < 0.97 * facts["gpu_memory_gb"] - 0.6)
-        assert facts["checkpoint_gb"] == pytest.approx(
-            c.total_params * (6 if c.precision == "fp16" else 8) / 1e9, rel=0.15
-        )
+        assert facts["total_params"] == c.total_params
+        assert facts["active_params"] == c.active_params
+        assert facts["tokens_per_step"] == c.tokens_per_step
+        total_gb = sum(memory_gb[key] for key in COMPONENTS)
+        assert memory_gb["total"] == pytest.approx(total_gb, abs=0.005)
+        assert (memory_gb["host"] > 0) == choice["offload_optimizer"]
+        sequences = choice["batch_size"] * choice["gradient_accumulation_steps"]
+        assert sequences * c.max_seq_len == c.tokens_per_step
+        assert facts["fits"] == (memory_gb["total"] < 0.97 * facts["gpu_memory_gb"] - 0.6)
+        bytes_per_parameter = 6 if c.precision == "fp16" else 8
+        checkpoint_gb = c.total_params * bytes_per_parameter / 1e9
+        assert facts["checkpoint_gb"] == pytest.approx(checkpoint_gb, rel=0.15)
         assert facts["options"].split()[1] == str(choice["batch_size"])
 
 
@@ -268,15 +267,13 @@ def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
 
 def test_plan_says_whose_host_memory_it_counts_on(cli):
     argv = ("--preset", "18b", "--gpu", "h200")
-    assert (
-        planned(cli, *argv)["host_memory_assumed"]
-        and not planned(cli, *argv, "--host_memory_gb", "200")["host_memory_assumed"]
-    )
-    assert not planned(cli, "--preset", "tiny", "--device", "cpu")["host_memory_assumed"], (
-        "this machine's own"
-    )
+    stated = (*argv, "--host_memory_gb", "200")
+    own = ("--preset", "tiny", "--device", "cpu")  # this machine's, not a usual one of that GPU
+    assert planned(cli, *argv)["host_memory_assumed"]
+    assert not planned(cli, *stated)["host_memory_assumed"]
+    assert not planned(cli, *own)["host_memory_assumed"]
     assert "host with 128 GB (assumed; --host_memory_gb" in cli("plan", *argv)[1]
-    assert "host with 200 GB: fits" in cli("plan", *argv, "--host_memory_gb", "200")[1]
+    assert "host with 200 GB: fits" in cli("plan", *stated)[1]
 
 
 def test_several_gpus_and_one_that_is_used(cli, monkeypatch, tmp_path):
@@ -294,122 +291,84 @@ def test_several_gpus_and_one_that_is_used(cli, monkeypatch, tmp_path):
 
 
 def test_plan_says_what_is_short(cli):
-    assert (
-        "does not fit (the host: 74.3 GB needed, 18.0 usable)"
-        in cli("plan", "--preset", "18b", "--gpu", "h200", "--host_memory_gb", "20")[1]
-    )
-    assert (
-        "does not fit (the GPU: "
-        in cli("plan", "--preset", "18b", "--gpu", "rtx4090", "--host_memory_gb", "500")[1]
-    )
-    on_cpu = cli("plan", "--preset", "18b", "--device", "cpu", "--host_memory_gb", "130")[1]
-    assert "does not fit" in on_cpu and "--offload_optimizer false" in on_cpu, (
-        "streaming frees no host memory"
-    )
+    def shortage(preset, *argv):
+        return cli("plan", "--preset", preset, *argv)[1]
+
+    out = shortage("18b", "--gpu", "h200", "--host_memory_gb", "20")
+    assert "does not fit (the host: 74.3 GB needed, 18.0 usable)" in out
+    out = shortage("18b", "--gpu", "rtx4090", "--host_memory_gb", "500")
+    assert "does not fit (the GPU: " in out
+    out = shortage("18b", "--device", "cpu", "--host_memory_gb", "130")
+    assert "does not fit" in out
+    assert "--offload_optimizer false" in out, "offloading frees no host memory"
 
 
-def test_plan_says_what_would_fit(cli):
-    """Of 5b with the gradients of some blocks on the host, what is printed does fit; of 18b nothing does, but smaller presets."""
-    out = cli("plan", "--preset", "5b", "--gpu", "rtx4090")[1]
-    options = re.search(
-        r"This would fit: (--host_gradient_blocks \d+ .*), with this memory:\n", out
-    )[1].split()
-    fits = planned(cli, "--preset", "5b", "--gpu", "rtx4090", *options)
-    assert fits["fits"] and fits["as_configured"] and int(options[1]) > 1
-    smallest = planned(cli, "--preset", "5b", "--gpu", "rtx4090")
-    assert (
-        smallest["advice"] == f"This would fit: {' '.join(options)}"
-        and smallest["advised_memory_gb"] == fits["memory_gb"]
-        and not smallest["fits"]
-    )
-    assert fits["advice"] is fits["advised_memory_gb"] is None
-    fewer = planned(
-        cli,
-        "--preset",
-        "5b",
-        "--gpu",
-        "rtx4090",
-        *options[:1],
-        str(int(options[1]) - 1),
-        *options[2:],
-    )
-    assert not fewer["fits"], "as few as need be"
-    assert (
-        f"{fits['memory_gb']['gradients']:.2f}" in re.search(r"Gradients +(.*)", out)[1]
-        and "Headroom                                 -" not in out
-    )
-    assert (
-        "fits, in micro-batches of 64 instead of 512\n  --batch_size 64 "
-        in cli(
-            "plan",
-            "--preset",
-            "small",
-            "--gpu",
-            "rtx4090",
-            "--batch_size",
-            "512",
-            "--gradient_accumulation_steps",
-            "1",
-        )[1]
-    )
-    out = cli("plan", "--preset", "25b", "--gpu", "h100")[1]
-    needed, options = re.search(
-        r"With (\d+) GB of host memory this would fit: (--host_gradient_blocks .*)\n", out
-    ).groups()
-    for host, fits in ((int(needed), True), (int(needed) - 1, False)):
-        assert (
-            planned(
-                cli,
-                "--preset",
-                "25b",
-                "--gpu",
-                "h100",
-                "--host_memory_gb",
-                str(host),
-                *options.split(),
-            )["fits"]
-            is fits
-        )
+def test_plan_names_as_few_blocks_with_gradients_on_the_host_as_fit(cli):
+    argv = ("--preset", "5b", "--gpu", "rtx4090")
+    out = cli("plan", *argv)[1]
+    words = r"This would fit: (--host_gradient_blocks (\d+) .*), with this memory:\n"
+    options, blocks = re.search(words, out).groups()
+    advised = planned(cli, *argv, *options.split())
+    assert advised["fits"] and advised["as_configured"] and int(blocks) > 1
+    assert advised["advice"] is advised["advised_memory_gb"] is None
+
+    facts = planned(cli, *argv)
+    assert not facts["fits"] and facts["advice"] == f"This would fit: {options}"
+    assert facts["advised_memory_gb"] == advised["memory_gb"]
+    # the table that is printed is that of the advised options
+    gradients = f"{advised['memory_gb']['gradients']:.2f}"
+    assert gradients in re.search(r"Gradients +(.*)", out)[1]
+    assert not re.search(r"Headroom +-", out)
+
+    fewer = options.replace(f"blocks {blocks} ", f"blocks {int(blocks) - 1} ")
+    assert not planned(cli, *argv, *fewer.split())["fits"]
+
+
+def test_plan_names_the_micro_batch_that_fits(cli):
+    argv = ("--preset", "small", "--gpu", "rtx4090", "--gradient_accumulation_steps", "1")
+    out = cli("plan", *argv, "--batch_size", "512")[1]
+    assert "fits, in micro-batches of 64 instead of 512\n  --batch_size 64 " in out
+
+
+def test_plan_names_the_host_memory_that_would_do(cli):
+    argv = ("--preset", "25b", "--gpu", "h100")
+    out = cli("plan", *argv)[1]
+    words = r"With (\d+) GB of host memory this would fit: (--host_gradient_blocks .*)\n"
+    needed, options = re.search(words, out).groups()
+    for host_gb, fits in ((int(needed), True), (int(needed) - 1, False)):
+        facts = planned(cli, *argv, "--host_memory_gb", str(host_gb), *options.split())
+        assert facts["fits"] is fits
+
+
+def test_plan_names_the_presets_that_fit(cli):
     out = cli("plan", "--preset", "18b", "--gpu", "rtx4090")[1]
-    assert (
-        "No choice for this model would fit: use a smaller --preset; these fit: 2b small tiny\n"
-        in out
-    )
-    assert all(
-        planned(cli, "--preset", preset, "--gpu", "rtx4090")["fits"] is (preset == "2b")
-        for preset in ("2b", "25b")
-    )
+    words = "No choice for this model would fit: use a smaller --preset; these fit: 2b small tiny\n"
+    assert words in out
+    assert planned(cli, "--preset", "2b", "--gpu", "rtx4090")["fits"]
+    assert not planned(cli, "--preset", "25b", "--gpu", "rtx4090")["fits"]
 
 
 def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_path):
     monkeypatch.setattr("run_experiment.__file__", str(tmp_path / "run_experiment.py"))
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+
+    def measured(options: str) -> None:
+        result = dict(value=5000.0, details=dict(options=options))
+        (folder / "train_18b_fp16_h200.json").write_text(json.dumps(result))
+
     argv = ("--preset", "18b", "--gpu", "h200")
-    assert (
-        planned(cli, *argv)["hours"] is None
-        and "hours             not measured" in cli("plan", *argv)[1]
-    )
-    results = tmp_path / "benchmarks" / "results"
-    results.mkdir(parents=True)
-    (results / "train_18b_fp16_h200.json").write_text(
-        json.dumps(
-            dict(
-                value=5000.0,
-                details=dict(
-                    options="--preset 18b --batch_size 2 --activation_checkpointing none --offload_optimizer true --eval_steps 1"
-                ),
-            )
-        )
-    )
+    assert planned(cli, *argv)["hours"] is None
+    assert "hours             not measured" in cli("plan", *argv)[1]
+
+    used = "--batch_size 2 --activation_checkpointing none --offload_optimizer true"
+    measured(f"--preset 18b {used} --eval_steps 1")
     assert planned(cli, *argv)["hours"] == pytest.approx(50_000 * 131_072 / 5000 / 3600)
-    words = cli("plan", *argv)[1]
-    assert (
-        "364 at 5,000 tokens/s, measured with\n                  --batch_size 2 --activation_checkpointing none --offload_optimizer true\n"
-        in words
-    )
-    assert "not measured for the setup below; 364" in words
-    (results / "train_18b_fp16_h200.json").write_text(
-        json.dumps(dict(value=5000.0, details=dict(options=planned(cli, *argv)["options"])))
-    )
+    out = cli("plan", *argv)[1]
+    assert f"364 at 5,000 tokens/s, measured with\n                  {used}\n" in out
+    assert "not measured for the setup below; 364" in out
+
+    measured(planned(cli, *argv)["options"])
     assert "hours             364 at" in cli("plan", *argv)[1]
     for other in (
         ("--preset", "5b", "--gpu", "h200"),
