@@ -30,7 +30,6 @@ from model import MoETransformer
 from muon import build_optimizers
 from planner.choice import advise, check_fits, resolve_autos
 from planner.machine import (
-    GPUS,
     find_device,
     is_out_of_memory,
     machine_of_device,
@@ -38,7 +37,7 @@ from planner.machine import (
 )
 from record import checkpoint, messages, tracker
 from record.meter import MemoryMeter
-from record.metrics import Interval, perplexity
+from record.metrics import Interval, mfu, perplexity
 from record.results import (
     CURVES,
     METRICS,
@@ -46,8 +45,6 @@ from record.results import (
     Record,
     data_facts,
     data_identity,
-    environment,
-    parameter_facts,
     write_run_file,
 )
 from record.run_folder import RunCheckpoints
@@ -176,7 +173,7 @@ class Trainer:
         check_fits(config, self.machine)
         config, self.predicted, fitting = resolve_autos(config, self.machine)
         if fitting is not None:
-            # The prediction is no law: the run starts as requested, and hears what would fit.
+            # The prediction is no law: the run starts as requested, with a warning.
             advice, _ = advise(fitting, config, self.machine)
             print(messages.not_expected_to_fit(self.machine, advice), file=sys.stderr)
         print(messages.memory_plan(config, self.predicted, self.machine))
@@ -228,8 +225,11 @@ class Trainer:
     # ------------------------------------------------------------ the step
 
     def train_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
-        """One optimizer step. False when the gradients overflowed: nothing but the loss scale and
-        the position in the data has changed then."""
+        """One optimizer step: a pass over all micro-batches, one norm, one update.
+
+        False when the gradients overflowed. Then only the loss scale and the position in the data
+        have changed.
+        """
         c = self.config
         micro_batches = c.gradient_accumulation_steps
         self.model.train()
@@ -475,7 +475,7 @@ class Trainer:
             skipped_steps=self.skipped_steps,
             tokens_seen=self.tokens_seen,
             tokens_per_second=speed,
-            mfu=self._mfu(speed),
+            mfu=mfu(c, self.machine, speed),
             **self.meter.now(),
             elapsed_seconds=self._elapsed(),
         )
@@ -484,13 +484,6 @@ class Trainer:
         self.interval = Interval()
         self.record.append(row)
         self.bar.set_postfix(messages.progress(row))
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        """Model-FLOP utilisation. None on a GPU whose peak is not known: no wrong one is shown."""
-        gpu = GPUS.get(self.machine.key)
-        if gpu is None or self.config.precision == "fp32":
-            return None
-        return self.config.flops_per_token * tokens_per_second / (gpu.peak_tflops * 1e12)
 
     def _elapsed(self) -> float:
         return self.elapsed_before + time.monotonic() - self.launched
@@ -572,16 +565,8 @@ class Trainer:
             tokens_per_second=speed,
             seconds_to_first_step=self.seconds_to_first_step,
         )
-        facts = dict(
-            config=dataclasses.asdict(self.config),
-            environment=environment(self.device),
-            parameters=parameter_facts(self.config),
-            data=data_facts(self.corpus),
-            memory_gb=dict(predicted=self.predicted, measured=self.meter.measured_gb),
-            totals=totals,
-            sample=sample,
-        )
-        self.record.write_results(facts)
+        memory_gb = dict(predicted=self.predicted, measured=self.meter.measured_gb)
+        self.record.write_results(self.config, self.device, self.corpus, memory_gb, totals, sample)
         if last or self.record.curves_are_old():
             self.record.draw_curves(self.config, self.corpus.unigram_entropy)
 

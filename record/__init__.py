@@ -1,4 +1,11 @@
-"""What a run leaves behind: checkpoints, metrics, results, curves, trackers.
+"""What a run leaves behind, and what it says while it runs.
+
+    checkpoint.py, archive.py   one file of tensors and plain values, whole or not at all
+    run_folder.py               which checkpoints a run keeps, and when they are due
+    metrics.py, meter.py        what is measured between two rows of metrics.jsonl; memory
+    results.py                  metrics.jsonl, training_results.json, run.json, the curves
+    tracker.py                  rows of metrics for TensorBoard, trackio or wandb
+    messages.py                 texts on the console and of errors
 
 Keys and file names here are read by other programs and by old runs: add to them, but rename
 nothing.

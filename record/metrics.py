@@ -5,6 +5,7 @@ import math
 import torch
 
 from config import Config
+from planner.machine import GPUS, Machine
 
 # exp of more overflows a float: the perplexity of a run that diverges stays a number.
 LARGEST_EXPONENT = 700.0
@@ -12,6 +13,17 @@ LARGEST_EXPONENT = 700.0
 
 def perplexity(loss: float) -> float:
     return math.exp(min(loss, LARGEST_EXPONENT))
+
+
+def mfu(config: Config, machine: Machine, tokens_per_second: float) -> float | None:
+    """Model-FLOP utilisation: the share of the GPU's peak that the model's own FLOPs take.
+
+    None on a GPU whose peak is not known: no number is shown rather than a wrong one.
+    """
+    gpu = GPUS.get(machine.key)
+    if gpu is None or config.precision == "fp32":
+        return None
+    return config.flops_per_token * tokens_per_second / (gpu.peak_tflops * 1e12)
 
 
 class Interval:

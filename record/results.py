@@ -1,6 +1,7 @@
 """What a run writes down about itself: rows of metrics, results, curves, the machine it ran on."""
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -105,10 +106,31 @@ class Record:
     def curves_are_old(self) -> bool:
         return time.monotonic() - self.last_curves > CURVES_SECONDS
 
-    def write_results(self, facts: dict) -> None:
-        """Rewrites training_results.json: the facts, final metrics and history."""
-        facts = facts | dict(final_metrics=self.latest(), history=self.history)
-        write_whole(self.folder / RESULTS, json.dumps(facts, indent=1))
+    def write_results(
+        self,
+        config: Config,
+        device: torch.device,
+        corpus,
+        memory_gb: dict,
+        totals: dict,
+        sample: dict | None,
+    ) -> None:
+        """Rewrites training_results.json: facts about the run, final metrics and history.
+
+        `corpus` is the data.Corpus that the run is trained on.
+        """
+        content = dict(
+            config=dataclasses.asdict(config),
+            environment=environment(device),
+            parameters=parameter_facts(config),
+            data=data_facts(corpus),
+            memory_gb=memory_gb,
+            totals=totals,
+            sample=sample,
+            final_metrics=self.latest(),
+            history=self.history,
+        )
+        write_whole(self.folder / RESULTS, json.dumps(content, indent=1))
         self.last_results = time.monotonic()
 
     def draw_curves(self, config: Config, unigram_entropy: float) -> None:

@@ -22,7 +22,7 @@ from config import (
 )
 from engine.precision import read_master
 from planner.choice import Choice, check_fits
-from planner.machine import Machine, known_gpu
+from planner.machine import Machine
 from planner.sizes import CPU_LIBRARY_GB, checkpoint_gb, predict_memory
 from record import checkpoint, results
 from tests.training import (  # some are fixtures
@@ -592,16 +592,6 @@ def test_no_host_memory_for_streaming(settings):
     trainer.machine = Machine("a GPU", 80, 1e-6)
     with pytest.raises(ExperimentError, match="no host memory.*--host_memory_gb"):
         trainer._build(trainer.config)
-
-
-def test_mfu_only_for_known_gpus(settings):
-    trainer = build(settings(precision="bf16"))
-    assert trainer._mfu(1e6) is None
-    trainer.machine = Machine(
-        "NVIDIA H100 80GB HBM3", 84.9, 128, known_gpu("NVIDIA H100 80GB HBM3")
-    )
-    assert trainer._mfu(1e6) == pytest.approx(trainer.config.flops_per_token * 1e6 / 989e12)
-    assert known_gpu("NVIDIA H100 PCIe") is None and known_gpu("Tesla T4") is None
 
 
 def test_a_configuration_that_is_not_expected_to_fit_goes_on_with_its_gradients_on_the_host(

@@ -1,16 +1,17 @@
 """What a run writes down: rows, sums, results, run.json, measured memory, which checkpoints stay."""
 
 import json
+import types
 
 import pytest
 import torch
 
 from config import optimizer_groups
 from muon import build_optimizers
-from planner.machine import GB
+from planner.machine import GB, Machine, known_gpu
 from record import checkpoint, messages, meter, results
 from record.meter import MemoryMeter
-from record.metrics import Interval, perplexity
+from record.metrics import Interval, mfu, perplexity
 from record.results import Record, run_files, set_aside, write_run_file
 from record.run_folder import RunCheckpoints
 from tests.helpers import tiny_config
@@ -85,14 +86,21 @@ def test_run_json_keeps_the_earlier_starts(tmp_path):
     assert (tmp_path / "run.json.1").read_text() == "[1]"
 
 
-def test_results_are_written_whole(tmp_path, monkeypatch):
+def test_results_are_written_whole(tmp_path):
+    corpus = types.SimpleNamespace(
+        data_hash="d", tokenizer_hash="t", train=[0] * 9, validation=[0], unigram_entropy=3.0
+    )
     record = Record(tmp_path)
     record.append(dict(step=1, train_loss=3.0))
-    record.write_results(dict(totals=dict(steps=1)))
+    config = tiny_config()
+    record.write_results(config, CPU, corpus, {}, dict(steps=1), None)
     before = (tmp_path / results.RESULTS).read_text()
-    assert json.loads(before)["final_metrics"] == dict(step=1, train_loss=3.0)
+    written = json.loads(before)
+    assert written["final_metrics"] == dict(step=1, train_loss=3.0)
+    assert written["parameters"]["total"] == config.total_params
+    assert written["data"]["train_tokens"] == 9
     with pytest.raises(TypeError):
-        record.write_results(dict(totals=object()))
+        record.write_results(config, CPU, corpus, {}, dict(steps=object()), None)
     assert (tmp_path / results.RESULTS).read_text() == before
 
 
@@ -124,6 +132,17 @@ def test_means_of_an_interval_are_weighted_by_sequences():
 
     resumed = Interval(dict(interval.sums))
     assert resumed.training_row(config) == row
+
+
+def test_mfu_only_for_known_gpus():
+    config = tiny_config(precision="bf16")
+    name = "NVIDIA H100 80GB HBM3"
+    h100 = Machine(name, 84.9, 128, known_gpu(name))
+    assert mfu(config, h100, 1e6) == pytest.approx(config.flops_per_token * 1e6 / 989e12)
+    assert mfu(tiny_config(precision="fp32"), h100, 1e6) is None
+    assert mfu(config, Machine(None, 0, 16), 1e6) is None
+    assert known_gpu("NVIDIA H100 PCIe") is None
+    assert known_gpu("Tesla T4") is None
 
 
 def test_the_perplexity_of_a_run_that_diverges_is_a_number():
