@@ -1,4 +1,4 @@
-"""The plain twins, which a CPU runs; benchmarks/check_gpu.py holds the kernels to them."""
+"""The reference versions, which a CPU runs. benchmarks/check_gpu.py holds the kernels to them."""
 
 import pytest
 import torch
