@@ -1,4 +1,8 @@
-"""Figures of parts of the program, for benchmarks.run: the optimizer, the MoE layer, four layers beside transformers, disks."""
+"""Measurements of parts of the program, for benchmarks.run.
+
+They are the optimizer step, the MoE layer, four layers beside transformers, and checkpoints
+beside the disk. Each function measures on the first GPU and writes its result file.
+"""
 
 import dataclasses
 import gc
@@ -7,9 +11,11 @@ import resource
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import data
 from benchmarks.result_files import CACHE, write
@@ -28,11 +34,12 @@ from trainer import Trainer
 REPEATS = 20
 
 
-def seconds(function, repeats: int = REPEATS, warmup: int = 3) -> list[float]:
-    """Seconds of each call on the GPU, after some to warm up."""
+def seconds(function: Callable, repeats: int = REPEATS, warmup: int = 3) -> list[float]:
+    """Seconds that each of `repeats` calls takes on the GPU, after `warmup` calls."""
     times = []
-    for i in range(warmup + repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for _ in range(warmup + repeats):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         function()
         end.record()
@@ -41,249 +48,298 @@ def seconds(function, repeats: int = REPEATS, warmup: int = 3) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in times[warmup:]]
 
 
-class MadeOnTheCard(OptimizerState):
-    """State that is made anew on the GPU for each group: what streaming would cost if copies took no time."""
-
-    def buckets(self):
-        for group in self._cut_into_buckets():
-            yield [
-                self._part(
-                    name,
-                    cut,
-                    {
-                        k: torch.zeros_like(self._view(t)[cut], device=self.device)
-                        for k, t in self.tensors[name].items()
-                    },
-                )
-                for name, cut in group
-            ]
+def timed(function: Callable) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
-def muon_step_18b(_: Path) -> None:
-    """Muon on gradients of every hidden matrix of `18b`, and AdamW on the rest, beside it."""
-    device = torch.device("cuda")
-    config = Config(**PRESETS["18b"] | dict(precision="bf16"))
+def build_model(config: Config, device: torch.device) -> MoETransformer:
     with torch.device("meta"):
         model = MoETransformer(config)
     model.materialize(device)
+    return model
+
+
+# ---------------------------------------------------------------- the optimizer
+
+
+class StateMadeOnTheGPU(OptimizerState):
+    """Zeros in place of each bucket's state: what offload would cost if copies took no time."""
+
+    def buckets(self):
+        for bucket in self._cut_into_buckets():
+            parts = []
+            for name, cut in bucket:
+                state = {
+                    key: torch.zeros_like(self._view(tensor)[cut], device=self.device)
+                    for key, tensor in self.tensors[name].items()
+                }
+                parts.append(self._part(name, cut, state))
+            yield parts
+
+
+def muon_step_18b(_: Path) -> None:
+    """Muon on gradients of every hidden matrix of `18b`, and AdamW on the rest, with offload."""
+    device = torch.device("cuda")
+    config = Config(**PRESETS["18b"], precision="bf16")
+    model = build_model(config, device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     start = time.perf_counter()
-    optimizers = build_optimizers(config, dict(model.named_parameters()), offload=True, fused=True)
+    parameters = dict(model.named_parameters())
+    optimizers = build_optimizers(config, parameters, offload=True, fused=True)
     muon = optimizers["muon"]
     adamw = optimizers["adamw"]
     reserving = time.perf_counter() - start
-    streamed = seconds(lambda: muon.step(0.01, 1e-3), repeats=5, warmup=2)
-    adamw_seconds = seconds(lambda: adamw.step(0.001, 1e-3), repeats=5, warmup=2)
+
+    def muon_seconds() -> list[float]:
+        return seconds(lambda: muon.step(0.01, grad_scale=1e-3), repeats=5, warmup=2)
+
+    offloaded = muon_seconds()
+    adamw_seconds = seconds(lambda: adamw.step(0.001, grad_scale=1e-3), repeats=5, warmup=2)
     peak = torch.cuda.max_memory_allocated() / GB
-    muon.state.__class__ = MadeOnTheCard
-    on_the_card = seconds(lambda: muon.step(0.01, 1e-3), repeats=5, warmup=2)
+    muon.state.__class__ = StateMadeOnTheGPU
+    without_copies = muon_seconds()
+
+    host_bytes = 0
+    for state in muon.state.tensors.values():
+        host_bytes += sum(tensor.nbytes for tensor in state.values())
     write(
         "muon_step_18b",
-        statistics.median(streamed),
+        statistics.median(offloaded),
         "s",
-        len(streamed),
+        len(offloaded),
         environment(device),
         dict(
-            streamed_seconds=streamed,
-            state_made_on_the_card_seconds=on_the_card,
+            streamed_seconds=offloaded,
+            state_made_on_the_card_seconds=without_copies,
             adamw_streamed_seconds=adamw_seconds,
-            streaming_costs_seconds=statistics.median(streamed) - statistics.median(on_the_card),
+            streaming_costs_seconds=statistics.median(offloaded)
+            - statistics.median(without_copies),
             seconds_to_reserve_host_memory=reserving,
-            host_gb=sum(t.nbytes for s in muon.state.tensors.values() for t in s.values()) / GB,
+            host_gb=host_bytes / GB,
             peak_gb=peak,
         ),
     )
 
 
+# ---------------------------------------------------------------- the MoE layer
+
+
 def moe_vs_dense(_: Path) -> None:
-    """Router to combine against a dense SwiGLU of top_k times the width, forward and backward, 16,384 tokens of `18b`."""
-    device, config = torch.device("cuda"), Config(**PRESETS["18b"] | dict(precision="bf16"))
-    tokens = 4 * config.max_seq_len
-    details = {}
+    """An MoE layer beside a dense SwiGLU of top_k times the width, which takes equal FLOPs.
 
+    Forward and backward of 16,384 tokens of `18b`, from router to combine: with every expert
+    equally busy (moe_vs_dense), and with one expert that every token goes to
+    (moe_vs_dense_skewed).
+    """
+    device = torch.device("cuda")
+    config = Config(**PRESETS["18b"], precision="bf16")
     compile_with_barriers()
-
-    def measure(layer, x, forget=lambda out: out) -> list[float]:
-        layer.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
-        upstream = torch.randn_like(x)
-
-        def step():
-            layer.zero_grad(set_to_none=True)
-            x.grad = None
-            with torch.autocast("cuda", torch.bfloat16):
-                out = layer(x)
-            forget(out).backward(upstream)
-
-        return seconds(step)
-
     with device:
         x = torch.randn(4, config.max_seq_len, config.d_model, dtype=torch.bfloat16)
-        wide = SwiGLU(dataclasses.replace(config, d_ff=config.d_ff * config.top_k), torch.bfloat16)
-        torch.nn.init.normal_(wide.gate_up, std=0.02), torch.nn.init.normal_(wide.down, std=0.02)
-        details["dense_seconds"] = dense = measure(wide, x.requires_grad_())
-        del wide
-        layer = MoE(config, torch.bfloat16)
-        for p in layer.parameters():
-            torch.nn.init.normal_(p, std=0.02)
-        # the router reads its choice from the first features of a token
-        torch.nn.init.zeros_(layer.router.weight)
-        layer.router.weight.data[:, : config.num_experts] = torch.eye(config.num_experts)
-        first = torch.arange(tokens) % config.num_experts
-        choices = {
-            "moe_vs_dense": (
-                first,
-                (first + 1 + torch.arange(tokens) // config.num_experts % (config.num_experts - 1))
-                % config.num_experts,
-            ),
-            "moe_vs_dense_skewed": (
-                torch.zeros(tokens, dtype=torch.long),
-                1 + torch.arange(tokens) % (config.num_experts - 1),
-            ),
-        }
-        for name, chosen in choices.items():
-            routed = x.detach().clone().flatten(0, 1)
-            routed[:, : config.num_experts] = 0
-            for k, experts in enumerate(chosen):
-                routed[torch.arange(tokens), experts] = 8.0 - k
-            routed = routed.view_as(x).requires_grad_()
-            times = measure(layer, routed, lambda out: out[0])
-            share = [
-                round(n, 4)
-                for n in (layer(routed.detach())[1][2].double() / (tokens * config.top_k)).tolist()
-            ]
+        dense = _dense_seconds(config, x.requires_grad_())
+        layer = _moe_layer(config)
+        for name, chosen in _choices(config, tokens=x.shape[0] * x.shape[1]).items():
+            routed = _send_tokens_to(chosen, x, config.num_experts)
+            times = _forward_and_backward_seconds(layer, routed, lambda out: out[0])
+            tokens_per_expert = layer(routed.detach())[1][2].double()
+            load = tokens_per_expert / tokens_per_expert.sum()
             write(
                 name,
                 statistics.median(dense) / statistics.median(times),
                 "of the dense layer's speed",
                 REPEATS,
                 environment(device),
-                details | dict(moe_seconds=times, load=share),
+                dict(
+                    dense_seconds=dense,
+                    moe_seconds=times,
+                    load=[round(share, 4) for share in load.tolist()],
+                ),
             )
+
+
+def _dense_seconds(config: Config, x: Tensor) -> list[float]:
+    wide = SwiGLU(dataclasses.replace(config, d_ff=config.d_ff * config.top_k), torch.bfloat16)
+    for p in wide.parameters():
+        nn.init.normal_(p, std=0.02)
+    return _forward_and_backward_seconds(wide, x)
+
+
+def _moe_layer(config: Config) -> MoE:
+    """A layer whose router reads its choice from the first num_experts features of a token."""
+    layer = MoE(config, torch.bfloat16)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.02)
+    nn.init.zeros_(layer.router.weight)
+    layer.router.weight.data[:, : config.num_experts] = torch.eye(config.num_experts)
+    return layer
+
+
+def _choices(config: Config, tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """The first and second expert of every token, by the name of the result."""
+    position = torch.arange(tokens)
+    others = config.num_experts - 1
+    first = position % config.num_experts
+    # Another expert than the first, and all pairs of experts equally often
+    second = (first + 1 + position // config.num_experts % others) % config.num_experts
+    always_0 = torch.zeros(tokens, dtype=torch.long)
+    return {
+        "moe_vs_dense": (first, second),
+        "moe_vs_dense_skewed": (always_0, 1 + position % others),
+    }
+
+
+def _send_tokens_to(chosen: tuple[Tensor, Tensor], x: Tensor, num_experts: int) -> Tensor:
+    """x with first features that make the router choose these experts for each token."""
+    routed = x.detach().clone().flatten(0, 1)
+    routed[:, :num_experts] = 0
+    position = torch.arange(len(routed))
+    for k, experts in enumerate(chosen):
+        routed[position, experts] = 8.0 - k
+    return routed.view_as(x).requires_grad_()
+
+
+def _forward_and_backward_seconds(
+    layer: nn.Module, x: Tensor, output: Callable = lambda out: out
+) -> list[float]:
+    """Of the compiled layer; `output` takes the tensor to differentiate from what it returns."""
+    layer.compile(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+    upstream = torch.randn_like(x)
+
+    def step() -> None:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        with torch.autocast("cuda", torch.bfloat16):
+            out = layer(x)
+        output(out).backward(upstream)
+
+    return seconds(step)
+
+
+# ---------------------------------------------------------------- transformers
 
 
 def vs_transformers(_: Path) -> None:
-    """Four layers of `18b`, forward and backward of a micro-batch of 4, in bf16: transformers' Qwen3-MoE, compiled, with its
-    checkpointing; and ours, at the fastest mode that needs no more memory."""
+    """Four layers of `18b` beside transformers' Qwen3-MoE: forward and backward of a micro-batch.
+
+    In bf16, with 4 sequences. Theirs is compiled, with its own checkpointing; ours takes the
+    fastest mode that needs no more memory.
+    """
     import transformers
 
-    device, config = (
-        torch.device("cuda"),
-        Config(**PRESETS["18b"] | dict(n_layers=4, precision="bf16")),
-    )
-    tokens = torch.randint(
-        config.vocab_size, (config.batch_size, config.max_seq_len), device=device
-    )
+    device = torch.device("cuda")
+    config = Config(**{**PRESETS["18b"], "n_layers": 4}, precision="bf16")
+    shape = (config.batch_size, config.max_seq_len)
+    tokens = torch.randint(config.vocab_size, shape, device=device)
 
-    def measure(step) -> tuple[float, float]:
+    def measure(step: Callable) -> dict:
         step()
         torch.cuda.reset_peak_memory_stats()
         times = seconds(step, repeats=10)
-        return tokens.numel() / statistics.median(times), torch.cuda.max_memory_allocated() / GB
-
-    torch.set_default_dtype(torch.bfloat16)
-    with device:
-        theirs = transformers.Qwen3MoeForCausalLM(
-            transformers.Qwen3MoeConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.d_model,
-                intermediate_size=config.d_ff,
-                moe_intermediate_size=config.d_ff,
-                num_hidden_layers=config.n_layers,
-                num_attention_heads=config.n_heads,
-                num_key_value_heads=config.n_kv_heads,
-                head_dim=config.head_dim,
-                num_experts=config.num_experts,
-                num_experts_per_tok=config.top_k,
-                decoder_sparse_step=config.moe_every,
-                norm_topk_prob=config.norm_topk_prob,
-                max_position_embeddings=config.max_seq_len,
-                tie_word_embeddings=False,
-                use_cache=False,
-                attn_implementation="sdpa",
-            )
+        return dict(
+            tokens_per_second=tokens.numel() / statistics.median(times),
+            peak_gb=torch.cuda.max_memory_allocated() / GB,
         )
-    torch.set_default_dtype(torch.float32)
-    theirs.set_experts_implementation("grouped_mm")
-    theirs.train()
-    theirs.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-    theirs.compile()
-    their_speed, their_gb = measure(lambda: theirs(input_ids=tokens, labels=tokens).loss.backward())  # noqa: F821
-    del theirs
-    ours = {}
-    for mode in ("none", "selective", "full"):
-        gc.collect()
-        torch.cuda.empty_cache()
-        with torch.device("meta"):
-            model = MoETransformer(dataclasses.replace(config, activation_checkpointing=mode))
-        model.materialize(device)
+
+    def measure_theirs() -> dict:
+        model = _qwen3_moe(config, device)
+        return measure(lambda: model(input_ids=tokens, labels=tokens).loss.backward())
+
+    def measure_ours(mode: str) -> dict:
+        model = build_model(dataclasses.replace(config, activation_checkpointing=mode), device)
         model.compile_blocks()
         with attention_backends(device):
-            ours[mode] = measure(lambda: model(tokens, tokens)[0].backward())  # noqa: F821
-        del model
-    speed, mode = max((speed, mode) for mode, (speed, gb) in ours.items() if gb <= their_gb)
+            return measure(lambda: model(tokens, tokens)[0].backward())
+
+    theirs = measure_theirs()
+    ours = {}
+    for mode in ("none", "selective", "full"):
+        gc.collect()  # the model before is freed by now
+        torch.cuda.empty_cache()
+        ours[mode] = measure_ours(mode)
+
+    fitting = [mode for mode in ours if ours[mode]["peak_gb"] <= theirs["peak_gb"]]
+    compared = max(fitting, key=lambda mode: ours[mode]["tokens_per_second"])
     write(
         "vs_transformers",
-        speed / their_speed,
+        ours[compared]["tokens_per_second"] / theirs["tokens_per_second"],
         "times the tokens/s of transformers",
         10,
         environment(device),
         dict(
             transformers=transformers.__version__,
-            theirs=dict(tokens_per_second=their_speed, peak_gb=their_gb),
-            compared=mode,
-            ours={
-                mode: dict(tokens_per_second=speed, peak_gb=gb)
-                for mode, (speed, gb) in ours.items()
-            },
+            theirs=theirs,
+            compared=compared,
+            ours=ours,
         ),
     )
 
 
+def _qwen3_moe(config: Config, device: torch.device) -> nn.Module:
+    """The same shapes in transformers, set up to train as fast as it can."""
+    import transformers
+
+    theirs = transformers.Qwen3MoeConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_ff,
+        moe_intermediate_size=config.d_ff,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.top_k,
+        decoder_sparse_step=config.moe_every,
+        norm_topk_prob=config.norm_topk_prob,
+        max_position_embeddings=config.max_seq_len,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with device:
+        model = transformers.Qwen3MoeForCausalLM(theirs)
+    torch.set_default_dtype(torch.float32)
+    model.set_experts_implementation("grouped_mm")
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    model.compile()
+    return model
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
 def checkpoint_io(folder: Path) -> None:
-    """Saves and loads `5b` with checksums, `keep_checkpoints` 1; a file of that size written and read by dd, first."""
+    """Saves and loads `5b` with checksums, beside dd writing and reading a file of that size."""
     gb = checkpoint_gb(Config(**PRESETS["5b"]))
-    blocks, path = int(gb * GB / 2**24), folder / "dd"
+    disk_bytes, disk_write, disk_read = _dd_seconds(folder / "dd", gb)
 
-    def timed(function) -> float:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
-
-    def forget_file(file: Path) -> None:  # so that reading it asks the disk
-        with open(file, "rb") as f:
-            os.fsync(f.fileno())
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    disk_write = timed(
-        lambda: subprocess.run(
-            ["dd", "if=/dev/zero", f"of={path}", "bs=16M", f"count={blocks}", "conv=fsync"],
-            check=True,
-        )
-    )
-    forget_file(path)
-    disk_read = timed(
-        lambda: subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=16M"], check=True)
-    )
-    size = path.stat().st_size
-    path.unlink()
-    config, _, _ = resolve(
-        dict(save_dir=str(folder / "run"), keep_checkpoints=1, cache_dir=str(CACHE)), "5b", None
-    )
+    options = dict(save_dir=str(folder / "run"), keep_checkpoints=1, cache_dir=str(CACHE))
+    config, _, _ = resolve(options, "5b", None)
     trainer = Trainer(config, data.prepare(config))
-    before, target = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        folder / "checkpoint_step_1.pt",
-    )
-    saving = timed(lambda: checkpoint.save(target, trainer.state_dict()))
-    saved = target.stat().st_size
-    overhead = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / GB
-    forget_file(target)
-    loading = timed(lambda: (trainer.load_state_dict(checkpoint.load(target)), torch.cuda.synchronize()))
-    share = {
-        "save": (saved / saving) / (size / disk_write),
-        "load": (saved / loading) / (size / disk_read),
-    }
+    path = folder / "checkpoint_step_1.pt"
+    host_bytes_before = _peak_host_bytes()
+    saving = timed(lambda: checkpoint.save(path, trainer.state_dict()))
+    overhead_gb = (_peak_host_bytes() - host_bytes_before) / GB
+    saved_bytes = path.stat().st_size
+
+    def load() -> None:
+        trainer.load_state_dict(checkpoint.load(path))
+        torch.cuda.synchronize()
+
+    forget_file(path)
+    loading = timed(load)
+
+    save_gb_s = saved_bytes / saving / GB
+    load_gb_s = saved_bytes / loading / GB
+    disk_write_gb_s = disk_bytes / disk_write / GB
+    disk_read_gb_s = disk_bytes / disk_read / GB
+    share = dict(save=save_gb_s / disk_write_gb_s, load=load_gb_s / disk_read_gb_s)
     write(
         "checkpoint_io",
         100 * min(share.values()),
@@ -292,11 +348,36 @@ def checkpoint_io(folder: Path) -> None:
         environment(trainer.device),
         dict(
             share=share,
-            gb=saved / GB,
-            save_gb_s=saved / saving / GB,
-            load_gb_s=saved / loading / GB,
-            disk_write_gb_s=size / disk_write / GB,
-            disk_read_gb_s=size / disk_read / GB,
-            host_memory_overhead_gb=overhead,
+            gb=saved_bytes / GB,
+            save_gb_s=save_gb_s,
+            load_gb_s=load_gb_s,
+            disk_write_gb_s=disk_write_gb_s,
+            disk_read_gb_s=disk_read_gb_s,
+            host_memory_overhead_gb=overhead_gb,
         ),
     )
+
+
+def _dd_seconds(path: Path, gb: float) -> tuple[int, float, float]:
+    """(bytes, seconds to write, seconds to read) of a file of `gb` GB, by dd."""
+    count = int(gb * GB / 2**24)  # blocks of 16 MiB
+    write_command = ["dd", "if=/dev/zero", f"of={path}", "bs=16M", f"count={count}", "conv=fsync"]
+    read_command = ["dd", f"if={path}", "of=/dev/null", "bs=16M"]
+    writing = timed(lambda: subprocess.run(write_command, check=True))
+    forget_file(path)
+    reading = timed(lambda: subprocess.run(read_command, check=True))
+    size = path.stat().st_size
+    path.unlink()
+    return size, writing, reading
+
+
+def forget_file(path: Path) -> None:
+    """Drops a file from the system's cache, so that reading it reads the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _peak_host_bytes() -> int:
+    """The largest resident memory of this process so far; Linux counts it in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
