@@ -1,19 +1,27 @@
-"""Where the time of a training step goes: one step of a whole run under torch.profiler, by kind of work, beside its floor.
+"""Where the time of a training step goes: one step of a whole run under torch.profiler.
 
-    python -m benchmarks.profile_step --preset 18b --precision bf16 [any option of run_experiment.py]
+    python -m benchmarks.profile_step --preset 18b --precision bf16 [any option of
+    run_experiment.py]
 
-The floor of products and attention is their FLOPs over the rate of a large matrix product, and that of elementwise work the
-bytes that it must read and write over the bandwidth of a large copy, both measured here. Prints the kinds and the longest
-kernels, and writes benchmarks/results/profile_PRESET_PRECISION_GPU.json.
+The time is shown by kind of work, beside a floor: the least time that this GPU needs for it. The
+floor of matmuls and attention is their FLOPs over the rate of a large matmul. The floor of
+elementwise work is the bytes that it must read and write over the bandwidth of a large copy. Both
+rates are measured here.
+
+Prints the kinds and the longest kernels, and writes
+benchmarks/results/profile_PRESET_PRECISION_GPU.json.
 """
 
 import argparse
+import math
 import re
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -22,48 +30,53 @@ import data
 from benchmarks.parts import seconds
 from benchmarks.result_files import write
 from cli import add_config_options, config_options, exit_code, new_parser
-from config import Config, ExperimentError, resolve
+from config import Config, ExperimentError, optimizer_groups, parameter_table, resolve
 from engine.triton_kernels import attention_backends
 from muon import NEWTON_SCHULZ
+from planner.machine import GB
 from record.results import environment
 from trainer import Trainer
 
-KINDS = {  # the first pattern that a kernel's name matches
+# Kinds of work by the names of their kernels: the first pattern that matches. "products" are
+# matmuls; result files have that name.
+KINDS = {
     "attention": r"sdpa|fmha|flash|attention|softmax_warp",
-    "products": r"gemm|nvjet|cutlass|xmma|grouped|splitK|cublas|_product",
+    "products": r"gemm|nvjet|cutlass|xmma|grouped|splitK|cublas|_matmul",
     "routing": r"sort|topk|TopK|radix|scatter|cumsum|scan",
     "copies": r"[Mm]emcpy|[Mm]emset",
 }
-OPTIMIZER = "optimizer step"
+OPTIMIZER = "optimizer step"  # name of the range that the profiler records around it
 
 
-def kind(name: str) -> str:
-    return next((k for k, pattern in KINDS.items() if re.search(pattern, name)), "elementwise")
+def kind(kernel: str) -> str:
+    for name, pattern in KINDS.items():
+        if re.search(pattern, kernel):
+            return name
+    return "elementwise"
 
 
-def annotated(function):
-    def wrapper(*args):
-        with record_function(OPTIMIZER):
-            return function(*args)
-
-    return wrapper
+# ---------------------------------------------------------------- the profile
 
 
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    total, end = 0.0, float("-inf")
-    for a, b in sorted(spans):
-        total += max(0.0, b - max(a, end))
-        end = max(end, b)
-    return total
+class Kernel(NamedTuple):
+    """All calls of a kernel within a kind."""
+
+    name: str
+    kind: str
+    seconds: float
+    calls: int
 
 
-def profile_step(
-    trainer: Trainer, batches, warmup: int = 2
-) -> tuple[dict[str, float], list[tuple], float]:
-    """({kind: seconds}, [(kernel, kind, seconds, calls)], seconds of the step) of one step after `warmup` others."""
+class Profile(NamedTuple):
+    kinds: dict[str, float]  # seconds; the optimizer's own kinds begin with "optimizer: "
+    kernels: list[Kernel]  # the longest first
+    wall: float  # seconds of the step
+
+
+def profile_step(trainer: Trainer, batches: Iterator, warmup: int = 2) -> Profile:
+    """Profiles one step after `warmup` others."""
     for optimizer in trainer.optimizers.values():
-        optimizer.step = annotated(optimizer.step)
+        optimizer.step = _annotated(optimizer.step)
     for _ in range(warmup):
         trainer.train_step(batches)
     torch.cuda.synchronize()
@@ -72,88 +85,166 @@ def profile_step(
         trainer.train_step(batches)
         wall = time.perf_counter() - start
     on_gpu = [e for e in traced.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    ranges = [(e.time_range.start, e.time_range.end) for e in on_gpu if e.name == OPTIMIZER]
-    kinds, kernels, spans = defaultdict(float), defaultdict(lambda: [0.0, 0]), []
-    for event in on_gpu:
+    return _by_kind(on_gpu, wall)
+
+
+def _annotated(step: Callable) -> Callable:
+    """An optimizer's step, inside a range of the profiler."""
+
+    def annotated_step(*arguments, **named_arguments):
+        with record_function(OPTIMIZER):
+            return step(*arguments, **named_arguments)
+
+    return annotated_step
+
+
+def _by_kind(events: list, wall: float) -> Profile:
+    """Sums the kernels of the GPU, whose times are in microseconds."""
+    optimizer_ranges = []
+    spans = []
+    kinds = defaultdict(float)
+    kernel_seconds = defaultdict(float)
+    calls = defaultdict(int)
+    for event in events:
+        if event.name == OPTIMIZER:
+            optimizer_ranges.append((event.time_range.start, event.time_range.end))
+    for event in events:
         if event.name == OPTIMIZER:
             continue
-        start, end = event.time_range.start, event.time_range.end
-        inside = any(a <= start <= b for a, b in ranges)
-        what = ("optimizer: " if inside else "") + kind(event.name)
-        kinds[what] += (end - start) / 1e6
-        entry = kernels[event.name, what]
-        entry[0] += (end - start) / 1e6
-        entry[1] += 1
+        start = event.time_range.start
+        end = event.time_range.end
         spans.append((start, end))
-    kinds["optimizer (wall)"] = covered(ranges) / 1e6
+        what = kind(event.name)
+        if any(first <= start <= last for first, last in optimizer_ranges):
+            what = f"optimizer: {what}"
+        kinds[what] += (end - start) / 1e6
+        kernel_seconds[event.name, what] += (end - start) / 1e6
+        calls[event.name, what] += 1
+    kinds["optimizer (wall)"] = covered(optimizer_ranges) / 1e6
     kinds["gaps"] = wall - covered(spans) / 1e6
-    rows = sorted(
-        ((name, what, s, n) for (name, what), (s, n) in kernels.items()), key=lambda row: -row[2]
-    )
-    return dict(kinds), rows, wall
+    kernels = [
+        Kernel(name, what, total, calls[name, what])
+        for (name, what), total in kernel_seconds.items()
+    ]
+    kernels.sort(key=lambda kernel: -kernel.seconds)
+    return Profile(dict(kinds), kernels, wall)
 
 
-def floors(c: Config, product_rate: float, bandwidth: float) -> dict[str, float]:
-    """Least seconds of each kind in a step: FLOPs over `product_rate` (FLOP/s), bytes over `bandwidth` (bytes/s).
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total = 0.0
+    end_so_far = float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, end_so_far))
+        end_so_far = max(end_so_far, end)
+    return total
 
-    Nothing recomputed, every elementwise chain one pass over its operands. Of Newton-Schulz, the Gram form's products,
-    symmetric ones by half.
+
+# ---------------------------------------------------------------- floors
+
+
+def floors(c: Config, matmul_rate: float, bandwidth: float) -> dict[str, float]:
+    """The least seconds of each kind in a step.
+
+    `matmul_rate` is in FLOP/s, `bandwidth` in bytes/s. Nothing is recomputed, and every chain of
+    elementwise operations is one pass over its operands.
     """
-    tokens, w, d, kv, p = (
-        c.tokens_per_step,
-        2 if c.precision != "fp32" else 4,
-        c.d_model,
-        c.n_kv_heads * c.head_dim,
-        c.parameter_groups,
-    )
-    attention = 6 * c.n_layers * c.max_seq_len * d * tokens
-    passes = 0
-    for i in range(c.n_layers):
-        paths = c.top_k if c.is_moe(i) else 1
-        forward = (
-            2 * (d + kv) + 7 * d + 3 * c.d_ff * paths
-        )  # rotation; two residual sums with their norms; SwiGLU
-        backward = 3 * (d + kv) + 8 * d + 6 * c.d_ff * paths
-        routing = (
-            6 * d * c.top_k if c.is_moe(i) else 0
-        )  # rows to experts and back, forward and backward
-        passes += forward + backward + routing
-    hidden = p["attention"] + p["dense_ffn"] + p["experts"]
-    accumulated = 3 * w * c.total_params * (c.gradient_accumulation_steps - 1)
-    d_kv, f = max(kv, 1), c.d_ff
-    ffn = 3 * (c.n_layers - c.n_moe_layers + c.n_moe_layers * c.num_experts)
-    gram_flops = sum(
-        number * gram_newton_schulz_flops(min(shape), max(shape))
-        for number, shape in ((2 * c.n_layers, (d, d)), (2 * c.n_layers, (d_kv, d)), (ffn, (f, d)))
-    )
+    tokens = c.tokens_per_step
+    width = 4 if c.precision == "fp32" else 2  # bytes of a weight, gradient or activation
+    # Causal attention's share of config.flops_per_token
+    attention = 6 * c.n_layers * c.max_seq_len * c.d_model * tokens
+    elements = sum(_elementwise_per_token(c, layer) for layer in range(c.n_layers))
+    elements += (
+        3 * c.vocab_size
+    )  # logits: written, read for the loss, overwritten by their gradient
+    # Each micro-batch but the first reads a gradient and the sum, and writes the sum.
+    accumulation = 3 * width * c.total_params * (c.gradient_accumulation_steps - 1)
     return {
-        "products": (c.flops_per_token * tokens - attention) / product_rate,
-        "attention": attention / product_rate,
-        "elementwise": (tokens * w * (passes + 3 * c.vocab_size) + accumulated) / bandwidth,
-        "optimizer: products": gram_flops / product_rate,
-        "optimizer: elementwise": hidden * (w + 8 + 4 + 4) / bandwidth,
-    }  # gradient; state and weight, to and fro; direction
+        "products": (c.flops_per_token * tokens - attention) / matmul_rate,
+        "attention": attention / matmul_rate,
+        "elementwise": (tokens * width * elements + accumulation) / bandwidth,
+        "optimizer: products": _newton_schulz_flops(c) / matmul_rate,
+        "optimizer: elementwise": _muon_bytes(c, width) / bandwidth,
+    }
+
+
+def _elementwise_per_token(c: Config, layer: int) -> int:
+    """Elements that a block's elementwise work reads and writes for a token, both passes."""
+    d = c.d_model
+    qk = d + c.n_kv_heads * c.head_dim
+    # A token passes through one network of a dense block, and top_k experts of an MoE block.
+    paths = c.top_k if c.is_moe(layer) else 1
+    # Rotation of queries and keys, two residual sums with their norms, SwiGLU
+    forward = 2 * qk + 7 * d + 3 * c.d_ff * paths
+    backward = 3 * qk + 8 * d + 6 * c.d_ff * paths
+    # Rows to the experts and back, in the forward and in the backward pass
+    routing = 6 * d * c.top_k if c.is_moe(layer) else 0
+    return forward + backward + routing
+
+
+def _muon_bytes(c: Config, width: int) -> int:
+    """Bytes of Muon's elementwise work, for each element of a hidden matrix.
+
+    The gradient is read. Momentum and low bits, 2 bytes each, are read and written: 8. The weight
+    is read and written: 4. The direction, 2 bytes, is written, and read when it is
+    orthogonalized: 4.
+    """
+    table = parameter_table(c)
+    hidden = sum(table[name].numel for name in optimizer_groups(c)["muon"].parameters)
+    return hidden * (width + 8 + 4 + 4)
+
+
+def _newton_schulz_flops(c: Config) -> int:
+    """FLOPs of the Gram form for every hidden matrix of the model."""
+    table = parameter_table(c)
+    flops = 0
+    for name in optimizer_groups(c)["muon"].parameters:
+        *bank, rows, columns = table[name].shape
+        matrix = gram_newton_schulz_flops(min(rows, columns), max(rows, columns))
+        flops += math.prod(bank) * matrix
+    return flops
 
 
 def gram_newton_schulz_flops(m: int, k: int) -> int:
-    """Of one m x k matrix, m <= k, symmetric products by half."""
-    steps, groups = len(NEWTON_SCHULZ), 2  # cut by the restart
+    """Of one m x k matrix with m <= k. Symmetric matmuls count half.
+
+    The restart cuts the steps into two groups. Each group computes a Gram matrix (m m k, by half)
+    and multiplies x by the product of its polynomials (2 m m k). Each step computes a polynomial
+    (m^3, by half); each but a group's first extends the product, and each but its last computes
+    the next Gram matrix in two matmuls: 3 m^3 for all steps but one of each group.
+    """
+    steps = len(NEWTON_SCHULZ)
+    groups = 2
     return groups * m * m * k + groups * 2 * m * m * k + (steps + (steps - groups) * 3) * m**3
 
 
-def ceilings(dtype: torch.dtype) -> tuple[float, float, float]:
-    """(FLOP/s of an 8192^3 product of random numbers, held for two seconds, as a step's are: the first moments are faster, before the
-    GPU reaches its power limit; the same in the first moments; bytes/s of a large copy, read and written) on this GPU."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    large = torch.empty(2**32, dtype=torch.uint8, device="cuda")
-    other = torch.empty_like(large)
+class Ceilings(NamedTuple):
+    """What this GPU reaches in large operations."""
+
+    matmul_rate: float  # FLOP/s, held
+    matmul_rate_at_first: float  # FLOP/s
+    bandwidth: float  # bytes/s, read and written
+
+
+def ceilings(dtype: torch.dtype) -> Ceilings:
+    """Measures an 8192^3 matmul of random numbers and a copy of 4 GiB.
+
+    The matmul is held for two seconds, as a step's are, and the second half of them counts: at
+    first it is faster, before the GPU reaches its power limit.
+    """
+    n = 8192
+    a = torch.randn(n, n, device="cuda", dtype=dtype)
+    b = torch.randn(n, n, device="cuda", dtype=dtype)
+    source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
     at_first = statistics.median(seconds(lambda: a @ b))
     times = seconds(lambda: a @ b, repeats=int(2 / at_first))
-    held, copy = (
-        statistics.median(times[len(times) // 2 :]),
-        statistics.median(seconds(lambda: other.copy_(large))),
-    )
-    return 2 * 8192**3 / held, 2 * 8192**3 / at_first, 2 * large.nbytes / copy
+    held = statistics.median(times[len(times) // 2 :])
+    copy = statistics.median(seconds(lambda: target.copy_(source)))
+    return Ceilings(2 * n**3 / held, 2 * n**3 / at_first, 2 * source.nbytes / copy)
+
+
+# ---------------------------------------------------------------- the command
 
 
 def main(argv: list[str]) -> None:
@@ -168,50 +259,59 @@ def main(argv: list[str]) -> None:
         raise ExperimentError("no GPU was found, whose kernels this is about")
     with tempfile.TemporaryDirectory() as folder:
         options = config_options(args) | dict(save_dir=folder, save_every=0, save_minutes=0)
-        config, _, _ = resolve(
-            options, args.preset, torch.cuda.get_device_properties(0).total_memory / 1e9
-        )
+        gpu_memory_gb = torch.cuda.get_device_properties(0).total_memory / GB
+        config, _, _ = resolve(options, args.preset, gpu_memory_gb)
         trainer = Trainer(config, data.prepare(config))
+        config = trainer.config
+        batches = data.batches(trainer.corpus.train, config, 0, pin_memory=True)
         with attention_backends(trainer.device):
-            kinds, rows, wall = profile_step(
-                trainer, data.batches(trainer.corpus.train, trainer.config, 0, pin_memory=True)
-            )
-    config = trainer.config
-    product_rate, at_first, bandwidth = ceilings(trainer.model.compute_dtype)
-    least = floors(config, product_rate, bandwidth)
-    print(
-        f"\n{wall:.3f} s a step, {config.tokens_per_step / wall:,.0f} tokens/s (under the profiler); ceilings "
-        f"{product_rate / 1e12:.0f} TFLOP/s ({at_first / 1e12:.0f} in the first moments), {bandwidth / 1e12:.2f} TB/s"
-    )
-    for name, spent in sorted(kinds.items(), key=lambda item: -item[1]):
-        floor = (
-            f"{least[name]:8.3f} s floor, {spent / least[name]:5.2f} times" if name in least else ""
-        )
-        print(f"{name:28s} {spent:8.3f} s {100 * spent / wall:6.1f}%  {floor}")
-    for name, what, spent, calls in rows[: args.rows]:
-        print(
-            f"{spent * 1e3:9.1f} ms {calls:6d} x {spent / calls * 1e6:9.1f} us  {what:22s} {name[:110]}"
-        )
+            found = profile_step(trainer, batches)
+    ceiling = ceilings(trainer.model.compute_dtype)
+    least = floors(config, ceiling.matmul_rate, ceiling.bandwidth)
+    print_profile(found, config, ceiling, least, args.rows)
     write(
         f"profile_{args.preset or 'config'}_{config.precision}",
-        wall,
+        found.wall,
         "s a step, under the profiler",
         1,
         environment(trainer.device),
         dict(
-            seconds=kinds,
-            share={name: spent / wall for name, spent in kinds.items()},
+            seconds=found.kinds,
+            share={name: spent / found.wall for name, spent in found.kinds.items()},
             floor_seconds=least,
-            product_tflops=product_rate / 1e12,
-            product_tflops_at_first=at_first / 1e12,
-            copy_tb_s=bandwidth / 1e12,
+            product_tflops=ceiling.matmul_rate / 1e12,
+            product_tflops_at_first=ceiling.matmul_rate_at_first / 1e12,
+            copy_tb_s=ceiling.bandwidth / 1e12,
             kernels=[
-                dict(kernel=name, kind=what, seconds=spent, calls=calls)
-                for name, what, spent, calls in rows[: args.rows]
+                dict(kernel=k.name, kind=k.kind, seconds=k.seconds, calls=k.calls)
+                for k in found.kernels[: args.rows]
             ],
         ),
         command=" ".join(["python -m benchmarks.profile_step", *argv]),
     )
+
+
+def print_profile(
+    found: Profile, config: Config, ceiling: Ceilings, least: dict[str, float], rows: int
+) -> None:
+    speed = config.tokens_per_step / found.wall
+    print(
+        f"\n{found.wall:.3f} s a step, {speed:,.0f} tokens/s (under the profiler); ceilings "
+        f"{ceiling.matmul_rate / 1e12:.0f} TFLOP/s "
+        f"({ceiling.matmul_rate_at_first / 1e12:.0f} in the first moments), "
+        f"{ceiling.bandwidth / 1e12:.2f} TB/s"
+    )
+    for name, spent in sorted(found.kinds.items(), key=lambda item: -item[1]):
+        line = f"{name:28s} {spent:8.3f} s {100 * spent / found.wall:6.1f}%"
+        if least.get(name):
+            line += f"  {least[name]:8.3f} s floor, {spent / least[name]:5.2f} times"
+        print(line)
+    for kernel in found.kernels[:rows]:
+        each = kernel.seconds / kernel.calls
+        print(
+            f"{kernel.seconds * 1e3:9.1f} ms {kernel.calls:6d} x {each * 1e6:9.1f} us  "
+            f"{kernel.kind:22s} {kernel.name[:110]}"
+        )
 
 
 if __name__ == "__main__":
