@@ -1,11 +1,13 @@
-"""Which experts the held-out text's tokens go to: by kind of token and by package, in every layer, while a run learns.
+"""Which experts the tokens of the held-out text are sent to, by kind of token and by package.
 
     python -m studies.experts RUN           of a run's numbered checkpoints; writes RUN/experts.json
 
-How much an expert says of a token's kind is their mutual information, over pairs of a token and an expert that it is sent to.
-With finite text it is above zero even for unrelated labels, and neighbours in a text are alike; so it stands beside that of the
-same labels, turned round by a random distance. And experts differ before anything was learned, as equal tokens look alike to a
-router; so it stands beside that of the untrained model.
+It measures, in every layer and while a run learns, the mutual information between expert and token
+kind, over the routed tokens: each token counts once for each expert that it is sent to. Two other
+measurements stand beside it. In a finite text the mutual information is above zero even for
+unrelated labels, and neighbours in a text are alike. So it is also measured for the same labels,
+rotated by a random distance. And experts differ before anything was learned, as equal tokens look
+alike to a router. So it is also measured for the untrained model.
 """
 
 import dataclasses
@@ -15,8 +17,10 @@ import multiprocessing
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ from tokenizers import Tokenizer
 import data
 from cli import exit_code, new_parser
 from config import Config, ExperimentError, resumed_config
-from corpus.sources import Source, open_source
+from corpus import sources
 from corpus.tokenizer import load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
@@ -49,6 +53,8 @@ KINDS = (
     "prose",
     "whitespace",
 )
+# The kind of each type of token that pygments finds. The first type that fits counts, so the
+# special ones stand before the general ones.
 PYTHON = (
     (String.Doc, "docstring"),
     (String, "string"),
@@ -71,186 +77,250 @@ C = (
     (Punctuation, "C code"),
     (Name, "C code"),
 )
+# The lexer and the table of each suffix. Text with another suffix is prose.
 LANGUAGES = {
     ".py": (PythonLexer(), PYTHON),
     ".pyi": (PythonLexer(), PYTHON),
     ".pyx": (CythonLexer(), PYTHON),
     ".pxd": (CythonLexer(), PYTHON),
-    **{suffix: (CppLexer(), C) for suffix in (".h", ".hpp", ".hh", ".cuh")},
+    ".h": (CppLexer(), C),
+    ".hpp": (CppLexer(), C),
+    ".hh": (CppLexer(), C),
+    ".cuh": (CppLexer(), C),
 }
-NONE = 255  # the label of end-of-text and of what is no text of its language
-MOST_TOKENS = 1_000_000  # that are routed
-DOMAINS = 10  # the largest ones; the others together are one more
+LABELS = 256  # labels are bytes
+NONE = 255  # the label of end-of-text, and of characters for which the lexer finds no kind
+MOST_TOKENS = 1_000_000  # of the held-out text that are routed
+DOMAINS = 10  # that are named; the smaller ones together are one more
 SHUFFLES = 10
 TOP_TOKENS = 12  # of each expert
-FEWEST = 20  # times that such a token occurs
+FEWEST = 20  # times that a top token occurs
 
 
-# ---------------------------------------------------------------- labels of the held-out text
+# --- labels of the held-out text
 
 
 @dataclass
 class Labels:
-    """The tokens of the held-out text, each with its kind (a place in KINDS, or NONE) and domain (a place in `names`, or NONE)."""
+    """The tokens of the held-out text, and the kind and the domain of each."""
 
     tokens: np.ndarray
-    kinds: np.ndarray
-    domains: np.ndarray
+    kinds: np.ndarray  # indices in KINDS, or NONE; uint8
+    domains: np.ndarray  # indices in `names`, or NONE; uint8
     names: list[str]
 
 
 def character_kinds(text: str, suffix: str) -> np.ndarray:
-    """The kind of every character of a whole file, uint8; its language is known by its suffix, and without one it is prose."""
+    """The kind of every character of a whole file, uint8. Its suffix says its language."""
     if suffix not in LANGUAGES:
         return np.full(len(text), KINDS.index("prose"), np.uint8)
     lexer, table = LANGUAGES[suffix]
     kinds = np.full(len(text), NONE, np.uint8)
     for start, token_type, value in lexer.get_tokens_unprocessed(text):
-        kind = next((name for parent, name in table if token_type in parent), None)
-        if kind and token_type is not Error:
-            kinds[start : start + len(value)] = KINDS.index(kind)
+        if token_type is Error:
+            continue
+        for parent, name in table:
+            if token_type in parent:
+                kinds[start : start + len(value)] = KINDS.index(name)
+                break
     return kinds
 
 
 def token_kinds(offsets: np.ndarray, text: str, kinds: np.ndarray) -> np.ndarray:
-    """The kind of each token, of [first, last) in a text whose characters have `kinds`: that of its first character that is no
-    space; of spaces alone it is whitespace."""
-    n = len(text)
-    solid = np.where([not c.isspace() for c in text], np.arange(n), n)
-    following = np.append(np.minimum.accumulate(solid[::-1])[::-1], n)
-    place = following[offsets[:, 0]]
-    return np.where(
-        place < offsets[:, 1], np.append(kinds, NONE)[place], KINDS.index("whitespace")
-    ).astype(np.uint8)
+    """The kind of each token, uint8, from the kinds of the text's characters.
+
+    `offsets` [tokens, 2] are the first character of each token and the one after its last. A token
+    has the kind of its first character that is no space; a token of spaces is whitespace.
+    """
+    length = len(text)
+    indices = np.arange(length)
+    solid = np.where([not character.isspace() for character in text], indices, length)
+    # next_solid[i] is the first solid character from i on: a minimum over all that follow.
+    next_solid = np.append(np.minimum.accumulate(solid[::-1])[::-1], length)
+    first = next_solid[offsets[:, 0]]
+    kind_of_first = np.append(kinds, NONE)[first]
+    found = np.where(first < offsets[:, 1], kind_of_first, KINDS.index("whitespace"))
+    return found.astype(np.uint8)
 
 
-def _start_worker(tokenizer_json: str) -> None:
-    global tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each has a core
-    tokenizer, _ = load_tokenizer(tokenizer_json)
+class Located(NamedTuple):
+    """A chunk of the corpus, with the file and the domain that it comes from."""
+
+    path: str | None
+    domain: str
+    text: str
+    last: bool  # whether its document ends with it
 
 
-def _file_tokens(job: tuple[str, list[str], list[int], list[bool]]) -> tuple[list[int], np.ndarray]:
-    """Tokens and kinds of the chosen pieces of a file; -1 and NONE stand for an end-of-text that follows a piece."""
-    suffix, pieces, chosen, ends = job
-    kinds, starts = character_kinds("".join(pieces), suffix), np.cumsum([0, *map(len, pieces)])
-    tokens, labels = [], []
-    for i in chosen:
-        encoding = tokenizer.encode(pieces[i], add_special_tokens=False)
-        tokens += encoding.ids + [-1] * int(ends[i])
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        labels += [
-            token_kinds(offsets, pieces[i], kinds[starts[i] : starts[i + 1]]),
-            np.full(int(ends[i]), NONE, np.uint8),
-        ]
-    return tokens, np.concatenate(labels)
+class FileJob(NamedTuple):
+    """A file of which some chunks are held out, for a worker process."""
+
+    suffix: str
+    domain: str
+    chunks: list[str]  # all of them, as the kind of a character depends on what comes before it
+    held_out: list[bool]
+    ends: list[bool]  # whether end-of-text follows the chunk
 
 
-def domain(text: Source, data: str) -> str:
-    """The package that the file being read belongs to; of text that is not `installed`, tools.evaluate's domain."""
-    if data != "installed":
-        return text.domain()
+class FileTokens(NamedTuple):
+    """The tokens of a file's held-out chunks and their kinds; NONE is the kind of end-of-text."""
+
+    tokens: np.ndarray
+    kinds: np.ndarray
+    domain: str
+
+
+def domain(source: sources.Source, data_name: str) -> str:
+    """The package that the latest chunk of `installed` belongs to; else the source's own domain."""
+    if data_name != "installed" or source.path is None:
+        return source.domain()
+    path = Path(source.path)
     for packages in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        if Path(text.path).is_relative_to(packages):
-            return Path(text.path).relative_to(packages).parts[0]
+        if path.is_relative_to(packages):
+            return path.relative_to(packages).parts[0]
     return "Python's library"
 
 
+def _located_chunks(config: Config) -> Iterator[Located]:
+    source = sources.open_source(config)
+    for text, last in source.chunks():
+        yield Located(source.path, domain(source, config.data), text, last)
+
+
+def _file_jobs(config: Config, held: np.ndarray) -> Iterator[FileJob]:
+    """The files of which a chunk is held out; `held` says it of each chunk of the corpus."""
+    first = 0
+    for (path, name), group in itertools.groupby(_located_chunks(config), lambda c: c[:2]):
+        chunks = list(group)
+        mine = held[first : first + len(chunks)].tolist()
+        first += len(chunks)
+        if not any(mine):
+            continue
+        # End-of-text also stands where a chunk on the other side follows.
+        following = [*mine[1:], False]
+        yield FileJob(
+            suffix=Path(path or "").suffix.lower(),
+            domain=name,
+            chunks=[chunk.text for chunk in chunks],
+            held_out=mine,
+            ends=[chunk.last or not more for chunk, more in zip(chunks, following)],
+        )
+
+
+def _start_worker(tokenizer_json: str) -> None:
+    global tokenizer, end_of_text
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has a core
+    tokenizer, end_of_text = load_tokenizer(tokenizer_json)
+
+
+def _label_file(job: FileJob) -> FileTokens:
+    """Runs in a worker process: the tokens of a file's held-out chunks, and their kinds."""
+    kinds = character_kinds("".join(job.chunks), job.suffix)
+    tokens: list[int] = []
+    labels = []
+    first = 0
+    for text, held, ends in zip(job.chunks, job.held_out, job.ends):
+        characters = kinds[first : first + len(text)]
+        first += len(text)
+        if not held:
+            continue
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        tokens += encoding.ids
+        labels.append(token_kinds(offsets, text, characters))
+        if ends:
+            tokens.append(end_of_text)
+            labels.append(np.array([NONE], np.uint8))
+    return FileTokens(np.array(tokens, np.int64), np.concatenate(labels), job.domain)
+
+
 def label(config: Config, corpus: data.Corpus) -> Labels:
-    """Labels the corpus's held-out tokens. Raises ExperimentError when the text is no longer the one that was tokenized."""
-    chosen = held_out(config, corpus.data_hash, "Train it again on this text")
-    places: list[str] = []
+    """Labels the corpus's held-out tokens.
 
-    def jobs():
-        text, first = open_source(config), 0
-        pieces = ((text.path, domain(text, config.data), *piece) for piece in text.chunks())
-        for (path, place), group in itertools.groupby(pieces, key=lambda piece: piece[:2]):
-            _, _, texts, lasts = zip(*group)
-            mine = [*chosen[first : first + len(texts)], False]
-            first += len(texts)
-            if any(mine):
-                places.append(place)
-                yield (
-                    Path(path or "").suffix.lower(),
-                    list(texts),
-                    [i for i, take in enumerate(mine) if take],
-                    [last or not following for last, following in zip(lasts, mine[1:])],
-                )
-
-    tokens, kinds, of_file = [], [], []
-    with multiprocessing.get_context("fork").Pool(
-        cpu_cores(), _start_worker, (corpus.tokenizer_json,)
-    ) as pool:
-        for number, (ids, labels) in enumerate(pool.imap(_file_tokens, jobs(), chunksize=4)):
-            tokens.append(np.where(np.array(ids) < 0, corpus.end_of_text, ids))
-            kinds.append(labels)
-            of_file.append(np.full(len(ids), number))
-    tokens, kinds, of_file = (
-        np.concatenate(x) if x else np.empty(0, int) for x in (tokens, kinds, of_file)
-    )
+    Raises ExperimentError when the text is no longer the one that was tokenized.
+    """
+    held = held_out(config, corpus.data_hash, "Train it again on this text")
+    context = multiprocessing.get_context("fork")
+    with context.Pool(cpu_cores(), _start_worker, (corpus.tokenizer_json,)) as pool:
+        files = list(pool.imap(_label_file, _file_jobs(config, held), chunksize=4))
+    tokens = np.concatenate([np.empty(0, int), *(file.tokens for file in files)])
+    kinds = np.concatenate([np.empty(0, np.uint8), *(file.kinds for file in files)])
     if len(tokens) != len(corpus.validation) or (tokens != corpus.validation[:]).any():
         raise ExperimentError(
-            f"{config.data} is not the text that the run was trained on, so what was held out is not known. Train it "
-            "again on this text"
+            f"{config.data} is not the text that the run was trained on, so what was held out is "
+            "not known. Train it again on this text"
         )
-    names, numbers = np.unique(places, return_inverse=True)
-    sizes = np.bincount(numbers[of_file], minlength=len(names))
+    domains, names = _number_domains(files)
+    domains = np.where(tokens == corpus.end_of_text, NONE, domains).astype(np.uint8)
+    return Labels(tokens, kinds, domains, names)
+
+
+def _number_domains(files: list[FileTokens]) -> tuple[np.ndarray, list[str]]:
+    """For each token of the files the number of its domain, and the domains' names.
+
+    The largest domains come first; the others together are one more, the last.
+    """
+    names, domain_of_file = np.unique([file.domain for file in files], return_inverse=True)
+    domain_of_token = np.repeat(domain_of_file, [len(file.tokens) for file in files])
+    sizes = np.bincount(domain_of_token, minlength=len(names))
     largest = np.argsort(-sizes)[:DOMAINS]
-    shown = [str(names[i]) for i in largest] + (["others"] if len(names) > DOMAINS else [])
-    place = np.full(len(names), len(largest))
-    place[largest] = np.arange(len(largest))
-    return Labels(
-        tokens,
-        kinds,
-        np.where(tokens == corpus.end_of_text, NONE, place[numbers[of_file]]).astype(np.uint8),
-        shown,
-    )
+    shown = [str(names[i]) for i in largest]
+    if len(names) > DOMAINS:
+        shown.append("others")
+    number = np.full(len(names), len(largest))
+    number[largest] = np.arange(len(largest))
+    return number[domain_of_token], shown
 
 
-# ---------------------------------------------------------------- routes
+# --- routes
 
 
 @torch.no_grad()
 def routes(model: MoETransformer, windows: np.ndarray) -> np.ndarray:
-    """The experts [MoE blocks, windows, positions, top_k] that the tokens [windows, positions] are sent to."""
+    """The experts that the tokens [windows, positions] are sent to.
+
+    Returns uint8 [MoE blocks, windows, positions, top_k].
+    """
     chosen: list[np.ndarray] = []
+
+    def keep_expert_ids(_module, _inputs, outputs) -> None:
+        expert_ids = outputs[3]
+        chosen.append(expert_ids.to(torch.uint8).cpu().numpy())
+
     routers = [block.ffn.router for block in model.blocks if block.moe]
-    hooks = [
-        router.register_forward_hook(
-            lambda _module, _inputs, out: chosen.append(out[3].to(torch.uint8).cpu().numpy())
-        )
-        for router in routers
-    ]
-    device, together = model.norm.weight.device, model.config.batch_size
+    hooks = [router.register_forward_hook(keep_expert_ids) for router in routers]
+    device = model.norm.weight.device
+    batch = model.config.batch_size
     with attention_backends(device):
-        for first in range(0, len(windows), together):
-            model.hidden(
-                torch.from_numpy(windows[first : first + together].astype(np.int64)).to(device)
-            )
+        for first in range(0, len(windows), batch):
+            tokens = torch.from_numpy(windows[first : first + batch].astype(np.int64))
+            model.hidden(tokens.to(device))
     for hook in hooks:
         hook.remove()
-    return np.stack([np.concatenate(chosen[i :: len(routers)]) for i in range(len(routers))])
+    # The blocks ran in turn for each batch.
+    by_block = [np.concatenate(chosen[i :: len(routers)]) for i in range(len(routers))]
+    return np.stack(by_block)
 
 
-# ---------------------------------------------------------------- statistics
+# --- statistics
 
 
 def table(experts: np.ndarray, labels: np.ndarray, num_experts: int, number: int) -> np.ndarray:
-    """How many pairs each expert has of each label, [E, labels]: of experts [tokens, K] and labels [tokens]; NONE is left out."""
-    pairs = (
-        experts.astype(np.uint16) * 256 + labels[:, None]
-    )  # labels are bytes, and the last of them is NONE
-    return np.bincount(pairs.ravel(), minlength=num_experts * 256).reshape(num_experts, 256)[
-        :, :number
-    ]
+    """How many routed tokens of each label every expert has, [num_experts, number].
+
+    `experts` is [tokens, top_k], `labels` [tokens] in 0 ... number - 1. NONE is left out.
+    """
+    cells = experts.astype(np.uint16) * LABELS + labels[:, None]
+    counts = np.bincount(cells.ravel(), minlength=num_experts * LABELS)
+    return counts.reshape(num_experts, LABELS)[:, :number]
 
 
 def mutual_information(counts: np.ndarray) -> float:
-    """Of the rows and columns of a table of counts, in bits."""
+    """Between the rows and the columns of a table of counts, in bits."""
     p = counts / counts.sum()
     independent = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
-    there = p > 0
-    return float((p[there] * np.log2(p[there] / independent[there])).sum())
+    occurs = p > 0
+    return float((p[occurs] * np.log2(p[occurs] / independent[occurs])).sum())
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -259,136 +329,154 @@ def entropy_bits(counts: np.ndarray) -> float:
 
 
 def shuffled(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The labels in their order, begun elsewhere: neighbours stay neighbours, and none stays beside its token."""
-    return np.roll(labels, int(random.integers(len(labels) // 10, len(labels) - len(labels) // 10)))
+    """The labels rotated by a random distance, of a tenth of them at least.
+
+    Neighbours stay neighbours, and no label stays near its token.
+    """
+    least = len(labels) // 10
+    return np.roll(labels, int(random.integers(least, len(labels) - least)))
 
 
 def information(
     experts: np.ndarray, labels: np.ndarray, num_experts: int, number: int
 ) -> dict[str, list]:
-    """For each MoE block: the mutual information of experts [L, tokens, K] and labels in bits, and the mean and the largest of
-    that of shuffled labels."""
+    """The mutual information between expert and label in each MoE block, in bits.
+
+    `experts` is [MoE blocks, tokens, top_k]. "shuffled" and "shuffled_most" are the mean and the
+    largest of what shuffled labels give.
+    """
+
     random = np.random.default_rng(0)
-    bits = [mutual_information(table(layer, labels, num_experts, number)) for layer in experts]
     others = [shuffled(labels, random) for _ in range(SHUFFLES)]
-    baseline = np.array(
-        [
-            [mutual_information(table(layer, other, num_experts, number)) for other in others]
-            for layer in experts
-        ]
-    )
+    bits = []
+    baseline = []
+    for layer in experts:
+        bits.append(mutual_information(table(layer, labels, num_experts, number)))
+        tables = [table(layer, other, num_experts, number) for other in others]
+        baseline.append([mutual_information(counts) for counts in tables])
     return dict(
-        bits=bits, shuffled=baseline.mean(1).tolist(), shuffled_most=baseline.max(1).tolist()
+        bits=bits,
+        shuffled=np.mean(baseline, axis=1).tolist(),
+        shuffled_most=np.max(baseline, axis=1).tolist(),
     )
 
 
 def top_tokens(
     experts: np.ndarray, tokens: np.ndarray, num_experts: int, tokenizer: Tokenizer
 ) -> list[list]:
-    """For each expert the tokens that set it apart most, [text, share of its occurrences that go there]: those that come there more
-    often than expected, by their number times the logarithm of how much more often."""
+    """For each expert the tokens that distinguish it most, as [text, share of them sent there].
+
+    These are tokens that are sent there more often than expected. They are ordered by how often
+    they are, times the logarithm of how much more often.
+    """
     size = int(tokens.max()) + 1
-    counts = np.bincount(
-        (experts.astype(np.int64) * size + tokens[:, None]).ravel(), minlength=num_experts * size
-    ).reshape(num_experts, size)
-    occurs, load = np.bincount(tokens, minlength=size), counts.sum(1)
+    top_k = experts.shape[1]
+    cells = experts.astype(np.int64) * size + tokens[:, None]
+    counts = np.bincount(cells.ravel(), minlength=num_experts * size).reshape(num_experts, size)
+    occurrences = np.bincount(tokens, minlength=size)
+    load = counts.sum(1)
     found = []
-    for mine, share in zip(counts, load / load.sum()):
-        expected = share * occurs * experts.shape[1]
+    for sent, share in zip(counts, load / load.sum()):
+        expected = share * occurrences * top_k
         with np.errstate(divide="ignore", invalid="ignore"):
-            score = np.where(
-                (mine > expected) & (occurs >= FEWEST), mine * np.log(mine / expected), 0
-            )
-        best = [i for i in np.argsort(-score, kind="stable")[:TOP_TOKENS] if score[i] > 0]
-        found.append(
-            [
-                [
-                    tokenizer.decode([int(i)], skip_special_tokens=False),
-                    round(float(mine[i] / occurs[i]), 3),
-                ]
-                for i in best
-            ]
-        )
+            score = sent * np.log(sent / expected)
+        score = np.where((sent > expected) & (occurrences >= FEWEST), score, 0)
+        best = []
+        for token in np.argsort(-score, kind="stable")[:TOP_TOKENS]:
+            if score[token] > 0:
+                text = tokenizer.decode([int(token)], skip_special_tokens=False)
+                best.append([text, round(float(sent[token] / occurrences[token]), 3)])
+        found.append(best)
     return found
 
 
+# --- the analysis of a run
+
+
 def analyse(checkpoints: list[Path]) -> dict:
-    """What `results.json` keeps of a run: information by layer and step, and the tables and top tokens of the last checkpoint."""
+    """What results.json keeps of a run.
+
+    The mutual information by layer and step, and the tables and top tokens of the last checkpoint.
+    """
     config, _ = resumed_config(checkpoint.load(checkpoints[-1])["config"], {})
     corpus = data.prepare(config)
     labels = label(config, corpus)
-    length = config.max_seq_len
-    there = len(labels.tokens) // length
-    taken = min(there, max(1, MOST_TOKENS // length))
-    places = (np.arange(taken) * there // taken * length)[:, None] + np.arange(
-        length
-    )  # spread over the whole text
-    tokens, kinds, domains = (
-        x[places].ravel() for x in (labels.tokens, labels.kinds, labels.domains)
-    )
+    positions = _sampled_positions(len(labels.tokens), config.max_seq_len)
+    windows = labels.tokens[positions]
+    kinds = labels.kinds[positions].ravel()
+    domains = labels.domains[positions].ravel()
     steps = []
     for path in [None, *checkpoints]:
         model, step = _model(path, config)
-        experts = routes(model, labels.tokens[places])
+        experts = routes(model, windows)
         experts = experts.reshape(len(experts), -1, experts.shape[-1])
         del model
-        steps.append(
-            dict(
-                step=step,
-                tokens=step * config.tokens_per_step,
-                kind=information(experts, kinds, config.num_experts, len(KINDS)),
-                domain=information(experts, domains, config.num_experts, len(labels.names)),
-            )
-        )
+        kind = information(experts, kinds, config.num_experts, len(KINDS))
+        by_domain = information(experts, domains, config.num_experts, len(labels.names))
+        tokens_seen = step * config.tokens_per_step
+        steps.append(dict(step=step, tokens=tokens_seen, kind=kind, domain=by_domain))
         print(
-            f"step {step}: mean over layers {np.mean(steps[-1]['kind']['bits']):.4f} bits of the kind, "
-            f"{np.mean(steps[-1]['domain']['bits']):.4f} of the domain",
+            f"step {step}: mutual information of expert and kind "
+            f"{np.mean(kind['bits']):.4f} bits, of expert and domain "
+            f"{np.mean(by_domain['bits']):.4f} bits (mean over layers)",
             flush=True,
         )
-
-    def tables(labels, number):
-        return [table(layer, labels, config.num_experts, number).tolist() for layer in experts]
-
-    kind_tokens, domain_tokens = (
-        np.bincount(x[x != NONE], minlength=n)
-        for x, n in ((kinds, len(KINDS)), (domains, len(labels.names)))
-    )
     return dict(
         experts=dict(
-            layers=[i for i in range(config.n_layers) if config.is_moe(i)],
-            tokens=len(tokens),
+            layers=[layer for layer in range(config.n_layers) if config.is_moe(layer)],
+            tokens=len(kinds),
             without_kind=int((kinds == NONE).sum()),
             kinds=list(KINDS),
-            kind_tokens=kind_tokens.tolist(),
-            kind_entropy=entropy_bits(kind_tokens),
-            kind_table=tables(kinds, len(KINDS)),
+            **_label_facts("kind", kinds, len(KINDS), experts, config),
             domains=labels.names,
-            domain_tokens=domain_tokens.tolist(),
-            domain_entropy=entropy_bits(domain_tokens),
-            domain_table=tables(domains, len(labels.names)),
+            **_label_facts("domain", domains, len(labels.names), experts, config),
             steps=steps,
             top_tokens=[
-                top_tokens(layer, tokens, config.num_experts, corpus.tokenizer) for layer in experts
+                top_tokens(layer, windows.ravel(), config.num_experts, corpus.tokenizer)
+                for layer in experts
             ],
         )
     )
 
 
+def _sampled_positions(num_tokens: int, length: int) -> np.ndarray:
+    """Positions [windows, length] of the tokens to route: windows spread over the whole text."""
+    available = num_tokens // length
+    taken = min(available, max(1, MOST_TOKENS // length))
+    starts = np.arange(taken) * available // taken * length
+    return starts[:, None] + np.arange(length)
+
+
+def _label_facts(
+    name: str, labels: np.ndarray, number: int, experts: np.ndarray, config: Config
+) -> dict:
+    """How often each label occurs, the entropy of that, and the table of each MoE block."""
+    occurrences = np.bincount(labels[labels != NONE], minlength=number)
+    tables = [table(layer, labels, config.num_experts, number).tolist() for layer in experts]
+    return {
+        f"{name}_tokens": occurrences.tolist(),
+        f"{name}_entropy": entropy_bits(occurrences),
+        f"{name}_table": tables,
+    }
+
+
 def _model(path: Path | None, config: Config) -> tuple[MoETransformer, int]:
-    """The model of a checkpoint and its step; without one the model as it was before the first step."""
+    """The model of a checkpoint and its step; with no path, the model before the first step."""
     if path is not None:
         model, _, state = open_model(str(path), config.device, None)
         return model, state["step"]
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    config = dataclasses.replace(
+        config,
+        activation_checkpointing="none",
+        precision=config.precision if on_gpu else "fp32",
+    )
     with torch.device("meta"):
-        model = MoETransformer(
-            dataclasses.replace(
-                config,
-                activation_checkpointing="none",
-                precision=config.precision if device == "cuda" else "fp32",
-            )
-        )
-    return model.materialize(device).eval(), 0
+        model = MoETransformer(config)
+    return model.materialize("cuda" if on_gpu else "cpu").eval(), 0
+
+
+# --- the command
 
 
 def main(argv: list[str]) -> None:
@@ -397,18 +485,21 @@ def main(argv: list[str]) -> None:
         "run", type=Path, help="folder of a run with numbered checkpoints (--save_every)"
     )
     folder = parser.parse(argv).run
-    checkpoints = sorted(
-        folder.glob("checkpoint_step_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2])
-    )
+    checkpoints = sorted(folder.glob("checkpoint_step_*.pt"), key=_step_of)
     if not checkpoints:
         raise ExperimentError(
-            f"there is no checkpoint_step_N.pt in {folder}: train with --save_every, and --keep_checkpoints for several"
+            f"there is no checkpoint_step_N.pt in {folder}: train with --save_every, and "
+            "--keep_checkpoints for several"
         )
     found = analyse(checkpoints)
     temporary = folder / ".experts.json.tmp"
     temporary.write_text(json.dumps(found, indent=1))
     temporary.replace(folder / "experts.json")
     print(folder / "experts.json")
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.rpartition("_")[2])
 
 
 if __name__ == "__main__":

@@ -427,20 +427,23 @@ class _MicroBatches:
             if base.batch_size * multiple <= longest:
                 self.sizes.append(base.batch_size * multiple)
         self.wanted: list[Run] = []
+        self._runs: dict[tuple[str, int], list[Run]] = {}
 
     def at(self, mode: str, batch: int) -> list[Run]:
         """The runs of a mode at a micro-batch. The batch of a step stays as large as it can."""
-        timed = speeds(
-            self.base,
-            f"{mode}, {self.layers} layers, micro-batch {batch}",
-            self.tokens,
-            n_layers=self.layers,
-            activation_checkpointing=mode,
-            batch_size=batch,
-            offload_optimizer="false",
-            gradient_accumulation_steps=max(1, self.base.sequences_per_step // batch),
-        )
-        return [dataclasses.replace(run, may_not_fit=True) for run in timed]
+        if (mode, batch) not in self._runs:
+            timed = speeds(
+                self.base,
+                f"{mode}, {self.layers} layers, micro-batch {batch}",
+                self.tokens,
+                n_layers=self.layers,
+                activation_checkpointing=mode,
+                batch_size=batch,
+                offload_optimizer="false",
+                gradient_accumulation_steps=max(1, self.base.sequences_per_step // batch),
+            )
+            self._runs[mode, batch] = [dataclasses.replace(run, may_not_fit=True) for run in timed]
+        return self._runs[mode, batch]
 
     def want(self, batch: int) -> None:
         for mode in MODES:

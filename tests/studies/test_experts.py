@@ -1,10 +1,12 @@
-"""The analysis of what experts do: kinds of tokens, and what the expert says of them."""
+"""The analysis of what experts do: kinds of tokens, and their mutual information with the expert."""
 
 import numpy as np
 import pytest
 
+from corpus.tokenizer import load_tokenizer
 from studies import experts as experts_of
 from studies.experts import KINDS
+from tests.helpers import tokenizer_json
 
 
 def test_kinds_of_characters():
@@ -21,8 +23,42 @@ def test_kinds_of_characters():
     assert set(kinds("/* if */", ".h")) <= {"C comment", ""} and set(kinds("if", "")) == {"prose"}
 
 
+def test_a_token_has_the_kind_of_its_first_character_that_is_no_space():
+    text = "  ab cd "
+    kinds = np.array([0, 0, 1, 1, 2, 3, 3, 4], np.uint8)
+    offsets = np.array([[0, 2], [0, 4], [4, 7], [5, 7], [7, 8]])
+    space = KINDS.index("whitespace")
+    found = experts_of.token_kinds(offsets, text, kinds)
+    assert found.tolist() == [space, 1, 3, 3, space]
+
+
+def test_the_largest_domains_are_named_and_the_others_are_one():
+    """Two files of domain 0, and one of each other; domain n has n more tokens."""
+    files = []
+    for number in [0, *range(experts_of.DOMAINS + 2)]:
+        tokens = np.zeros(number + 5, np.int64)
+        files.append(experts_of.FileTokens(tokens, tokens.astype(np.uint8), f"d{number}"))
+    numbers, names = experts_of._number_domains(files)
+    assert len(names) == experts_of.DOMAINS + 1 and names[0] == "d11" and names[-1] == "others"
+    sizes = dict(zip(names, np.bincount(numbers).tolist()))
+    assert sizes["d11"] == 16 and sizes["d0"] == 10 and sizes["others"] == 6 + 7
+
+
+def test_the_tokens_that_distinguish_an_expert():
+    """Token 1 goes to expert 1, of ten other tokens half go to each; token 12 is too rare."""
+    tokens = np.array([1] * 40 + [*range(2, 12)] * 40 + [12] * 4)
+    experts = np.arange(len(tokens))[:, None] // 10 % 2
+    experts[tokens == 1] = 1
+    experts[tokens == 12] = 0
+    tokenizer, _ = load_tokenizer(tokenizer_json())
+    first, second = experts_of.top_tokens(experts, tokens, 2, tokenizer)
+    text = tokenizer.decode([1], skip_special_tokens=False)
+    assert second == [[text, 1.0]]
+    assert all(share == 0.5 for _, share in first) and len(first) == 10
+
+
 def test_information_of_experts_that_read_the_kind():
-    """Experts that are the kind say all of it; of the kinds moved by one token they say nothing, nor does the shuffled baseline."""
+    """Experts that are the kind have all its bits; with the kinds moved by one token, and with shuffled ones, there are none."""
     kinds = np.random.default_rng(0).integers(0, 4, 20_000).astype(np.uint8)
     chosen = np.stack([kinds, kinds], 1)[None]
     there, moved = (
