@@ -1,14 +1,13 @@
-"""TODO plan"""
+"""What the command `plan` reports: the facts as plain types, and the table of memory."""
 
 import dataclasses
 
 from config import Config
-from planner.choice import advise, choose
+from planner.choice import Choice, advise, choose
 from planner.machine import Machine
 from planner.sizes import checkpoint_gb
 
-# ---------------------------------------------------------------- report
-
+# Rows of the memory table: a component's key and its label.
 COMPONENTS = dict(
     weights="Model weights",
     gradients="Gradients",
@@ -20,81 +19,136 @@ COMPONENTS = dict(
 )
 
 
-def memory_table(
-    predicted: dict, measured: dict | None = None, capacity_gb: float | None = None
-) -> str:
-    """The memory table in GB: predicted, and measured where known, with the total and the headroom."""
-    rows = [("Component", "Predicted (GB)") + (("Measured (GB)",) if measured else ())]
+def build_plan(
+    config: Config,
+    preset: str,
+    machine: Machine,
+    measured: tuple[float, str] | None = None,
+) -> dict:
+    """Everything that `plan` prints, as plain types. Sizes are in GB of 1e9 bytes.
 
+    `measured` is a training speed in tokens/s and the options that it was measured with.
+
+    `choice`, `options` and `memory_gb` are the fastest choice that fits, or else the smallest one;
+    `advice` then says what would fit, and `advised_memory_gb` what that takes.
+    """
+    choice, kept = choose(config, machine, fixed_batch=False)
+    fits = choice.fits(machine)
+    tokens_per_run = config.tokens_per_step * config.max_steps
+
+    speed = None
+    hours = None
+    measured_with = None
+    if measured:
+        speed, measured_with = measured
+        hours = tokens_per_run / speed / 3600
+
+    advice = None
+    advised_memory_gb = None
+    if not fits:
+        advice, advised = advise(choice, config, machine)
+        if advised:
+            advised_memory_gb = _rounded(advised.memory_gb)
+
+    return dict(
+        preset=preset,
+        total_params=config.total_params,
+        active_params=config.active_params,
+        gpu=machine.name,
+        gpu_memory_gb=round(machine.memory_gb, 1),
+        host_memory_gb=round(machine.host_memory_gb, 1),
+        fits=fits,
+        as_configured=kept,
+        tokens_per_step=config.tokens_per_step,
+        tokens_per_run=tokens_per_run,
+        checkpoint_gb=round(checkpoint_gb(config), 3),
+        tokens_per_second=speed,
+        hours=hours,
+        measured_with=measured_with,
+        memory_gb=_rounded(choice.memory_gb),
+        shortage=choice.shortage(machine),
+        advice=advice,
+        advised_memory_gb=advised_memory_gb,
+        choice=_chosen_values(choice),
+        options=choice.options(config),
+    )
+
+
+def _rounded(memory_gb: dict[str, float]) -> dict[str, float]:
+    return {key: round(size, 3) for key, size in memory_gb.items()}
+
+
+def _chosen_values(choice: Choice) -> dict:
+    values = dataclasses.asdict(choice)
+    del values["memory_gb"]  # it has an entry of its own
+    if not choice.lighter_blocks:
+        del values["lighter_blocks"]
+    return values
+
+
+# ---------------------------------------------------------------- text
+
+
+def memory_table(
+    predicted: dict[str, float],
+    measured: dict[str, float] | None = None,
+    capacity_gb: float | None = None,
+) -> str:
+    """The table of memory in GB: predicted, and measured where known.
+
+    It has a row for each component, the total, the headroom under `capacity_gb`, and host memory if
+    there is any. A component that COMPONENTS does not name is labelled with its key.
+    """
     digits = 2 if predicted["total"] >= 10 else 3
 
-    def row(label, key):
-        rows.append(
-            (label, f"{predicted[key]:.{digits}f}")
-            + ((f"{measured[key]:.{digits}f}" if key in measured else "-",) if measured else ())
-        )
+    def cell(sizes: dict[str, float], key: str) -> str:
+        return f"{sizes[key]:.{digits}f}" if key in sizes else "-"
 
-    for key, label in COMPONENTS.items():
-        row(label, key)
-    row("Total", "total")
-    if capacity_gb and "total" in (measured or predicted):
-        rows.append(
-            ("Headroom", f"{capacity_gb - predicted['total']:.{digits}f}")
-            + ((f"{capacity_gb - measured['total']:.{digits}f}",) if measured else ())
-        )
+    def row(label: str, key: str) -> list[str]:
+        cells = [label, cell(predicted, key)]
+        if measured:
+            cells.append(cell(measured, key))
+        return cells
+
+    header = ["Component", "Predicted (GB)"]
+    if measured:
+        header.append("Measured (GB)")
+    rows = [header]
+    for key in predicted:
+        if key not in ("total", "host"):
+            rows.append(row(COMPONENTS.get(key, key), key))
+    rows.append(row("Total", "total"))
+
+    # A CPU's measured sizes have no total: only what stays is known exactly.
+    columns = [predicted]
+    if measured:
+        columns.append(measured)
+    if capacity_gb and "total" in columns[-1]:
+        left = [f"{capacity_gb - sizes['total']:.{digits}f}" for sizes in columns]
+        rows.append(["Headroom", *left])
+
     if predicted["host"]:
-        row("Host memory (streamed state)", "host")
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([r[0].ljust(widths[0])] + [x.rjust(n) for x, n in zip(r[1:], widths[1:])])
-        for r in rows
-    ]
+        rows.append(row("Host memory (streamed state)", "host"))
+    return _aligned(rows)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Rows as text, the first column to the left, with a line under the header."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for label, *numbers in rows:
+        cells = [label.ljust(widths[0])]
+        for number, width in zip(numbers, widths[1:]):
+            cells.append(number.rjust(width))
+        lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
 
 
 def format_count(n: float) -> str:
-    """A large number in words: 17.97B, 4.46M, 1,920."""
-    return f"{n / 1e9:,.2f}B" if n >= 1e9 else f"{n / 1e6:,.2f}M" if n >= 1e6 else f"{n:,.0f}"
-
-
-def build_plan(
-    c: Config, preset: str, machine: Machine, measured: tuple[float, str] | None = None
-) -> dict:
-    """Everything `plan` prints, as plain types; see its keys.
-
-    `measured` is a training speed in tokens/s and the options it was measured with.
-    """
-    choice, kept = choose(c, machine, fixed_batch=False)
-    speed, measured_with = measured or (None, None)
-    words, instead = (None, None) if choice.fits(machine) else advise(choice, c, machine)
-
-    def rounded(memory_gb: dict) -> dict:
-        return {k: round(v, 3) for k, v in memory_gb.items()}
-
-    return dict(
-        preset=preset,
-        total_params=c.total_params,
-        active_params=c.active_params,
-        gpu=machine.name,
-        gpu_memory_gb=round(machine.memory_gb, 1),
-        host_memory_gb=round(machine.host_memory_gb, 1),
-        fits=choice.fits(machine),
-        as_configured=kept,
-        tokens_per_step=c.tokens_per_step,
-        tokens_per_run=c.tokens_per_step * c.max_steps,
-        checkpoint_gb=round(checkpoint_gb(c), 3),
-        tokens_per_second=speed,
-        hours=c.tokens_per_step * c.max_steps / speed / 3600 if speed else None,
-        measured_with=measured_with,
-        memory_gb=rounded(choice.memory_gb),
-        shortage=choice.shortage(machine),
-        advice=words,
-        advised_memory_gb=rounded(instead.memory_gb) if instead else None,
-        choice={
-            f.name: getattr(choice, f.name)
-            for f in dataclasses.fields(choice)
-            if f.name != "memory_gb" and (f.name != "lighter_blocks" or choice.lighter_blocks)
-        },
-        options=choice.options(c),
-    )
+    """A large number in short: 17.97B, 4.46M, 1,920."""
+    if n >= 1e9:
+        return f"{n / 1e9:,.2f}B"
+    if n >= 1e6:
+        return f"{n / 1e6:,.2f}M"
+    return f"{n:,.0f}"
