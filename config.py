@@ -492,7 +492,7 @@ _COMMON = dict(
 #
 # "18b" is the shipped configuration. It names every field that any preset names, with its shipped
 # value: a default that differs from it was edited (see `edited_defaults`).
-PRESETS = {
+PRESETS: dict[str, dict] = {
     "18b": dict(
         _COMMON,
         d_model=4096,

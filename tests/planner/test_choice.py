@@ -1,0 +1,231 @@
+"""The choice that follows from the predicted bytes."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from config import PRESETS, Config
+from planner.choice import Choice, apply_choice, candidates, choose, could_fit, next_smaller
+from planner.machine import CONTEXT_GB, GPUS, USABLE, Machine, find_machine
+from planner.sizes import predict_memory
+
+MACHINES = {name: find_machine(gpu=name) for name in GPUS}
+MODES = ("none", "selective", "full")
+
+
+def config_of(preset: str, **changes) -> Config:
+    return Config(**{**PRESETS[preset], **changes})
+
+
+@pytest.mark.parametrize("preset, gpu", itertools.product(PRESETS, GPUS))
+def test_every_preset_has_a_sane_choice_on_every_gpu(preset, gpu):
+    c, machine = config_of(preset), MACHINES[gpu]
+    choice, kept = choose(c, machine, fixed_batch=False)
+    applied = apply_choice(c, choice)
+    assert applied.tokens_per_step == c.tokens_per_step and 1 <= choice.batch_size <= c.batch_size
+    assert choice.memory_gb == predict_memory(
+        applied,
+        choice.activation_checkpointing,
+        choice.batch_size,
+        choice.offload_optimizer,
+        choice.lighter_blocks,
+    )
+    fits = (
+        choice.memory_gb["total"] <= (machine.memory_gb - CONTEXT_GB) * USABLE
+        and choice.memory_gb["host"] <= 0.9 * machine.host_memory_gb
+    )
+    assert choice.fits(machine) == fits
+    if not fits:
+        assert not kept and not any(x.fits(machine) for x in candidates(c))
+        assert choice.memory_gb["total"] == min(x.memory_gb["total"] for x in candidates(c))
+
+
+@pytest.mark.parametrize(
+    "preset, gpu, fits, expected",
+    [
+        ("18b", "b200", True, dict(batch_size=4, offload_optimizer=False)),
+        ("18b", "h200", True, dict(batch_size=4, offload_optimizer=True)),
+        ("18b", "h100", True, dict(batch_size=2, offload_optimizer=True)),
+        (
+            "18b",
+            "rtx4090",
+            False,
+            dict(batch_size=1, offload_optimizer=True, activation_checkpointing="full"),
+        ),
+        ("25b", "h200", True, dict(offload_optimizer=True)),
+        ("5b", "h100", True, dict(batch_size=4, offload_optimizer=False)),
+        ("2b", "a100-40", True, dict(batch_size=4, offload_optimizer=False)),
+        (
+            "small",
+            "rtx4090",
+            True,
+            dict(batch_size=16, offload_optimizer=False, activation_checkpointing="none"),
+        ),
+    ],
+)
+def test_known_answers(preset, gpu, fits, expected):
+    host = 256 if preset == "25b" else 0
+    machine = find_machine(host, gpu)
+    choice, _ = choose(config_of(preset), machine, fixed_batch=False)
+    assert choice.fits(machine) == fits and expected.items() <= dataclasses.asdict(choice).items()
+
+
+def test_auto_is_the_fastest_that_fits():
+    c = config_of("18b", activation_checkpointing="auto")
+    chosen = {}
+    for memory_gb in (60, 84, 90, 100, 120, 150, 190, 230, 300, 600):
+        machine = Machine("a GPU", memory_gb, 1000)
+        choice, kept = choose(c, machine, fixed_batch=False)
+        assert kept == choice.fits(machine) == (memory_gb > 60)
+        chosen[memory_gb] = (
+            choice.activation_checkpointing,
+            choice.batch_size,
+            choice.offload_optimizer,
+        )
+        if kept and choice.activation_checkpointing != "none":  # down to the last block
+            more = predict_memory(
+                c,
+                choice.activation_checkpointing,
+                choice.batch_size,
+                choice.offload_optimizer,
+                choice.lighter_blocks + 1,
+            )
+            assert choice.memory_gb["total"] <= machine.usable_gb < more["total"]
+    assert (
+        chosen[600] == ("none", 4, False)
+        and chosen[300] == ("none", 4, False)
+        and chosen[230] == ("none", 2, False)
+    )
+    assert (
+        chosen[84] == ("full", 1, True)
+        and chosen[100] == ("selective", 1, True)
+        and chosen[120] == ("selective", 2, True)
+    )
+
+
+def test_the_last_blocks_recompute_less_where_the_configuration_says_so():
+    """And the plan is told: with all of them lighter it is the next mode; the backward pass of a full block needs no room beside
+    the lighter ones' activations, which are gone by then."""
+    c = config_of("18b")
+    full, selective = (
+        predict_memory(c, mode, 2, offload=True)["total"] for mode in ("full", "selective")
+    )
+    totals = [
+        predict_memory(c, "full", 2, True, lighter)["total"] for lighter in range(c.n_layers + 1)
+    ]
+    assert totals[0] == full and totals[-1] == selective and totals == sorted(totals)
+    assert [c.checkpointing_of(i) for i in (0, 39)] == ["full", "full"]
+    mixed = dataclasses.replace(c, lighter_blocks=1)
+    assert [mixed.checkpointing_of(i) for i in (0, 38, 39)] == ["full", "full", "selective"]
+    one, none = candidates(mixed, ["full"])[0], candidates(c, ["full"])[0]
+    assert (one.lighter_blocks, none.lighter_blocks) == (1, 0) and {
+        x.lighter_blocks for x in candidates(mixed)
+    } == set(range(40))
+    assert (
+        "--lighter_blocks 1 " in one.options(c)
+        and "lighter" not in none.options(c)
+        and "--lighter_blocks 0 " in none.options(mixed)
+    )
+    assert apply_choice(c, one).lighter_blocks == 1
+
+
+def test_advice_takes_back_lighter_blocks_that_do_not_fit():
+    machine = find_machine(256, "h100")
+    choice, kept = choose(
+        config_of("18b", activation_checkpointing="auto"), machine, fixed_batch=False
+    )
+    assert kept and choice.lighter_blocks > 0
+    less = next_smaller(apply_choice(config_of("18b"), choice), choice)
+    assert less.memory_gb["total"] < 0.95 * choice.memory_gb["total"]
+    choice, kept = choose(
+        config_of("18b", activation_checkpointing="selective", lighter_blocks=38),
+        machine,
+        fixed_batch=False,
+    )
+    assert not kept and choice.fits(machine)
+
+
+def test_what_the_configuration_fixes_is_kept_where_it_fits():
+    big = Machine("a GPU", 1000, 1000)
+    for mode, offload in itertools.product(MODES, ("true", "false")):
+        choice, kept = choose(
+            config_of("18b", activation_checkpointing=mode, offload_optimizer=offload),
+            big,
+            fixed_batch=True,
+        )
+        assert kept and (
+            choice.activation_checkpointing,
+            str(choice.offload_optimizer).lower(),
+        ) == (mode, offload)
+    choice, kept = choose(
+        config_of("18b", offload_optimizer="false"), MACHINES["h200"], fixed_batch=False
+    )
+    assert not kept and choice.offload_optimizer and choice.fits(MACHINES["h200"]), (
+        "fits, but not as configured"
+    )
+    choice, kept = choose(config_of("18b"), MACHINES["h100"], fixed_batch=True)
+    assert not kept and choice.fits(MACHINES["h100"]) and choice.batch_size < 4
+
+
+@pytest.mark.parametrize("preset, lighter", [("2b", 0), ("5b", 0), ("5b", 20), ("18b", 0)])
+@pytest.mark.parametrize("gpu", ["rtx4090", "h100"])
+def test_what_could_fit_is_what_a_search_of_all_candidates_finds(preset, lighter, gpu):
+    c, machine = (
+        Config(**PRESETS[preset] | dict(activation_checkpointing="full", lighter_blocks=lighter)),
+        find_machine(0, gpu),
+    )
+    assert could_fit(c, machine) == choose(c, machine, fixed_batch=False)[0].fits(machine)
+
+
+def test_advice_is_never_refused_for_gradients_on_the_host():
+    """They need a streamed optimizer state: advice without one takes them back, and what goes on as asked has one."""
+    c = config_of("small", host_gradient_blocks=12)
+    for machine in (Machine("a GPU", 8, 16), Machine("a GPU", 90, 16), Machine(None, 0, 16)):
+        choice, _ = choose(c, machine, fixed_batch=True)
+        assert choice.offload_optimizer or "--host_gradient_blocks 0 " in choice.options(c)
+    less = [next_smaller(c, x) for x in candidates(c)]
+    assert all(
+        x is None or x.offload_optimizer or "--host_gradient_blocks 0 " in x.options(c)
+        for x in less
+    )
+
+
+def test_streaming_needs_the_hosts_memory():
+    c = config_of("18b")
+    assert choose(c, Machine("a GPU", 150, 84), fixed_batch=False)[0].fits(
+        Machine("a GPU", 150, 84)
+    )
+    assert not choose(c, Machine("a GPU", 150, 80), fixed_batch=False)[0].fits(
+        Machine("a GPU", 150, 80)
+    )
+    small, cpu = config_of("small", precision="bf16"), Machine(None, 0, 200)
+    assert choose(small, cpu, False)[0].memory_gb == predict_memory(
+        small, "none", 16, False, cpu=True
+    ), "a CPU's figures"
+    for machine in (cpu, Machine(None, 0, 20)):
+        assert choose(c, machine, fixed_batch=False)[0].offload_optimizer is False, (
+            "nothing to stream from on a CPU"
+        )
+    assert not Choice(1, 1, "full", False, dict(total=150, host=40)).fits(cpu)
+    assert Choice(1, 1, "full", False, dict(total=140, host=30)).fits(cpu)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_candidates_keep_the_tokens_of_a_step_and_smaller_needs_less(preset):
+    c = config_of(preset)
+    everything = candidates(c)
+    assert {x.batch_size * x.gradient_accumulation_steps for x in everything} == {
+        c.sequences_per_step
+    }
+    assert {x.batch_size for x in everything} == {
+        b for b in range(1, c.batch_size + 1) if c.sequences_per_step % b == 0
+    }
+    smallest = min(x.memory_gb["total"] for x in everything)
+    for used in everything[::17] + everything[-1:]:
+        less = next_smaller(c, used)
+        if less is None:
+            assert smallest >= 0.95 * used.memory_gb["total"]
+        else:
+            assert less.memory_gb["total"] < 0.95 * used.memory_gb["total"]
+            assert less.batch_size * less.gradient_accumulation_steps == c.sequences_per_step

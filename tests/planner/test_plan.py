@@ -1,0 +1,34 @@
+"""What `plan` reports."""
+
+from planner.plan import COMPONENTS, format_count, memory_table
+
+
+def test_table():
+    sizes = dict.fromkeys((*COMPONENTS, "host"), 0.0) | dict(
+        weights=10.0, gradients=10.0, activations=2.25, total=22.25
+    )
+    lines = memory_table(sizes, capacity_gb=25).splitlines()
+    assert lines[0].split() == ["Component", "Predicted", "(GB)"] and set(lines[1]) == {"-"}
+    assert len({len(line) for line in lines}) == 1 and "Host" not in "".join(lines)
+    cells = {line.rsplit(None, 1)[0].strip(): line.split()[-1] for line in lines[2:]}
+    assert (
+        cells["Model weights"] == "10.00"
+        and cells["Activations"] == "2.25"
+        and cells["Total"] == "22.25"
+    )
+    assert cells["Headroom"] == "2.75" and len(cells) == len(COMPONENTS) + 2
+
+    measured = dict(weights=10.0, activations=3.0, total=24.0)
+    lines = memory_table(sizes | dict(host=70.0), measured, 25).splitlines()
+    cells = {line[:30].strip(): line[30:].split() for line in lines[2:]}
+    assert cells["Activations"] == ["2.25", "3.00"] and cells["Headroom"] == ["2.75", "1.00"]
+    assert cells["Gradients"][-1] == "-" and cells["Host memory (streamed state)"] == ["70.00", "-"]
+    assert "0.004" in memory_table(dict.fromkeys((*COMPONENTS, "host", "total"), 0.004))
+
+
+def test_large_numbers_in_words():
+    assert [format_count(n) for n in (17_966_970_880, 4_460_000, 1_920)] == [
+        "17.97B",
+        "4.46M",
+        "1,920",
+    ]

@@ -1,0 +1,356 @@
+"""Predicted bytes against real tensors and measured peaks."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from config import (
+    OPTIMIZER_BUCKET,
+    PRESETS,
+    Config,
+    FeedForward,
+    OptimizerGroup,
+    optimizer_groups,
+    parameter_table,
+)
+from engine.offload import GradientOffload
+from model import COMPUTE_DTYPE, MoETransformer
+from moe import MoE, SwiGLU
+from muon import build_optimizers
+from planner.machine import Machine
+from planner.plan import build_plan, memory_table
+from planner.sizes import CPU_LIBRARY_GB, activation_bytes_per_token, checkpoint_gb, predict_memory
+from tests.helpers import tiny_config, write_checkpoint
+
+COMPONENTS = ("weights", "gradients", "master", "momentum", "adamw", "activations", "workspace")
+MODES = ("none", "selective", "full")
+
+
+def config_of(preset: str, **changes) -> Config:
+    return Config(**{**PRESETS[preset], **changes})
+
+
+# ---------------------------------------------------------------- what stays
+
+
+def after_a_backward_pass(config: Config) -> SimpleNamespace:
+    """A model on a CPU with gradients, its optimizers, and what is in host memory."""
+    model = MoETransformer(config)
+    parameters = dict(model.named_parameters())
+    gradient_offload = GradientOffload(model, config.host_gradient_blocks)
+    offload = config.offload_optimizer == "true"
+    optimizers = build_optimizers(
+        config, parameters, offload=offload, gradient_offload=gradient_offload
+    )
+    tokens = torch.zeros(config.batch_size, config.max_seq_len, dtype=torch.long)
+    gradient_offload.micro_batch(0, 1)
+    model(tokens, tokens)[0].backward()
+    return SimpleNamespace(
+        model=model,
+        parameters=parameters,
+        optimizers=optimizers,
+        gradient_offload=gradient_offload,
+    )
+
+
+SMALL = dict(d_model=64, d_ff=96, n_kv_heads=2, vocab_size=512)
+
+FORMS = {
+    "fp32": dict(precision="fp32"),
+    "bf16": dict(precision="bf16"),
+    "fp16": dict(precision="fp16"),
+    "fp16-masters": dict(precision="fp16", master_weights="fp32"),
+    "tied": dict(precision="bf16", tie_embeddings=True),
+    "dense": dict(precision="fp16", num_experts=0),
+    "streamed": dict(precision="bf16", offload_optimizer="true"),
+    "gradients streamed": dict(precision="bf16", offload_optimizer="true", host_gradient_blocks=1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_gradients_and_state_are_those_of_a_run(form):
+    config = tiny_config(**SMALL | FORMS[form])
+    run = after_a_backward_pass(config)
+    states = []
+    for optimizer in run.optimizers.values():
+        states += optimizer.state.tensors.values()
+
+    def state_bytes(*keys):
+        return sum(s[key].nbytes for s in states for key in keys if key in s)
+
+    parameters = run.parameters.values()
+    expected = dict(
+        weights=sum(p.nbytes for p in parameters),
+        gradients=sum(p.grad.nbytes for p in parameters if p.grad is not None),
+        master=state_bytes("residual"),
+        momentum=state_bytes("momentum"),
+        adamw=state_bytes("exp_avg", "exp_avg_sq"),
+        host=sum(t.nbytes for t in run.gradient_offload.tensors.values()),
+    )
+    offload = config.offload_optimizer == "true"
+    if offload:
+        for key in ("master", "momentum", "adamw"):
+            expected["host"] += expected[key]
+            expected[key] = 0
+    found = predict_memory(config, "none", 2, offload)
+    assert {key: round(found[key] * 1e9) for key in expected} == expected
+    assert found["total"] == pytest.approx(sum(found[key] for key in COMPONENTS))
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "fp16-masters"])
+def test_checkpoint_has_the_predicted_size(tmp_path, form):
+    config = tiny_config(**SMALL | FORMS[form] | dict(d_model=128, d_ff=256))
+    path = tmp_path / "checkpoint.pt"
+    state = write_checkpoint(path, config)
+    size = path.stat().st_size - len(state["tokenizer_json"])
+    assert size / 1e9 == pytest.approx(checkpoint_gb(config), rel=0.03)
+
+
+# ---------------------------------------------------------------- what a block keeps
+
+SHAPES = {
+    "dense": dict(num_experts=0),
+    "dense grouped": dict(num_experts=0, n_kv_heads=2),
+    "moe top-1": dict(top_k=1),
+    "moe grouped": dict(n_kv_heads=1, top_k=3),
+}
+
+
+def bytes_kept_per_token(config: Config) -> float:
+    """What the first block keeps between its forward and its backward pass, when it is compiled."""
+    torch._dynamo.reset()
+    model = MoETransformer(config)
+    block = model.blocks[0]
+    block.compile(fullgraph=True, backend="aot_eager_decomp_partition")
+    stays = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in stays and tensor.dtype != torch.uint8:  # a generator's state
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.randn(2, config.max_seq_len, config.d_model, dtype=COMPUTE_DTYPE[config.precision])
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), model.autocast():
+        out = block(x)  # what was kept lives as long as this does
+    del out
+    return sum(kept.values()) / x[..., 0].numel()
+
+
+BLOCK = dict(
+    d_model=128,
+    d_ff=344,
+    n_heads=4,
+    n_layers=1,
+    moe_every=1,
+    num_experts=8,
+    max_seq_len=256,
+    precision="bf16",
+)
+
+
+@pytest.mark.parametrize(
+    "shape, mode",
+    [
+        *itertools.product(("dense", "moe grouped"), MODES),
+        ("dense grouped", "selective"),
+        ("moe top-1", "none"),
+    ],
+)
+def test_activations_are_what_a_compiled_block_keeps(shape, mode):
+    config = tiny_config(**BLOCK | SHAPES[shape] | dict(activation_checkpointing=mode))
+    predicted = activation_bytes_per_token(config, 0, mode)
+    assert bytes_kept_per_token(config) == pytest.approx(predicted, rel=0.01)
+
+
+# ---------------------------------------------------------------- peaks
+
+CPU_SHAPES = {
+    "moe": dict(),
+    "dense": dict(num_experts=0),
+    "grouped": dict(n_kv_heads=1, top_k=3),
+    "mixed": dict(moe_every=2),
+    "few tokens": dict(max_seq_len=64, d_ff=512),
+    "vocabulary": dict(vocab_size=8192),
+    "tied": dict(tie_embeddings=True),
+    "masters": dict(master_weights="fp32"),
+    "adamw": dict(optimizer="adamw"),
+}
+
+
+def live_bytes(call) -> int:
+    """The peak of what PyTorch's CPU allocator hands out in a call, beyond what was there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+STEP = dict(
+    d_model=128,
+    d_ff=208,
+    n_heads=4,
+    n_kv_heads=4,
+    num_experts=8,
+    n_layers=2,
+    moe_every=1,
+    max_seq_len=512,
+    vocab_size=1024,
+)
+
+
+def check_step_on_a_cpu(config: Config) -> None:
+    """Predicts no less than a step takes, and not far more.
+
+    The libraries' own memory is none that PyTorch's allocator knows of.
+    """
+    run = after_a_backward_pass(config)
+    tokens = torch.zeros(2, config.max_seq_len, dtype=torch.long)
+    backward = live_bytes(lambda: run.model(tokens, tokens)[0].backward())
+    optimizer = live_bytes(lambda: [o.step(0.01, 1.0) for o in run.optimizers.values()])
+
+    sizes = predict_memory(config, config.activation_checkpointing, 2, offload=False, cpu=True)
+    libraries = CPU_LIBRARY_GB[4 if config.precision == "fp32" else 2]
+    activations = (sizes["activations"] - libraries) * 1e9
+    workspace = sizes["workspace"] * 1e9
+    assert backward * 0.97 < activations < backward * 1.2
+    assert optimizer * 0.97 < activations + workspace < max(1.2 * optimizer, activations + 1)
+
+
+@pytest.mark.parametrize(
+    "shape, precision, mode",
+    [
+        ("moe", "fp32", "none"),
+        ("moe", "fp32", "full"),
+        ("moe", "fp16", "full"),
+        *itertools.product(("moe", "dense"), ("bf16",), MODES),
+        *((shape, "bf16", "none") for shape in CPU_SHAPES if shape not in ("moe", "dense")),
+    ],
+)
+def test_a_step_on_a_cpu_takes_the_predicted_memory(shape, precision, mode):
+    values = STEP | CPU_SHAPES[shape]
+    check_step_on_a_cpu(
+        tiny_config(**values | dict(precision=precision, activation_checkpointing=mode))
+    )
+
+
+@pytest.mark.parametrize(
+    "batch_size, mode, measured_gb", [(2, "none", 129.06), (2, "full", 77.8), (1, "full", 76.0)]
+)
+def test_forward_and_backward_of_18b_are_as_measured_on_a_gpu(batch_size, mode, measured_gb):
+    """Peaks of an 18B model of these shapes on an H200."""
+    sizes = predict_memory(config_of("18b"), mode, batch_size, offload=True)
+    assert sizes["weights"] + sizes["gradients"] + sizes["activations"] == pytest.approx(
+        measured_gb, rel=0.02
+    )
+
+
+def test_workspace_is_what_the_optimizer_needs_beyond_the_activations():
+    c = config_of("18b", max_seq_len=64, num_experts=0, vocab_size=512)
+    here, streamed = (predict_memory(c, "full", 1, offload) for offload in (False, True))
+    piece = OPTIMIZER_BUCKET // (4096 * 11008) * (4096 * 11008)  # whole matrices
+    assert here["activations"] + here["workspace"] == pytest.approx(
+        (4 * piece + 8 * 4096**2 * 5) / 1e9
+    )
+    assert streamed["workspace"] - here["workspace"] == pytest.approx(16 * piece / 1e9), (
+        "groups under way"
+    )
+    plain = predict_memory(dataclasses.replace(c, master_weights="fp32"), "full", 1, False)
+    assert plain["activations"] + plain["workspace"] == pytest.approx(24 * piece / 1e9)
+    assert predict_memory(config_of("18b"), "selective", 4, offload=True)["workspace"] == 0
+
+
+# ---------------------------------------------------------------- what may be added
+
+
+class MoEWithSharedExpert(MoE):
+    """An expert that every token passes through, beside the routed ones."""
+
+    def __init__(self, config, dtype):
+        super().__init__(config, dtype)
+        self.shared = SwiGLU(config, dtype)
+
+    def forward(self, x_BSD):
+        routed_BSD, statistics = super().forward(x_BSD)
+        return routed_BSD + self.shared(x_BSD), statistics
+
+
+@pytest.fixture
+def shared_expert(monkeypatch):
+    """The model and the configuration's tables with a shared expert in each MoE block."""
+    feed_forwards = Config.feed_forwards
+
+    def with_shared(config, layer):
+        networks = feed_forwards(config, layer)
+        if config.is_moe(layer):
+            networks.append(FeedForward("ffn.shared", "dense_ffn", config.d_ff))
+        return networks
+
+    monkeypatch.setattr(Config, "feed_forwards", with_shared)
+    monkeypatch.setattr("model.MoE", MoEWithSharedExpert)
+    parameter_table.cache_clear()
+    yield
+    parameter_table.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_a_shared_experts_activations_are_counted(shared_expert, mode):
+    config = tiny_config(**BLOCK | dict(top_k=3, activation_checkpointing=mode))
+    predicted = activation_bytes_per_token(config, 0, mode)
+    assert bytes_kept_per_token(config) == pytest.approx(predicted, rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_a_step_with_a_shared_expert_takes_the_predicted_memory(shared_expert, mode):
+    check_step_on_a_cpu(tiny_config(**STEP | dict(precision="bf16", activation_checkpointing=mode)))
+
+
+def with_third_group(config: Config) -> dict[str, OptimizerGroup]:
+    """Experts have an optimizer of their own, with one fp32 moment."""
+    groups = optimizer_groups(config)
+    muon = groups["muon"]
+    experts = tuple(name for name in muon.parameters if ".experts." in name)
+    others = tuple(name for name in muon.parameters if name not in experts)
+    lion = OptimizerGroup(
+        parameters=experts,
+        peak_lr=1e-4,
+        weight_decay=0.1,
+        state_bytes=dict(momentum=4),
+        memory_key="lion",
+        label="Lion momentum",
+        orthogonalizes=False,
+    )
+    return groups | dict(muon=dataclasses.replace(muon, parameters=others), lion=lion)
+
+
+def test_a_third_optimizer_group_is_one_more_row(monkeypatch):
+    config = config_of("18b")
+    before = predict_memory(config, "full", 1, offload=False)
+    monkeypatch.setattr("planner.sizes.optimizer_groups", with_third_group)
+    after = predict_memory(config, "full", 1, offload=False)
+    experts = config.parameter_groups["experts"]
+
+    assert list(after) == [
+        *("weights", "gradients", "master", "momentum", "adamw", "lion"),
+        *("activations", "workspace", "total", "host"),
+    ]
+    assert after["lion"] == 4 * experts / 1e9
+    assert after["momentum"] == pytest.approx(before["momentum"] - 2 * experts / 1e9)
+    assert after["adamw"] == before["adamw"] and after["master"] == before["master"]
+    assert after["total"] == pytest.approx(sum(after[key] for key in (*COMPONENTS, "lion")))
+
+    offloaded = predict_memory(config, "full", 1, offload=True)
+    assert offloaded["lion"] == 0
+    state = ("master", "momentum", "adamw", "lion")
+    assert offloaded["host"] == pytest.approx(sum(after[key] for key in state))
+    assert checkpoint_gb(config) == pytest.approx(
+        after["weights"] + sum(after[key] for key in state)
+    )
+    assert any(line.startswith("lion") for line in memory_table(after).splitlines())
+    assert "lion" in build_plan(config, "18b", Machine("a GPU", 150, 128))["memory_gb"]
