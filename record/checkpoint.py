@@ -71,11 +71,11 @@ def save(path, state: dict) -> None:
         raise TypeError(f"checkpoint: the state is a {type(state).__name__} and must be a dict")
     if "format" in state or "checksums" in state:
         raise TypeError("checkpoint: the keys 'format' and 'checksums' are reserved")
-    state = archive.compact(state)
-    tensors, plain = archive.split(state)
     # Copies to host memory on other streams must have landed before their bytes are read.
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    state = archive.compact(state)
+    tensors, plain = archive.split(state)
     try:
         _write(temporary, state, tensors, plain)
         # The name changes hands at once: a crash leaves the old file or the new one, both whole.
@@ -89,7 +89,9 @@ def save(path, state: dict) -> None:
                 raise cause from None  # KeyboardInterrupt, SystemExit
         if not isinstance(error, (OSError, RuntimeError, MemoryError)):
             raise
-        reason = _reason(next((cause for cause in causes if isinstance(cause, OSError)), error))
+        # The system's own error says more than the one that torch raises on top of it.
+        system_errors = [cause for cause in causes if isinstance(cause, OSError)]
+        reason = _reason([*system_errors, error][0])
         raise CheckpointError(_not_saved_message(path, tensors, reason)) from error
     _sync_folder(path.parent)
 

@@ -120,7 +120,7 @@ def export(state: dict, metrics: dict, out: Path, dtype: str, shard_bytes: int) 
 
 
 def exported_tensors(state: dict, config: Config) -> list[QwenTensor]:
-    """What is written of the state. Raises ExperimentError when something of it would be lost."""
+    """What is written of the state. Raises ExperimentError when a part would be lost."""
     if config.n_moe_layers and config.load_balancing == "bias":
         raise ExperimentError(
             "the model was trained with load_balancing=bias, and Qwen3-MoE's format has no place "

@@ -57,7 +57,9 @@ class QwenTensor(NamedTuple):
 
     name: str
     parameter: str
-    index: tuple[int, ...]  # of the part in the parameter; () when the tensor is all of it
+    index: tuple[
+        int, ...
+    ]  # of the part in the parameter; () when the tensor is the whole parameter
     shape: tuple[int, ...]
     rotary: bool  # whether its rows are numbers of rotary pairs, which `qwen_rows` reorders
 

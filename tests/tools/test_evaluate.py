@@ -262,29 +262,24 @@ def test_without_data_the_text_is_what_the_run_held_out(measure, run, checkpoint
 
 
 def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_path, monkeypatch):
-    pieces = list(evaluate.texts(Config(**PRESETS["tiny"] | dict(data=str(corpus)))))
-    record = numpy.array(
-        [(shards.text_hash(text), len(text), last) for _, text, last in pieces], shards.CHUNK
-    )
+    chunks = list(evaluate.texts(Config(**PRESETS["tiny"] | dict(data=str(corpus)))))
+    rows = [(shards.text_hash(text), len(text), last) for _, text, last in chunks]
+    record = numpy.array(rows, shards.CHUNK)
+    characters = int(record["length"].sum())
     config = Config(**PRESETS["tiny"] | dict(data=f"hf:{tmp_path}", validation_fraction=0.3))
-    monkeypatch.setattr(evaluate, "texts", lambda config: iter(pieces))
-    held_out = {}
-    for sample in (int(record["length"].sum()) // 3, 10**9):
+    monkeypatch.setattr(evaluate, "texts", lambda config: iter(chunks))
+    sizes = set()
+    for sample in (characters // 3, 10**9):
         monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sample)
-        held_out[sample] = [
-            text for _, text, _ in evaluate.held_out_texts(config, shards.data_hash(record))
-        ]
+        found = [text for _, text, _ in evaluate.held_out_texts(config, shards.data_hash(record))]
         beginning = shards.scanned(record)
-        assert (len(beginning) < len(record)) == (sample < 10**9) and sum(
-            beginning["length"]
-        ) >= min(sample, sum(record["length"]))
-        limit = beginning["hash"][
-            shards.split(beginning["hash"], beginning["length"].astype(int), 0.3)
-        ].max()
-        assert held_out[sample] == [
-            text for _, text, _ in pieces if shards.text_hash(text) <= limit
-        ]
-    assert len(set(map(len, held_out.values()))) == 2
+        assert (len(beginning) < len(record)) == (sample < 10**9)
+        assert beginning["length"].sum() >= min(sample, characters)
+        chosen = shards.split(beginning["hash"], beginning["length"].astype(int), 0.3)
+        limit = beginning["hash"][chosen].max()
+        assert found == [text for _, text, _ in chunks if shards.text_hash(text) <= limit]
+        sizes.add(len(found))
+    assert len(sizes) == 2
 
 
 def test_held_out_text_that_is_no_longer_known(measure, run, checkpoint_of_run):

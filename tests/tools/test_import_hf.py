@@ -1,4 +1,4 @@
-"""The import from Hugging Face: folders that transformers made, the way back from an export, training that goes on."""
+"""The import from Hugging Face: folders that transformers made, the way back from an export, the training after it."""
 
 import json
 import random
@@ -216,7 +216,7 @@ def test_out_and_in_again_is_the_same_to_the_bit(load, tmp_path, precision):
                 assert not tensor.any(), (name, key)
 
 
-# ---------------------------------------------------------------- training goes on
+# ---------------------------------------------------------------- training continues
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def train(capsys, *options) -> str:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_training_goes_on_from_the_folders_weights(
+def test_training_continues_from_the_folders_weights(
     load, folder, text, training, tmp_path, capsys, precision
 ):
     every = ["--eval_every", 6, "--save_every", 6, "--log_every", 3, "--sample_tokens", 4]
