@@ -4,7 +4,7 @@ The architecture is that of Qwen3-MoE: pre-norm blocks with RMSNorm, normalised 
 rotary embeddings, grouped-query attention, SwiGLU (dense or as experts, see moe.py), no biases.
 The residual stream has the compute dtype. Norms, softmax, router and loss compute in fp32.
 
-Shape suffixes: B sequences, S positions, N = B S tokens, D d_model, H heads, V vocabulary,
+Shape suffixes: B sequences, S positions, N = B S tokens, D d_model, V vocabulary,
 E experts, L MoE blocks, T positions in a key/value cache.
 """
 

@@ -1,4 +1,6 @@
-"""Sampling: the cache changes nothing, draws have their probabilities, texts come as they are made, transformers agrees."""
+"""Sampling: the cache changes nothing, draws have their probabilities, transformers agrees.
+
+And the texts come as they are made."""
 
 import io
 import sys
@@ -8,7 +10,6 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import generate
 from cli import exit_code
 from generate import choose, finished_texts, generate, stream, text_pieces
 from model import MoETransformer
@@ -126,21 +127,9 @@ def test_a_text_ends_with_end_of_text_and_the_others_go_on():
     )
     steps = list(stream(model, [5, 6], 12, n=4, stop=stop))
     assert [step[1] for step in steps] == whole[1][:5] + [None] * (len(steps) - 5)
-    assert (
-        len(
-            list(
-                stream(
-                    model,
-                    [5, 6],
-                    12,
-                    temperature=0,
-                    n=3,
-                    stop=generate(model, [5, 6], 1, temperature=0)[0][0],
-                )
-            )
-        )
-        == 1
-    ), "all have ended"
+    [[first]] = generate(model, [5, 6], 1, temperature=0)
+    steps_of_equal_texts = list(stream(model, [5, 6], 12, temperature=0, n=3, stop=first))
+    assert len(steps_of_equal_texts) == 1, "all have ended"
     found = list(finished_texts(iter(steps), stop))
     assert found[0] == (1, ended[1]) and sorted(found) == list(enumerate(ended)), (
         "each when it has ended"
@@ -203,25 +192,12 @@ def test_greedy_text_is_that_of_transformers_generate(tmp_path, changes):
     write_checkpoint(
         tmp_path / "checkpoint.pt", tiny_config(init_std=0.2, max_seq_len=64, **changes)
     )
-    assert (
-        exit_code(
-            export_hf.main,
-            [
-                "--checkpoint",
-                str(tmp_path / "checkpoint.pt"),
-                "--out",
-                str(tmp_path / "hf"),
-                "--dtype",
-                "fp32",
-            ],
-        )
-        == 0
-    )
-    theirs, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "hf"),
-        AutoTokenizer.from_pretrained(tmp_path / "hf"),
-    )
-    ours, _ = checkpoint.load_model(tmp_path / "checkpoint.pt")
+    saved, exported = tmp_path / "checkpoint.pt", tmp_path / "hf"
+    options = ["--checkpoint", str(saved), "--out", str(exported), "--dtype", "fp32"]
+    assert exit_code(export_hf.main, options) == 0
+    theirs = AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    ours, _ = checkpoint.load_model(saved)
     lengths = []
     for text in ("The tea", "In winter 漢字 are", "7"):
         prompt = tokenizer(text)["input_ids"]
@@ -270,6 +246,11 @@ def saved(tmp_path_factory):
     return path
 
 
+def sample(checkpoint, prompt, *options) -> int:
+    """Exit code of the command `sample`."""
+    return main(["sample", "--checkpoint", str(checkpoint), "--prompt", prompt, *options])
+
+
 def test_the_command_writes_as_it_goes(saved, capsys, monkeypatch):
     shown = []
 
@@ -279,64 +260,19 @@ def test_the_command_writes_as_it_goes(saved, capsys, monkeypatch):
             yield step
 
     monkeypatch.setattr("generate.stream", watched)
-    assert (
-        main(
-            [
-                "sample",
-                "--checkpoint",
-                str(saved),
-                "--prompt",
-                "The tea",
-                "--max_new_tokens",
-                "40",
-                "--temperature",
-                "0",
-            ]
-        )
-        == 0
-    )
+    assert sample(saved, "The tea", "--max_new_tokens", "40", "--temperature", "0") == 0
     rest = capsys.readouterr().out
     assert shown[0] == "The tea" and sum(map(bool, shown)) > 10 and rest.endswith("\n")
     whole = "".join(shown) + rest
     monkeypatch.undo()
-    assert (
-        main(
-            [
-                "sample",
-                "--checkpoint",
-                str(saved),
-                "--prompt",
-                "The tea",
-                "--max_new_tokens",
-                "40",
-                "--temperature",
-                "0",
-            ]
-        )
-        == 0
-    )
+    assert sample(saved, "The tea", "--max_new_tokens", "40", "--temperature", "0") == 0
     assert capsys.readouterr().out == whole
 
 
 def test_the_command_writes_several_texts(saved, capsys):
     def text(*options):
-        assert (
-            main(
-                [
-                    "sample",
-                    "--checkpoint",
-                    str(saved),
-                    "--prompt",
-                    "The tea",
-                    "--max_new_tokens",
-                    "12",
-                    "--top_p",
-                    "0.9",
-                    *options,
-                ]
-            )
-            == 0
-        )
+        always = ["--max_new_tokens", "12", "--top_p", "0.9"]
+        assert sample(saved, "The tea", *always, *options) == 0
         return capsys.readouterr().out
 
     three = text("--n", "3", "--seed", "4")
@@ -350,16 +286,14 @@ def test_the_command_writes_several_texts(saved, capsys):
 def test_a_tokenizer_that_cannot_encode_the_prompt(tmp_path, capsys):
     words = Tokenizer(models.WordLevel({"The": 0, "<|endoftext|>": 1}))
     write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(), tokenizer_json=words.to_str())
-    assert main(["sample", "--checkpoint", str(tmp_path / "checkpoint.pt"), "--prompt", "cat"]) == 1
+    assert sample(tmp_path / "checkpoint.pt", "cat") == 1
     assert "error: the tokenizer cannot encode this text" in capsys.readouterr().err
 
 
 def test_a_terminal_without_these_characters(saved, monkeypatch):
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
-    assert (
-        main(["sample", "--checkpoint", str(saved), "--prompt", "é", "--max_new_tokens", "3"]) == 0
-    )
+    assert sample(saved, "é", "--max_new_tokens", "3") == 0
     assert shown.getvalue().startswith(b"\\xe9")
 
 
@@ -375,5 +309,5 @@ def test_a_terminal_without_these_characters(saved, monkeypatch):
     ],
 )
 def test_wrong_usage(saved, capsys, options, words):
-    assert main(["sample", "--checkpoint", str(saved), "--prompt", "a", *options]) == 2
+    assert sample(saved, "a", *options) == 2
     assert words in capsys.readouterr().err
