@@ -1,6 +1,7 @@
-"""What may be added to the program at the cost of one place: here, a field of Config."""
+"""What may be added to the program at the cost of one place: a field of Config, an optimizer."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 OLD_RUNS = ROOT / "tests" / "fixtures" / "old_runs"
@@ -88,6 +91,14 @@ def behaviour(folder: Path) -> dict:
     )
 
 
+def write_text(folder: Path) -> Path:
+    folder.mkdir()
+    draw = random.Random(0)
+    words = draw.choices(["tree", "house", "river", "stone", "bird", "cloud"], k=3000)
+    (folder / "words.txt").write_text(" ".join(words))
+    return folder
+
+
 def copy_of_the_program(folder: Path) -> Path:
     """The program as links, but for config.py, which has one more field."""
     folder.mkdir()
@@ -106,10 +117,7 @@ def test_a_field_with_an_inert_default_costs_its_line_and_its_docstring(tmp_path
     from record import results
 
     monkeypatch.setattr(results, "plot_training_curves", results.plot_training_curves)
-    (tmp_path / "text").mkdir()
-    draw = random.Random(0)
-    words = draw.choices(["tree", "house", "river", "stone", "bird", "cloud"], k=3000)
-    (tmp_path / "text" / "words.txt").write_text(" ".join(words))
+    write_text(tmp_path / "text")
     for name in ("before", "after"):
         (tmp_path / name).mkdir()
 
@@ -144,3 +152,123 @@ def help_text() -> str:
 
         run_experiment.main(["--help"])
     return out.getvalue()
+
+
+# ---------------------------------------------------------------- an optimizer
+
+
+class SGD:
+    """Stochastic gradient descent with momentum, on fp32 masters: all that an optimizer needs."""
+
+    def __init__(self, parameters, config, weight_decay, offload, fused, gradient_offload):
+        from engine.offload import OptimizerState
+
+        self.state = OptimizerState(
+            parameters, ("velocity",), float32, offload, False, gradient_offload
+        )
+
+    def step(self, lr, grad_scale):
+        from engine.precision import read_master, write_master
+
+        for bucket in self.state.buckets():
+            for weight, gradient, state in bucket:
+                state["velocity"].mul_(0.9).add_(gradient.float() * grad_scale)
+                write_master(read_master(weight, state) - lr * state["velocity"], weight, state)
+
+    def state_dict(self):
+        return dict(state=self.state.state_dict())
+
+    def load_state_dict(self, saved):
+        self.state.load_state_dict(saved["state"])
+
+
+def float32(parameter):
+    import torch
+
+    return torch.float32
+
+
+def groups_with_sgd(optimizer_groups):
+    """The groups, but embedding and head are SGD's instead of AdamW's."""
+    from config import OptimizerGroup
+
+    moved = ("embedding.weight", "head.weight")
+
+    def groups(config):
+        found = optimizer_groups(config)
+        others = [name for name in found["adamw"].parameters if name not in moved]
+        found["adamw"] = dataclasses.replace(found["adamw"], parameters=tuple(others))
+        found["sgd"] = OptimizerGroup(
+            parameters=moved,
+            peak_lr=0.5,
+            weight_decay=0.0,
+            state_bytes=dict(velocity=4),
+            memory_key="sgd",
+            label="SGD velocity",
+            orthogonalizes=False,
+        )
+        return found
+
+    return groups
+
+
+def test_an_optimizer_costs_its_class_and_its_group(tmp_path, monkeypatch, capsys):
+    """Trainer, metrics, results, curves, planner and checkpoints loop over the groups."""
+    import torch
+
+    import config as configuration
+    import muon
+    import plot
+    from record import checkpoint
+    from tests.training import build, resume, rows, run_to, small_config, states
+
+    original = configuration.optimizer_groups
+    groups = groups_with_sgd(original)
+    for module in list(sys.modules.values()):  # wherever it was imported by name
+        if getattr(module, "optimizer_groups", None) is original:
+            monkeypatch.setattr(module, "optimizer_groups", groups)
+    monkeypatch.setitem(muon.OPTIMIZERS, "sgd", SGD)
+    figures = []
+    monkeypatch.setattr(plot, "write_figure", lambda figure, path: figures.append(figure))
+
+    options = dict(precision="bf16", max_steps=4, eval_every=4, log_every=1, save_every=2)
+    text = write_text(tmp_path / "text")
+    config = small_config(text, tmp_path / "run", **options)
+    whole = build(config)
+    before = {name: tensor.clone() for name, tensor in states(whole).items()}
+    whole.run()
+    out = capsys.readouterr().out
+
+    # It trains.
+    for name in groups(config)["sgd"].parameters:
+        assert not torch.equal(states(whole)[f"model/{name}"], before[f"model/{name}"])
+        assert f"sgd/{name}/velocity" in before
+
+    # Its rate stands in the metrics and in the curves.
+    for row in rows(config, "train_loss"):
+        assert row["sgd_lr"] / 0.5 == pytest.approx(row["adamw_lr"] / config.adamw_lr)
+    rate_panel = figures[-1].axes[2]
+    assert [line.get_label() for line in rate_panel.lines] == ["Muon", "AdamW", "sgd"]
+
+    # Its state stands in the memory table, as predicted.
+    [row] = [line.split() for line in out.splitlines() if line.startswith("sgd ")]
+    assert row[1] == row[2]
+    results = json.loads((tmp_path / "run" / "training_results.json").read_text())
+    memory = results["memory_gb"]
+    for key in ("master", "momentum", "adamw", "sgd"):
+        assert memory["measured"][key] == pytest.approx(memory["predicted"][key])
+        assert memory["measured"][key] > 0
+
+    # It is saved, and a run that is stopped and resumed ends in the same bits.
+    cut = small_config(text, tmp_path / "cut", **options)
+    run_to(build(cut), 2)
+    second = resume(cut, checkpoint.latest_path(cut.save_dir))
+    second.run()
+    found = states(second)
+    assert found.keys() == states(whole).keys()
+    for name, tensor in states(whole).items():
+        assert torch.equal(found[name], tensor), name
+
+    # The checkpoint opens as a model.
+    model, _ = checkpoint.load_model(checkpoint.latest_path(cut.save_dir))
+    assert torch.equal(model.head.weight.bfloat16(), whole.parameters["head.weight"])
