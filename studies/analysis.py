@@ -93,7 +93,7 @@ def mean_and_spread(runs: list[dict], key: str = "val_loss") -> tuple[float, flo
     return sum(values) / len(values), max(values) - min(values)
 
 
-def noise(found: dict[str, list[dict]], key: str = "val_loss") -> float:
+def seed_deviation(found: dict[str, list[dict]], key: str = "val_loss") -> float:
     """The standard deviation over seeds, taken to be the same in all groups; inf without a group of two."""
     several = [[run[key] for run in runs] for runs in found.values() if len(runs) > 1]
     if not several:
@@ -104,12 +104,12 @@ def noise(found: dict[str, list[dict]], key: str = "val_loss") -> float:
     )
 
 
-def honest_difference(found: dict[str, list[dict]], key: str = "val_loss") -> float:
+def tukey_hsd(found: dict[str, list[dict]], key: str = "val_loss") -> float:
     """The smallest difference of the means of two groups that Tukey's test (1949) finds at the 5% level among all groups of a study
     with more than one seed, times the root of the seeds; inf without two such groups."""
     seeds = [len(runs) for runs in found.values() if len(runs) > 1]
     return (
-        _studentized_range(len(seeds), sum(seeds) - len(seeds)) * noise(found, key)
+        _studentized_range(len(seeds), sum(seeds) - len(seeds)) * seed_deviation(found, key)
         if len(seeds) > 1
         else math.inf
     )
@@ -120,15 +120,15 @@ def _studentized_range(means: int, freedom: int) -> float:
     return float(studentized_range.ppf(0.95, means, freedom))
 
 
-def limit(a: list[dict], b: list[dict], honest: float) -> float:
+def tukey_kramer(a: list[dict], b: list[dict], honest: float) -> float:
     """The smallest difference of the means of two groups that is decided (Tukey and Kramer's form for groups of unequal size)."""
     return honest * math.sqrt((1 / len(a) + 1 / len(b)) / 2)
 
 
-def smallest_decided(found: dict[str, list[dict]]) -> float:
+def typical_resolution(found: dict[str, list[dict]]) -> float:
     """The smallest difference that is decided between groups of as many seeds as the first one with several."""
     several = [runs for runs in found.values() if len(runs) > 1]
-    return limit(several[0], several[0], honest_difference(found)) if several else math.inf
+    return tukey_kramer(several[0], several[0], tukey_hsd(found)) if several else math.inf
 
 
 def mean_difference(pairs: list[tuple[list[dict], list[dict]]]) -> tuple[float, float]:
@@ -140,7 +140,7 @@ def mean_difference(pairs: list[tuple[list[dict], list[dict]]]) -> tuple[float, 
     if not all(freedom):
         return difference, math.inf
     squares = [
-        noise(side) ** 2 * sum(1 / len(runs) for runs in side.values()) / len(pairs) ** 2
+        seed_deviation(side) ** 2 * sum(1 / len(runs) for runs in side.values()) / len(pairs) ** 2
         for side in sides
     ]
     if not sum(squares):

@@ -22,9 +22,9 @@ from studies.analysis import (
     scaling_law,
     sharpest_layer,
     shorter,
-    smallest_decided,
     swept,
     timed,
+    typical_resolution,
 )
 from studies.grids import ADAMW_RATES, EQUAL_TIME, LONG_WARMUPS, QUARTER, WEIGHTS
 
@@ -105,7 +105,7 @@ def _points(
 def _undecided(span, found: dict[str, list[dict]], middle: float | None, words: str) -> None:
     """Shades, with axhspan or axvspan, what lies within the study's honest difference: above the lowest loss of `found`, or on both sides
     of `middle`."""
-    least = smallest_decided(found)
+    least = typical_resolution(found)
     if least < math.inf:
         low = (
             min(mean_and_spread(runs)[0] for runs in found.values())
@@ -303,7 +303,7 @@ def _routing(figure: Figure, results: dict) -> None:
         )
     _points(speed, {k: speeds[f"top-{k}"] for k in (1, 2, 3, 4)}, "tokens_per_second", None, GREEN)
     loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=[1, 2, 3, 4])
-    least = smallest_decided(found)
+    least = typical_resolution(found)
     if least < math.inf:
         place = (
             loss.get_ylim()[0] + 0.02 * np.ptp(loss.get_ylim()) + least / 2
@@ -405,7 +405,7 @@ def _scaling(figure: Figure, results: dict) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     found = groups(results)
     sizes = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
-    limit_of_time = smallest_decided(found) + equal_time(results)[-1]
+    limit_of_time = typical_resolution(found) + equal_time(results)[-1]
     timely = "equal time" + (
         f" (undecided to ±{limit_of_time:.2f})" if limit_of_time < math.inf else ""
     )

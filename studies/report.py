@@ -32,20 +32,20 @@ from studies.analysis import (
     best_runs,
     equal_time,
     groups,
-    honest_difference,
-    limit,
     mean_and_spread,
     mean_difference,
     micro_batches,
-    noise,
     of_kind,
     scaling_law,
+    seed_deviation,
     sharpest_layer,
     shorter,
-    smallest_decided,
     speed_ratios,
     swept,
     timed,
+    tukey_hsd,
+    tukey_kramer,
+    typical_resolution,
 )
 from studies.figures import MODES
 from studies.grids import ADAMW_RATES, EQUAL_TIME, QUARTER, QUARTER_RATES, STUDIES, WEIGHTS
@@ -81,7 +81,7 @@ def undecided(
         return True
     mean_a, spread_a = mean_and_spread(a, key)
     mean_b, spread_b = mean_and_spread(b, key)
-    noise_limit = max(spread_a, spread_b, limit(a, b, resolution))
+    noise_limit = max(spread_a, spread_b, tukey_kramer(a, b, resolution))
     return abs(mean_a - mean_b) <= noise_limit + more
 
 
@@ -109,7 +109,7 @@ def lowest(found: dict[str, Runs], resolution: float) -> tuple[str, str]:
 
 def smallest_difference(found: dict[str, Runs]) -> str:
     """The smallest difference of means that the study can decide."""
-    smallest = smallest_decided(found)
+    smallest = typical_resolution(found)
     if smallest == math.inf:
         return "none: too few seeds"
     return f"{smallest:.3f} nats"
@@ -156,7 +156,7 @@ class Outcome:
 
 def outcome(results: dict) -> Outcome:
     found = groups(results)
-    return Outcome(results, found, timed(results), honest_difference(found))
+    return Outcome(results, found, timed(results), tukey_hsd(found))
 
 
 # ---------------------------------------------------------------- what a study trained
@@ -303,7 +303,7 @@ def optimizer(results: dict) -> str:
 def _within_noise(study: Outcome, a: Runs, b: Runs) -> bool:
     """Whether two learning rates cannot be told apart, also where they have one seed."""
     difference = abs(mean_and_spread(a)[0] - mean_and_spread(b)[0])
-    return difference <= limit(a, b, study.resolution)
+    return difference <= tukey_kramer(a, b, study.resolution)
 
 
 def _swept_changes(study: Outcome) -> list[dict]:
@@ -586,7 +586,7 @@ def balance(results: dict) -> str:
     study = outcome(results)
     labels = _balance_labels()
     found = {labels[name]: runs for name, runs in study.runs.items() if name in labels}
-    resolution = honest_difference(found)
+    resolution = tukey_hsd(found)
     best, verdict = lowest(found, resolution)
     rows = []
     for name, runs in found.items():
@@ -627,7 +627,7 @@ def _balance_summary(
 
     evenest = min(as_low, key=largest_share)
     least_even = max(as_low, key=largest_share)
-    of_shares = honest_difference(found, "worst_share")
+    of_shares = tukey_hsd(found, "worst_share")
     as_even = [
         name
         for name, runs in as_low.items()
@@ -834,7 +834,9 @@ def _loss_law(runs: Runs) -> ScalingLaw | None:
 
 def _deviation_of_moe(study: Outcome) -> float:
     """The standard deviation of the MoE's losses over seeds."""
-    return noise({name: runs for name, runs in study.runs.items() if name.startswith("moe, ")})
+    return seed_deviation(
+        {name: runs for name, runs in study.runs.items() if name.startswith("moe, ")}
+    )
 
 
 def equal_loss_flops(law: ScalingLaw, runs: Runs, deviation: float, tried: list[float]) -> str:
@@ -869,7 +871,7 @@ def _scaling_summary(study: Outcome, sizes: list[Size], rows: list[list[str]]) -
         facts.append(("mean difference of all sizes at equal tokens", bounds))
     facts.append(("the MoE's loss at equal time", _count_verdicts([row[7] for row in rows])))
     facts.append(("smallest difference that is decided", smallest_difference(study.runs)))
-    smallest_at_equal_time = smallest_decided(study.runs) + nats_of_speeds
+    smallest_at_equal_time = typical_resolution(study.runs) + nats_of_speeds
     if smallest_at_equal_time < math.inf:
         facts += [
             ("the same at equal time", f"{smallest_at_equal_time:.3f} nats"),

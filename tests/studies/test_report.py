@@ -203,11 +203,11 @@ def test_differences_by_chance_are_undecided_in_19_of_20_studies():
     apart = 0
     for _ in range(300):
         found = {str(i): [result(loss) for loss in random.normal(3, 0.01, 2)] for i in range(10)}
-        honest = report.honest_difference(found)
+        honest = report.tukey_hsd(found)
         lowest, *_, highest = sorted(found.values(), key=lambda runs: mean_and_spread(runs)[0])
         apart += not report.undecided(lowest, highest, honest)
     assert 4 <= apart <= 27
-    assert report.honest_difference(dict(a=[result(3.0)], b=[result(3.0), result(3.1)])) == math.inf
+    assert report.tukey_hsd(dict(a=[result(3.0)], b=[result(3.0), result(3.1)])) == math.inf
 
 
 def test_scaling_law_finds_floor_exponent_and_their_uncertainty():
@@ -433,8 +433,8 @@ def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
     assert tokens == [-0.2, -0.4, -0.4, -0.2, -0.4, -0.2, -0.4] and time == [-0.1, -0.2] * 4
     assert [len(axes.lines) for axes in figure.axes[:2]] != [0, 0]
     found = analysis.groups(results)
-    least = analysis.limit(
-        found["moe, 1 x 8"], found["moe, 1 x 8"], analysis.honest_difference(found)
+    least = analysis.tukey_kramer(
+        found["moe, 1 x 8"], found["moe, 1 x 8"], analysis.tukey_hsd(found)
     )
     (shade,) = figure.axes[2].patches
     assert (shade.get_y(), shade.get_height()) == (
