@@ -253,9 +253,12 @@ def adamw_update(
     gradient = gradient.float() * grad_scale
     state["exp_avg"].lerp_(gradient, 1 - betas[0])
     state["exp_avg_sq"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    # eps is added after the root, as in PyTorch and the paper.
     denominator = (state["exp_avg_sq"] / corrections[1]).sqrt() + eps
-    direction = state["exp_avg"] / denominator
-    master = read_master(weight, state) * (1 - decay) - lr / corrections[0] * direction
+    # One expression, so that its temporaries are freed before the master is encoded
+    master = read_master(weight, state) * (1 - decay) - lr / corrections[0] * (
+        state["exp_avg"] / denominator
+    )
     write_master(master, weight, state)
 
 

@@ -235,6 +235,8 @@ class OptimizerState:
     def _offloaded_buckets(self) -> Iterator[list[Part]]:
         """While the optimizer works on bucket i, bucket i + 1 arrives and bucket i - 1 leaves."""
         buckets = self._cut_into_buckets()
+        # The gradients have left for the host. Each fetch below waits for compute, so it is enough
+        # that compute waits for them here.
         if self.gradient_offload is not None:
             self.gradient_offload.wait()
         self.copier.begin()
@@ -244,6 +246,8 @@ class OptimizerState:
             self.copier.wait_for(fetched)
             yield parts
             self._send(bucket, parts)
+            # On the GPU are now bucket i, which leaves, and bucket i + 1, which arrives. The one
+            # before has left when `throttle` returns, so there is room for one more.
             if i + 2 < len(buckets):
                 self.copier.throttle()
                 ahead.append(self._fetch(buckets[i + 2]))
@@ -308,6 +312,8 @@ class OptimizerState:
             for names_of_shape in by_shape.values():
                 names += names_of_shape
 
+        # Fills one bucket after the other. A parameter that does not fit into what is left of a
+        # bucket continues in the next one.
         buckets: list[list[Slice]] = []
         room = 0  # elements that the last bucket still takes
         bucket_shape = None  # of its matrices
@@ -318,7 +324,7 @@ class OptimizerState:
             while start < count:
                 if room < size or (self.matrices and shape != bucket_shape):
                     buckets.append([])
-                    room = max(self.BUCKET, size)
+                    room = max(self.BUCKET, size)  # a matrix larger than BUCKET has its own bucket
                     bucket_shape = shape
                 stop = min(count, start + room // size)
                 buckets[-1].append((name, slice(start, stop)))
@@ -448,7 +454,7 @@ class GradientOffload:
     def _take(self, name: str, i: int, p: Tensor) -> None:
         """Adds the sum so far to a gradient that has just been made, and sends it to the host."""
         gradient = p.grad
-        p.grad = None
+        p.grad = None  # the next micro-batch makes a new tensor, while this one is still being sent
         if not self.first:
             sums, fetched = self.fetched[i]
             self.copier.wait_for(fetched)
@@ -457,6 +463,7 @@ class GradientOffload:
             self.norms[p] = gradient_norm(gradient)
         self.copier.send([(self.tensors[name], gradient)])
         self.missing[i] -= 1
+        # The backward pass does not make a block's gradients in a fixed order: the last one counts.
         if self.missing[i] == 0:
             self.fetched.pop(i, None)
             self.copier.end_batch()
@@ -517,7 +524,7 @@ def _pinned_zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     pages = mmap.mmap(-1, size)
     # Pinning takes its time by the page, so huge pages are requested where the system has them.
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # not every kernel has them
             pages.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(pages, dtype=dtype).view(shape)
     cudart = torch.cuda.cudart()

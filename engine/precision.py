@@ -70,20 +70,23 @@ def _decode_bf16(weight: Tensor, low_bits: Tensor) -> Tensor:
 
 
 # float16 has 5 bits of exponent and 10 of mantissa, so its bits are not those of the fp32 number.
-# The low bits count in units of 2^-16 ulp, the weight's unit in the last place. fp32 has 13 bits of
-# mantissa more than float16, so a master is a whole number of 2^-13 ulp (of 2^-14 if the weight was
-# rounded up to a power of two, where ulp doubles): nothing is lost. Below 2^-14 float16 is subnormal
-# and its ulp is fixed at 2^-24, so the unit is 2^-40, and finer bits of the master are lost.
+# The low bits count in units of 2^-16 ulp, the weight's unit in the last place. fp32 has 13 bits
+# of mantissa more than float16, so a master is a whole number of 2^-13 ulp (of 2^-14 if the weight
+# was rounded up to a power of two, where ulp doubles): nothing is lost. Below 2^-14 float16 is
+# subnormal and its ulp is fixed at 2^-24, so the unit is 2^-40: finer bits of the master are lost.
 #
-# With the weight written as mantissa 2^(exponent - 25), ulp is 2^(exponent - 25) and the unit of the
-# low bits is 2^(exponent - 41).
+# With the weight written as mantissa 2^(exponent - 25), ulp is 2^(exponent - 25), and the unit of
+# the low bits is 2^(exponent - 41).
 
 
 def _encode_fp16(master: Tensor) -> tuple[Tensor, Tensor]:
     weight = master.to(torch.float16)
     exponent, mantissa = _fp16_parts(weight)
-    rounded = mantissa.float() * _power_of_two(exponent - 25)
-    low_bits = (master - rounded) * _power_of_two(41 - exponent)
+    # What the rounding has left, in the unit of the low bits. Both factors are powers of two and
+    # the difference is exact, so the only rounding is of bits finer than the unit.
+    low_bits = (master - mantissa.float() * _power_of_two(exponent - 25)) * _power_of_two(
+        41 - exponent
+    )
     # Half an ulp either way is +-0x8000; +0x8000 is one more than int16 holds, so both are cut by
     # one. Decoding rounds the cut back in fp32, and encoding what was decoded changes nothing.
     return weight, low_bits.round().clamp(-0x7FFF, 0x7FFF).to(torch.int16)
@@ -91,9 +94,9 @@ def _encode_fp16(master: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decode_fp16(weight: Tensor, low_bits: Tensor) -> Tensor:
     exponent, mantissa = _fp16_parts(weight)
-    # mantissa has at most 11 bits: with 16 more it fits int32, and `.float()` rounds to 24 bits
-    units = (mantissa << 16) + low_bits.to(torch.int32)
-    return units.float() * _power_of_two(exponent - 41)
+    # The master in units of the low bits: 11 + 16 bits, which `.float()` rounds to fp32's 24.
+    # Only a tie that was cut has bits to round: any other master was an fp32 number.
+    return ((mantissa << 16) + low_bits.to(torch.int32)).float() * _power_of_two(exponent - 41)
 
 
 def _fp16_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
