@@ -1,12 +1,15 @@
-"""Answers a research question with a grid of training runs, on any machine; a study that was cut off goes on where it was.
+"""Answers a research question with a grid of training runs, on any machine; continues a study that
+was cut off.
 
-    python -m studies.run                                       list the studies
-    python -m studies.run balance                               with `small`, on all visible GPUs, a run on each
-    python -m studies.run balance --jobs 2                      two runs on each GPU at a time
-    python -m studies.run balance --preset tiny --tokens 2e5    the machinery, on a CPU too, in studies/balance-tiny
-    python -m studies.run balance --minutes 8                   stop after 8 minutes; the same command goes on
+    python -m studies.run                      list the studies
+    python -m studies.run balance              with `small`, on all visible GPUs, a run on each
+    python -m studies.run balance --jobs 2     two runs on each GPU at a time
+    python -m studies.run balance --minutes 8  stop after 8 minutes; the same command continues
+    python -m studies.run balance --preset tiny --tokens 2e5
+                                               try the machinery, on a CPU too
 
-With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision bf16):
+With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision
+bf16):
 
     optimizer        55 runs or so of 16M tokens or less
     routing          22 runs of 16M tokens or so
@@ -15,28 +18,26 @@ With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_step
     scaling          40 runs of 16M tokens or more
     checkpointing    42 runs or so of 5 to 64 steps
 
-What a study took is in its results, as `budget`, and in the README. Two GPUs take half as long, but not where a speed is measured, all
-of checkpointing: such a run has the machine for itself. Each run of `small` needs 32 GB: on 80 GB give --jobs 2. Any option of
-run_experiment.py that the study does not set holds for all runs. The trainer is used as it is: a run is a run_experiment.py of its
-own, and its output is in studies/NAME/runs until it has finished.
+docs/findings.md says what each study took. Two GPUs take half as long, except where a speed is
+measured, as in all of checkpointing: such a run has the machine for itself. Each run of `small`
+needs 32 GB: on 80 GB give --jobs 2. Any option of run_experiment.py that the study does not set
+holds for all runs. Each run is a run_experiment.py of its own; its output is in studies/NAME/runs
+until it has finished.
 
-What is kept is small: studies/NAME/results.json, written anew after each run, metrics.jsonl.gz, the metrics of all runs, and
-figure.png. With results.json a study goes on on another machine; only runs that were cut off begin again there, as their
-checkpoints are in studies/NAME/runs. `python -m studies.report` puts what was found into the README.
+What is kept is small: studies/NAME/results.json, written anew after each run, metrics.jsonl.gz
+with the metrics of all runs, and figure.png. With results.json a study continues on another
+machine. Only runs that were cut off begin again there, because their checkpoints are in
+studies/NAME/runs. `python -m studies.report` puts the results into docs/findings.md.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import gzip
 import json
 import math
 import os
-import re
 import shutil
 import signal
-import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -44,152 +45,19 @@ import traceback
 from pathlib import Path
 
 import data
-from cli import add_config_options, config_options, exit_code, locked, new_parser
-from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory, nearest, resolve
-from corpus.workers import signal_with_parent
-from planner.machine import cpu_cores
+from cli import Parser, add_config_options, config_options, exit_code, locked, new_parser
+from config import Config, ConfigError, nearest, resolve
 from record.results import git_state
 from studies.figures import draw
 from studies.grids import STUDIES, TOKENS, Run
+from studies.one_run import CPU, ROOT, environment_of, folder_of, keep_metrics, perform
 
-ROOT = Path(__file__).resolve().parent.parent
 MOST_PASSES = 4  # over the corpus; more is worth much less than new text (Muennighoff et al. 2023)
-MOST_METRICS = 12e6  # bytes of metrics that are kept
 VALIDATIONS = 10  # of a run, which waits for them
-GRACE = 45  # seconds in which a run that is told to stop saves
-LAST_START = 75  # seconds before the end of the time after which no run begins, as it would be stopped while it compiles
-CUT_OFF_CODES = (130, 143, -2, -15)  # of SIGINT and SIGTERM, handled or not
-CPU = "cpu"
-
-
-# ---------------------------------------------------------------- one run
-
-
-def perform(
-    run: Run, base: list[str], folder: Path, environment: dict, stop: threading.Event
-) -> dict | None:
-    """Trains one run in `folder`, going on with what is there, and returns what a study keeps of it; None when it was stopped.
-    Raises ExperimentError when it fails."""
-    options = [
-        word for name, value in run.changes.items() for word in (f"--{name}", str(value).lower())
-    ]
-    commands = [
-        [
-            str(ROOT / "run_experiment.py"),
-            *base,
-            *options,
-            "--save_dir",
-            str(folder),
-            "--resume",
-            "latest",
-        ]
-    ]
-    if run.analysed:
-        commands.append(["-m", "studies.experts", str(folder)])
-    _wait_for(folder, stop)
-    for command in commands:
-        with open(folder / "log.txt", "a") as log, open(folder / "errors.txt", "w+") as errors:
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                stdout=log,
-                stderr=errors,
-                env=environment,
-                preexec_fn=lambda: signal_with_parent(signal.SIGTERM),
-            )  # it saves when the study is killed
-            code = _wait(process, stop)
-            errors.seek(0)
-            words = errors.read()
-        if code and (stop.is_set() or code in CUT_OFF_CODES):
-            return None
-        if code == OutOfMemory.exit_code and run.may_not_fit:
-            return dict(failed="out of memory")
-        if code == Diverged.exit_code:  # it would again
-            return dict(failed="diverged")
-        if code:
-            raise ExperimentError(
-                f"the run '{run.label}' failed:\n{words.strip()[-2000:]}\nMend it and give the same command again: what is "
-                "finished is kept."
-                + (
-                    " With fewer --jobs each has more memory."
-                    if code == OutOfMemory.exit_code
-                    else ""
-                )
-            )
-    result = summary(json.loads((folder / "training_results.json").read_text()))
-    return result | (json.loads((folder / "experts.json").read_text()) if run.analysed else {})
-
-
-def _wait_for(folder: Path, stop: threading.Event) -> None:
-    """Until a run that a killed study left has saved and ended. Raises ConfigError when it goes on."""
-    began = time.monotonic()
-    while True:
-        try:
-            with locked(folder, "--out"):
-                (folder / "log.txt").touch()  # else the folder would be removed again
-                return
-        except ConfigError:
-            if stop.is_set() or time.monotonic() - began > GRACE:
-                raise
-            time.sleep(0.2)
-
-
-def _wait(process: subprocess.Popen, stop: threading.Event) -> int:
-    """The process's exit code; it is asked to end when `stop` is set, and made to when it does not."""
-    asked = None
-    while True:
-        try:
-            return process.wait(timeout=0.2)
-        except subprocess.TimeoutExpired:
-            if asked is None and stop.is_set():
-                asked = time.monotonic()
-                process.terminate()  # it finishes its step and saves
-            elif asked is not None and time.monotonic() - asked > GRACE:
-                process.kill()
-
-
-def summary(r: dict) -> dict:
-    """What a study keeps of a training_results.json."""
-    config, totals, rows = (
-        Config(**r["config"]),
-        r["totals"],
-        [row for row in r["history"] if "train_loss" in row],
-    )
-    late = [
-        layer for row in rows[-max(1, len(rows) // 10) :] for layer in row.get("expert_load", [])
-    ]
-    entropy = [
-        -sum(p * math.log(p) for p in layer if p > 0) / math.log(len(layer))
-        for layer in late
-        if len(layer) > 1
-    ]
-    memory = r["memory_gb"]["measured"] or {}
-    rates = [row["tokens_per_second"] for row in rows[len(rows) // 4 :]]  # the first ones compile
-    state = (
-        sum(memory.get(k, 0) for k in ("weights", "gradients", "master", "momentum", "adamw")) * 1e9
-    )
-    return dict(
-        val_loss=r["final_metrics"]["val_loss"],
-        tokens=totals["tokens"],
-        flops=config.flops_per_token * totals["tokens"],
-        tokens_per_second=statistics.median(rates),
-        train_seconds=totals["train_seconds"],
-        elapsed_seconds=totals["elapsed_seconds"],
-        skipped_steps=totals["skipped_steps"],
-        total_params=config.total_params,
-        active_params=config.active_params,
-        load_entropy=statistics.mean(entropy) if entropy else None,
-        worst_share=max(map(max, late)) if late else None,
-        state_bytes_per_parameter=state / config.total_params if memory else None,
-        peak_gb=max(row["memory_peak_gb"] for row in rows),
-        memory_gb=memory,
-        passes=totals["tokens"] / r["data"]["train_tokens"],
-        validation=[
-            [row["step"] * config.tokens_per_step, row["val_loss"]]
-            for row in r["history"]
-            if "val_loss" in row
-        ],
-        machine={k: r["environment"][k] for k in ("gpu", "cpus", "torch", "python")},
-    )
+LAST_START = (
+    75  # seconds before the end after which no run begins: it would be stopped while it compiles
+)
+POLL = 0.2  # seconds between two looks at the runs
 
 
 # ---------------------------------------------------------------- the study
@@ -207,192 +75,263 @@ def study(
     gpus: tuple[str, ...] = (CPU,),
     jobs: int = 1,
 ) -> bool:
-    """Performs what the study still wants, `jobs` runs at a time on each of the GPUs, and draws what there is; False when it was
-    stopped before the end. What `asked` holds must be the same each time."""
-    path, figure = folder / "results.json", folder / "figure.png"
-    asked = dict(study=name, tokens=tokens, options=_without_cache(options), corpus=corpus)
-    results = (
-        json.loads(path.read_text())
-        if path.exists()
-        else asked
-        | dict(
-            budget=dict(tokens=0, gpu_minutes=0.0, cpu_minutes=0.0),
-            commits=[],
-            finished=False,
-            runs={},
-        )
-    )
-    _refuse_another(path, asked)
-    found, began, kind = (
-        results["runs"],
-        time.monotonic(),
-        "cpu_minutes" if gpus == (CPU,) else "gpu_minutes",
-    )
-    before, commit = results["budget"][kind], git_state()["commit"]
-    running: dict[concurrent.futures.Future, tuple[Run, str]] = {}
-    stop, failures, performed = threading.Event(), [], 0
+    """Performs what the study still wants and draws what there is; False when it was stopped
+    before the end.
+
+    `jobs` runs at a time go on each of the GPUs. Study, tokens, options and corpus must be the
+    same each time. Raises ExperimentError when a run fails.
+    """
     _check_passes(wanted_runs(name, base, tokens, seeds, {}), base, corpus["train_tokens"])
+    grid = Grid(name, base, tokens, seeds, corpus["train_tokens"])
+    identity = dict(study=name, tokens=tokens, options=_without_cache(options), corpus=corpus)
+    record = StudyRecord(folder, identity, gpus)
+    return _Scheduler(grid, record, options, gpus, jobs, seconds).work()
 
-    def grid(results: dict[str, dict]) -> list[Run]:
-        return [
-            _within(run, base, MOST_PASSES * corpus["train_tokens"])
-            for run in wanted_runs(name, base, tokens, seeds, results)
-        ]
 
-    def save() -> None:
-        order = {
-            run.label: place for place, run in enumerate(wanted)
-        }  # runs end in any order; tables go by the study's
-        results["runs"] = dict(
-            sorted(found.items(), key=lambda item: order.get(item[0], len(order)))
-        )
-        results["budget"] |= {
-            kind: before + (time.monotonic() - began) / 60 * len(gpus),
-            "tokens": sum(run.get("tokens", 0) for run in found.values()),
-        }
-        if commit and commit not in results["commits"]:
-            results["commits"].append(commit)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        temporary.replace(path)
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The runs that a study wants, which may depend on what its runs found so far."""
 
-    with concurrent.futures.ThreadPoolExecutor(len(gpus) * jobs) as pool, _signals(stop) as signals:
+    name: str
+    base: Config
+    tokens: float
+    seeds: list[int]
+    train_tokens: int
+
+    def runs(self, found: dict[str, dict]) -> list[Run]:
+        most_tokens = MOST_PASSES * self.train_tokens
+        wanted = wanted_runs(self.name, self.base, self.tokens, self.seeds, found)
+        return [_within(run, self.base, most_tokens) for run in wanted]
+
+
+class StudyRecord:
+    """results.json of a study: what its runs ended with, and what they cost."""
+
+    def __init__(self, folder: Path, identity: dict, gpus: tuple[str, ...]):
+        self.folder = folder
+        self.path = folder / "results.json"
+        self.figure = folder / "figure.png"
+        self.existed = self.path.exists()
+        _refuse_another(self.path, identity)
+        if self.existed:
+            self.results = json.loads(self.path.read_text())
+        else:
+            budget = dict(tokens=0, gpu_minutes=0.0, cpu_minutes=0.0)
+            self.results = identity | dict(budget=budget, commits=[], finished=False, runs={})
+        self.found: dict[str, dict] = self.results["runs"]
+        self.began = time.monotonic()
+        self.processors = len(gpus)
+        self.minutes_key = "cpu_minutes" if gpus == (CPU,) else "gpu_minutes"
+        self.minutes_before = self.results["budget"][self.minutes_key]
+        self.commit = git_state()["commit"]
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+    def save(self, wanted: list[Run]) -> None:
+        """Rewrites results.json, whole or not at all. Runs end in any order and stand in the
+        study's.
+        """
+        order = {run.label: number for number, run in enumerate(wanted)}
+        in_order = sorted(self.found.items(), key=lambda item: order.get(item[0], len(order)))
+        self.results["runs"] = dict(in_order)
+        minutes = self.minutes_before + self.elapsed() / 60 * self.processors
+        tokens = sum(run.get("tokens", 0) for run in self.found.values())
+        self.results["budget"] |= {self.minutes_key: minutes, "tokens": tokens}
+        if self.commit and self.commit not in self.results["commits"]:
+            self.results["commits"].append(self.commit)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        temporary.replace(self.path)
+
+    def add(self, run: Run, result: dict, wanted: list[Run]) -> None:
+        """Keeps what a run found, and deletes the rest of its folder, which holds its
+        checkpoints.
+        """
+        # a kill may keep the end from coming, which says whether the study is finished
+        self.results["finished"] = False
+        self.found[run.label] = dict(group=run.group, changes=run.changes, **result)
+        folder = folder_of(self.folder, run)
+        keep_metrics(run.label, folder, self.folder / "metrics.jsonl.gz")
+        self.save(wanted)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Scheduler:
+    """Starts the wanted runs where there is room, and collects what they found."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        record: StudyRecord,
+        options: list[str],
+        gpus: tuple[str, ...],
+        jobs: int,
+        seconds: float,
+    ):
+        self.grid = grid
+        self.record = record
+        self.options = options
+        self.gpus = gpus
+        self.jobs = jobs
+        self.seconds = seconds
+        self.running: dict[concurrent.futures.Future, tuple[Run, str]] = {}
+        self.stop = threading.Event()
+        self.failures: list[Exception] = []
+        self.performed = 0
+
+    def work(self) -> bool:
+        workers = len(self.gpus) * self.jobs
+        with (
+            concurrent.futures.ThreadPoolExecutor(workers) as pool,
+            _signals(self.stop) as signals,
+        ):
+            missing = self._loop(pool)
+        self._finish(missing)
+        if signals:
+            print("Stopped; the same command continues.")
+            raise SystemExit(128 + signals[0])
+        return not missing
+
+    def _loop(self, pool: concurrent.futures.Executor) -> list[Run]:
+        """Starts and collects runs until none is running and none may begin; returns the missing
+        ones.
+        """
         while True:
-            if time.monotonic() - began >= seconds:
-                stop.set()
-            wanted = grid(found)
-            current = _up_to_date(found, wanted)
-            busy = [run.label for run, _ in running.values()]
-            missing = [run for run in wanted if run.label not in current and run.label not in busy]
-            outstanding = sum(run.label not in current for run in wanted)
-            late = stop.is_set() or time.monotonic() - began >= seconds - min(
-                LAST_START, seconds / 4
-            )
-            for run in [] if late else missing:
-                gpu = free_gpu(run, running, gpus, jobs)
-                if gpu is None:
-                    break
-                again = ", again, as the study has changed since" * (run.label in found)
-                print(
-                    f"[{len(wanted) - outstanding} of {len(wanted)} finished] {run.label}{again}",
-                    flush=True,
-                )
-                environment = _environment(gpu, 1 if run.alone else len(gpus) * jobs)
-                running[
-                    pool.submit(perform, run, options, _place(folder, run), environment, stop)
-                ] = run, gpu
-            if not running:
-                break
+            if self.record.elapsed() >= self.seconds:
+                self.stop.set()
+            self._look()
+            if not self._late():
+                self._start(pool)
+            if not self.running:
+                return self.missing
             done, _ = concurrent.futures.wait(
-                running, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
+                self.running, timeout=POLL, return_when=concurrent.futures.FIRST_COMPLETED
             )
             for future in done:
-                run, _ = running.pop(future)
-                try:
-                    result = future.result()
-                    _check_timed(run, result, current)
-                except Exception as error:  # of whatever kind: what runs beside it is saved
-                    failures.append(error)
-                    result = None
-                if (
-                    result is None
-                ):  # stopped, from here or elsewhere, or failed: the others save and end too
-                    stop.set()
-                    continue
-                performed, outstanding = performed + 1, outstanding - 1
-                results["finished"] = False  # until the end, which a kill may keep from coming
-                found[run.label] = dict(group=run.group, changes=run.changes, **result)
-                keep_metrics(run.label, _place(folder, run), folder / "metrics.jsonl.gz")
-                save()
-                shutil.rmtree(
-                    _place(folder, run), ignore_errors=True
-                )  # its checkpoints; what it found is kept
-                left = (time.monotonic() - began) / performed * outstanding / 60
-                print(
-                    f"{run.label}: {in_words(run, result)}; {f'about {left:.0f} minutes' if left >= 1 else 'less than a minute'} to go",
-                    flush=True,
-                )
-    if performed or not missing or not path.exists():  # else all is as it was, but for the time
-        results["finished"] = not missing and not failures
-        figure.unlink(missing_ok=True)  # it is of other results
-    save()
-    if failures:
-        raise failures[0]
-    if {run.group for run in grid({})} <= {
-        run["group"] for run in current.values()
-    }:  # what is missing are runs that others led to
-        draw(results, figure)
-    if signals:
-        print("Stopped; the same command goes on.")
-        raise SystemExit(128 + signals[0])
-    return not missing
+                self._collect(future)
+
+    def _look(self) -> None:
+        """What the study wants now, and what is missing of it."""
+        self.wanted = self.grid.runs(self.record.found)
+        self.current = _up_to_date(self.record.found, self.wanted)
+        busy = [run.label for run, _ in self.running.values()]
+        open_runs = [run for run in self.wanted if run.label not in self.current]
+        self.outstanding = len(open_runs)
+        self.missing = [run for run in open_runs if run.label not in busy]
+
+    def _late(self) -> bool:
+        last_start = self.seconds - min(LAST_START, self.seconds / 4)
+        return self.stop.is_set() or self.record.elapsed() >= last_start
+
+    def _start(self, pool: concurrent.futures.Executor) -> None:
+        """Starts missing runs, in their order, while there is room for the next one."""
+        for run in self.missing:
+            gpu = free_gpu(run, self.running, self.gpus, self.jobs)
+            if gpu is None:
+                return
+            finished = len(self.wanted) - self.outstanding
+            again = (
+                ", again, as the study has changed since" if run.label in self.record.found else ""
+            )
+            print(f"[{finished} of {len(self.wanted)} finished] {run.label}{again}", flush=True)
+            processes = 1 if run.alone else len(self.gpus) * self.jobs
+            environment = environment_of(gpu, processes)
+            folder = folder_of(self.record.folder, run)
+            future = pool.submit(perform, run, self.options, folder, environment, self.stop)
+            self.running[future] = run, gpu
+
+    def _collect(self, future: concurrent.futures.Future) -> None:
+        """Keeps what a run found. When it was stopped or failed, the others save and end too."""
+        run, _ = self.running.pop(future)
+        try:
+            result = future.result()
+            _check_timed(run, result, self.current)
+        except Exception as error:  # of whatever kind: what runs beside it must be saved first
+            self.failures.append(error)
+            result = None
+        if result is None:
+            self.stop.set()
+            return
+        self.performed += 1
+        self.outstanding -= 1
+        self.record.add(run, result, self.wanted)
+        left = self.record.elapsed() / self.performed * self.outstanding / 60
+        to_go = f"about {left:.0f} minutes" if left >= 1 else "less than a minute"
+        print(f"{run.label}: {in_words(run, result)}; {to_go} to go", flush=True)
+
+    def _finish(self, missing: list[Run]) -> None:
+        """Writes the results and draws them. Raises the first failure."""
+        record = self.record
+        if self.performed or not missing or not record.path.exists():
+            record.results["finished"] = not missing and not self.failures
+            record.figure.unlink(missing_ok=True)  # it shows other results
+        record.save(self.wanted)
+        if self.failures:
+            raise self.failures[0]
+        # what is missing may be runs that others led to: the figure can do without them
+        needed = {run.group for run in self.grid.runs({})}
+        if needed <= {run["group"] for run in self.current.values()}:
+            draw(record.results, record.figure)
 
 
 def wanted_runs(
     name: str, base: Config, tokens: float, seeds: list[int], found: dict[str, dict]
 ) -> list[Run]:
-    """What the study wants. Raises ConfigError when its function fails, as one that somebody has just written may, with the place."""
+    """What the study wants.
+
+    Raises ConfigError, with the place, when its function fails, as one that somebody has just
+    written may.
+    """
     try:
         runs = list(STUDIES[name](base, tokens, seeds, found))
         labels = [run.label for run in runs]
     except ConfigError as error:
         raise ConfigError(f"the study {name}: {error}") from error
     except Exception as error:
-        *_, place = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.name == STUDIES[name].__name__
-        ] or [None]
-        where = (
-            f"{place.filename}, line {place.lineno}: "
-            if place
-            else "its function must return a list of Run: "
-        )
-        raise ConfigError(
-            f"the study {name} failed: {where}{type(error).__name__}: {error}"
-        ) from error
+        where = _place_in(STUDIES[name].__name__, error)
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the study {name} failed: {where}{what}") from error
     if not runs:
         raise ConfigError(f"the study {name} has no runs")
     if len(set(labels)) < len(labels):
         raise ConfigError(
-            f"the study {name} has two runs with one name: {max(labels, key=labels.count)}. What differs by more than the seed "
-            "needs a group of its own"
+            f"the study {name} has two runs with one name: {max(labels, key=labels.count)}. "
+            "What differs by more than the seed needs a group of its own"
         )
     return runs
+
+
+def _place_in(function: str, error: Exception) -> str:
+    """The line of `function` at which the error came about."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == function
+    ]
+    if not frames:
+        return "its function must return a list of Run: "
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: "
 
 
 def in_words(run: Run, result: dict) -> str:
     """What a run found out."""
     if "failed" in result:
         return result["failed"]
-    found = (
-        f"{result['tokens_per_second']:,.0f} tokens/s"
-        if run.alone
-        else f"validation loss {result['val_loss']:.4f}"
-    )
-    return f"{found}, {result['elapsed_seconds']:.0f} s"
+    seconds = f"{result['elapsed_seconds']:.0f} s"
+    if run.alone:
+        return f"{result['tokens_per_second']:,.0f} tokens/s, {seconds}"
+    return f"validation loss {result['val_loss']:.4f}, {seconds}"
 
 
 def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str | None:
     """The GPU with the fewest runs, if this run may start on it now."""
-    if any(other.alone for other, _ in running.values()) or run.alone and running:
+    one_is_alone = any(other.alone for other, _ in running.values())
+    if one_is_alone or (run.alone and running):
         return None
-    on = {gpu: sum(place == gpu for _, place in running.values()) for gpu in gpus}
-    gpu = min(gpus, key=on.get)
-    return gpu if on[gpu] < jobs else None
-
-
-def _environment(gpu: str, processes: int) -> dict:
-    """Of a run: the one GPU that it sees, and its share of the cores."""
-    share = str(max(1, cpu_cores() // processes))
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    threads = (
-        dict(OMP_NUM_THREADS=share) if gpu == CPU else dict(TORCHINDUCTOR_COMPILE_THREADS=share)
-    )
-    own = dict(PYTHONWARNINGS="ignore", PYTHONPATH=paths) | (
-        {} if gpu == CPU else dict(CUDA_VISIBLE_DEVICES=gpu)
-    )
-    return threads | os.environ | own
+    load = dict.fromkeys(gpus, 0)
+    for _, gpu in running.values():
+        load[gpu] += 1
+    least_busy = min(gpus, key=load.get)
+    return least_busy if load[least_busy] < jobs else None
 
 
 def visible_gpus(config: Config) -> tuple[str, ...]:
@@ -406,15 +345,16 @@ def visible_gpus(config: Config) -> tuple[str, ...]:
 
 
 def _check_passes(wanted: list[Run], base: Config, train_tokens: int) -> None:
+    """Raises ConfigError when a run would repeat its text too often."""
     for run in wanted:
-        if run.alone:  # it measures no loss
+        if run.alone:  # it measures speed, not loss
             continue
         config = dataclasses.replace(base, **run.changes)
         passes = config.max_steps * config.tokens_per_step / train_tokens
         if passes > MOST_PASSES:
             raise ConfigError(
-                f"the run '{run.label}' would pass over the corpus of {train_tokens:,} tokens {passes:.1f} times, more than "
-                f"{MOST_PASSES}: give fewer --tokens, or more --data"
+                f"the run '{run.label}' would pass over the corpus of {train_tokens:,} tokens "
+                f"{passes:.1f} times, more than {MOST_PASSES}: give fewer --tokens, or more --data"
             )
 
 
@@ -429,81 +369,44 @@ def _up_to_date(found: dict[str, dict], wanted: list[Run]) -> dict[str, dict]:
 
 
 def _within(run: Run, base: Config, most_tokens: float) -> Run:
-    """A run that a study came to want, such as one for another's time, made no longer than its corpus allows."""
+    """The run, made no longer than its corpus allows: a study may want one for another's time."""
     steps = int(most_tokens / dataclasses.replace(base, **run.changes).tokens_per_step)
-    return (
-        run
-        if run.alone or run.changes["max_steps"] <= steps
-        else dataclasses.replace(run, changes=run.changes | dict(max_steps=steps))
-    )
+    if run.alone or run.changes["max_steps"] <= steps:
+        return run
+    return dataclasses.replace(run, changes=run.changes | dict(max_steps=steps))
 
 
 def _check_timed(run: Run, result: dict | None, found: dict[str, dict]) -> None:
-    """Speeds and memory of one study are of one kind of GPU."""
+    """Raises ConfigError when a study's speeds come from two kinds of GPU."""
     if not (run.alone and result and "machine" in result):
         return
-    there = {
-        other["machine"]["gpu"]
-        for other in found.values()
-        if other["group"].startswith("speed of") and "machine" in other
-    }
-    if there - {result["machine"]["gpu"]}:
-        raise ConfigError(
-            f"the study's speeds were measured on {there.pop() or 'a CPU'}, and this machine has "
-            f"{result['machine']['gpu'] or 'no GPU'}: go on there, or begin anew with another --out"
-        )
-
-
-def _without_cache(options: list[str]) -> list[str]:
-    """The options without the place of the cache, which another machine may have elsewhere."""
-    return [
-        word
-        for name, value in zip(options[::2], options[1::2])
-        if name != "--cache_dir"
-        for word in (name, value)
-    ]
-
-
-def _refuse_another(path: Path, asked: dict) -> None:
-    """Raises ConfigError when the results at `path` are of another study than is `asked` for, of which the corpus may not be known yet."""
-    if path.exists() and (different := _differences(json.loads(path.read_text()), asked)):
-        raise ConfigError(
-            f"{path} is of another study: {'; '.join(different)}. Give the same to go on with it, or another --out to begin anew"
-        )
-
-
-def _differences(before: dict, now: dict) -> list[str]:
-    """In words, what was asked for otherwise."""
-    given = [
-        dict(zip(asked["options"][::2], asked["options"][1::2]))
-        | {"study": asked["study"], "--tokens": f"{asked['tokens']:,.15g}"}
-        for asked in (before, now)
-    ]
-    found = [
-        f"{name} was {given[0].get(name, 'not given')} and is {given[1].get(name, 'not given')}"
-        for name in given[0] | given[1]
-        if given[0].get(name) != given[1].get(name)
-    ]
-    return found + [
-        "the text or its tokenizer is another"
-        + ", as `installed` is what a machine has" * (before["corpus"]["data"] == "installed")
-    ] * ("corpus" in now and before["corpus"] != now["corpus"])
-
-
-def _place(folder: Path, run: Run) -> Path:
-    return folder / "runs" / re.sub(r"[^\w.-]+", "_", run.label)
+    here = result["machine"]["gpu"]
+    for other in found.values():
+        if not other["group"].startswith("speed of") or "machine" not in other:
+            continue
+        there = other["machine"]["gpu"]
+        if there != here:
+            raise ConfigError(
+                f"the study's speeds were measured on {there or 'a CPU'}, and this machine has "
+                f"{here or 'no GPU'}: continue there, or begin anew with another --out"
+            )
 
 
 @contextlib.contextmanager
 def _signals(stop: threading.Event):
-    """Ctrl-C, SIGTERM and an error in here let the runs save and end. Yields a list that the signals are put into."""
-    came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: (came.append(number), stop.set()))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    """Ctrl-C, SIGTERM and an error in the block let the runs save and end.
+
+    Yields a list that the signals are put into.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _frame) -> None:
+        received.append(number)
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield received
     except BaseException:
         stop.set()
         raise
@@ -512,30 +415,54 @@ def _signals(stop: threading.Event):
             signal.signal(number, handler)
 
 
-def keep_metrics(label: str, place: Path, kept: Path) -> None:
-    """Adds a run's metrics, each row with the run's name, to the gzip file `kept`, in place of an earlier run's of that name."""
-    metrics = place / "metrics.jsonl"
-    if not metrics.exists():
+# ---------------------------------------------------------------- is it the same study?
+
+
+def _without_cache(options: list[str]) -> list[str]:
+    """The options without the cache folder, which may lie elsewhere on another machine."""
+    kept = []
+    for name, value in zip(options[::2], options[1::2]):
+        if name != "--cache_dir":
+            kept += [name, value]
+    return kept
+
+
+def _refuse_another(path: Path, identity: dict) -> None:
+    """Raises ConfigError when the results at `path` are of another study.
+
+    The `identity` may lack the corpus, which is not known before it is tokenized.
+    """
+    if not path.exists():
         return
-    rows = [
-        json.dumps(dict(run=label) | json.loads(row)) for row in metrics.read_text().splitlines()
-    ]
-    there = gzip.decompress(kept.read_bytes()).decode().splitlines() if kept.exists() else []
-    mine = json.dumps(dict(run=label))[:-1] + ","
-    packed = gzip.compress(
-        "".join(
-            row + "\n" for row in [*(row for row in there if not row.startswith(mine)), *rows]
-        ).encode(),
-        mtime=0,
-    )
-    if len(packed) > MOST_METRICS:
-        print(
-            f"the metrics of '{label}' are not kept: {kept} would be larger than {MOST_METRICS / 1e6:g} MB"
+    differences = _differences(json.loads(path.read_text()), identity)
+    if differences:
+        raise ConfigError(
+            f"{path} is of another study: {'; '.join(differences)}. "
+            "Give the same to continue it, or another --out to begin anew"
         )
-        return
-    temporary = kept.with_suffix(".tmp")
-    temporary.write_bytes(packed)
-    temporary.replace(kept)
+
+
+def _differences(before: dict, now: dict) -> list[str]:
+    """What is requested otherwise, in words."""
+    settings_before = _settings(before)
+    settings_now = _settings(now)
+    found = []
+    for name in settings_before | settings_now:
+        old = settings_before.get(name, "not given")
+        new = settings_now.get(name, "not given")
+        if old != new:
+            found.append(f"{name} was {old} and is {new}")
+    if "corpus" in now and before["corpus"] != now["corpus"]:
+        difference = "the text or its tokenizer is another"
+        if before["corpus"]["data"] == "installed":
+            difference += ", as `installed` is what a machine has"
+        found.append(difference)
+    return found
+
+
+def _settings(identity: dict) -> dict[str, str]:
+    options = dict(zip(identity["options"][::2], identity["options"][1::2]))
+    return options | {"study": identity["study"], "--tokens": f"{identity['tokens']:,.15g}"}
 
 
 # ---------------------------------------------------------------- the command
@@ -544,27 +471,55 @@ def keep_metrics(label: str, place: Path, kept: Path) -> None:
 def run_study(argv: list[str]) -> None:
     began = time.monotonic()
     if not argv:
-        print(
-            __doc__
-            + "\n"
-            + "\n".join(
-                f"{name:15s} {' '.join(function.__doc__.split())}"
-                for name, function in STUDIES.items()
-            )
-        )
+        print(_list_of_studies())
         return
-    parser = new_parser(
-        "python -m studies.run NAME [--preset P] [--tokens N] [--seeds N] [--jobs N] [--minutes M] [--out DIR] "
-        "[--FIELD VALUE ...]",
-        __doc__,
+    args = _parser().parse(argv)
+    given = config_options(args)
+    _check_arguments(args, given)
+    tokens = TOKENS[args.name] if args.tokens is None else args.tokens
+    seeds = list(range(1, args.seeds + 1))
+    base, _, _ = resolve(given, args.preset, None)
+    own = _own_settings(base, tokens, given)
+    base = dataclasses.replace(base, **own)
+    gpus = visible_gpus(base)
+    _warn_of_a_slow_machine(gpus, args.preset)
+
+    folder = args.out or _default_folder(args.name, args.preset)
+    options = _options(args.preset, own | given)
+    # what is refused is refused before minutes of tokenizing
+    identity = dict(study=args.name, tokens=tokens, options=_without_cache(options))
+    _refuse_another(folder / "results.json", identity)
+    if not (folder / "results.json").exists():  # a study that exists continues as it began
+        _refuse_what_it_sets(args.name, given, args.preset, tokens, seeds)
+    with locked(folder, "--out"):
+        corpus = _corpus_facts(base)
+        seconds = 60 * args.minutes - (time.monotonic() - began)
+        done = study(
+            args.name, base, options, tokens, seeds, folder, corpus, seconds, gpus, args.jobs
+        )
+    if done:
+        print(f"{folder / 'results.json'}, {folder / 'figure.png'}")
+    else:
+        print("The time is over; the same command continues.")
+
+
+def _list_of_studies() -> str:
+    lines = [__doc__]
+    for name, function in STUDIES.items():
+        lines.append(f"{name:15s} {' '.join(function.__doc__.split())}")
+    return "\n".join(lines)
+
+
+def _parser() -> Parser:
+    usage = (
+        "python -m studies.run NAME [--preset P] [--tokens N] [--seeds N] [--jobs N] "
+        "[--minutes M] [--out DIR] [--FIELD VALUE ...]"
     )
+    parser = new_parser(usage, __doc__)
+    tokens = ", ".join(f"{name} {number / 1e6:g}e6" for name, number in TOKENS.items())
     parser.add_argument("name", help=" ".join(STUDIES))
     parser.add_argument("--preset", default="small", help="the base configuration [small]")
-    parser.add_argument(
-        "--tokens",
-        type=float,
-        help=f"tokens of a run [{', '.join(f'{n} {t / 1e6:g}e6' for n, t in TOKENS.items())}]",
-    )
+    parser.add_argument("--tokens", type=float, help=f"tokens of a run [{tokens}]")
     parser.add_argument(
         "--seeds",
         type=int,
@@ -575,127 +530,118 @@ def run_study(argv: list[str]) -> None:
         "--jobs",
         type=int,
         default=1,
-        help="runs on each GPU at a time, but for those whose speed is measured [1]",
+        help="runs on each GPU at a time, except those whose speed is measured [1]",
     )
     parser.add_argument(
         "--minutes",
         type=float,
         default=math.inf,
-        help="stop after this time; the same command goes on",
+        help="stop after this time; the same command continues",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the study [studies/NAME, and studies/NAME-PRESET with another preset than small]",
+        help="folder of the study [studies/NAME; studies/NAME-PRESET with another preset]",
     )
     add_config_options(parser)
-    args = parser.parse(argv)
+    return parser
+
+
+def _check_arguments(args, given: dict) -> None:
+    """Raises ConfigError for arguments that make no study."""
     if args.name not in STUDIES:
+        known = ", ".join(STUDIES)
         raise ConfigError(
-            f"unknown study {args.name!r}.{nearest(args.name, STUDIES)} Studies: {', '.join(STUDIES)}"
+            f"unknown study {args.name!r}.{nearest(args.name, STUDIES)} Studies: {known}"
         )
-    tokens = TOKENS[args.name] if args.tokens is None else args.tokens
-    numbers = dict(tokens=tokens, seeds=args.seeds, jobs=args.jobs, minutes=args.minutes)
-    if wrong := [
-        f"--{name} {number:g}"
-        for name, number in numbers.items()
-        if not number > 0 or name != "minutes" and number == math.inf
-    ]:
+    wrong = []
+    for name in ("tokens", "seeds", "jobs", "minutes"):
+        number = getattr(args, name)
+        if number is None:
+            continue
+        endless = number == math.inf and name != "minutes"
+        if not number > 0 or endless:
+            wrong.append(f"--{name} {number:g}")
+    if wrong:
         raise ConfigError(f"{', '.join(wrong)}: must be a positive number")
-    given = config_options(args)
-    for name, instead in dict(
+    set_by_the_study = dict(
         save_dir="each run has a folder of its own; the study's is --out",
         max_steps="the study sets it, by --tokens",
         seed="the study sets it, 1 to --seeds",
-    ).items():
+    )
+    for name, instead in set_by_the_study.items():
         if name in given:
             raise ConfigError(f"--{name}: {instead}")
-    base, _, _ = resolve(given, args.preset, None)
-    own = {name: value for name, value in _own_settings(base, tokens).items() if name not in given}
-    base = dataclasses.replace(base, **own)
-    if visible_gpus(base) == (CPU,) and args.preset != "tiny":
+
+
+def _warn_of_a_slow_machine(gpus: tuple[str, ...], preset: str) -> None:
+    if gpus == (CPU,) and preset != "tiny":
         print(
-            f"warning: no GPU was found, and {args.preset} takes days on a CPU; --preset tiny --tokens 2e5 tries the machinery",
+            f"warning: no GPU was found, and {preset} takes days on a CPU; "
+            "--preset tiny --tokens 2e5 tries the machinery",
             file=sys.stderr,
         )
-    folder = args.out or ROOT / "studies" / (
-        args.name if args.preset == "small" else f"{args.name}-{args.preset}"
-    )
-    options = _options(args.preset, own | given)
-    _refuse_another(
-        folder / "results.json",
-        dict(study=args.name, tokens=tokens, options=_without_cache(options)),
-    )  # before minutes of tokenizing
-    seeds = list(range(1, args.seeds + 1))
-    if not (folder / "results.json").exists():  # else it goes on as it began
-        _refuse_what_it_sets(args.name, given, args.preset, tokens, seeds)
-    with locked(folder, "--out"):
-        corpus = data.prepare(base)
-        facts = dict(
-            data=base.data,
-            data_hash=corpus.data_hash,
-            tokenizer_hash=corpus.tokenizer_hash,
-            train_tokens=len(corpus.train),
-            validation_tokens=len(corpus.validation),
-            unigram_entropy=corpus.unigram_entropy,
-        )
-        done = study(
-            args.name,
-            base,
-            options,
-            tokens,
-            seeds,
-            folder,
-            facts,
-            60 * args.minutes - (time.monotonic() - began),
-            visible_gpus(base),
-            args.jobs,
-        )
-    print(
-        f"{folder / 'results.json'}, {folder / 'figure.png'}"
-        if done
-        else "The time is over; the same command goes on."
+
+
+def _default_folder(name: str, preset: str) -> Path:
+    if preset == "small":
+        return ROOT / "studies" / name
+    return ROOT / "studies" / f"{name}-{preset}"
+
+
+def _corpus_facts(base: Config) -> dict:
+    """What the results say of the text that the study is about."""
+    corpus = data.prepare(base)
+    return dict(
+        data=base.data,
+        data_hash=corpus.data_hash,
+        tokenizer_hash=corpus.tokenizer_hash,
+        train_tokens=len(corpus.train),
+        validation_tokens=len(corpus.validation),
+        unigram_entropy=corpus.unigram_entropy,
     )
 
 
 def _refuse_what_it_sets(
     name: str, given: dict, preset: str, tokens: float, seeds: list[int]
 ) -> None:
-    """Raises ConfigError for an option that no run of the study has, as the study sets it in each, whatever the option is."""
+    """Raises ConfigError for an option that the study sets in each of its runs, whatever was
+    given.
+    """
     base, _, _ = resolve(given, preset, None)
     runs = wanted_runs(name, base, tokens, seeds, {})
-    for field in sorted(given.keys() & set.intersection(*(set(run.changes) for run in runs))):
+    set_in_all = set.intersection(*(set(run.changes) for run in runs))
+    for field in sorted(given.keys() & set_in_all):
+        others = {other: value for other, value in given.items() if other != field}
         try:
-            without, _, _ = resolve(
-                {other: value for other, value in given.items() if other != field}, preset, None
-            )
+            without, _, _ = resolve(others, preset, None)
             same = wanted_runs(name, without, tokens, seeds, {}) == runs
-        except ConfigError:  # no study is possible without it
+        except ConfigError:  # no study is possible without this option
             continue
         if same and getattr(without, field) != getattr(base, field):
             raise ConfigError(f"--{field}: the study sets it for each of its runs")
 
 
-def _own_settings(base: Config, tokens: float) -> dict:
-    """What a study sets for all runs: a few validations, no checkpoints but to go on with, and no samples."""
-    return dict(
+def _own_settings(base: Config, tokens: float, given: dict) -> dict:
+    """What a study sets for all runs, unless it was given: few validations, no samples, and
+    checkpoints only to continue.
+    """
+    own = dict(
         sample_tokens=0,
         save_every=0,
         save_minutes=5.0,
         eval_every=max(1, round(tokens / base.tokens_per_step / VALIDATIONS)),
     )
+    return {name: value for name, value in own.items() if name not in given}
 
 
 def _options(preset: str, settings: dict) -> list[str]:
-    return [
-        "--preset",
-        preset,
-        *(
-            word
-            for name, value in settings.items()
-            for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
-        ),
-    ]
+    """Settings as words of a command line."""
+    words = ["--preset", preset]
+    for name, value in settings.items():
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        words += [f"--{name}", text]
+    return words
 
 
 if __name__ == "__main__":

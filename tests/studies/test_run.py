@@ -21,7 +21,7 @@ import pytest
 import data
 from config import PRESETS, ConfigError, Diverged, ExperimentError, OutOfMemory
 from planner.plan import format_count
-from studies import grids, report
+from studies import grids, one_run, report
 from studies import run as runner
 from studies.experts import KINDS
 from studies.grids import STUDIES, Run
@@ -335,7 +335,7 @@ def test_what_is_kept_of_a_run():
         ),
         dict(step=8, val_loss=3.0),
     ]
-    kept = runner.summary(
+    kept = one_run.summary(
         dict(
             config=dataclasses.asdict(config),
             history=history,
@@ -361,7 +361,7 @@ def test_what_is_kept_of_a_run():
 
 def test_runs_are_spread_over_gpus_and_timed_ones_are_alone(monkeypatch, tmp_path):
     lock, running, most, together, threads = threading.Lock(), [], {}, [], set()
-    monkeypatch.setattr(runner, "cpu_cores", lambda: 16)
+    monkeypatch.setattr(one_run, "cpu_cores", lambda: 16)
 
     def perform(run, base, folder, environment, stop):
         gpu = environment["CUDA_VISIBLE_DEVICES"]
@@ -703,7 +703,7 @@ def text(tmp_path_factory):
 def train(run, text, folder, stop=None):
     options = [*OPTIONS, *text, "--sample_tokens", "0", "--save_every", "0", "--save_minutes", "5"]
     return runner.perform(
-        run, options, folder, runner._environment("cpu", 1), stop or threading.Event()
+        run, options, folder, runner.environment_of("cpu", 1), stop or threading.Event()
     )
 
 
@@ -738,7 +738,7 @@ def test_a_run_saves_and_ends_when_its_study_is_killed(tmp_path, text):
     folder = tmp_path / "run"
     script = (
         f"import threading; from studies import run; from studies.grids import Run; run.perform(Run('a', dict(seed=1, max_steps=40_000, "
-        f"log_every=5)), {[*OPTIONS, *text, '--save_every', '0']!r}, run.Path({str(folder)!r}), run._environment('cpu', 1), threading.Event())"
+        f"log_every=5)), {[*OPTIONS, *text, '--save_every', '0']!r}, run.Path({str(folder)!r}), run.environment_of('cpu', 1), threading.Event())"
     )
     study = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     while (
