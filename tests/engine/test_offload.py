@@ -1,8 +1,10 @@
 """Optimizer state and gradients in host memory: results are those of everything on the device."""
 
+import contextlib
 import functools
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,109 @@ from engine.precision import gradient_norms
 from model import MoETransformer
 from muon import AdamW, build_optimizers
 from tests.helpers import tiny_config
+
+# ---------------------------------------------------------------- streams
+
+
+class RecordedStream:
+    """A stream of CUDA that does nothing, and writes down what it is told in a log of all streams."""
+
+    def __init__(self, name: str, log: list[str]):
+        self.name = name
+        self.log = log
+
+    def wait_stream(self, other) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event) -> None:
+        self.log.append(f"{self.name} waits for {event.name}")
+
+    def record_event(self):
+        name = f"event {sum('records' in line for line in self.log)}"
+        self.log.append(f"{self.name} records {name}")
+        return SimpleNamespace(
+            name=name, synchronize=lambda: self.log.append(f"the CPU waits for {name}")
+        )
+
+
+@pytest.fixture
+def log(monkeypatch) -> list[str]:
+    """What CUDA would be told, in order, on a machine without it."""
+    lines: list[str] = []
+    compute = RecordedStream("compute", lines)
+    side_streams = iter([RecordedStream("inward", lines), RecordedStream("outward", lines)])
+    current = [compute]
+
+    @contextlib.contextmanager
+    def stream(other):
+        current.append(other)
+        yield
+        current.pop()
+
+    def copy_(self, source, non_blocking=False):
+        lines.append(f"copy on {current[-1].name}")
+        return self
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: next(side_streams))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda _, stream: lines.append(f"kept for {stream.name}")
+    )
+    return lines
+
+
+def test_buckets_wait_for_what_they_need_and_no_more(log, monkeypatch):
+    """Three buckets of one vector each: i + 1 arrives and i - 1 leaves while i is worked on."""
+    monkeypatch.setattr(OptimizerState, "BUCKET", 4)
+    named = {name: torch.zeros(4, requires_grad=True) for name in "abc"}
+    for p in named.values():
+        p.grad = torch.zeros(4)
+    monkeypatch.setattr(offload, "copier_for", lambda device: offload.StreamCopier())
+    owner = OptimizerState(named, ("m",), lambda p: torch.float32, True, False)
+    for _ in owner.buckets():
+        log.append("work")
+
+    def fetch(event: int) -> list[str]:
+        return ["inward waits for compute", "copy on inward", f"inward records event {event}"]
+
+    def work(event: int) -> list[str]:
+        return [f"compute waits for event {event}", "work"]
+
+    def send(event: int) -> list[str]:
+        return [
+            "outward waits for compute",
+            "copy on outward",
+            "kept for outward",
+            f"outward records event {event}",
+        ]
+
+    assert log == [
+        "inward waits for outward",
+        *fetch(0),
+        *fetch(1),
+        *work(0),
+        *send(2),
+        *fetch(3),
+        *work(1),
+        *send(4),
+        *work(3),
+        *send(5),
+        "compute waits for outward",
+    ]
+
+
+def test_the_cpu_fetches_a_bucket_when_the_one_before_the_last_has_left(log, monkeypatch):
+    copier = offload.StreamCopier()
+    for _ in range(3):
+        copier.end_batch()
+        copier.throttle()
+    assert [line for line in log if "CPU" in line] == [
+        "the CPU waits for event 0",
+        "the CPU waits for event 1",
+    ]
+
 
 # ---------------------------------------------------------------- optimizer state
 
