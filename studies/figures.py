@@ -1,20 +1,31 @@
-"""One figure for each study. Points are single runs and lines go through their means, so that the spread of the seeds shows."""
+"""One figure for each study, from its results.
+
+Points are single runs and lines go through their means, so that the spread of the seeds shows.
+A study without a function in PANELS gets a list of its groups with their losses.
+"""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from config import ExperimentError
 from plot import BLUE, GREEN, ORANGE, PINK, RED, SKY, write_figure
 from studies.analysis import (
     SPEED,
+    Runs,
     base_config,
     best_runs,
+    divergence_from_average,
     equal_time,
+    expert_shares,
     groups,
     mean_and_spread,
     micro_batches,
@@ -22,6 +33,7 @@ from studies.analysis import (
     scaling_law,
     sharpest_layer,
     shorter,
+    sizes_with_experts,
     swept,
     timed,
     typical_resolution,
@@ -33,561 +45,561 @@ MODES = dict(none=(BLUE, "o"), selective=(GREEN, "^"), full=(ORANGE, "s"))
 DENSE_AND_MOE = dict(dense=("dense", ORANGE, "s"), moe=("top-2 of 8", BLUE, "o"))
 
 
-def _lost(results: dict) -> set[str]:
-    """The groups that failed, when what is left is no answer."""
-    runs = results["runs"].values()
-    left = {run["group"] for run in runs if "failed" not in run}
-    failed = {run["group"] for run in runs} - left
-    if results["study"] in ("routing", "scaling"):
-        return failed | {
-            run["group"] for run in runs if "failed" in run and run["group"].startswith(SPEED)
-        }  # one of its repeats
-    if results["study"] == "checkpointing":
-        return {
-            run["group"] for run in runs if run.get("failed") == "diverged"
-        }  # what does not fit is a result
-    if results["study"] == "optimizer" and failed:
-        needed = [group.startswith(SPEED) for group in failed] + [
-            not any(group.startswith(f"{name}, ") for group in left) for name in ("muon", "adamw")
-        ]
-        return failed if any(needed) else set()
-    return failed if not left else set()
-
-
 def draw(results: dict, path: Path) -> None:
-    """Draws the study's figure into a PNG. Raises ExperimentError when it cannot be written, or when what it needs has diverged."""
-    if lost := _lost(results):
+    """Draws the study's figure into a PNG.
+
+    Raises ExperimentError when it cannot be written, or when a group that it needs has failed.
+    """
+    failed = _missing_groups(results)
+    if failed:
         raise ExperimentError(
-            f"the study has no answer, as {', '.join(sorted(lost))} diverged or did not fit: begin it anew with lower rates or "
-            "a smaller base, and another --out"
+            f"the study has no answer, as {', '.join(sorted(failed))} diverged or did not fit: "
+            "begin it anew with lower rates or a smaller base, and another --out"
         )
-    figure = Figure(figsize=(8, 3.4), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-    PANELS.get(results["study"], _losses)(figure, results)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
+    figure = Figure(figsize=(8, 3.4), dpi=160, layout=layout)
+    draw_panels = PANELS.get(results["study"], _losses)
+    draw_panels(figure, results)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(
-                frameon=False, fontsize=7 if len(axes.get_legend_handles_labels()[0]) > 4 else 8
-            )
+        _, labels = axes.get_legend_handles_labels()
+        if labels:
+            axes.legend(frameon=False, fontsize=7 if len(labels) > 4 else 8)
     write_figure(figure, path)
 
 
+def _missing_groups(results: dict) -> set[str]:
+    """The groups that failed, if the study has no answer without them."""
+    failed_runs = []
+    left = set()
+    for run in results["runs"].values():
+        if "failed" in run:
+            failed_runs.append(run)
+        else:
+            left.add(run["group"])
+    failed = {run["group"] for run in failed_runs} - left
+
+    study = results["study"]
+    if study in ("routing", "scaling"):
+        # Every repeat of a speed is needed.
+        return failed | {run["group"] for run in failed_runs if run["group"].startswith(SPEED)}
+    if study == "checkpointing":
+        # That something does not fit is a result.
+        return {run["group"] for run in failed_runs if run["failed"] == "diverged"}
+    if study == "optimizer":
+        speed_failed = any(group.startswith(SPEED) for group in failed)
+        if speed_failed or not (_any_left(left, "muon") and _any_left(left, "adamw")):
+            return failed
+        return set()
+    return set() if left else failed
+
+
+def _any_left(groups_left: set[str], optimizer: str) -> bool:
+    return any(group.startswith(f"{optimizer}, ") for group in groups_left)
+
+
+# ---------------------------------------------------------------- what panels share
+
+
+def _scatter(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    colour: str,
+    marker: str = "o",
+    label: str | None = None,
+    size: float = 4.5,
+) -> None:
+    """Single runs as points."""
+    axes.plot(x, y, marker, color=colour, markersize=size, alpha=0.8, label=label)
+
+
 def _points(
-    axes,
-    named: dict[float, list[dict]],
+    axes: Axes,
+    runs_at: Mapping[Any, Runs],
     key: str,
     label: str | None,
     colour: str,
     marker: str = "o",
 ) -> None:
-    """Single runs as points and a line through their means, over the named x values."""
-    named = {x: runs for x, runs in named.items() if runs and runs[0].get(key) is not None}
-    if not named:
-        return
-    axes.plot(
-        list(named),
-        [mean_and_spread(runs, key)[0] for runs in named.values()],
-        color=colour,
-        linewidth=1.2,
-    )
-    axes.plot(
-        [x for x, runs in named.items() for _ in runs],
-        [run[key] for runs in named.values() for run in runs],
-        marker,
-        color=colour,
-        markersize=4.5,
-        alpha=0.8,
-        label=label,
-    )
+    """Single runs as points, and a line through their means. `runs_at` has the runs by x."""
+    x_of_means = []
+    means = []
+    x_of_runs = []
+    values = []
+    for x, runs in runs_at.items():
+        if not runs or runs[0].get(key) is None:
+            continue
+        x_of_means.append(x)
+        means.append(mean_and_spread(runs, key)[0])
+        for run in runs:
+            x_of_runs.append(x)
+            values.append(run[key])
+    if x_of_means:
+        axes.plot(x_of_means, means, color=colour, linewidth=1.2)
+        _scatter(axes, x_of_runs, values, colour, marker, label)
 
 
-def _undecided(span, found: dict[str, list[dict]], middle: float | None, words: str) -> None:
-    """Shades, with axhspan or axvspan, what lies within the study's honest difference: above the lowest loss of `found`, or on both sides
-    of `middle`."""
-    least = typical_resolution(found)
-    if least < math.inf:
-        low = (
-            min(mean_and_spread(runs)[0] for runs in found.values())
-            if middle is None
-            else middle - least
-        )
-        span(
-            low,
-            low + least if middle is None else middle + least,
-            color="0.93",
-            linewidth=0,
-            zorder=0,
-            label=words,
-        )
+def _shade(span: Callable, low: float, high: float, label: str) -> None:
+    """Shades an interval; `span` is axhspan or axvspan of the axes."""
+    span(low, high, color="0.93", linewidth=0, zorder=0, label=label)
 
 
-def _grid(axes) -> None:
+def _shade_undecided_from_lowest(span: Callable, found: dict[str, Runs], label: str) -> None:
+    """Shades the means that the seeds cannot tell from the lowest."""
+    resolution = typical_resolution(found)
+    if resolution < math.inf:
+        lowest = min(mean_and_spread(runs)[0] for runs in found.values())
+        _shade(span, lowest, lowest + resolution, label)
+
+
+def _grid(axes: Axes) -> None:
     axes.grid(color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
 
 
+def _room_above(axes: Axes, share: float) -> None:
+    """Makes room for the legend: so much of the height that there is."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + share * (high - low))
+
+
+def _without_legend(several: Sequence[Axes]) -> None:
+    """For panels whose lines are named in the legend of another."""
+    for axes in several:
+        for line in axes.lines:
+            line.set_label(None)
+
+
+# ---------------------------------------------------------------- a study without its own figure
+
+
 def _losses(figure: Figure, results: dict) -> None:
-    """A study that has no figure of its own."""
-    axes, found = figure.subplots(), groups(results)
-    key, label = ("val_loss", LOSS) if found else ("tokens_per_second", "tokens/s")
-    found = found or timed(results)
-    for place, runs in enumerate(found.values()):
-        axes.plot(
-            [run[key] for run in runs],
-            [place] * len(runs),
-            "o",
-            color=BLUE,
-            markersize=4.5,
-            alpha=0.8,
-        )
-        axes.plot(mean_and_spread(runs, key)[0], place, "|", color=BLUE, markersize=14)
+    axes = figure.subplots()
+    found = groups(results)
+    if found:
+        key = "val_loss"
+        axes.set_xlabel(LOSS)
+    else:
+        found = timed(results)
+        key = "tokens_per_second"
+        axes.set_xlabel("tokens/s")
+
+    for row, runs in enumerate(found.values()):
+        _scatter(axes, [run[key] for run in runs], [row] * len(runs), BLUE)
+        axes.plot(mean_and_spread(runs, key)[0], row, "|", color=BLUE, markersize=14)
     if key == "val_loss":
-        _undecided(axes.axvspan, found, None, "means not told from the lowest")
+        _shade_undecided_from_lowest(axes.axvspan, found, "means not told from the lowest")
     axes.set_yticks(range(len(found)), list(found))
-    axes.set(xlabel=label, ylim=(len(found) - 0.5, -0.5))
+    axes.set_ylim(len(found) - 0.5, -0.5)
     figure.set_size_inches(8, 1.2 + 0.3 * len(found))
     _grid(axes)
 
 
+# ---------------------------------------------------------------- optimizer
+
+
 def _optimizer(figure: Figure, results: dict) -> None:
     rates, curves = figure.subplots(1, 2)
-    found = groups(results)
-    sweeps = swept(found, "muon") + swept(found, "adamw")
-    muon = best_runs(found, "muon")[0]["changes"]
-    lines = (
-        (
-            "adamw",
-            "adamw_lr",
-            dict(warmup_fraction=None),
-            f"AdamW alone, warm-up {base_config(results).warmup_fraction:.0%}",
-            ORANGE,
-            "s",
-        ),
-        *(
-            (
-                "adamw",
-                "adamw_lr",
-                dict(warmup_fraction=warmup),
-                f"AdamW alone, warm-up {warmup:.0%}",
-                colour,
-                marker,
-            )
-            for warmup, colour, marker in zip(LONG_WARMUPS, (RED, PINK, SKY), "DvP")
-        ),
-        (
-            "muon",
-            "muon_lr",
-            dict(adamw_lr=ADAMW_RATES[1]),
-            f"Muon's rate, its AdamW's {ADAMW_RATES[1]:g}",
-            BLUE,
-            "o",
-        ),
-        (
-            "muon",
-            "adamw_lr",
-            dict(muon_lr=muon["muon_lr"]),
-            f"its AdamW's rate, Muon's {muon['muon_lr']:g}",
-            GREEN,
-            "^",
-        ),
-    )
-    for name, field, same, label, colour, marker in lines:
-        mine = {
-            runs[0]["changes"][field]: runs
-            for runs in sweeps
-            if all(
-                runs[0]["changes"].get(key) == value
-                for key, value in (dict(optimizer=name) | same).items()
-            )
-        }
-        _points(rates, dict(sorted(mine.items())), "val_loss", label, colour, marker)
-    for name, label, colour in (
-        ("muon", "Muon with AdamW", BLUE),
-        ("adamw", "AdamW alone", ORANGE),
-    ):
-        for i, run in enumerate(best_runs(found, name)):
-            tokens, loss = np.array(run["validation"]).T
-            curves.plot(
-                tokens,
-                loss,
-                color=colour,
-                linewidth=1.1,
-                label=f"{label}, best rates" if i == 0 else None,
-            )
-    target = mean_and_spread(best_runs(found, "adamw"))[0]
-    curves.axhline(
-        target, color="0.5", linewidth=0.8, linestyle="--", label="where AdamW alone ends"
-    )
-    for runs in shorter(found):
-        curves.plot(
-            [run["tokens"] for run in runs],
-            [run["val_loss"] for run in runs],
-            "o",
-            color=BLUE,
-            markersize=4.5,
-            alpha=0.8,
-        )
-    if shorter(found):
-        lengths = [
-            *shorter(found),
-            best_runs(found, "muon"),
-        ]  # the report reads the tokens to AdamW's loss from this line
-        ends = [runs[0]["tokens"] for runs in lengths]
-        between = np.geomspace(ends[0], ends[-1], 50)
-        curves.plot(
-            between,
-            np.interp(
-                np.log(between), np.log(ends), [mean_and_spread(runs)[0] for runs in lengths]
-            ),
-            ":",
-            color=BLUE,
-            linewidth=1,
-        )
-        curves.plot(
-            [], [], ":o", color=BLUE, linewidth=1, markersize=4.5, label="Muon, shorter runs' ends"
-        )
-    smaller = [
-        (best_runs(found, QUARTER + name), colour)
-        for name, colour in (("muon", BLUE), ("adamw", ORANGE))
-        if swept(found, QUARTER + name)
-    ]
-    for ends, colour in smaller:
-        curves.plot(
-            [run["tokens"] for run in ends],
-            [run["val_loss"] for run in ends],
-            "x",
-            color=colour,
-            markersize=5,
-        )
-    if smaller:
-        curves.plot(
-            [], [], "x", color="0.4", markersize=5, label="either's end in 4 times the steps"
-        )
-    low = min(run["val_loss"] for runs in found.values() for run in runs)
-    curves.set(
-        xlabel="tokens", ylabel=LOSS, ylim=(low - 0.1, target + 2.5 * max(0.4, target - low))
-    )
-    curves.xaxis.set_major_formatter(EngFormatter(sep=""))
-    rates.set(xscale="log", xlabel="peak learning rate", ylabel="final loss (nats per token)")
-    tried = sorted(
-        {
-            rate
-            for runs in sweeps
-            for field in ("muon_lr", "adamw_lr")
-            if (rate := runs[0]["changes"].get(field))
-        }
-    )
-    rates.set_xticks(tried[::2], [f"{rate:g}" for rate in tried[::2]], fontsize=7)
-    rates.xaxis.set_minor_locator(NullLocator())
-    ends = [run["val_loss"] for runs in sweeps for run in runs]
-    rates.set_ylim(top=max(ends) + 0.6 * (max(ends) - min(ends)))  # room for the legend
+    _draw_sweeps(rates, results)
+    _draw_best_curves(curves, groups(results))
     for axes in (rates, curves):
         _grid(axes)
 
 
+def _draw_sweeps(axes: Axes, results: dict) -> None:
+    """Final loss over the peak learning rate that a sweep varied."""
+    found = groups(results)
+    sweeps = swept(found, "muon") + swept(found, "adamw")
+
+    def line(same: dict, field: str, label: str, colour: str, marker: str) -> None:
+        """Of the groups with the changes `same`; None is the base's value."""
+        runs_at = {}
+        for runs in sweeps:
+            changes = runs[0]["changes"]
+            if all(changes.get(key) == value for key, value in same.items()):
+                runs_at[changes[field]] = runs
+        _points(axes, dict(sorted(runs_at.items())), "val_loss", label, colour, marker)
+
+    styles = [(ORANGE, "s"), (RED, "D"), (PINK, "v"), (SKY, "P")]
+    for changed_warmup, (colour, marker) in zip((None, *LONG_WARMUPS), styles):
+        same = dict(optimizer="adamw", warmup_fraction=changed_warmup)
+        warmup = changed_warmup
+        if warmup is None:
+            warmup = base_config(results).warmup_fraction
+        line(same, "adamw_lr", f"AdamW alone, warm-up {warmup:.0%}", colour, marker)
+    usual = ADAMW_RATES[1]
+    same = dict(optimizer="muon", adamw_lr=usual)
+    line(same, "muon_lr", f"Muon's rate, its AdamW's {usual:g}", BLUE, "o")
+    best = best_runs(found, "muon")[0]["changes"]["muon_lr"]
+    same = dict(optimizer="muon", muon_lr=best)
+    line(same, "adamw_lr", f"its AdamW's rate, Muon's {best:g}", GREEN, "^")
+
+    axes.set(xscale="log", xlabel="peak learning rate", ylabel="final loss (nats per token)")
+    every_second = _rates_tried(sweeps)[::2]
+    axes.set_xticks(every_second, [f"{rate:g}" for rate in every_second], fontsize=7)
+    axes.xaxis.set_minor_locator(NullLocator())
+    losses = [run["val_loss"] for runs in sweeps for run in runs]
+    room_for_legend = 0.6 * (max(losses) - min(losses))
+    axes.set_ylim(top=max(losses) + room_for_legend)
+
+
+def _rates_tried(sweeps: list[Runs]) -> list[float]:
+    tried = set()
+    for runs in sweeps:
+        for field in ("muon_lr", "adamw_lr"):
+            rate = runs[0]["changes"].get(field)
+            if rate:
+                tried.add(rate)
+    return sorted(tried)
+
+
+def _draw_best_curves(axes: Axes, found: dict[str, Runs]) -> None:
+    """Validation losses at the best rates, over tokens, with the ends of other runs."""
+    for name, label, colour in (
+        ("muon", "Muon with AdamW", BLUE),
+        ("adamw", "AdamW alone", ORANGE),
+    ):
+        for seed, run in enumerate(best_runs(found, name)):
+            tokens, losses = np.array(run["validation"]).T
+            label_once = f"{label}, best rates" if seed == 0 else None
+            axes.plot(tokens, losses, color=colour, linewidth=1.1, label=label_once)
+    target = mean_and_spread(best_runs(found, "adamw"))[0]
+    axes.axhline(target, color="0.5", linewidth=0.8, linestyle="--", label="where AdamW alone ends")
+    if shorter(found):
+        _draw_shorter_runs(axes, found)
+    _draw_smaller_steps(axes, found)
+
+    low = min(run["val_loss"] for runs in found.values() for run in runs)
+    high = target + 2.5 * max(0.4, target - low)
+    axes.set(xlabel="tokens", ylabel=LOSS, ylim=(low - 0.1, high))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _draw_shorter_runs(axes: Axes, found: dict[str, Runs]) -> None:
+    """The ends of Muon's runs of fewer tokens, and the line between all its lengths.
+
+    The report reads from this line how many tokens Muon needs for the loss of AdamW.
+    """
+    for runs in shorter(found):
+        _scatter(axes, [run["tokens"] for run in runs], [run["val_loss"] for run in runs], BLUE)
+    lengths = [*shorter(found), best_runs(found, "muon")]
+    ends = [runs[0]["tokens"] for runs in lengths]
+    means = [mean_and_spread(runs)[0] for runs in lengths]
+    between = np.geomspace(ends[0], ends[-1], 50)
+    losses = np.interp(np.log(between), np.log(ends), means)
+    axes.plot(between, losses, ":", color=BLUE, linewidth=1)
+    # an empty line for the legend
+    label = "Muon, shorter runs' ends"
+    axes.plot([], [], ":o", color=BLUE, linewidth=1, markersize=4.5, label=label)
+
+
+def _draw_smaller_steps(axes: Axes, found: dict[str, Runs]) -> None:
+    """The ends of runs with a quarter of the tokens a step, at their best rates."""
+    label = "either's end in 4 times the steps"
+    drawn = False
+    for name, colour in (("muon", BLUE), ("adamw", ORANGE)):
+        if swept(found, QUARTER + name):
+            runs = best_runs(found, QUARTER + name)
+            tokens = [run["tokens"] for run in runs]
+            losses = [run["val_loss"] for run in runs]
+            axes.plot(tokens, losses, "x", color=colour, markersize=5)
+            drawn = True
+    if drawn:
+        axes.plot([], [], "x", color="0.4", markersize=5, label=label)
+
+
+# ---------------------------------------------------------------- routing
+
+
 def _routing(figure: Figure, results: dict) -> None:
     loss, speed = figure.subplots(1, 2)
-    found, speeds = groups(results), timed(results)
+    found = groups(results)
+    top_ks = (1, 2, 3, 4)
     for kind, colour, marker in (("equal tokens", BLUE, "o"), ("equal FLOPs", ORANGE, "s")):
-        _points(
-            loss,
-            {
-                k: found.get(f"top-{k}, {kind}" if k != 2 else "top-2, equal tokens", [])
-                for k in (1, 2, 3, 4)
-            },
-            "val_loss",
-            kind,
-            colour,
-            marker,
-        )
-    _points(speed, {k: speeds[f"top-{k}"] for k in (1, 2, 3, 4)}, "tokens_per_second", None, GREEN)
-    loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=[1, 2, 3, 4])
-    least = typical_resolution(found)
-    if least < math.inf:
-        place = (
-            loss.get_ylim()[0] + 0.02 * np.ptp(loss.get_ylim()) + least / 2
-        )  # where no run is: with more experts equal FLOPs end higher
-        loss.errorbar(3.6, place, least / 2, color="0.4", capsize=3)
-        loss.text(
-            3.5,
-            place,
-            "a smaller difference\nis undecided",
-            fontsize=7,
-            color="0.4",
-            ha="right",
-            va="center",
-        )
-    speed.set(
-        xlabel="experts a token, of 8",
-        ylabel="tokens/s",
-        xticks=[1, 2, 3, 4],
-        ylim=(0, 1.08 * speed.dataLim.ymax),
-    )
+        runs_at = {k: found.get(f"top-{k}, {kind}", []) for k in top_ks}
+        runs_at[2] = found.get("top-2, equal tokens", [])  # the base: both are the same there
+        _points(loss, runs_at, "val_loss", kind, colour, marker)
+    loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=top_ks)
+    resolution = typical_resolution(found)
+    if resolution < math.inf:
+        _draw_resolution(loss, resolution)
+
+    speeds = timed(results)
+    speed_at = {k: speeds[f"top-{k}"] for k in top_ks}
+    _points(speed, speed_at, "tokens_per_second", None, GREEN)
+    speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=top_ks)
+    speed.set_ylim(0, 1.08 * speed.dataLim.ymax)
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, speed):
         _grid(axes)
 
 
+def _draw_resolution(axes: Axes, resolution: float) -> None:
+    """A bar as long as the smallest significant difference.
+
+    It stands at the lower right, where no run is: with more experts equal FLOPs end higher.
+    """
+    low, high = axes.get_ylim()
+    middle = low + 0.02 * (high - low) + resolution / 2
+    axes.errorbar(3.6, middle, resolution / 2, color="0.4", capsize=3)
+    words = "a smaller difference\nis undecided"
+    axes.text(3.5, middle, words, fontsize=7, color="0.4", ha="right", va="center")
+
+
+# ---------------------------------------------------------------- balance
+
+
 def _balance(figure: Figure, results: dict) -> None:
-    found = groups(results)
-    found = {
-        name: [run | dict(unevenness=1 - run["load_entropy"]) for run in runs]
-        for name, runs in found.items()
-    }
-    for axes, key, label in zip(
-        figure.subplots(1, 3),
-        ("val_loss", "unevenness", "worst_share"),
-        (LOSS, "1 - load entropy (0: even)", "largest share of an expert"),
-    ):
-        for scope, colour, marker in (("batch", BLUE, "o"), ("sequence", ORANGE, "s")):
-            _points(
-                axes,
-                {
-                    x: found.get(f"{scope}, weight {weight:g}", [])
-                    for x, weight in enumerate(WEIGHTS, 1)
-                },
-                key,
-                f"loss, scope {scope}",
-                colour,
-                marker,
-            )
-        for name, x, words, colour, marker in (
-            ("none", 0, "no balancing", RED, "v"),
-            ("bias", len(WEIGHTS) + 1, "bias instead of a loss", GREEN, "D"),
-        ):
-            runs = found.get(name, [])
-            axes.plot(
-                [x] * len(runs),
-                [run[key] for run in runs],
-                marker,
-                color=colour,
-                markersize=5,
-                alpha=0.8,
-                label=words,
-            )
-        axes.set(xlabel="weight of the balancing loss", ylabel=label)
-        axes.set_xticks(
-            range(len(WEIGHTS) + 2),
-            ["none", *(f"$10^{{{round(math.log10(weight))}}}$" for weight in WEIGHTS), "bias"],
-            fontsize=8,
-        )
-        _grid(axes)
+    found = {}
+    for name, runs in groups(results).items():
+        found[name] = [run | dict(unevenness=1 - run["load_entropy"]) for run in runs]
+    loss, unevenness, share = figure.subplots(1, 3)
+    _draw_balancing(loss, found, "val_loss", LOSS)
+    _draw_balancing(unevenness, found, "unevenness", "1 - load entropy (0: even)")
+    _draw_balancing(share, found, "worst_share", "largest share of an expert")
+
     figure.set_size_inches(9, 3.3)
-    loss, unevenness, share = figure.axes
-    _undecided(loss.axhspan, found, None, "not told from the lowest")
+    _shade_undecided_from_lowest(loss.axhspan, found, "not told from the lowest")
+    _room_above(loss, 0.45)
     unevenness.set_yscale("log")
     even = 1 / base_config(results).num_experts
     share.axhline(even, color="0.5", linewidth=0.8, linestyle="--")
     share.text(0, even, "even", fontsize=8, color="0.4", va="bottom")
-    low, high = loss.get_ylim()
-    loss.set_ylim(low, high + 0.45 * (high - low))  # room for the legend
-    for axes in figure.axes[1:]:  # one legend is enough
-        for line in axes.lines:
-            line.set_label(None)
+    _without_legend([unevenness, share])
+
+
+def _draw_balancing(axes: Axes, found: dict[str, Runs], key: str, label: str) -> None:
+    """A value over the weights of the loss, between no balancing (0) and a bias (the last x)."""
+    for scope, colour, marker in (("batch", BLUE, "o"), ("sequence", ORANGE, "s")):
+        runs_at = {}
+        for x, weight in enumerate(WEIGHTS, 1):
+            runs_at[x] = found.get(f"{scope}, weight {weight:g}", [])
+        _points(axes, runs_at, key, f"loss, scope {scope}", colour, marker)
+    for name, x, words, colour, marker in (
+        ("none", 0, "no balancing", RED, "v"),
+        ("bias", len(WEIGHTS) + 1, "bias instead of a loss", GREEN, "D"),
+    ):
+        values = [run[key] for run in found.get(name, [])]
+        _scatter(axes, [x] * len(values), values, colour, marker, words, size=5)
+
+    axes.set(xlabel="weight of the balancing loss", ylabel=label)
+    powers = [f"$10^{{{round(math.log10(weight))}}}$" for weight in WEIGHTS]
+    axes.set_xticks(range(len(WEIGHTS) + 2), ["none", *powers, "bias"], fontsize=8)
+    _grid(axes)
+
+
+# ---------------------------------------------------------------- scaling
 
 
 def _scaling(figure: Figure, results: dict) -> None:
-    *losses, differences = figure.subplots(1, 3)
-    for axes, key, label in zip(
-        losses, ("flops_per_token", "total_params"), ("training FLOPs of a token", "all parameters")
-    ):
-        for kind, (name, colour, marker) in DENSE_AND_MOE.items():
-            runs = of_kind(results, kind)
-            x, y = [run[key] for run in runs], [run["val_loss"] for run in runs]
-            axes.plot(x, y, marker, color=colour, markersize=4.5, alpha=0.8, label=name)
-            if law := scaling_law(x, y):
-                line = np.geomspace(min(x), max(x), 50)
-                axes.plot(line, law.at(line), color=colour, linewidth=1.2)
-        axes.set(xscale="log", xlabel=label, ylabel=LOSS)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    found = groups(results)
-    sizes = [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
-    limit_of_time = typical_resolution(found) + equal_time(results)[-1]
-    timely = "equal time" + (
-        f" (undecided to ±{limit_of_time:.2f})" if limit_of_time < math.inf else ""
-    )
-    for shift, ending, label, colour, marker in (
-        (-0.08, "", "equal tokens and FLOPs", BLUE, "o"),
-        (0.08, EQUAL_TIME, timely, GREEN, "^"),
-    ):
-        pairs = [
-            (place + shift, a["val_loss"] - b["val_loss"])
-            for place, size in enumerate(sizes)
-            for a in found[f"moe, {size}"]
-            for b in found.get(f"dense, {size}{ending}", [])
-            if a["changes"]["seed"] == b["changes"]["seed"]
-        ]
-        differences.plot(
-            [x for x, _ in pairs],
-            [y for _, y in pairs],
-            marker,
-            color=colour,
-            markersize=5,
-            alpha=0.8,
-            label=label,
-        )
-    differences.axhline(0, color="0.4", linewidth=0.8)
-    _undecided(differences.axhspan, found, 0.0, "means undecided at equal tokens")
-    differences.set_xticks(range(len(sizes)), [size.replace(" x ", "\n× ") for size in sizes])
-    low, high = differences.get_ylim()
-    differences.set_ylim(low, high + 0.55 * (high - low))  # room for the legend
-    differences.set(xlabel="layers × width", ylabel="loss of the MoE - dense (nats)")
+    by_flops, by_parameters, differences = figure.subplots(1, 3)
+    _draw_laws(by_flops, results, "flops_per_token", "training FLOPs of a token")
+    _draw_laws(by_parameters, results, "total_params", "all parameters")
+    _draw_differences(differences, results)
     for axes in figure.axes:
         axes.tick_params(labelsize=8)
         _grid(axes)
     figure.set_size_inches(9.5, 3.5)
 
 
+def _draw_laws(axes: Axes, results: dict, key: str, label: str) -> None:
+    """Losses over a size, of dense and of MoE models, with the laws that fit them."""
+    for kind, (name, colour, marker) in DENSE_AND_MOE.items():
+        runs = of_kind(results, kind)
+        sizes = [run[key] for run in runs]
+        losses = [run["val_loss"] for run in runs]
+        _scatter(axes, sizes, losses, colour, marker, name)
+        law = scaling_law(sizes, losses)
+        if law:
+            line = np.geomspace(min(sizes), max(sizes), 50)
+            axes.plot(line, law.at(line), color=colour, linewidth=1.2)
+    axes.set(xscale="log", xlabel=label, ylabel=LOSS)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_differences(axes: Axes, results: dict) -> None:
+    """How much the MoE model ends above the dense one of the same size, by size."""
+    found = groups(results)
+    sizes = sizes_with_experts(found)
+    resolution = typical_resolution(found)
+
+    label_of_time = "equal time"
+    _, _, nats_of_speeds = equal_time(results)
+    at_equal_time = resolution + nats_of_speeds
+    if at_equal_time < math.inf:
+        label_of_time += f" (undecided to ±{at_equal_time:.2f})"
+    for shift, ending, label, colour, marker in (
+        (-0.08, "", "equal tokens and FLOPs", BLUE, "o"),
+        (0.08, EQUAL_TIME, label_of_time, GREEN, "^"),
+    ):
+        x = []
+        y = []
+        for place, size in enumerate(sizes):
+            dense = found.get(f"dense, {size}{ending}", [])
+            for difference in _differences_by_seed(found[f"moe, {size}"], dense):
+                x.append(place + shift)
+                y.append(difference)
+        _scatter(axes, x, y, colour, marker, label, size=5)
+
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    if resolution < math.inf:
+        _shade(axes.axhspan, -resolution, resolution, "means undecided at equal tokens")
+    axes.set_xticks(range(len(sizes)), [size.replace(" x ", "\n× ") for size in sizes])
+    _room_above(axes, 0.55)
+    axes.set(xlabel="layers × width", ylabel="loss of the MoE - dense (nats)")
+
+
+def _differences_by_seed(a: Runs, b: Runs) -> list[float]:
+    differences = []
+    for run in a:
+        for other in b:
+            if run["changes"]["seed"] == other["changes"]["seed"]:
+                differences.append(run["val_loss"] - other["val_loss"])
+    return differences
+
+
+# ---------------------------------------------------------------- checkpointing
+
+
 def _checkpointing(figure: Figure, results: dict) -> None:
+    """A row for each number of layers: peak memory and speed, over the micro-batch."""
     fitted, _ = micro_batches(results)
     depths = sorted({layers for layers, _ in fitted})
-    every = [batch for batches in fitted.values() for batch in batches]
-    for row, depth in zip(figure.subplots(len(depths), 2, squeeze=False), depths):
-        tried = [fitted.get((depth, mode), {}) for mode in MODES]
-        common = set.intersection(*map(set, tried)) or {min(every)}
-        sizes = sorted(
-            {min(common), max(common), max(map(max, filter(None, tried)))}
-        )  # where the modes are compared, and the largest that fits
-        for mode, (colour, marker) in MODES.items():
-            for axes, key in zip(row, ("peak_gb", "tokens_per_second")):
-                _points(
-                    axes,
-                    dict(sorted(fitted.get((depth, mode), {}).items())),
-                    key,
-                    mode,
-                    colour,
-                    marker,
-                )
-        for axes, label in zip(row, ("peak memory (GB)", "tokens/s")):
-            axes.set(
-                xscale="log",
-                ylabel=f"{depth} layers: {label}",
-                xlim=(0.8 * min(every), 1.25 * max(every)),
-                ylim=(0, 1.08 * axes.dataLim.ymax),
-            )
-            axes.set_xticks(sizes, map(str, sizes))
+    batches = {batch for runs_at in fitted.values() for batch in runs_at}
+    x_limits = (0.8 * min(batches), 1.25 * max(batches))
+    rows = figure.subplots(len(depths), 2, squeeze=False)
+    for (memory, speed), depth in zip(rows, depths):
+        by_mode = {mode: fitted.get((depth, mode), {}) for mode in MODES}
+        ticks = _marked_batches(list(by_mode.values()), smallest=min(batches))
+        for axes, key, label in (
+            (memory, "peak_gb", "peak memory (GB)"),
+            (speed, "tokens_per_second", "tokens/s"),
+        ):
+            for mode, runs_at in by_mode.items():
+                colour, marker = MODES[mode]
+                _points(axes, dict(sorted(runs_at.items())), key, mode, colour, marker)
+            axes.set(xscale="log", ylabel=f"{depth} layers: {label}", xlim=x_limits)
+            axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
+            axes.set_xticks(ticks, [str(batch) for batch in ticks])
             axes.xaxis.set_minor_locator(NullLocator())
             _grid(axes)
-        row[1].yaxis.set_major_formatter(EngFormatter(sep=""))
+        speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in figure.axes[-2:]:
         axes.set_xlabel("sequences in a micro-batch")
-    for axes in figure.axes[1:]:
-        for line in axes.lines:
-            line.set_label(None)
+    _without_legend(figure.axes[1:])
     figure.set_size_inches(8, 2.8 * len(depths))
 
 
-def use(counts) -> np.ndarray:
-    """[labels, experts]: where the tokens of a label go, each row summing to 1 (nan for a label that does not occur)."""
-    counts = np.array(counts, float).T
-    with np.errstate(invalid="ignore"):
-        return counts / counts.sum(1, keepdims=True)
+def _marked_batches(of_modes: list[dict[int, Runs]], smallest: int) -> list[int]:
+    """Micro-batches that the axis names: those that compare the modes, and the largest that fits.
+
+    The modes are compared at the smallest and the largest micro-batch that fits with all of them.
+    """
+    common = set.intersection(*(set(runs_at) for runs_at in of_modes)) or {smallest}
+    largest = max(max(runs_at) for runs_at in of_modes if runs_at)
+    return sorted({min(common), max(common), largest})
 
 
-def bits_of_each(counts) -> np.ndarray:
-    """What knowing a label says of the expert, in bits: the divergence of the label's experts from those of all tokens."""
-    share, all_share = use(counts), np.array(counts, float).sum(1) / np.sum(counts)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nansum(share * np.log2(share / all_share), axis=1)
+# ---------------------------------------------------------------- specialization
 
 
 def _specialization(figure: Figure, results: dict) -> None:
     figure.set_size_inches(9, 8.4)
     (by_layer, by_kind), (kinds, domains) = figure.subplots(2, 2)
-    runs = [run for found in groups(results).values() for run in found]
-    first, layers = runs[0]["experts"], np.array(runs[0]["experts"]["layers"]) + 1
-    steps = first["steps"]
-    for i, step in enumerate(steps):
-        for n, run in enumerate(runs):
-            label = (
-                (
-                    "before training"
-                    if step["step"] == 0
-                    else f"{EngFormatter(sep='', places=0)(step['tokens'])} tokens"
-                )
-                if n == 0
-                else None
-            )
-            by_layer.plot(
-                layers,
-                run["experts"]["steps"][i]["kind"]["bits"],
-                color=colormaps["viridis"](0.9 * i / (len(steps) - 1)),
-                linewidth=1.1,
-                linestyle="-" if n == 0 else ":",
-                label=label,
-            )
-    by_layer.plot(
-        layers,
-        steps[-1]["kind"]["shuffled_most"],
-        "--",
-        color="0.4",
-        linewidth=1,
-        label="shuffled kinds",
-    )
-    most = max(max(step["kind"]["bits"]) for run in runs for step in run["experts"]["steps"])
-    by_layer.set(
-        xlabel="layer",
-        ylabel="bits that the expert says of the kind",
-        ylim=(0, 1.6 * most),
-        title="By layer (dotted: the second seed)" if len(runs) > 1 else "By layer",
-    )
-    by_layer.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _grid(by_layer)
+    analyses = [run["experts"] for runs in groups(results).values() for run in runs]
+    _draw_information_by_layer(by_layer, analyses)
+    _draw_information_by_kind(by_kind, analyses[0])
+    _draw_experts_of(kinds, analyses[0], "kind")
+    _draw_experts_of(domains, analyses[0], "domain")
 
-    occurring = [k for k, number in enumerate(first["kind_tokens"]) if number]
-    bits = np.array([bits_of_each(counts)[occurring] for counts in first["kind_table"]]).T
-    image = by_kind.imshow(bits, cmap="cividis", vmin=0, aspect="auto")
-    _label_map(
-        figure,
-        by_kind,
-        image,
-        [first["kinds"][k] for k in occurring],
-        layers,
-        "bits that the kind says of the expert",
-    )
-    by_kind.set(xlabel="layer", title="By kind of token")
-    for axes, label in ((kinds, "kind"), (domains, "domain")):
-        layer, names = sharpest_layer(first, label), first[f"{label}s"]
-        there = [k for k, number in enumerate(first[f"{label}_tokens"]) if number]
-        table = np.array(first[f"{label}_table"][layer], float)
-        share, average = use(table)[there], table.sum(1) / table.sum()
-        with np.errstate(divide="ignore"):
-            times = np.log2(share / average).clip(-2, 2)
-        image = axes.imshow(times, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
-        for (row, column), part in np.ndenumerate(share):
-            axes.text(
-                column,
-                row,
-                f"{100 * part:.0f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if abs(times[row, column]) > 1.4 else "black",
-            )
-        bar = _label_map(
-            figure,
-            axes,
-            image,
-            [names[k] for k in there],
-            range(1, share.shape[1] + 1),
-            "times the expert's share of all choices",
+
+def _draw_information_by_layer(axes: Axes, analyses: list[dict]) -> None:
+    """Mutual information between expert and token kind: by layer, in the course of training."""
+    first = analyses[0]
+    layers = np.array(first["layers"]) + 1
+    last = len(first["steps"]) - 1
+    for i, step in enumerate(first["steps"]):
+        colour = colormaps["viridis"](0.9 * i / last)
+        axes.plot(layers, step["kind"]["bits"], color=colour, linewidth=1.1, label=_moment(step))
+        for other in analyses[1:]:
+            bits = other["steps"][i]["kind"]["bits"]
+            axes.plot(layers, bits, ":", color=colour, linewidth=1.1)
+    chance = first["steps"][last]["kind"]["shuffled_most"]
+    axes.plot(layers, chance, "--", color="0.4", linewidth=1, label="shuffled kinds")
+
+    most = max(max(step["kind"]["bits"]) for found in analyses for step in found["steps"])
+    title = "By layer"
+    if len(analyses) > 1:
+        title += " (dotted: the second seed)"
+    axes.set(xlabel="layer", ylabel="bits that the expert says of the kind", title=title)
+    axes.set_ylim(0, 1.6 * most)  # with room for the legend
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _grid(axes)
+
+
+def _moment(step: dict) -> str:
+    if step["step"] == 0:
+        return "before training"
+    tokens = EngFormatter(sep="", places=0)(step["tokens"])
+    return f"{tokens} tokens"
+
+
+def _draw_information_by_kind(axes: Axes, experts: dict) -> None:
+    """How much the experts of a kind differ from the average, of each kind in each layer."""
+    occurring = _occurring(experts["kind_tokens"])
+    columns = [divergence_from_average(counts)[occurring] for counts in experts["kind_table"]]
+    image = axes.imshow(np.array(columns).T, cmap="cividis", vmin=0, aspect="auto")
+    names = [experts["kinds"][kind] for kind in occurring]
+    layers = [layer + 1 for layer in experts["layers"]]
+    _label_map(axes, image, names, layers, "bits that the kind says of the expert")
+    axes.set(xlabel="layer", title="By kind of token")
+
+
+def _draw_experts_of(axes: Axes, experts: dict, label: str) -> None:
+    """Where the tokens of each kind or domain go, in the layer that distinguishes them most.
+
+    Colours compare with the expert's share of all routed tokens, from a quarter to four times.
+    """
+    layer = sharpest_layer(experts, label)
+    counts = np.array(experts[f"{label}_table"][layer], float)
+    occurring = _occurring(experts[f"{label}_tokens"])
+    share = expert_shares(counts)[occurring]
+    average = counts.sum(1) / counts.sum()
+    with np.errstate(divide="ignore"):
+        doublings = np.log2(share / average).clip(-2, 2)
+    image = axes.imshow(doublings, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+    for (row, column), part in np.ndenumerate(share):
+        axes.text(
+            column,
+            row,
+            f"{100 * part:.0f}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if abs(doublings[row, column]) > 1.4 else "black",
         )
-        bar.set_ticks(range(-2, 3), labels=["≤ ¼", "½", "1", "2", "≥ 4"])
-        axes.set(
-            xlabel="expert (in the cells: % of the row)",
-            title=f"{label.capitalize()}s in layer {layers[layer]}",
-        )
+    names = [experts[f"{label}s"][place] for place in occurring]
+    numbers = range(1, share.shape[1] + 1)
+    bar = _label_map(axes, image, names, numbers, "times the expert's share of all choices")
+    bar.set_ticks(range(-2, 3), labels=["≤ ¼", "½", "1", "2", "≥ 4"])
+    title = f"{label.capitalize()}s in layer {experts['layers'][layer] + 1}"
+    axes.set(xlabel="expert (in the cells: % of the row)", title=title)
 
 
-def _label_map(figure: Figure, axes, image, rows: list[str], columns, label: str):
-    """Names of a heat map's rows, columns and colours; returns its colour bar."""
+def _occurring(tokens: list[int]) -> list[int]:
+    """The indices of the labels that some token has."""
+    return [label for label, number in enumerate(tokens) if number]
+
+
+def _label_map(axes: Axes, image, rows: Sequence[str], columns: Sequence[int], label: str):
+    """Names a heat map's rows, columns and colours; returns its colour bar."""
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    axes.set_xticks(range(len(columns)), columns, fontsize=8)
+    axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=8)
     axes.tick_params(length=0)
-    bar = figure.colorbar(image, ax=axes, label=label, fraction=0.06, pad=0.02)
+    bar = axes.figure.colorbar(image, ax=axes, label=label, fraction=0.06, pad=0.02)
     bar.outline.set_visible(False)
     return bar
 

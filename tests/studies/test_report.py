@@ -380,7 +380,9 @@ def test_an_expert_says_no_more_bits_than_its_tokens_choices_leave():
     even = [[10, 0], [10, 0], [0, 10], [0, 10]]
     assert most(even, [10, 10], 3.0) == pytest.approx(1) and most(even, [10, 10], 0.5) == 0.5
     assert most([[10, 10], [10, 10], [0, 0]], [10, 10], 1.0) == 0 == most(even, [10, 10], 0.0)
-    assert figures.bits_of_each(even)[0] == pytest.approx(1), "which these experts reach"
+    assert analysis.divergence_from_average(even)[0] == pytest.approx(1), (
+        "which these experts reach"
+    )
 
 
 def test_a_speed_that_was_measured_once_decides_nothing_even_if_time_is_worth_nothing():
