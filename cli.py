@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         name = option.strip("-")
         elsewhere = ELSEWHERE.get(name)
-        if elsewhere and re.match(r"--\w+", elsewhere)[0] in known:
+        if elsewhere and any(option in known for option in re.findall(r"--\w+", elsewhere)):
             return f"unknown option {argument!r}. Here it is {elsewhere}. --help lists them all."
         # A name within another one is a better guess than a similar name: for --tokens,
         # --max_new_tokens is better than --top_k.

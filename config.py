@@ -603,13 +603,16 @@ def defaults() -> dict:
 
 def field_docs() -> dict[str, str]:
     """Each field's documentation: the string literal that follows it in the class body."""
-    body = ast.parse(inspect.getsource(Config)).body[0].body
+    [definition] = ast.parse(inspect.getsource(Config)).body
+    assert isinstance(definition, ast.ClassDef)
+    body = definition.body
     docs = {}
     for statement, following in zip(body, body[1:]):
-        is_field = isinstance(statement, ast.AnnAssign)
-        if is_field and isinstance(following, ast.Expr):
-            text = ast.literal_eval(following.value)
-            docs[statement.target.id] = " ".join(text.split())
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr)):
+            continue
+        assert isinstance(statement.target, ast.Name)
+        text = ast.literal_eval(following.value)
+        docs[statement.target.id] = " ".join(text.split())
     return docs
 
 

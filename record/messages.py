@@ -22,7 +22,7 @@ def _machine_memory(machine: Machine) -> str:
 
 def memory_plan(config: Config, predicted: dict, machine: Machine) -> str:
     """The resolved choices that cost memory, and the table of what is predicted."""
-    mode = config.activation_checkpointing
+    mode: str = config.activation_checkpointing
     last_mode = config.checkpointing_of(config.n_layers - 1)
     if last_mode != mode:
         mode = f"{mode} ({last_mode} in the last {config.lighter_blocks} blocks)"

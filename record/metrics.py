@@ -20,9 +20,9 @@ def mfu(config: Config, machine: Machine, tokens_per_second: float) -> float | N
 
     None on a GPU whose peak is not known: no number is shown rather than a wrong one.
     """
-    gpu = GPUS.get(machine.key)
-    if gpu is None or config.precision == "fp32":
+    if machine.key is None or config.precision == "fp32":
         return None
+    gpu = GPUS[machine.key]
     return config.flops_per_token * tokens_per_second / (gpu.peak_tflops * 1e12)
 
 

@@ -76,6 +76,7 @@ class Record:
         dropped = rows_in_file - len(self.history)
         if dropped > 0:
             aside = set_aside(path)
+            assert aside is not None  # the file is there: its rows were counted
             print(
                 f"{dropped} rows of {METRICS} that are past the checkpoint are dropped; "
                 f"the file as it was is {aside.name}"

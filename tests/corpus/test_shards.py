@@ -425,7 +425,9 @@ def test_a_shard_is_read_as_it_was_written_and_not_when_a_byte_of_its_header_or_
 ):
     path, width = tmp_path_factory.getbasetemp() / "shard.bin", 4 if wide else 2
     written = np.array(tokens, np.uint64).astype(f"<u{width}")
-    header = token_files.HEADER.pack(token_files.MAGIC, token_files.FORMAT_VERSION, width, len(tokens), bytes(32))
+    header = token_files.HEADER.pack(
+        token_files.MAGIC, token_files.FORMAT_VERSION, width, len(tokens), bytes(32)
+    )
     whole = header.ljust(token_files.HEADER_BYTES, b"\0") + written.tobytes()
     path.write_bytes(whole)
     read = open_shard(path, "00" * 32)
