@@ -24,7 +24,16 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from cli import Parser, add_config_options, config_options, exit_code, locked, new_parser
-from config import PRESETS, Config, ConfigError, defaults, nearest, resolve, resumed_config
+from config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    defaults,
+    nearest,
+    optimizer_groups,
+    resolve,
+    resumed_config,
+)
 from planner.choice import check_fits
 from planner.machine import GB, GPUS, Machine, find_device, find_machine, machine_of_device
 from planner.plan import build_plan, format_count, memory_table
@@ -324,7 +333,7 @@ def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:
         f"hours             {_hours(facts)}",
         f"plan for {_place(facts)}: {_verdict(config, facts)}",
         "",
-        memory_table(memory_gb, capacity_gb=capacity_gb),
+        memory_table(memory_gb, optimizer_groups(config), capacity_gb=capacity_gb),
         "",
         "All sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside "
         "them.",

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from config import PRESETS, Config, field_docs
+from config import PRESETS, Config, field_docs, optimizer_groups
 from planner.choice import choose
 from planner.machine import GPUS, find_machine
 from planner.plan import format_count, memory_table
@@ -181,8 +181,10 @@ def _option_value(value) -> str:
 def brief_memory() -> str:
     """The planner's table for the brief's model on the brief's GPU."""
     machine = find_machine(gpu="b200")
-    choice, _ = choose(Config(**PRESETS["18b"]), machine, fixed_batch=False)
-    return f"```\n{memory_table(choice.memory_gb, capacity_gb=machine.memory_gb)}\n```"
+    config = Config(**PRESETS["18b"])
+    choice, _ = choose(config, machine, fixed_batch=False)
+    groups = optimizer_groups(config)
+    return f"```\n{memory_table(choice.memory_gb, groups, capacity_gb=machine.memory_gb)}\n```"
 
 
 # ---------------------------------------------------------------- docs/data.md, docs/models.md

@@ -2,18 +2,16 @@
 
 import dataclasses
 
-from config import Config
+from config import Config, OptimizerGroup
 from planner.choice import Choice, advise, choose
 from planner.machine import Machine
 from planner.sizes import checkpoint_gb
 
-# Rows of the memory table: a component's key and its label.
+# Labels of the memory table's rows, by key. Those of optimizer state are the groups' own.
 COMPONENTS = dict(
     weights="Model weights",
     gradients="Gradients",
     master="fp32 master (16-bit residual)",
-    momentum="Muon momentum",
-    adamw="AdamW moments",
     activations="Activations",
     workspace="Optimizer workspace",
 )
@@ -91,14 +89,16 @@ def _chosen_values(choice: Choice) -> dict:
 
 def memory_table(
     predicted: dict[str, float],
+    groups: dict[str, OptimizerGroup],
     measured: dict[str, float] | None = None,
     capacity_gb: float | None = None,
 ) -> str:
     """The table of memory in GB: predicted, and measured where known.
 
     It has a row for each component, the total, the headroom under `capacity_gb`, and host memory if
-    there is any. A component that COMPONENTS does not name is labelled with its key.
+    there is any. `groups` (config.optimizer_groups) name the rows of optimizer state.
     """
+    labels = COMPONENTS | {group.memory_key: group.label for group in groups.values()}
     digits = 2 if predicted["total"] >= 10 else 3
 
     def cell(sizes: dict[str, float], key: str) -> str:
@@ -116,7 +116,7 @@ def memory_table(
     rows = [header]
     for key in predicted:
         if key not in ("total", "host"):
-            rows.append(row(COMPONENTS.get(key, key), key))
+            rows.append(row(labels[key], key))
     rows.append(row("Total", "total"))
 
     # A CPU's measured sizes have no total: only what stays is known exactly.

@@ -3,7 +3,7 @@
 Every function returns a text. The trainer prints it or raises it.
 """
 
-from config import Config
+from config import Config, optimizer_groups
 from planner.choice import candidates, next_smaller
 from planner.machine import Machine
 from planner.plan import format_count, memory_table
@@ -30,9 +30,10 @@ def memory_plan(config: Config, predicted: dict, machine: Machine) -> str:
     if config.offload_optimizer == "true":
         state = "streamed from the host"
     capacity_gb = machine.memory_gb or machine.host_memory_gb
+    table = memory_table(predicted, optimizer_groups(config), capacity_gb=capacity_gb)
     return (
         f"Memory on {_machine_memory(machine)}: activation checkpointing {mode}, "
-        f"optimizer state {state}\n" + memory_table(predicted, capacity_gb=capacity_gb)
+        f"optimizer state {state}\n{table}"
     )
 
 

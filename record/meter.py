@@ -111,7 +111,7 @@ class MemoryMeter:
 
     def table(self) -> str:
         """Predicted and measured memory side by side."""
-        table = memory_table(self.predicted, self.measured_gb, self.capacity_gb)
+        table = memory_table(self.predicted, self.groups, self.measured_gb, self.capacity_gb)
         if self.gpu:
             return table
         return f"{table}\nThe whole process: {self.peak_gb:.3f} GB of RAM at its peak"

@@ -1,13 +1,18 @@
 """What `plan` reports."""
 
-from planner.plan import COMPONENTS, format_count, memory_table
+from config import PRESETS, Config, optimizer_groups
+from planner.machine import find_machine
+from planner.plan import build_plan, format_count, memory_table
+
+COMPONENTS = ("weights", "gradients", "master", "momentum", "adamw", "activations", "workspace")
+GROUPS = optimizer_groups(Config())
 
 
 def test_table():
     sizes = dict.fromkeys((*COMPONENTS, "host"), 0.0) | dict(
         weights=10.0, gradients=10.0, activations=2.25, total=22.25
     )
-    lines = memory_table(sizes, capacity_gb=25).splitlines()
+    lines = memory_table(sizes, GROUPS, capacity_gb=25).splitlines()
     assert lines[0].split() == ["Component", "Predicted", "(GB)"] and set(lines[1]) == {"-"}
     assert len({len(line) for line in lines}) == 1 and "Host" not in "".join(lines)
     cells = {line.rsplit(None, 1)[0].strip(): line.split()[-1] for line in lines[2:]}
@@ -19,11 +24,11 @@ def test_table():
     assert cells["Headroom"] == "2.75" and len(cells) == len(COMPONENTS) + 2
 
     measured = dict(weights=10.0, activations=3.0, total=24.0)
-    lines = memory_table(sizes | dict(host=70.0), measured, 25).splitlines()
+    lines = memory_table(sizes | dict(host=70.0), GROUPS, measured, 25).splitlines()
     cells = {line[:30].strip(): line[30:].split() for line in lines[2:]}
     assert cells["Activations"] == ["2.25", "3.00"] and cells["Headroom"] == ["2.75", "1.00"]
     assert cells["Gradients"][-1] == "-" and cells["Host memory (streamed state)"] == ["70.00", "-"]
-    assert "0.004" in memory_table(dict.fromkeys((*COMPONENTS, "host", "total"), 0.004))
+    assert "0.004" in memory_table(dict.fromkeys((*COMPONENTS, "host", "total"), 0.004), GROUPS)
 
 
 def test_large_numbers_in_words():
@@ -32,3 +37,14 @@ def test_large_numbers_in_words():
         "4.46M",
         "1,920",
     ]
+
+
+def test_the_measured_speed_is_what_the_caller_gives():
+    config = Config(**PRESETS["18b"])
+    machine = find_machine(gpu="h200")
+    without = build_plan(config, "18b", machine)
+    assert without["tokens_per_second"] is None and without["hours"] is None
+    plan = build_plan(config, "18b", machine, measured=(10_000.0, "--batch_size 4"))
+    tokens = config.tokens_per_step * config.max_steps
+    assert plan["hours"] == tokens / 10_000 / 3600
+    assert plan["measured_with"] == "--batch_size 4"

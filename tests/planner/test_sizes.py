@@ -355,5 +355,6 @@ def test_a_third_optimizer_group_is_one_more_row(monkeypatch):
     assert checkpoint_gb(config) == pytest.approx(
         after["weights"] + sum(after[key] for key in state)
     )
-    assert any(line.startswith("lion") for line in memory_table(after).splitlines())
+    table = memory_table(after, with_third_group(config))
+    assert any(line.startswith("Lion momentum") for line in table.splitlines())
     assert "lion" in build_plan(config, "18b", Machine("a GPU", 150, 128))["memory_gb"]
