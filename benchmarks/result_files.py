@@ -1,4 +1,4 @@
-"""What every benchmark does: runs the program, and writes what it found to benchmarks/results."""
+"""What the benchmarks share: they run the program, and each figure becomes a file in results/."""
 
 import json
 import os
@@ -16,57 +16,74 @@ from planner.machine import known_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-CACHE = Path(
-    os.environ.get("BENCHMARK_CACHE", ROOT / "cache")
-)  # tokenizers and tokens, kept between benchmarks
-SHORT = (
-    "--eval_steps",
-    "1",
-    "--log_every",
-    "1",
-    "--save_every",
-    "0",
-    "--save_minutes",
-    "0",
-    "--sample_tokens",
-    "0",
-    "--cache_dir",
-    str(CACHE),
+# Tokenizers and tokens, kept between benchmarks.
+CACHE = Path(os.environ.get("BENCHMARK_CACHE", ROOT / "cache"))
+
+
+def option_words(**fields) -> list[str]:
+    """Fields of the configuration as words of a command line: --NAME VALUE for each."""
+    words = []
+    for name, value in fields.items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+# For runs of a few steps, of which every step is measured and nothing is kept.
+SHORT = option_words(
+    eval_steps=1,
+    log_every=1,
+    save_every=0,
+    save_minutes=0,
+    sample_tokens=0,
+    cache_dir=CACHE,
 )
 
+# The options that benchmarks.run was given. They go to every run, after its own options, and so
+# they win over these.
+EXTRA_OPTIONS: list[str] = []
 
-FOR_ALL: list[str] = []  # options that benchmarks.run was given for every run
+
+# ---------------------------------------------------------------- runs
 
 
-def train(folder: Path, *options: str, gpu: int | None = None) -> dict:
-    """Runs run_experiment.py with the options in `folder`, on the first GPU or this one; returns its training_results.json."""
-    environment = (
-        dict(os.environ) if gpu is None else dict(os.environ, CUDA_VISIBLE_DEVICES=str(gpu))
-    )
-    command = [
-        sys.executable,
-        str(ROOT / "run_experiment.py"),
-        "--save_dir",
-        str(folder),
-        *options,
-        *FOR_ALL,
-    ]
-    if subprocess.run(command, env=environment).returncode:
+def train_command(folder: Path, options: list[str]) -> list[str]:
+    """The command line of a training run that writes into `folder`."""
+    script = str(ROOT / "run_experiment.py")
+    return [sys.executable, script, "--save_dir", str(folder), *options, *EXTRA_OPTIONS]
+
+
+def train(folder: Path, options: list[str], gpu: int | None = None) -> dict:
+    """Trains in a new process and returns its training_results.json.
+
+    The run sees the GPU of number `gpu` alone; with None, those that this process sees. Raises
+    ExperimentError when it fails.
+    """
+    variables = dict(os.environ)
+    if gpu is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    command = train_command(folder, options)
+    done = subprocess.run(command, env=variables)
+    if done.returncode != 0:
         raise ExperimentError(f"this run failed: {shlex.join(command)}")
     return json.loads((folder / "training_results.json").read_text())
 
 
 def train_side_by_side(runs: dict[str, list[str]], folder: Path) -> dict[str, dict]:
-    """{name: options} to {name: its training_results.json}: all at once, in turn over the GPUs, several on each. Their losses
-    are what they would be alone, their speeds are not."""
+    """Trains all runs at once, and returns the training_results.json of each.
+
+    `runs` are the options of each run by its label. The runs are dealt out over the GPUs, several
+    to each. Their losses are those that they would have alone; their speeds are not.
+    """
+    running = {}
     with ThreadPoolExecutor(len(runs)) as pool:
-        running = {
-            name: pool.submit(
-                train, folder / name.replace(" ", "_"), *options, gpu=i % torch.cuda.device_count()
-            )
-            for i, (name, options) in enumerate(runs.items())
-        }
-        return {name: run.result() for name, run in running.items()}
+        for number, (label, options) in enumerate(runs.items()):
+            run_folder = folder / label.replace(" ", "_")
+            gpu = number % torch.cuda.device_count()
+            running[label] = pool.submit(train, run_folder, options, gpu)
+        return {label: run.result() for label, run in running.items()}
+
+
+# ---------------------------------------------------------------- result files
 
 
 def write(
@@ -78,28 +95,43 @@ def write(
     details: dict,
     command: str = "",
 ) -> None:
-    """One result file; `machine` is the `environment` of the training_results.json of (one of) the runs behind it, and
-    `command` made it if benchmarks.run did not."""
-    gpu = known_gpu(machine["gpu"]) or machine["gpu"].replace(" ", "_") if machine["gpu"] else "cpu"
-    # a copy of the tree without its history is told the commit
-    commit = (
-        os.environ.get("BENCHMARK_COMMIT")
-        or subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-    )
+    """Writes results/NAME_GPU.json.
+
+    `machine` is what record.results.environment says of the machine; a training_results.json holds
+    it as `environment`. `command` is the command that made the figure, if it is not benchmarks.run.
+    """
+    if not command:
+        command = " ".join(["python -m benchmarks.run", name, *EXTRA_OPTIONS])
     record = dict(
         name=name,
         gpu=machine["gpu"] or f"none, {machine['cpus']} CPU cores",
         value=value,
         unit=unit,
         repetitions=repetitions,
-        command=command or " ".join(["python -m benchmarks.run", name, *FOR_ALL]),
-        commit=commit or "unknown",
+        command=command,
+        commit=_commit(),
         versions=dict(torch=machine["torch"], python=platform.python_version()),
         details=details,
     )
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}_{gpu}.json"
+    path = RESULTS / f"{name}_{_gpu_key(machine['gpu'])}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{name}: {value:.4g} {unit} -> {path}", flush=True)
+
+
+def _gpu_key(driver_name: str | None) -> str:
+    """How files name a GPU: as the planner does, or as the driver does where the planner does not
+    know it. None is a CPU."""
+    if not driver_name:
+        return "cpu"
+    return known_gpu(driver_name) or driver_name.replace(" ", "_")
+
+
+def _commit() -> str:
+    # A copy of the tree without its history learns the commit from the environment.
+    given = os.environ.get("BENCHMARK_COMMIT")
+    if given:
+        return given
+    command = ["git", "describe", "--always", "--dirty"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"

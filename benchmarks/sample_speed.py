@@ -1,9 +1,11 @@
-"""Tokens a second of sampling beside transformers' `generate`: the same weights, draws of the same kind, in one process.
+"""Tokens a second of sampling, compared with transformers' `generate`.
 
-    python -m benchmarks.sample_speed                   `small` on the GPU in bf16, or on the CPU in fp32
+    python -m benchmarks.sample_speed                   `small`
     python -m benchmarks.sample_speed --preset tiny     another preset
 
-Writes benchmarks/results/sampling_GPU.json as benchmarks/run.py does; transformers must be installed.
+It runs on the GPU in bf16, or without one on the CPU in fp32. Both have the same weights, draw in
+the same way, and run in one process. Writes benchmarks/results/sampling_GPU.json. transformers must
+be installed.
 """
 
 import dataclasses
@@ -11,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,100 +27,131 @@ from model import MoETransformer
 from record.results import environment
 from tools.export_hf import export
 
-PROMPT, NEW, TEXTS, REPETITIONS = 32, 128, (1, 8), 5
+PROMPT_TOKENS = 32
+NEW_TOKENS = 128
+TEXTS_AT_A_TIME = (1, 8)
+REPETITIONS = 5
 DRAWS = dict(temperature=0.8, top_k=50)
 
 
+# ---------------------------------------------------------------- the two models
+
+
 def models(config: Config, device: torch.device):
-    """Our model and transformers' with the same random weights."""
+    """Our model and transformers', with the same random weights."""
+    fp32 = MoETransformer(dataclasses.replace(config, precision="fp32"))
+    ours = MoETransformer(config)
+    ours.load_state_dict(fp32.state_dict())
+    return ours.to(device).eval(), exported(fp32, config).to(device).eval()
+
+
+def exported(model: MoETransformer, config: Config):
+    """The model as transformers loads it from our export."""
     from transformers import AutoModelForCausalLM
 
-    fp32 = MoETransformer(dataclasses.replace(config, precision="fp32"))
-    tokenizer_json = train_tokenizer([(ROOT / "README.md").read_text()], 1000)
     state = dict(
         config=dataclasses.asdict(config),
-        model={name: p.detach() for name, p in fp32.named_parameters()},
+        model={name: p.detach() for name, p in model.named_parameters()},
         step=0,
         tokens_seen=0,
         optimizer=dict(muon=dict(state={}), adamw=dict(state={})),
-        tokenizer_json=tokenizer_json,
+        # Any tokenizer does: the prompt is made of token ids.
+        tokenizer_json=train_tokenizer([(ROOT / "README.md").read_text()], 1000),
         train_seconds=0.0,
         data=dict(data_hash=None),
     )
     with tempfile.TemporaryDirectory() as folder:
-        export(state, {}, Path(folder) / "model", config.precision, 5 * 10**9)
-        theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").to(device).eval()
-    ours = MoETransformer(config)
-    ours.load_state_dict(fp32.state_dict())
-    return ours.to(device).eval(), theirs
+        path = Path(folder) / "model"
+        export(state, {}, path, config.precision, shard_bytes=5 * 10**9)
+        return AutoModelForCausalLM.from_pretrained(path)
 
 
-def tokens_per_second(write, n: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    assert write() == n * NEW
-    return n * NEW / (time.perf_counter() - start)
+# ---------------------------------------------------------------- their speeds
 
 
 def measure(config: Config, device: torch.device) -> dict:
-    """Median tokens/s of each at each number of texts, measured in turn so that both meet the same machine."""
+    """Median tokens/s of each model, by how many texts it writes at once."""
     ours, theirs = models(config, device)
-    prompt = torch.randint(
-        config.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(0)
-    ).tolist()
-
-    def ours_writes(n):
-        return sum(map(len, generate(ours, prompt, NEW, n=n, **DRAWS)))
-
-    @torch.no_grad()
-    def theirs_writes(n):
-        tokens = torch.tensor([prompt] * n, device=device)
-        written = theirs.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            do_sample=True,
-            max_new_tokens=NEW,
-            min_new_tokens=NEW,
-            **DRAWS,
-        )
-        return written[:, PROMPT:].numel()
-
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(config.vocab_size, (PROMPT_TOKENS,), generator=generator).tolist()
+    writers = dict(
+        ours=lambda texts: write_ours(ours, prompt, texts),
+        transformers=lambda texts: write_theirs(theirs, prompt, texts),
+    )
     found = {}
-    for n in TEXTS:
-        speeds = {"ours": [], "transformers": []}
-        for _ in range(REPETITIONS + 1):
-            for name, write in (("ours", ours_writes), ("transformers", theirs_writes)):
-                speeds[name].append(tokens_per_second(lambda: write(n), n, device))
-        found[f"{n} at a time"] = {
-            name: statistics.median(values[1:]) for name, values in speeds.items()
-        } | dict(all={name: values[1:] for name, values in speeds.items()})
-        print(
-            f"{n} at a time: "
-            + ", ".join(
-                f"{name} {statistics.median(values[1:]):,.1f} tokens/s"
-                for name, values in speeds.items()
-            ),
-            flush=True,
-        )
+    for texts in TEXTS_AT_A_TIME:
+        speeds = speeds_in_turn(writers, texts, device)
+        medians = {name: statistics.median(values) for name, values in speeds.items()}
+        found[f"{texts} at a time"] = dict(**medians, all=speeds)
+        shown = [f"{name} {speed:,.1f} tokens/s" for name, speed in medians.items()]
+        print(f"{texts} at a time: {', '.join(shown)}", flush=True)
     return found
 
 
+def write_ours(model: MoETransformer, prompt: list[int], texts: int) -> int:
+    """Writes texts after the prompt; returns how many tokens they have together."""
+    written = generate(model, prompt, NEW_TOKENS, n=texts, **DRAWS)
+    return sum(len(tokens) for tokens in written)
+
+
+@torch.no_grad()
+def write_theirs(model, prompt: list[int], texts: int) -> int:
+    """As write_ours, with the model of transformers."""
+    tokens = torch.tensor([prompt] * texts, device=model.device)
+    written = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=True,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        **DRAWS,
+    )
+    return written[:, PROMPT_TOKENS:].numel()
+
+
+def speeds_in_turn(
+    writers: dict[str, Callable[[int], int]], texts: int, device: torch.device
+) -> dict[str, list[float]]:
+    """tokens/s of each writer and repetition.
+
+    The writers take turns, so that a disturbance of the machine meets both. The first turn warms up
+    and is left out.
+    """
+    speeds = {name: [] for name in writers}
+    for _ in range(1 + REPETITIONS):
+        for name, writer in writers.items():
+            speeds[name].append(tokens_per_second(writer, texts, device))
+    return {name: values[1:] for name, values in speeds.items()}
+
+
+def tokens_per_second(writer: Callable[[int], int], texts: int, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    # Both look at each token on the host before they draw the next one, so that nothing is left to
+    # wait for at the end.
+    written = writer(texts)
+    elapsed = time.perf_counter() - start
+    assert written == texts * NEW_TOKENS
+    return written / elapsed
+
+
+# ---------------------------------------------------------------- the command
+
+
 def main(argv: list[str]) -> None:
-    parser = new_parser(
-        "python -m benchmarks.sample_speed [--preset NAME] [--device cpu|cuda]", __doc__
-    )
-    parser.add_argument("--preset", default="small")
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    usage = "python -m benchmarks.sample_speed [--preset NAME] [--device cpu|cuda]"
+    found_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = new_parser(usage, __doc__)
+    parser.add_argument("--preset", default="small", help="a preset of config.py")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=found_device)
     args = parser.parse(argv)
-    device = torch.device(args.device)
+
     precision = "bf16" if args.device == "cuda" else "fp32"
-    config = Config(
-        **preset_values(args.preset) | dict(precision=precision, activation_checkpointing="none")
-    )
-    speeds, machine = measure(config, device), environment(device)
+    changes = dict(precision=precision, activation_checkpointing="none")
+    config = Config(**preset_values(args.preset) | changes)
+    device = torch.device(args.device)
+    speeds = measure(config, device)
     import transformers
 
     write(
@@ -125,16 +159,16 @@ def main(argv: list[str]) -> None:
         speeds["1 at a time"]["ours"],
         "tokens/s (one text at a time)",
         REPETITIONS,
-        machine,
+        environment(device),
         dict(
             preset=args.preset,
             precision=precision,
-            prompt_tokens=PROMPT,
-            new_tokens=NEW,
+            prompt_tokens=PROMPT_TOKENS,
+            new_tokens=NEW_TOKENS,
             transformers=transformers.__version__,
             **speeds,
         ),
-        f"python -m benchmarks.sample_speed --preset {args.preset} --device {args.device}",
+        command=f"python -m benchmarks.sample_speed --preset {args.preset} --device {args.device}",
     )
 
 
