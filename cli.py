@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from config import (
-    Config,
     ConfigError,
     ExperimentError,
     OutOfMemory,
     defaults,
     field_docs,
+    field_types,
     nearest,
     parse_value,
 )
@@ -108,7 +108,7 @@ def add_config_options(parser: Parser) -> None:
         "configuration (the default is config.py's; a preset may set another)"
     )
     docs = field_docs()
-    kinds = typing.get_type_hints(Config)
+    kinds = field_types()
     for name, default in defaults().items():
         shown = "derived" if default is None else default
         text = f"{docs.get(name, '')} [{shown}]"

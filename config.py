@@ -601,6 +601,13 @@ def defaults() -> dict:
     return {f.name: f.default for f in dataclasses.fields(Config)}
 
 
+# Cached: each new Config is checked, and looking the types up takes longer than all its checks.
+@functools.cache
+def field_types() -> dict[str, typing.Any]:
+    """The type of each field of Config."""
+    return typing.get_type_hints(Config)
+
+
 def field_docs() -> dict[str, str]:
     """Each field's documentation: the string literal that follows it in the class body."""
     [definition] = ast.parse(inspect.getsource(Config)).body
@@ -621,7 +628,7 @@ def parse_value(name: str, text: str):
 
     Raises ConfigError when the text does not fit the field's type.
     """
-    kind = typing.get_type_hints(Config)[name]
+    kind = field_types()[name]
     if typing.get_origin(kind) is Literal:
         return _parse_choice(name, text, typing.get_args(kind))
     try:
@@ -846,7 +853,7 @@ def _problems(c: Config) -> list[str]:
 
 
 def _wrong_types(c: Config) -> list[str]:
-    kinds = typing.get_type_hints(Config)
+    kinds = field_types()
     found = []
     for field in dataclasses.fields(Config):
         value = getattr(c, field.name)
