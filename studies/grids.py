@@ -10,6 +10,7 @@ The speed of a configuration is measured in short runs that have the machine for
 a small model waits for the host. Other runs may share a GPU.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -464,10 +465,12 @@ class _MicroBatches:
         cpu = self.base.device == "cpu"
         usable = usable_gb(cpu)
         deep = dataclasses.replace(self.base, n_layers=self.layers)
-        fitting = 0
-        for batch in self.sizes:
-            if predict_memory(deep, mode, batch, offload=False, cpu=cpu)["total"] <= usable:
-                fitting += 1
+
+        def predicted_gb(batch: int) -> float:
+            return predict_memory(deep, mode, batch, offload=False, cpu=cpu)["total"]
+
+        # More sequences take more memory, so those that fit come first.
+        fitting = bisect.bisect_right(self.sizes, usable, key=predicted_gb)
         return max(0, fitting - 1)
 
     def largest(self, mode: str) -> int | None:
