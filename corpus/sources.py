@@ -353,6 +353,9 @@ class HubDataset(TextSource):
         Most data sets say how many documents they have.
         """
         limit = self.config.max_characters
+        if self.stream is None:
+            # A build that continues after a kill has its scan from the file and has read nothing.
+            self.stream = _open_hub(self)
         splits = self.stream.info.splits
         if not splits or self.split not in splits:
             return limit or None

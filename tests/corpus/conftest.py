@@ -1,9 +1,11 @@
 """Fixtures that the tests of the corpus share."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from corpus import shards
 from tests.corpus.stories import STORIES
 
 
@@ -15,3 +17,14 @@ def folder(tmp_path) -> Path:
     for number, story in enumerate(STORIES):
         (text / f"{number:02}.txt").write_text(story)
     return text
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Every text that is tokenized from now on, in this process."""
+    texts, make = [], shards.encoder
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: [])  # no workers
+    monkeypatch.setattr(
+        shards, "encoder", lambda t: lambda some: texts.extend(some) or make(t)(some)
+    )
+    return texts

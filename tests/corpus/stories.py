@@ -1,5 +1,10 @@
 """Texts, configurations and checks that the tests of the corpus share."""
 
+import contextlib
+import ctypes
+import os
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +14,28 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 import data
 from config import PRESETS, Config, ExperimentError
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
+PR_SET_CHILD_SUBREAPER = 36  # a constant of prctl(2)
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "omicron",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+]
 
 
 def story(number: int, words: int = 60) -> str:
@@ -61,3 +87,43 @@ def save_tokenizer(path: Path, vocabulary: dict, special: list[str]) -> str:
     )
     tokenizer.save(str(path))
     return str(path)
+
+
+def same(one: data.Corpus, other: data.Corpus) -> bool:
+    facts = [
+        "tokenizer_json",
+        "end_of_text",
+        "data_hash",
+        "tokenizer_hash",
+        "characters",
+        "documents",
+        "unigram_entropy",
+    ]
+    return all(getattr(one, name) == getattr(other, name) for name in facts) and all(
+        np.array_equal(a[:], b[:])
+        for a, b in ((one.train, other.train), (one.validation, other.validation))
+    )
+
+
+def forked(action: Callable[[], object]) -> int:
+    """Runs action() in a forked process; returns its exit code, or minus the signal that killed it.
+
+    It returns when the workers of that process have ended too: this process inherits and reaps
+    them. A fork starts in milliseconds; a new interpreter needs seconds to import.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    pid = os.fork()
+    if pid == 0:
+        os.setpgid(0, 0)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of the parent are not here
+        try:
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    with contextlib.suppress(ChildProcessError):  # nobody is left
+        while True:
+            os.waitpid(-pid, 0)
+    return os.waitstatus_to_exitcode(status)

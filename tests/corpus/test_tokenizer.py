@@ -1,7 +1,10 @@
 """tokenizer.py: tokenizers of folders and of the Hugging Face hub, and the ids that tiktoken gives, without a network."""
 
+import json
+import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import data
-from config import ConfigError
+from config import ConfigError, ExperimentError
 from corpus.tokenizer import (
     TiktokenEncoder,
     encoder,
@@ -18,7 +21,7 @@ from corpus.tokenizer import (
     train_tokenizer,
     trained_size,
 )
-from tests.corpus.stories import STORIES, config_for, fails
+from tests.corpus.stories import STORIES, config_for, fails, save_tokenizer, story
 from tests.corpus.test_sources import write_rows
 
 
@@ -197,3 +200,86 @@ def test_tiktoken_is_used_only_where_it_is_the_same(tokenizer, used):
     encode = encoder(tokenizer)
     assert isinstance(encode, TiktokenEncoder) is used
     assert [ids.tolist() for ids in encode(texts)] == slow(tokenizer, texts)
+
+
+# --- trained
+
+
+@pytest.fixture(scope="module")
+def loaded(trained) -> Tokenizer:
+    return load_tokenizer(trained)[0]
+
+
+@given(st.text())
+@settings(max_examples=200, deadline=None)
+def test_round_trip(loaded, text):
+    for some in (text, text + "\ttab\r\n  é 🙂👨‍👩‍👧 \u0000 <|endoftext|> नमस्ते   "):
+        ids = loaded.encode(some).ids
+        assert loaded.decode(ids) == some
+        assert 0 not in ids  # the end-of-text token is never made from text
+
+
+def test_trained_vocabulary(trained):
+    tokenizer, end_of_text = load_tokenizer(trained)
+    assert (
+        tokenizer.get_vocab_size() == 300 and tokenizer.id_to_token(end_of_text) == "<|endoftext|>"
+    )
+    small, _ = load_tokenizer(
+        train_tokenizer(["aa"], 5000)
+    )  # too little text: a smaller vocabulary
+    assert small.get_vocab_size() == 257 and small.decode(small.encode("any é").ids) == "any é"
+
+
+def test_training_is_deterministic_across_processes(trained):
+    code = "import json, sys; from corpus.tokenizer import train_tokenizer as train; print(train(json.load(sys.stdin), 300))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(data.__file__).parent,
+        input=json.dumps(STORIES),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == trained
+
+
+# --- given
+
+
+def test_given_tokenizer(tmp_path, folder, trained):
+    (tmp_path / "given.json").write_text(trained)
+    corpus = data.prepare(
+        config_for(tmp_path, tokenizer=str(tmp_path / "given.json"), vocab_size=70_000)
+    )
+    assert corpus.tokenizer_json == trained and corpus.train.dtype == np.uint32
+    with pytest.raises(ExperimentError, match="300.*299.*--vocab_size"):
+        data.prepare(config_for(tmp_path, tokenizer=str(tmp_path / "given.json"), vocab_size=299))
+
+
+def test_a_given_tokenizer_adds_and_drops_nothing(tmp_path, folder):
+    path = save_tokenizer(tmp_path / "t.json", {"a": 0, "b": 1}, ["[SEP]", "</s>"])
+    corpus = data.prepare(config_for(tmp_path, tokenizer=path))
+    assert corpus.end_of_text == corpus.tokenizer.token_to_id("</s>")  # before [SEP] in the list
+    assert len(corpus.train) + len(corpus.validation) == sum(
+        len(story(i).split()) + 1 for i in range(40)
+    )
+    assert set(corpus.train.tolist()) == {0, corpus.end_of_text}
+
+
+def test_bad_tokenizers(tmp_path, folder):
+    fails(
+        config_for(tmp_path, tokenizer=str(tmp_path / "none.json")),
+        "none.json",
+        "--tokenizer",
+        "train",
+    )
+    fails(config_for(tmp_path, tokenizer=str(folder)), str(folder), "--tokenizer")
+    for content in (b"{}", b"not json", b"\xff"):
+        (tmp_path / "bad.json").write_bytes(content)
+        fails(config_for(tmp_path, tokenizer=str(tmp_path / "bad.json")), "bad.json", "--tokenizer")
+    path = save_tokenizer(tmp_path / "no_end.json", {"a": 0}, ["<other>"])
+    fails(config_for(tmp_path, tokenizer=path), "no_end.json", "end-of-text", "<|endoftext|>")
+    path = save_tokenizer(
+        tmp_path / "gap.json", {"a": 0, "b": 5000}, ["</s>"]
+    )  # few tokens, large ids
+    fails(config_for(tmp_path, tokenizer=path), "gap.json", "5001", "300")

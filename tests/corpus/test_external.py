@@ -1,0 +1,207 @@
+"""Token shards of nanoGPT, modded-nanogpt and llm.c as a corpus."""
+
+import os
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from config import ExperimentError
+from corpus import external, tokenizer
+from corpus.external import Joined, cut_shards, open_external_shard
+from corpus.tokenizer import load_tokenizer
+from tests.corpus.stories import STORIES, config_for, fails, same
+
+# --- one shard
+
+
+def external_shard(
+    path: Path, tokens, magic: int | None = 20240520, version: int = 1, count: int | None = None
+) -> Path:
+    """A shard of llm.c, of modded-nanogpt or, without a magic number, of nanoGPT."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = (
+        b""
+        if magic is None
+        else struct.pack(
+            "<256i", magic, version, len(tokens) if count is None else count, *[0] * 253
+        )
+    )
+    path.write_bytes(
+        header + np.array(tokens, np.uint32).astype("<u4" if magic == 20240801 else "<u2").tobytes()
+    )
+    return path
+
+
+LAYOUTS = [dict(magic=None), dict(), dict(magic=20240801, version=7)]
+
+
+@given(
+    tokens=st.lists(st.integers(0, 50_000), min_size=1, max_size=700),
+    cut=st.integers(1, 40),
+    layout=st.sampled_from(LAYOUTS),
+)
+@settings(max_examples=100, deadline=None)
+def test_external_shards_are_read_as_they_were_written_and_refused_when_cut_short(
+    tmp_path_factory, tokens, cut, layout
+):
+    path = external_shard(tmp_path_factory.getbasetemp() / "external.bin", tokens, **layout)
+    read = open_external_shard(path)
+    assert (
+        read.dtype == (np.uint32 if layout.get("version") == 7 else np.uint16)
+        and read.tolist() == tokens
+    )
+    whole = path.read_bytes()
+    path.write_bytes(whole[: -min(cut, len(whole) - 1)])
+    if layout != LAYOUTS[0] or cut % 2:  # without a header, half a token is all that can be seen
+        with pytest.raises(ExperimentError, match="cut short.*again"):
+            open_external_shard(path)
+
+
+# --- several shards as one
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(-3, 60), st.integers(-3, 60)
+)
+@settings(max_examples=200, deadline=None)
+def test_joined_arrays_are_sliced_like_one(lengths, first, last):
+    whole = np.arange(sum(lengths), dtype=np.uint16)
+    parts = np.split(whole, np.cumsum(lengths)[:-1])
+    joined = Joined(parts)
+    assert (
+        len(joined) == len(whole)
+        and joined[first:last].tolist() == whole[first:last].tolist()
+        and joined[:last].dtype == np.uint16
+    )
+    for taken in range(len(whole) + 1):
+        one, other = cut_shards(parts, taken)
+        assert (one[:].tolist(), other[:].tolist()) == (
+            whole[:taken].tolist(),
+            whole[taken:].tolist(),
+        )
+
+
+# --- as a corpus
+
+
+@pytest.fixture
+def bins(tmp_path, folder):
+    """(configuration for a folder of shards, the tokens of the stories)"""
+    (tmp_path / "tok.json").write_text(tokenizer.train_tokenizer(STORIES, 300))
+    tok, end = load_tokenizer((tmp_path / "tok.json").read_text())
+    ids = [i for text in STORIES for i in [*tok.encode(text).ids, end]]
+    return config_for(
+        tmp_path, data=str(tmp_path / "bins"), tokenizer=str(tmp_path / "tok.json")
+    ), ids
+
+
+NAMES = [
+    ("train.bin", "val.bin"),
+    ("fineweb_train_000001.bin", "fineweb_val_000000.bin"),
+    ("stories_train.bin", "stories_validation.bin"),
+]
+
+
+@pytest.mark.parametrize("names, layout", zip(NAMES, LAYOUTS))
+def test_shards_with_a_validation_file(tmp_path, bins, names, layout):
+    config, ids = bins
+    external_shard(tmp_path / "bins" / names[0], ids[:3000], **layout)
+    external_shard(
+        tmp_path / "bins" / names[0].replace("1.bin", "2.bin").replace("train.bin", "train2.bin"),
+        ids[3000:5000],
+        **layout,
+    )
+    external_shard(tmp_path / "bins" / names[1], ids[5000:], **layout)
+    corpus = data.prepare(config)
+    assert corpus.train[:].tolist() == ids[:5000] and corpus.validation[:].tolist() == ids[5000:]
+    p = np.bincount(ids[:5000])[np.bincount(ids[:5000]) > 0] / 5000
+    assert corpus.unigram_entropy == pytest.approx(-np.sum(p * np.log(p)))
+    assert corpus.documents == 40 and corpus.characters == len("<|endoftext|>") * 40 + sum(
+        map(len, STORIES)
+    )
+    inputs, targets = next(data.batches(corpus.train, config, 0))
+    assert np.array_equal(inputs, data.sequences(np.array(ids[:5000]), 16, 7, 0, 8)[:, :-1])
+
+
+def test_shards_without_a_validation_file_hold_out_the_end(tmp_path, bins, capsys):
+    config, ids = bins
+    for number in range(3):
+        external_shard(tmp_path / "bins" / f"part{number}.bin", ids[2000 * number :][:2000])
+    corpus = data.prepare(config)
+    total = min(6000, len(ids))
+    assert corpus.validation[:].tolist() == ids[:total][-len(corpus.validation) :] and len(
+        corpus.validation
+    ) == -(-total // 5)
+    assert (
+        corpus.train[:].tolist() == ids[: total - len(corpus.validation)]
+        and "no file is named val" in capsys.readouterr().out
+    )
+    one = data.prepare(replace(config, data=str(tmp_path / "bins" / "part0.bin")))
+    assert one.train[:].tolist() == ids[:1600] and isinstance(one.train, np.memmap)
+
+
+def test_shards_are_counted_once_and_used_where_they_lie(tmp_path, bins, monkeypatch):
+    config, ids = bins
+    external_shard(tmp_path / "bins" / "train.bin", ids)
+    first = data.prepare(config)
+    (place,) = (tmp_path / "cache").iterdir()
+    assert {path.name for path in place.iterdir()} == {"corpus.json", "tokenizer.json"}
+    with monkeypatch.context() as patch:
+        patch.setattr(external, "count_tokens", lambda *_: pytest.fail("counted again"))
+        assert same(data.prepare(config), first)
+    external_shard(tmp_path / "bins" / "train.bin", ids[1:])
+    os.utime(tmp_path / "bins" / "train.bin", (1, 1))
+    assert data.prepare(config).data_hash != first.data_hash
+
+
+def test_shards_that_cannot_be_used(tmp_path, bins):
+    config, ids = bins
+    path = external_shard(tmp_path / "bins" / "train.bin", [*ids, 300, 4])
+    fails(
+        config,
+        "train.bin",
+        "token 300 at position",
+        "out of range",
+        "tok.json has 300 tokens",
+        "--tokenizer",
+    )
+    fails(
+        replace(config, tokenizer="train"), "do not say which tokenizer", "--tokenizer", "hf:gpt2"
+    )
+    external_shard(path, ids, count=len(ids) + 1)
+    fails(
+        config,
+        "train.bin",
+        "cut short",
+        f"{2 * len(ids):,} bytes",
+        f"not {2 * len(ids) + 2:,}",
+        "again",
+    )
+    external_shard(path, ids, version=2)
+    fails(config, "train.bin", "version 2, not 1")
+    external_shard(path, ids, magic=20240522)
+    fails(config, "train.bin", "multiple-choice", "--data")
+    path.write_bytes(b"abc")
+    fails(config, "train.bin", "cut short: 3 bytes", "uint16")
+    path.write_bytes(b"")
+    fails(config, "train.bin", "cut short: 0 bytes")
+    external_shard(path, ids)
+    external_shard(tmp_path / "bins" / "val.bin", ids[:16])
+    fails(config, "too small", "16 validation tokens", "17 (max_seq_len + 1)")
+    external_shard(tmp_path / "bins" / "val.bin", ids[:17])
+    assert len(data.prepare(config).validation) == 17
+
+
+def test_the_cache_s_own_shards_are_no_source(tmp_path, folder):
+    corpus = data.prepare(config_for(tmp_path))
+    (tmp_path / "tok.json").write_text(corpus.tokenizer_json)
+    fails(
+        config_for(tmp_path, data=str(corpus.train.filename), tokenizer=str(tmp_path / "tok.json")),
+        "belongs to this program's cache",
+    )
