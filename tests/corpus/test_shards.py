@@ -270,7 +270,7 @@ def test_a_killed_build_continues_without_doing_finished_shards_again(
 
 
 def test_a_killed_build_of_a_long_data_set_continues(tmp_path, hub, monkeypatch):
-    """Only its beginning was scanned, and how long it is must be asked of the data set again."""
+    """Only its beginning was scanned; the data set must say again how long it is."""
     monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
     changes = dict(data=f"hf:{hub}:big")
     whole = data.prepare(config_for(tmp_path, cache_dir=str(tmp_path / "other"), **changes))
