@@ -13,7 +13,7 @@ from config import Config, ConfigError
 from studies import figures, grids, report
 from studies import run as runner
 from studies.grids import STUDIES
-from tests.studies.untrained import BASE, CORPUS, TOKENS, go, loaded, performed, result
+from tests.studies.untrained import BASE, CORPUS, TOKENS, go, loaded, result
 
 
 def test_a_study_knows_what_it_sets_for_its_runs(monkeypatch, tmp_path):

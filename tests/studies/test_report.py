@@ -14,7 +14,7 @@ from studies import analysis, figures, report
 from studies import run as runner
 from studies.analysis import mean_and_spread, scaling_law
 from studies.grids import STUDIES
-from tests.studies.untrained import BASE, TOKENS, go, loaded, performed, result
+from tests.studies.untrained import BASE, TOKENS, go, loaded, result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -26,7 +26,7 @@ from studies import run as runner
 from studies.experts import KINDS
 from studies.grids import STUDIES, Run
 from tests.helpers import tiny_config
-from tests.studies.untrained import BASE, CORPUS, TOKENS, go, loaded, performed, result
+from tests.studies.untrained import BASE, CORPUS, TOKENS, go, loaded, result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -284,7 +284,7 @@ def test_the_budget_of_several_times_is_added_up(performed, tmp_path, monkeypatc
     ],
 )
 def test_failures_that_are_results(monkeypatch, tmp_path, error, may_not_fit, expected):
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(one_run, "ROOT", tmp_path)
     (tmp_path / "run_experiment.py").write_text(
         f"import sys; print('the words', file=sys.stderr); sys.exit({error.exit_code})"
     )
@@ -297,7 +297,7 @@ def test_failures_that_are_results(monkeypatch, tmp_path, error, may_not_fit, ex
 
 
 def test_a_study_waits_for_the_runs_of_one_that_was_killed(monkeypatch, tmp_path):
-    monkeypatch.setattr(runner, "GRACE", 0.5)
+    monkeypatch.setattr(one_run, "GRACE", 0.5)
     began = time.monotonic()
     with runner.locked(tmp_path, "--save_dir"), pytest.raises(ConfigError, match="another process"):
         runner.perform(Run("a", dict(seed=1)), [], tmp_path, {}, threading.Event())
@@ -310,6 +310,7 @@ def test_an_error_in_the_study_ends_its_runs(monkeypatch, tmp_path):
             return result()
         assert stop.wait(20), "it was not told to end"
         ended.append(run.label)
+        return None
 
     ended = []
     monkeypatch.setattr(runner, "perform", perform)
@@ -635,7 +636,7 @@ def test_the_command_that_the_report_prints_goes_on(performed, monkeypatch, tmp_
     command = [name, "--preset", "tiny", "--tokens", "1e5", "--out", str(folder)]
     assert runner.exit_code(runner.run_study, command) == 0 and len(performed) == 1
     monkeypatch.setattr(
-        runner, "_own_settings", lambda base, tokens: {}
+        runner, "_own_settings", lambda base, tokens, given: {}
     )  # all come from the command
     goes_on = shlex.split(
         re.search("with `python -m studies.run (.*)`", report.block(name, folder))[1]

@@ -1,0 +1,3 @@
+"""Fixtures of the tests of studies."""
+
+from tests.studies.untrained import performed  # noqa: F401
