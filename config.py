@@ -213,7 +213,7 @@ class Config:
     """Tokens of text to generate at the end of the run, and at most 32 of them at each validation;
     0 for none."""
     tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
-    """Where metrics go besides metrics.jsonl; each but none is a package to install."""
+    """Where metrics go in addition to metrics.jsonl; each but none is a package to install."""
     save_dir: str = "checkpoints"
     """Folder of everything the run writes."""
 

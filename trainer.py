@@ -86,7 +86,7 @@ def lr_schedule(step: int, config: Config) -> float:
 class StopSignal:
     """SIGTERM and the first Ctrl-C let the step finish, save and stop; the second exits at once.
 
-    As a context manager it takes over the two signals. `number` is the signal that asked to stop.
+    As a context manager it takes over the two signals. `number` is the signal that came first.
     """
 
     MESSAGE = b"\nstopping after this step; Ctrl-C again to stop at once without saving\n"

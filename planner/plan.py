@@ -128,7 +128,7 @@ def memory_table(
         rows.append(["Headroom", *left])
 
     if predicted["host"]:
-        rows.append(row("Host memory (streamed state)", "host"))
+        rows.append(row("Host memory (offloaded state)", "host"))
     return _aligned(rows)
 
 

@@ -28,7 +28,7 @@ def memory_plan(config: Config, predicted: dict, machine: Machine) -> str:
         mode = f"{mode} ({last_mode} in the last {config.lighter_blocks} blocks)"
     state = "on the device"
     if config.offload_optimizer == "true":
-        state = "streamed from the host"
+        state = "in host memory (optimizer offload)"
     capacity_gb = machine.memory_gb or machine.host_memory_gb
     table = memory_table(predicted, optimizer_groups(config), capacity_gb=capacity_gb)
     return (
@@ -45,12 +45,12 @@ def not_expected_to_fit(machine: Machine, advice: str) -> str:
 
 
 def reserving_host_memory(host_gb: float) -> str:
-    return f"Reserving {host_gb:.1f} GB of host memory for what is streamed ..."
+    return f"Reserving {host_gb:.1f} GB of host memory for what is offloaded ..."
 
 
 def no_host_memory(needed_gb: float, free_gb: float) -> str:
     return (
-        f"no host memory for streaming: what is streamed takes {needed_gb:.1f} GB and "
+        f"no host memory for offload: what is offloaded takes {needed_gb:.1f} GB and "
         f"{free_gb:.1f} GB are free. Use a smaller preset or --offload_optimizer false; if the "
         "host has more than the operating system reports, say so with --host_memory_gb."
     )
