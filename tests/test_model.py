@@ -533,51 +533,73 @@ def test_a_parameter_of_another_shape_than_in_the_table_is_refused(monkeypatch):
 # ---------------------------------------------------------------- compilation
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    """Counts the graphs that compile_blocks makes of blocks, which run as they are; the loss is not compiled."""
+def block_graphs(monkeypatch, make_backend) -> list:
+    """The graphs that compile_blocks makes of blocks from now on; the loss is not compiled."""
     torch._dynamo.reset()
     seen = []
-    from torch._dynamo.backends.debugging import aot_eager
+    run = make_backend()
 
     def backend(graph, inputs):
         seen.append(graph)
-        return aot_eager(graph, inputs)
+        return run(graph, inputs)
 
-    compiler = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **kwargs: compiler(self, **kwargs | dict(backend=backend, options=None)),
-    )
+    compile_module = torch.nn.Module.compile
     compile_function = torch.compile
-    monkeypatch.setattr(
-        torch,
-        "compile",
-        lambda function, **kwargs: (
-            function
-            if function is model_module.chunk_loss
-            else compile_function(function, **kwargs)
-        ),
-    )
-    yield seen
+
+    def compile_block(self, **kwargs):
+        return compile_module(self, **kwargs | dict(backend=backend, options=None))
+
+    def compile_other(function, **kwargs):
+        if function is model_module.chunk_loss:
+            return function
+        return compile_function(function, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_block)
+    monkeypatch.setattr(torch, "compile", compile_other)
+    return seen
+
+
+def aot_eager():
+    """Forward and backward pass are traced, cut apart and run as they are."""
+    from torch._dynamo.backends.debugging import aot_eager as backend
+
+    return backend
+
+
+def eager():
+    """The graph is run as it was captured: several times faster to make."""
+    return lambda graph, inputs: graph.forward
+
+
+@pytest.fixture
+def traced_graphs(monkeypatch):
+    yield block_graphs(monkeypatch, aot_eager)
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("mode, lighter", [*((mode, 0) for mode in MODES), ("full", 3)])
+@pytest.fixture
+def graphs(monkeypatch):
+    yield block_graphs(monkeypatch, eager)
+    torch._dynamo.reset()
+
+
+# Of two modes, the first half of the blocks has one and the second half the lighter one.
+@pytest.mark.parametrize(
+    "mode, lighter, count", [("none", 0, 2), pytest.param("full", 4, 4, marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore")
-def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(graphs, mode, lighter):
-    plain, compiled = (
-        build(n_layers=6, moe_every=3, activation_checkpointing=mode, lighter_blocks=lighter)
-        for _ in range(2)
-    )
-    compiled.load_state_dict(plain.state_dict())
+def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(
+    traced_graphs, mode, lighter, count
+):
+    shape = dict(n_layers=8, moe_every=2, activation_checkpointing=mode, lighter_blocks=lighter)
+    reference, compiled = build(**shape), build(**shape)
+    compiled.load_state_dict(reference.state_dict())
     compiled.compile_blocks()
     loss, metrics, found = gradients(compiled, *batch(compiled))
-    assert len(graphs) == (4 if lighter else 2)
+    assert len(traced_graphs) == count
     gradients(compiled, *batch(compiled, seed=1))
-    assert len(graphs) == (4 if lighter else 2)
-    expected_loss, expected_metrics, expected = gradients(plain, *batch(plain))
+    assert len(traced_graphs) == count
+    expected_loss, expected_metrics, expected = gradients(reference, *batch(reference))
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
     assert torch.equal(metrics["expert_counts"], expected_metrics["expert_counts"])
     assert_close(found, expected, 1e-5)
@@ -585,7 +607,7 @@ def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(graphs, mod
 
 def test_a_graph_break_is_an_error(graphs):
     """A block that cannot be compiled whole must fail, not fall back silently."""
-    model = build()
+    model = build(n_layers=2)
     model.blocks[0].ffn.forward = lambda x: (torch._dynamo.graph_break(), x)[1]
     model.compile_blocks()
     with pytest.raises(torch._dynamo.exc.Unsupported):
@@ -593,7 +615,7 @@ def test_a_graph_break_is_an_error(graphs):
 
 
 def test_a_short_validation_batch_leaves_training_with_graphs_of_fixed_shape(graphs):
-    model = build(n_layers=2)
+    model = build(n_layers=2, moe_every=1)
     model.compile_blocks()
     with torch.no_grad():
         for sequences in (3, 2):
@@ -605,11 +627,13 @@ def test_a_short_validation_batch_leaves_training_with_graphs_of_fixed_shape(gra
         for node in graph.graph.nodes
         if node.op == "placeholder"
     ]
-    assert len(graphs) == 6 and not any(isinstance(value, torch.SymInt) for value in inputs)
+    # Of the one kind of block: validation of a whole batch, of a short one, and training.
+    assert len(graphs) == 3
+    assert not any(isinstance(value, torch.SymInt) for value in inputs)
 
 
 def test_evaluation_and_generation_compile_no_graph_for_each_length(graphs):
-    model = build()
+    model = build(n_layers=2)
     model.compile_blocks()
     gradients(model, *batch(model))
     model.eval()
