@@ -55,6 +55,11 @@ def timed(function: Callable) -> float:
     return time.perf_counter() - start
 
 
+def config_18b(**changes) -> Config:
+    """`18b` in bf16, with these changes."""
+    return Config(**{**PRESETS["18b"], "precision": "bf16", **changes})
+
+
 def build_model(config: Config, device: torch.device) -> MoETransformer:
     with torch.device("meta"):
         model = MoETransformer(config)
@@ -83,7 +88,7 @@ class StateMadeOnTheGPU(OptimizerState):
 def muon_step_18b(_: Path) -> None:
     """Muon on gradients of every hidden matrix of `18b`, and AdamW on the rest, with offload."""
     device = torch.device("cuda")
-    config = Config(**PRESETS["18b"], precision="bf16")
+    config = config_18b()
     model = build_model(config, device)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -136,7 +141,7 @@ def moe_vs_dense(_: Path) -> None:
     (moe_vs_dense_skewed).
     """
     device = torch.device("cuda")
-    config = Config(**PRESETS["18b"], precision="bf16")
+    config = config_18b()
     compile_with_barriers()
     with device:
         x = torch.randn(4, config.max_seq_len, config.d_model, dtype=torch.bfloat16)
@@ -231,7 +236,7 @@ def vs_transformers(_: Path) -> None:
     import transformers
 
     device = torch.device("cuda")
-    config = Config(**{**PRESETS["18b"], "n_layers": 4}, precision="bf16")
+    config = config_18b(n_layers=4)
     shape = (config.batch_size, config.max_seq_len)
     tokens = torch.randint(config.vocab_size, shape, device=device)
 
