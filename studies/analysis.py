@@ -1,14 +1,16 @@
-"""What the results of a study are in numbers: groups of runs, what two seeds can tell apart, fits.
+"""The statistics of a study's results: means of groups, significance over seeds, fitted laws.
 
 The figure and the tables of a study are made from these numbers. Nothing is read or written here.
+Losses are in nats per token.
 """
 
 import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import OptimizeWarning, curve_fit
@@ -21,7 +23,7 @@ from studies.grids import EQUAL_TIME
 # A group of runs with this prefix only measured speed.
 SPEED = "speed of "
 
-# One group's runs, which differ in their seed alone.
+# The runs of one group, as results.json has them. They differ in their seed alone.
 Runs = list[dict]
 
 # ---------------------------------------------------------------- groups of runs
@@ -29,23 +31,30 @@ Runs = list[dict]
 
 def base_config(results: dict) -> Config:
     """The configuration that the study's runs change."""
-    names = results["options"][::2]
-    values = results["options"][1::2]
-    given = {name.removeprefix("--"): value for name, value in zip(names, values)}
-    preset = given.pop("preset")
-    options = {name: parse_value(name, value) for name, value in given.items()}
+    words = results["options"]  # such as --preset small --batch_size 64
+    texts = {}
+    for option, text in zip(words[::2], words[1::2]):
+        texts[option.removeprefix("--")] = text
+    preset = texts.pop("preset")
+    options = {name: parse_value(name, text) for name, text in texts.items()}
     config, _, _ = resolve(options, preset, None)
     return config
 
 
 def groups(results: dict) -> dict[str, Runs]:
-    """The runs that did not fail by group, in the order of the study, without those for speed."""
+    """The runs by group, in the order of the study.
+
+    Failed runs are left out, and so are those that only measured a speed.
+    """
     runs = results["runs"].values()
     return _by_group(run for run in runs if not run["group"].startswith(SPEED))
 
 
 def timed(results: dict) -> dict[str, Runs]:
-    """By configuration, the runs that measured its speed and did not fail."""
+    """The runs that measured a speed, by the configuration that they measured.
+
+    Failed runs are left out.
+    """
     runs = results["runs"].values()
     measured = _by_group(run for run in runs if run["group"].startswith(SPEED))
     return {group.removeprefix(SPEED): runs for group, runs in measured.items()}
@@ -59,55 +68,80 @@ def _by_group(runs: Iterable[dict]) -> dict[str, Runs]:
     return found
 
 
+def mean(runs: Runs, key: str = "val_loss") -> float:
+    """The mean over seeds."""
+    return mean_and_spread(runs, key)[0]
+
+
 def mean_and_spread(runs: Runs, key: str = "val_loss") -> tuple[float, float]:
     """The mean over seeds, and the largest value minus the smallest."""
     values = [run[key] for run in runs]
     return sum(values) / len(values), max(values) - min(values)
 
 
-# ---------------------------------------------------------------- what seeds can tell apart
+# ---------------------------------------------------------------- significance over seeds
+
+
+def _pooled_deviation(samples: Iterable[Sequence[float]]) -> tuple[float, int]:
+    """The standard deviation within several samples, and its degrees of freedom.
+
+    All samples are taken to have the same deviation. It is inf if no sample has two values.
+    """
+    sum_of_squares = 0.0
+    degrees_of_freedom = 0
+    for values in samples:
+        if len(values) < 2:
+            continue
+        # np.var divides the sum of squares by the number of values.
+        sum_of_squares += float(np.var(values)) * len(values)
+        degrees_of_freedom += len(values) - 1
+    if not degrees_of_freedom:
+        return math.inf, 0
+    return math.sqrt(sum_of_squares / degrees_of_freedom), degrees_of_freedom
 
 
 def seed_deviation(found: dict[str, Runs], key: str = "val_loss") -> float:
     """The standard deviation over seeds, pooled over all groups; inf without a group of two."""
-    squares = 0.0
-    freedom = 0
-    for runs in found.values():
-        if len(runs) > 1:
-            squares += float(np.var([run[key] for run in runs])) * len(runs)
-            freedom += len(runs) - 1
-    if not freedom:
-        return math.inf
-    return math.sqrt(squares / freedom)
+    deviation, _ = _pooled_deviation([run[key] for run in runs] for runs in found.values())
+    return deviation
 
 
 def tukey_hsd(found: dict[str, Runs], key: str = "val_loss") -> float:
-    """The smallest significant difference between the means of two groups, for one seed a group.
+    """Tukey's honestly significant difference (1949) at the 5% level, for means of one seed each.
 
-    Tukey's honestly significant difference (1949) at the 5% level, among all groups with more than
-    one seed. `tukey_kramer` divides it by the root of the seeds. inf without two such groups.
+    Two groups differ significantly when their means differ by more than this, divided by the square
+    root of the number of seeds; `tukey_kramer` divides. The test is among all groups with several
+    seeds. The result is inf if there are no two such groups.
     """
-    seeds = [len(runs) for runs in found.values() if len(runs) > 1]
-    if len(seeds) < 2:
+    group_sizes = [len(runs) for runs in found.values() if len(runs) > 1]
+    num_groups = len(group_sizes)
+    if num_groups < 2:
         return math.inf
-    return _studentized_range(len(seeds), sum(seeds) - len(seeds)) * seed_deviation(found, key)
+    degrees_of_freedom = sum(group_sizes) - num_groups
+    quantile = _studentized_range(num_groups, degrees_of_freedom)
+    return quantile * seed_deviation(found, key)
 
 
-@functools.cache  # it integrates numerically
-def _studentized_range(means: int, freedom: int) -> float:
-    return float(studentized_range.ppf(0.95, means, freedom))
+# Cached, because scipy integrates numerically.
+@functools.cache
+def _studentized_range(num_groups: int, degrees_of_freedom: int) -> float:
+    return float(studentized_range.ppf(0.95, num_groups, degrees_of_freedom))
 
 
 def tukey_kramer(a: Runs, b: Runs, hsd: float) -> float:
     """The smallest significant difference between the means of these two groups.
 
-    `hsd` is tukey_hsd's. Kramer's form (1956) allows groups of unequal size.
+    `hsd` is what tukey_hsd returned. Kramer's form (1956) allows groups of unequal size.
     """
-    return hsd * math.sqrt((1 / len(a) + 1 / len(b)) / 2)
+    mean_of_inverse_sizes = (1 / len(a) + 1 / len(b)) / 2
+    return hsd * math.sqrt(mean_of_inverse_sizes)
 
 
 def typical_resolution(found: dict[str, Runs]) -> float:
-    """The smallest significant difference between groups as large as the first with two seeds."""
+    """The smallest significant difference between two groups of the study.
+
+    Both have as many seeds as the study's first group with several seeds. It is inf without one.
+    """
     for runs in found.values():
         if len(runs) > 1:
             return tukey_kramer(runs, runs, tukey_hsd(found))
@@ -115,41 +149,49 @@ def typical_resolution(found: dict[str, Runs]) -> float:
 
 
 def mean_difference(pairs: list[tuple[Runs, Runs]]) -> tuple[float, float]:
-    """How much the first group of a pair ends above the second, and half its 95% interval.
+    """The mean of (first loss - second loss) over pairs of groups, and half its 95% interval.
 
-    Both are of the mean over all pairs. The interval is Welch's (1947), with one deviation over
-    seeds for all first groups and one for all second; it is inf without two seeds on either side.
+    The interval is Welch's (1947): the first groups have one deviation over seeds, and the second
+    groups have another. It is inf if all groups of one side have a single seed.
     """
-    difference = sum(mean_and_spread(a)[0] - mean_and_spread(b)[0] for a, b in pairs) / len(pairs)
-    sides: list[dict[str, Runs]] = []
-    for side in zip(*pairs):
-        sides.append({str(pair): runs for pair, runs in enumerate(side)})
-    freedom = [sum(len(runs) - 1 for runs in side.values()) for side in sides]
-    if not all(freedom):
+    difference = sum(mean(first) - mean(second) for first, second in pairs) / len(pairs)
+    sides = [_variance_of_mean(side) for side in zip(*pairs)]
+    if not all(side.degrees_of_freedom for side in sides):
         return difference, math.inf
-
-    # the variance of each side's part in the mean difference
-    variances = []
-    for side in sides:
-        sum_of_inverses = sum(1 / len(runs) for runs in side.values())
-        variances.append(seed_deviation(side) ** 2 * sum_of_inverses / len(pairs) ** 2)
-    if not sum(variances):
+    variance = sum(side.variance for side in sides)
+    if not variance:
         return difference, 0.0
 
-    # Welch and Satterthwaite's degrees of freedom
-    uncertainty = sum(variance**2 / n for variance, n in zip(variances, freedom))
-    effective_freedom = sum(variances) ** 2 / uncertainty
-    quantile = float(student.ppf(0.975, effective_freedom))
-    return difference, quantile * math.sqrt(sum(variances))
+    # The degrees of freedom of a sum of two variances, by Welch and Satterthwaite
+    uncertainty = sum(side.variance**2 / side.degrees_of_freedom for side in sides)
+    degrees_of_freedom = variance**2 / uncertainty
+    quantile = float(student.ppf(0.975, degrees_of_freedom))
+    return difference, quantile * math.sqrt(variance)
+
+
+class _Variance(NamedTuple):
+    variance: float
+    degrees_of_freedom: int
+
+
+def _variance_of_mean(side: Sequence[Runs]) -> _Variance:
+    """The variance of the mean loss of several groups, by the seeds of all of them."""
+    losses = [[run["val_loss"] for run in runs] for runs in side]
+    deviation, degrees_of_freedom = _pooled_deviation(losses)
+    # The mean of a group of n seeds has the variance deviation^2 / n. The mean of m such means has
+    # their sum over m^2.
+    sum_of_inverse_sizes = sum(1 / len(runs) for runs in side)
+    variance = deviation**2 * sum_of_inverse_sizes / len(side) ** 2
+    return _Variance(variance, degrees_of_freedom)
 
 
 # ---------------------------------------------------------------- speeds
 
 
 def speed_ratios(a: Runs, b: Runs) -> list[dict]:
-    """How many times as fast a is as b, in each round of measurements that has both.
+    """The speed of `a` over the speed of `b`, in each round of measurements that has both.
 
-    Returned as runs with the value `ratio`. A round is known by its seed.
+    Returned as runs with the value `ratio`. The seed of a run is the number of its round.
     """
     speed_of_b = {run["changes"]["seed"]: run["tokens_per_second"] for run in b}
     ratios = []
@@ -160,23 +202,20 @@ def speed_ratios(a: Runs, b: Runs) -> list[dict]:
     return ratios
 
 
-def ratio_error(pairs: list[list[dict]]) -> float:
-    """Half the 95% interval (Student's) of the mean of speed ratios, as a part of that mean.
+def ratio_error(measurements: list[list[dict]]) -> float:
+    """Half the 95% interval (Student's) of a mean speed ratio, relative to it: 0.02 is 2%.
 
-    The deviation is pooled over the rounds of all `pairs`; inf when none was measured twice.
+    `measurements` has the `speed_ratios` of each size. Their deviation is pooled over the sizes;
+    the result is for the size with the fewest rounds, and inf if no size has two.
     """
-    squares = 0.0
-    freedom = 0
-    for ratios in pairs:
-        if len(ratios) > 1:
-            logs = np.log([pair["ratio"] for pair in ratios])
-            squares += float(np.var(logs)) * len(logs)
-            freedom += len(logs) - 1
-    if not freedom:
+    # The deviation of a logarithm is a relative one.
+    logarithms = [np.log([run["ratio"] for run in ratios]) for ratios in measurements]
+    deviation, degrees_of_freedom = _pooled_deviation(logarithms)
+    if not degrees_of_freedom:
         return math.inf
-    deviation = math.sqrt(squares / freedom)
-    fewest = min(len(ratios) for ratios in pairs)
-    return float(student.ppf(0.975, freedom)) * deviation / math.sqrt(fewest)
+    quantile = float(student.ppf(0.975, degrees_of_freedom))
+    fewest_rounds = min(len(ratios) for ratios in measurements)
+    return quantile * deviation / math.sqrt(fewest_rounds)
 
 
 # ---------------------------------------------------------------- the optimizer study
@@ -185,7 +224,8 @@ def ratio_error(pairs: list[list[dict]]) -> float:
 def swept(found: dict[str, Runs], optimizer: str) -> list[Runs]:
     """The groups of an optimizer's sweep over learning rates.
 
-    `optimizer` is its name, for steps of the whole batch, or its name after the prefix QUARTER.
+    `optimizer` is "muon" or "adamw" for the sweep at the whole batch. With the prefix QUARTER it is
+    the sweep at a quarter of the batch.
     """
     sweep = []
     for group, runs in found.items():
@@ -195,12 +235,12 @@ def swept(found: dict[str, Runs], optimizer: str) -> list[Runs]:
 
 
 def best_runs(found: dict[str, Runs], optimizer: str) -> Runs:
-    """The group that the sweep chose: its first seed ends lowest."""
+    """The group that the sweep chose: the one whose first seed ends with the lowest loss."""
     return min(swept(found, optimizer), key=lambda runs: runs[0]["val_loss"])
 
 
 def shorter(found: dict[str, Runs]) -> list[Runs]:
-    """The groups of Muon with fewer tokens, fewest first."""
+    """The groups of Muon that trained on a part of the tokens, the shortest first."""
     fewer = [runs for group, runs in found.items() if "of the tokens" in group]
     return sorted(fewer, key=lambda runs: runs[0]["tokens"])
 
@@ -214,23 +254,24 @@ LayersAndMode = tuple[int, str]
 def micro_batches(
     results: dict,
 ) -> tuple[dict[LayersAndMode, dict[int, Runs]], dict[LayersAndMode, int]]:
-    """The runs by micro-batch, of those micro-batches that fitted each time.
+    """The micro-batches (sequences) that fitted into memory, and the smallest that did not.
 
-    The second value is the smallest micro-batch that did not fit once. Both are by layers and mode.
+    Returns (runs by micro-batch, smallest micro-batch that ran out of memory), both by layers and
+    mode. A micro-batch that fitted in one of two runs counts as one that did not.
     """
     too_large: dict[LayersAndMode, int] = {}
     for run in results["runs"].values():
         if run.get("failed") == "out of memory":
-            where = _layers_and_mode(run)
-            batch = run["changes"]["batch_size"]
-            too_large[where] = min(batch, too_large.get(where, batch))
+            key = _layers_and_mode(run)
+            micro_batch = run["changes"]["batch_size"]
+            too_large[key] = min(micro_batch, too_large.get(key, micro_batch))
 
     fitted: dict[LayersAndMode, dict[int, Runs]] = {}
     for runs in timed(results).values():
-        where = _layers_and_mode(runs[0])
-        batch = runs[0]["changes"]["batch_size"]
-        if batch < too_large.get(where, math.inf):
-            fitted.setdefault(where, {})[batch] = runs
+        key = _layers_and_mode(runs[0])
+        micro_batch = runs[0]["changes"]["batch_size"]
+        if micro_batch < too_large.get(key, math.inf):
+            fitted.setdefault(key, {})[micro_batch] = runs
     return fitted, too_large
 
 
@@ -244,9 +285,13 @@ def _layers_and_mode(run: dict) -> LayersAndMode:
 
 @dataclass
 class ScalingLaw:
-    """y = floor + rise (x / centre)^-exponent: Hoffmann et al. (2022), equation 2.
+    """y = floor + rise * (x / centre)^-exponent: Hoffmann et al. (2022), equation 2.
 
-    The number of tokens is fixed, and its part is in the floor.
+    y is a loss in nats per token and x a size of the model. Equation 2 has a term for the number of
+    tokens as well. That number is fixed here, so its term is a part of the floor.
+
+    `centre` is the geometric mean of the fitted x, so `rise` is how far a typical model is above
+    the floor.
     """
 
     floor: float
@@ -264,45 +309,51 @@ class ScalingLaw:
         return self.floor + self.rise * (np.asarray(x, float) / self.centre) ** -self.exponent
 
     def error_at(self, x: float) -> float:
-        """The standard error of `at(x)`, to first order."""
+        """The standard error of `at(x)`, to first order (the delta method)."""
         power = (x / self.centre) ** -self.exponent
-        slope = np.array([1, power, -self.rise * power * math.log(x / self.centre)])
-        return math.sqrt(slope @ self.covariance @ slope)
+        slope_of_exponent = -self.rise * power * math.log(x / self.centre)
+        # The derivatives of `at(x)` by floor, rise and exponent
+        slopes = np.array([1, power, slope_of_exponent])
+        variance = slopes @ self.covariance @ slopes
+        return math.sqrt(variance)
 
     def inverse(self, y: float) -> float:
         """The x at which the law has the value y; inf at the floor and below."""
         if y <= self.floor:
             return math.inf
-        logarithm = math.log(self.centre) - math.log((y - self.floor) / self.rise) / self.exponent
-        if logarithm >= 700:  # exp would overflow
+        log_of_power = math.log((y - self.floor) / self.rise)
+        log_x = math.log(self.centre) - log_of_power / self.exponent
+        if log_x >= 700:  # exp would overflow
             return math.inf
-        return math.exp(logarithm)
+        return math.exp(log_x)
 
     def inverse_between(self, y: float, error: float) -> tuple[float, float]:
-        """The 95% interval of `inverse(y)`, given the law's covariance and the standard error of y.
+        """The 95% interval of `inverse(y)`, from the law's covariance and the standard error of y.
 
-        The draws are normal. With two points at each of four sizes, a simulation finds the truth in
-        95% of such intervals; with Student's t it would be in nearly all of them.
+        Laws and values of y are drawn from normal distributions (a parametric bootstrap). With two
+        points at each of four sizes, a simulation finds the truth in 95% of such intervals. With
+        Student's t instead of the normal distribution it would be in nearly all of them.
         """
         random = np.random.default_rng(0)
-        centre = (self.floor, self.rise, self.exponent)
-        laws = random.multivariate_normal(centre, self.covariance, 4000)
+        fitted = (self.floor, self.rise, self.exponent)
+        laws = random.multivariate_normal(fitted, self.covariance, 4000)
         ys = random.normal(y, error, 4000)
-        found = []
+        inverses = []
         for (floor, rise, exponent), drawn_y in zip(laws, ys):
-            if min(rise, exponent) > 0:
+            if rise > 0 and exponent > 0:
                 law = dataclasses.replace(self, floor=floor, rise=rise, exponent=exponent)
-                found.append(law.inverse(drawn_y))
-        # the nearest draw: a mean of a number and inf is none
-        low, high = np.percentile(found, (2.5, 97.5), method="nearest")
+                inverses.append(law.inverse(drawn_y))
+        # Without interpolation: between a number and inf there is nothing to interpolate.
+        low, high = np.percentile(inverses, (2.5, 97.5), method="nearest")
         return float(low), float(high)
 
 
 def scaling_law(x: list[float], y: list[float]) -> ScalingLaw | None:
-    """The law by least squares.
+    """Fits the law to the points by least squares.
 
-    None with fewer than three different x or fewer than four points, and when none fits with an
-    exponent above twice its error: the covariance would say little then, and the law less.
+    Returns None when the points do not determine it. That is so with fewer than three different x
+    or fewer than four points, as the law has three parameters. It is also so when no law fits
+    whose exponent is above twice its standard error.
     """
     if len(set(x)) < 3 or len(x) < 4:
         return None
@@ -311,7 +362,10 @@ def scaling_law(x: list[float], y: list[float]) -> ScalingLaw | None:
     def law(x, floor, rise, exponent):
         return floor + rise * (x / centre) ** -exponent
 
-    start = (min(y) - 0.1, np.mean(y) - min(y) + 0.1, 0.5)
+    # The search starts with a floor a little below the lowest point. At the centre, the first law
+    # has the mean of all points.
+    lowest = min(y)
+    start = (lowest - 0.1, np.mean(y) - lowest + 0.1, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error", OptimizeWarning)
         try:
@@ -319,14 +373,14 @@ def scaling_law(x: list[float], y: list[float]) -> ScalingLaw | None:
         except (RuntimeError, OptimizeWarning):
             return None
     floor, rise, exponent = map(float, fit)
-    error = covariance[2, 2] ** 0.5
-    if min(floor, rise) <= 0 or exponent <= 2 * error:
+    exponent_error = covariance[2, 2] ** 0.5
+    if floor <= 0 or rise <= 0 or exponent <= 2 * exponent_error:
         return None
     return ScalingLaw(floor, rise, exponent, centre, covariance)
 
 
 def of_kind(results: dict, kind: str) -> Runs:
-    """The runs of a kind (dense, moe) at equal tokens, with their FLOPs of a token."""
+    """The runs of a kind (dense, moe) at equal tokens, with their training FLOPs per token."""
     found = []
     for group, runs in groups(results).items():
         if group.startswith(kind) and not group.endswith(EQUAL_TIME):
@@ -336,31 +390,37 @@ def of_kind(results: dict, kind: str) -> Runs:
 
 
 def worth_of_time(dense: Runs, longer: list[tuple[Runs, Runs]]) -> float:
-    """Nats that a dense model gains when it trains e times as long.
+    """Nats that a dense model gains when it trains e times as long (e = 2.718).
 
-    Rather too many than too few: the most that is seen in the second half of a run, and between
-    the groups of `longer`, pairs of (runs, the same for more tokens).
+    The loss is taken to fall linearly in the logarithm of the tokens. Each run in `dense` gives one
+    estimate: the fall of its loss over the second half of its tokens. Each pair in `longer` gives
+    another: the fall between (runs, the same model with more tokens). The largest estimate is
+    returned, so that the worth of time is overestimated rather than underestimated.
     """
     gains = [0.0]
     for run in dense:
         tokens, losses = np.transpose(run["validation"])
-        halfway = float(np.interp(run["tokens"] / 2, tokens, losses))
-        gains.append((halfway - run["val_loss"]) / math.log(2))
+        loss_halfway = float(np.interp(run["tokens"] / 2, tokens, losses))
+        fall = loss_halfway - run["val_loss"]
+        gains.append(fall / math.log(2))
     for short, long in longer:
         times_as_long = long[0]["tokens"] / short[0]["tokens"]
+        # Of nearly equal lengths the quotient would be noise over almost nothing.
         if long[0]["tokens"] > 1.05 * short[0]["tokens"]:
-            gain = mean_and_spread(short)[0] - mean_and_spread(long)[0]
-            gains.append(gain / math.log(times_as_long))
+            fall = mean(short) - mean(long)
+            gains.append(fall / math.log(times_as_long))
     return max(gains)
 
 
-def equal_time(results: dict) -> tuple[float, float, float]:
-    """What the comparison at equal time leaves open.
+class EqualTime(NamedTuple):
+    """How uncertain the comparison at equal time is because speeds are uncertain."""
 
-    Returns the nats that e times the time is worth to a dense model; half the 95% interval of the
-    speed ratios, as a part of them; and the nats that so uncertain a speed is worth, inf when no
-    speed was measured twice.
-    """
+    worth_of_time: float  # nats that a dense model gains in e times the time
+    speed_error: float  # half the 95% interval of the speed ratios, relative to them
+    nats: float  # the loss that corresponds to speed_error; inf when no speed was measured twice
+
+
+def equal_time(results: dict) -> EqualTime:
     found = groups(results)
     speeds = timed(results)
     ratios = []
@@ -371,9 +431,10 @@ def equal_time(results: dict) -> tuple[float, float, float]:
             longer.append((found[f"dense, {size}"], found[f"dense, {size}{EQUAL_TIME}"]))
     worth = worth_of_time(of_kind(results, "dense"), longer)
     error = ratio_error(ratios)
-    if error == math.inf:
-        return worth, error, math.inf
-    return worth, error, worth * error
+    if error == math.inf:  # inf times a worth of 0 would be NaN
+        return EqualTime(worth, error, math.inf)
+    # A relative error of the speed is about as large an error of the logarithm of the time.
+    return EqualTime(worth, error, worth * error)
 
 
 def sizes_with_experts(found: dict[str, Runs]) -> list[str]:
@@ -385,28 +446,33 @@ def sizes_with_experts(found: dict[str, Runs]) -> list[str]:
 
 
 def sharpest_layer(experts: dict, label: str) -> int:
-    """The index of the MoE block with the most mutual information between expert and label."""
+    """The index of the MoE block with the most mutual information between expert and label.
+
+    `experts` is what studies.experts kept of a run; `label` is "kind" or "domain".
+    """
     last = experts["steps"][-1]
     return int(np.argmax(last[label]["bits"]))
 
 
 def expert_shares(counts) -> np.ndarray:
-    """Where the tokens of each label go, [labels, experts]; a row sums to 1.
+    """p(expert | label), [labels, experts]: the share of a label's routed tokens on each expert.
 
-    `counts` are routed tokens, [experts, labels]. A label that does not occur has a row of nan.
+    `counts` are routed tokens, [experts, labels]. A label that does not occur has a row of NaN.
     """
-    tokens = np.array(counts, float).T
+    counts_by_label = np.array(counts, float).T
     with np.errstate(invalid="ignore"):
-        return tokens / tokens.sum(1, keepdims=True)
+        return counts_by_label / counts_by_label.sum(1, keepdims=True)
 
 
 def divergence_from_average(counts) -> np.ndarray:
-    """How much a label's experts differ from those of all tokens, in bits, [labels].
+    """The Kullback-Leibler divergence of p(expert | label) from p(expert), in bits, [labels].
 
-    The Kullback-Leibler divergence. Its mean over the labels, by their tokens, is the mutual
-    information between expert and label. `counts` are routed tokens, [experts, labels].
+    It is 0 for a label whose tokens are routed as all tokens are. Its mean, weighted by the tokens
+    of each label, is the mutual information between expert and label. `counts` are routed tokens,
+    [experts, labels].
     """
-    share = expert_shares(counts)
-    average = np.array(counts, float).sum(1) / np.sum(counts)
+    of_label = expert_shares(counts)
+    of_all = np.array(counts, float).sum(1) / np.sum(counts)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nansum(share * np.log2(share / average), axis=1)
+        # An expert that a label never uses gives 0 log 0, NaN in numpy: it counts as 0.
+        return np.nansum(of_label * np.log2(of_label / of_all), axis=1)
