@@ -2,12 +2,17 @@
 
     python -m studies.experts RUN           of a run's numbered checkpoints; writes RUN/experts.json
 
-It measures, in every layer and while a run learns, the mutual information between expert and token
-kind, over the routed tokens: each token counts once for each expert that it is sent to. Two other
-measurements stand beside it. In a finite text the mutual information is above zero even for
-unrelated labels, and neighbours in a text are alike. So it is also measured for the same labels,
-rotated by a random distance. And experts differ before anything was learned, as equal tokens look
-alike to a router. So it is also measured for the untrained model.
+It measures the mutual information between expert and label of a token, in every MoE block and at
+every checkpoint. A label is the kind of a token (keyword, comment, ...) or its domain (the package
+that it comes from). The mutual information is taken over routed tokens: each token counts once for
+each expert that it is sent to.
+
+Two baselines stand beside it:
+- shuffled labels. In a finite text the mutual information is above zero even for unrelated labels,
+  and more so because neighbours in a text are alike. So it is also measured for the same labels,
+  rotated by a random distance.
+- the untrained model. A router sends equal tokens to equal experts before it has learned anything.
+  So the first row of the measurements is of the model before the first step.
 """
 
 import dataclasses
@@ -90,11 +95,11 @@ LANGUAGES = {
 }
 LABELS = 256  # labels are bytes
 NONE = 255  # the label of end-of-text, and of characters for which the lexer finds no kind
-MOST_TOKENS = 1_000_000  # of the held-out text that are routed
-DOMAINS = 10  # that are named; the smaller ones together are one more
-SHUFFLES = 10
-TOP_TOKENS = 12  # of each expert
-FEWEST = 20  # times that a top token occurs
+MOST_TOKENS = 1_000_000  # tokens of the held-out text that are routed, at most
+DOMAINS = 10  # domains with a name; all smaller ones together are one more
+SHUFFLES = 10  # shuffled labels that the baseline is measured with
+TOP_TOKENS = 12  # tokens that are listed for each expert, at most
+FEWEST = 20  # a token is listed only if it occurs as often as this
 
 
 # --- labels of the held-out text
@@ -102,16 +107,19 @@ FEWEST = 20  # times that a top token occurs
 
 @dataclass
 class Labels:
-    """The tokens of the held-out text, and the kind and the domain of each."""
+    """The tokens of the held-out text, and the kind and the domain of each: arrays [tokens]."""
 
     tokens: np.ndarray
     kinds: np.ndarray  # indices in KINDS, or NONE; uint8
     domains: np.ndarray  # indices in `names`, or NONE; uint8
-    names: list[str]
+    names: list[str]  # of the domains
 
 
 def character_kinds(text: str, suffix: str) -> np.ndarray:
-    """The kind of every character of a whole file, uint8. Its suffix says its language."""
+    """The kind of every character of a whole file, uint8 [characters].
+
+    The suffix of the file says its language.
+    """
     if suffix not in LANGUAGES:
         return np.full(len(text), KINDS.index("prose"), np.uint8)
     lexer, table = LANGUAGES[suffix]
@@ -127,19 +135,26 @@ def character_kinds(text: str, suffix: str) -> np.ndarray:
 
 
 def token_kinds(offsets: np.ndarray, text: str, kinds: np.ndarray) -> np.ndarray:
-    """The kind of each token, uint8, from the kinds of the text's characters.
+    """The kind of each token, uint8 [tokens], from the kinds of the text's characters.
 
-    `offsets` [tokens, 2] are the first character of each token and the one after its last. A token
-    has the kind of its first character that is no space; a token of spaces is whitespace.
+    `offsets` [tokens, 2] are the index of a token's first character and the index after its last
+    one. A token has the kind of its first character that is not whitespace. A token without such a
+    character is whitespace.
     """
     length = len(text)
-    indices = np.arange(length)
-    solid = np.where([not character.isspace() for character in text], indices, length)
-    # next_solid[i] is the first solid character from i on: a minimum over all that follow.
-    next_solid = np.append(np.minimum.accumulate(solid[::-1])[::-1], length)
-    first = next_solid[offsets[:, 0]]
-    kind_of_first = np.append(kinds, NONE)[first]
-    found = np.where(first < offsets[:, 1], kind_of_first, KINDS.index("whitespace"))
+    is_solid = [not character.isspace() for character in text]
+    # The index of each solid character, and `length` in place of whitespace.
+    solid = np.where(is_solid, np.arange(length), length)
+    # next_solid[i] is the first solid index from i on: the minimum of all that follow. numpy
+    # accumulates from the left, so the array is reversed before and after.
+    next_solid = np.minimum.accumulate(solid[::-1])[::-1]
+    next_solid = np.append(next_solid, length)  # for an empty token at the end of the text
+    starts = offsets[:, 0]
+    ends = offsets[:, 1]
+    first_solid = next_solid[starts]
+    kind_of_first = np.append(kinds, NONE)[first_solid]
+    has_solid = first_solid < ends
+    found = np.where(has_solid, kind_of_first, KINDS.index("whitespace"))
     return found.astype(np.uint8)
 
 
@@ -153,17 +168,20 @@ class Located(NamedTuple):
 
 
 class FileJob(NamedTuple):
-    """A file of which some chunks are held out, for a worker process."""
+    """What a worker process gets of a file that is held out as a whole or in part."""
 
     suffix: str
     domain: str
     chunks: list[str]  # all of them, as the kind of a character depends on what comes before it
-    held_out: list[bool]
-    ends: list[bool]  # whether end-of-text follows the chunk
+    held_out: list[bool]  # by chunk
+    ends: list[bool]  # by chunk: whether end-of-text follows it
 
 
 class FileTokens(NamedTuple):
-    """The tokens of a file's held-out chunks and their kinds; NONE is the kind of end-of-text."""
+    """What a worker process returns: the tokens of a file's held-out chunks, and their kinds.
+
+    End-of-text has the kind NONE.
+    """
 
     tokens: np.ndarray
     kinds: np.ndarray
@@ -171,7 +189,11 @@ class FileTokens(NamedTuple):
 
 
 def domain(source: sources.Source, data_name: str) -> str:
-    """The package that the latest chunk of `installed` belongs to; else the source's own domain."""
+    """The domain of the source's latest chunk.
+
+    For the corpus `installed` it is the package that the chunk belongs to. For other corpora it is
+    the source's own domain.
+    """
     if data_name != "installed" or source.path is None:
         return source.domain()
     path = Path(source.path)
@@ -188,26 +210,34 @@ def _located_chunks(config: Config) -> Iterator[Located]:
 
 
 def _file_jobs(config: Config, held: np.ndarray) -> Iterator[FileJob]:
-    """The files of which a chunk is held out; `held` says it of each chunk of the corpus."""
+    """The files of which at least one chunk is held out.
+
+    `held` [chunks of the corpus] says which chunks are held out.
+    """
     first = 0
-    for (path, name), group in itertools.groupby(_located_chunks(config), lambda c: c[:2]):
+    for (path, name), group in itertools.groupby(_located_chunks(config), _path_and_domain):
         chunks = list(group)
-        mine = held[first : first + len(chunks)].tolist()
+        held_of_file = held[first : first + len(chunks)].tolist()
         first += len(chunks)
-        if not any(mine):
+        if not any(held_of_file):
             continue
-        # End-of-text also stands where a chunk on the other side follows.
-        following = [*mine[1:], False]
+        # End-of-text also follows a held-out chunk whose next chunk is not held out.
+        next_is_held = [*held_of_file[1:], False]
         yield FileJob(
             suffix=Path(path or "").suffix.lower(),
             domain=name,
             chunks=[chunk.text for chunk in chunks],
-            held_out=mine,
-            ends=[chunk.last or not more for chunk, more in zip(chunks, following)],
+            held_out=held_of_file,
+            ends=[chunk.last or not more for chunk, more in zip(chunks, next_is_held)],
         )
 
 
+def _path_and_domain(chunk: Located) -> tuple[str | None, str]:
+    return chunk.path, chunk.domain
+
+
 def _start_worker(tokenizer_json: str) -> None:
+    """Keeps the tokenizer in the worker process, so that it is read once and not for each file."""
     global tokenizer, end_of_text
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has a core
     tokenizer, end_of_text = load_tokenizer(tokenizer_json)
@@ -220,14 +250,15 @@ def _label_file(job: FileJob) -> FileTokens:
     labels = []
     first = 0
     for text, held, ends in zip(job.chunks, job.held_out, job.ends):
-        characters = kinds[first : first + len(text)]
+        kinds_of_chunk = kinds[first : first + len(text)]
         first += len(text)
         if not held:
             continue
         encoding = tokenizer.encode(text, add_special_tokens=False)
+        # The reshape gives an empty list of offsets its second dimension.
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         tokens += encoding.ids
-        labels.append(token_kinds(offsets, text, characters))
+        labels.append(token_kinds(offsets, text, kinds_of_chunk))
         if ends:
             tokens.append(end_of_text)
             labels.append(np.array([NONE], np.uint8))
@@ -235,17 +266,19 @@ def _label_file(job: FileJob) -> FileTokens:
 
 
 def label(config: Config, corpus: data.Corpus) -> Labels:
-    """Labels the corpus's held-out tokens.
+    """Labels the held-out tokens of the corpus.
 
-    Raises ExperimentError when the text is no longer the one that was tokenized.
+    The text is tokenized again, because the cache has no offsets of tokens in the text. Raises
+    ExperimentError when the text is no longer the one that was tokenized.
     """
     held = held_out(config, corpus.data_hash, "Train it again on this text")
     context = multiprocessing.get_context("fork")
     with context.Pool(cpu_cores(), _start_worker, (corpus.tokenizer_json,)) as pool:
         files = list(pool.imap(_label_file, _file_jobs(config, held), chunksize=4))
+    # An empty array first: concatenate needs at least one.
     tokens = np.concatenate([np.empty(0, int), *(file.tokens for file in files)])
     kinds = np.concatenate([np.empty(0, np.uint8), *(file.kinds for file in files)])
-    if len(tokens) != len(corpus.validation) or (tokens != corpus.validation[:]).any():
+    if not np.array_equal(tokens, corpus.validation[:]):
         raise ExperimentError(
             f"{config.data} is not the text that the run was trained on, so what was held out is "
             "not known. Train it again on this text"
@@ -256,20 +289,22 @@ def label(config: Config, corpus: data.Corpus) -> Labels:
 
 
 def _number_domains(files: list[FileTokens]) -> tuple[np.ndarray, list[str]]:
-    """For each token of the files the number of its domain, and the domains' names.
+    """(the number of each token's domain [tokens], the names of the domains by number).
 
-    The largest domains come first; the others together are one more, the last.
+    The DOMAINS largest domains have the first numbers, the largest first. All other domains share
+    the last number and the name "others".
     """
-    names, domain_of_file = np.unique([file.domain for file in files], return_inverse=True)
-    domain_of_token = np.repeat(domain_of_file, [len(file.tokens) for file in files])
-    sizes = np.bincount(domain_of_token, minlength=len(names))
+    names, index_of_file = np.unique([file.domain for file in files], return_inverse=True)
+    # The domain of each token, as an index in the alphabetical `names`
+    index_of_token = np.repeat(index_of_file, [len(file.tokens) for file in files])
+    sizes = np.bincount(index_of_token, minlength=len(names))
     largest = np.argsort(-sizes)[:DOMAINS]
-    shown = [str(names[i]) for i in largest]
+    shown = [str(names[index]) for index in largest]
     if len(names) > DOMAINS:
         shown.append("others")
-    number = np.full(len(names), len(largest))
-    number[largest] = np.arange(len(largest))
-    return number[domain_of_token], shown
+    number_of_index = np.full(len(names), len(largest))  # the number of "others"
+    number_of_index[largest] = np.arange(len(largest))
+    return number_of_index[index_of_token], shown
 
 
 # --- routes
@@ -283,9 +318,9 @@ def routes(model: MoETransformer, windows: np.ndarray) -> np.ndarray:
     """
     chosen: list[np.ndarray] = []
 
-    def keep_expert_ids(_module, _inputs, outputs) -> None:
-        expert_ids = outputs[3]
-        chosen.append(expert_ids.to(torch.uint8).cpu().numpy())
+    def keep_expert_ids(_router, _inputs, outputs) -> None:
+        _logits, _probs, _weights, topk_expert_ids, _one_hot = outputs
+        chosen.append(topk_expert_ids.to(torch.uint8).cpu().numpy())
 
     routers = [block.ffn.router for block in model.blocks if block.moe]
     hooks = [router.register_forward_hook(keep_expert_ids) for router in routers]
@@ -297,8 +332,10 @@ def routes(model: MoETransformer, windows: np.ndarray) -> np.ndarray:
             model.hidden(tokens.to(device))
     for hook in hooks:
         hook.remove()
-    # The blocks ran in turn for each batch.
-    by_block = [np.concatenate(chosen[i :: len(routers)]) for i in range(len(routers))]
+    # Each batch passed through all blocks in turn: the results of a block are len(routers) apart.
+    by_block = []
+    for block in range(len(routers)):
+        by_block.append(np.concatenate(chosen[block :: len(routers)]))
     return np.stack(by_block)
 
 
@@ -306,35 +343,46 @@ def routes(model: MoETransformer, windows: np.ndarray) -> np.ndarray:
 
 
 def table(experts: np.ndarray, labels: np.ndarray, num_experts: int, number: int) -> np.ndarray:
-    """How many routed tokens of each label every expert has, [num_experts, number].
+    """The number of routed tokens for each expert and label, [num_experts, number].
 
-    `experts` is [tokens, top_k], `labels` [tokens] in 0 ... number - 1. NONE is left out.
+    `experts` is [tokens, top_k]. `labels` [tokens] are 0 to number - 1, or NONE, which is left out.
     """
-    cells = experts.astype(np.uint16) * LABELS + labels[:, None]
-    counts = np.bincount(cells.ravel(), minlength=num_experts * LABELS)
+    # One number for each pair of expert and label, so that one bincount counts all of them. uint16
+    # holds it: experts and labels are bytes.
+    pair = experts.astype(np.uint16) * LABELS + labels[:, None]
+    counts = np.bincount(pair.ravel(), minlength=num_experts * LABELS)
     return counts.reshape(num_experts, LABELS)[:, :number]
 
 
 def mutual_information(counts: np.ndarray) -> float:
-    """Between the rows and the columns of a table of counts, in bits."""
-    p = counts / counts.sum()
-    independent = p.sum(1, keepdims=True) * p.sum(0, keepdims=True)
-    occurs = p > 0
-    return float((p[occurs] * np.log2(p[occurs] / independent[occurs])).sum())
+    """The mutual information between row and column of a table of counts, in bits.
+
+    It is the sum of p(row, column) log2(p(row, column) / (p(row) p(column))).
+    """
+    joint = counts / counts.sum()
+    of_row = joint.sum(1, keepdims=True)
+    of_column = joint.sum(0, keepdims=True)
+    if_independent = of_row * of_column
+    occurs = joint > 0  # the limit of p log p at 0 is 0
+    p = joint[occurs]
+    return float((p * np.log2(p / if_independent[occurs])).sum())
 
 
 def entropy_bits(counts: np.ndarray) -> float:
+    """The entropy of the distribution with these counts, in bits."""
     p = counts[counts > 0] / counts.sum()
     return float((p * np.log2(1 / p)).sum())
 
 
 def shuffled(labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The labels rotated by a random distance, of a tenth of them at least.
+    """The labels [tokens] rotated by a random distance, a tenth of the text at least.
 
-    Neighbours stay neighbours, and no label stays near its token.
+    A rotation keeps the statistics of a text, in which neighbours have equal labels more often than
+    chance. The distance takes every label far away from its token.
     """
     least = len(labels) // 10
-    return np.roll(labels, int(random.integers(least, len(labels) - least)))
+    distance = random.integers(least, len(labels) - least)
+    return np.roll(labels, int(distance))
 
 
 def information(
@@ -342,18 +390,22 @@ def information(
 ) -> dict[str, list]:
     """The mutual information between expert and label in each MoE block, in bits.
 
-    `experts` is [MoE blocks, tokens, top_k]. "shuffled" and "shuffled_most" are the mean and the
-    largest of what shuffled labels give.
+    `experts` is [MoE blocks, tokens, top_k], `labels` [tokens] has values below `number`. "bits" is
+    by block. "shuffled" and "shuffled_most" are the mean and the largest mutual information with
+    SHUFFLES shuffled labels, by block.
     """
-
     random = np.random.default_rng(0)
-    others = [shuffled(labels, random) for _ in range(SHUFFLES)]
+    shuffles = [shuffled(labels, random) for _ in range(SHUFFLES)]
     bits = []
-    baseline = []
+    baseline = []  # [MoE blocks, SHUFFLES]
     for layer in experts:
-        bits.append(mutual_information(table(layer, labels, num_experts, number)))
-        tables = [table(layer, other, num_experts, number) for other in others]
-        baseline.append([mutual_information(counts) for counts in tables])
+        counts = table(layer, labels, num_experts, number)
+        bits.append(mutual_information(counts))
+        shuffled_bits = []
+        for other in shuffles:
+            counts = table(layer, other, num_experts, number)
+            shuffled_bits.append(mutual_information(counts))
+        baseline.append(shuffled_bits)
     return dict(
         bits=bits,
         shuffled=np.mean(baseline, axis=1).tolist(),
@@ -366,37 +418,50 @@ def top_tokens(
 ) -> list[list]:
     """For each expert the tokens that distinguish it most, as [text, share of them sent there].
 
-    These are tokens that are sent there more often than expected. They are ordered by how often
-    they are, times the logarithm of how much more often.
+    These are tokens that an expert receives more often than its share of all routed tokens says.
+    They are sorted by their term of the mutual information between expert and token: n log(n / e),
+    for n times that the expert receives the token and e times that would be expected.
+
+    `experts` is [tokens, top_k], `tokens` [tokens].
     """
-    size = int(tokens.max()) + 1
+    counts = _count_tokens(experts, tokens, num_experts)
+    occurrences = np.bincount(tokens)
     top_k = experts.shape[1]
-    cells = experts.astype(np.int64) * size + tokens[:, None]
-    counts = np.bincount(cells.ravel(), minlength=num_experts * size).reshape(num_experts, size)
-    occurrences = np.bincount(tokens, minlength=size)
-    load = counts.sum(1)
+    routed_by_expert = counts.sum(1)
+    share_by_expert = routed_by_expert / routed_by_expert.sum()
     found = []
-    for sent, share in zip(counts, load / load.sum()):
+    for received, share in zip(counts, share_by_expert):
         expected = share * occurrences * top_k
         with np.errstate(divide="ignore", invalid="ignore"):
-            score = sent * np.log(sent / expected)
-        score = np.where((sent > expected) & (occurrences >= FEWEST), score, 0)
-        best = []
+            score = received * np.log(received / expected)
+        distinguishes = (received > expected) & (occurrences >= FEWEST)
+        score = np.where(distinguishes, score, 0)
+        top = []
         for token in np.argsort(-score, kind="stable")[:TOP_TOKENS]:
             if score[token] > 0:
                 text = tokenizer.decode([int(token)], skip_special_tokens=False)
-                best.append([text, round(float(sent[token] / occurrences[token]), 3)])
-        found.append(best)
+                share_sent_here = float(received[token] / occurrences[token])
+                top.append([text, round(share_sent_here, 3)])
+        found.append(top)
     return found
+
+
+def _count_tokens(experts: np.ndarray, tokens: np.ndarray, num_experts: int) -> np.ndarray:
+    """How often each expert receives each token, [num_experts, largest token + 1]."""
+    size = int(tokens.max()) + 1
+    pair = experts.astype(np.int64) * size + tokens[:, None]
+    counts = np.bincount(pair.ravel(), minlength=num_experts * size)
+    return counts.reshape(num_experts, size)
 
 
 # --- the analysis of a run
 
 
 def analyse(checkpoints: list[Path]) -> dict:
-    """What results.json keeps of a run.
+    """The analysis of a run, as the key "experts" of its result in a study's results.json.
 
-    The mutual information by layer and step, and the tables and top tokens of the last checkpoint.
+    It holds the mutual information by layer and step, and the tables and top tokens of the last
+    checkpoint. `checkpoints` are those of the run, the oldest first.
     """
     config, _ = resumed_config(checkpoint.load(checkpoints[-1])["config"], {})
     corpus = data.prepare(config)
@@ -405,22 +470,21 @@ def analyse(checkpoints: list[Path]) -> dict:
     windows = labels.tokens[positions]
     kinds = labels.kinds[positions].ravel()
     domains = labels.domains[positions].ravel()
+
     steps = []
-    for path in [None, *checkpoints]:
+    for path in [None, *checkpoints]:  # None is the untrained model
         model, step = _model(path, config)
-        experts = routes(model, windows)
-        experts = experts.reshape(len(experts), -1, experts.shape[-1])
+        experts = _routes_of_tokens(model, windows)
         del model
-        kind = information(experts, kinds, config.num_experts, len(KINDS))
+        by_kind = information(experts, kinds, config.num_experts, len(KINDS))
         by_domain = information(experts, domains, config.num_experts, len(labels.names))
         tokens_seen = step * config.tokens_per_step
-        steps.append(dict(step=step, tokens=tokens_seen, kind=kind, domain=by_domain))
-        print(
-            f"step {step}: mutual information of expert and kind "
-            f"{np.mean(kind['bits']):.4f} bits, of expert and domain "
-            f"{np.mean(by_domain['bits']):.4f} bits (mean over layers)",
-            flush=True,
-        )
+        steps.append(dict(step=step, tokens=tokens_seen, kind=by_kind, domain=by_domain))
+        print(_information_message(step, by_kind, by_domain), flush=True)
+
+    top = []
+    for layer in experts:
+        top.append(top_tokens(layer, windows.ravel(), config.num_experts, corpus.tokenizer))
     return dict(
         experts=dict(
             layers=[layer for layer in range(config.n_layers) if config.is_moe(layer)],
@@ -431,26 +495,41 @@ def analyse(checkpoints: list[Path]) -> dict:
             domains=labels.names,
             **_label_facts("domain", domains, len(labels.names), experts, config),
             steps=steps,
-            top_tokens=[
-                top_tokens(layer, windows.ravel(), config.num_experts, corpus.tokenizer)
-                for layer in experts
-            ],
+            top_tokens=top,
         )
     )
 
 
+def _routes_of_tokens(model: MoETransformer, windows: np.ndarray) -> np.ndarray:
+    """`routes` with the tokens of all windows in a row, uint8 [MoE blocks, tokens, top_k]."""
+    experts = routes(model, windows)
+    num_blocks = experts.shape[0]
+    top_k = experts.shape[-1]
+    return experts.reshape(num_blocks, -1, top_k)
+
+
+def _information_message(step: int, by_kind: dict, by_domain: dict) -> str:
+    return (
+        f"step {step}: mutual information of expert and kind "
+        f"{np.mean(by_kind['bits']):.4f} bits, of expert and domain "
+        f"{np.mean(by_domain['bits']):.4f} bits (mean over layers)"
+    )
+
+
 def _sampled_positions(num_tokens: int, length: int) -> np.ndarray:
-    """Positions [windows, length] of the tokens to route: windows spread over the whole text."""
+    """Positions of the tokens to route, [windows, length]: windows spread over the whole text."""
     available = num_tokens // length
-    taken = min(available, max(1, MOST_TOKENS // length))
-    starts = np.arange(taken) * available // taken * length
+    wanted = max(1, MOST_TOKENS // length)
+    taken = min(available, wanted)
+    numbers = np.arange(taken) * available // taken  # of the windows that are taken
+    starts = numbers * length
     return starts[:, None] + np.arange(length)
 
 
 def _label_facts(
     name: str, labels: np.ndarray, number: int, experts: np.ndarray, config: Config
 ) -> dict:
-    """How often each label occurs, the entropy of that, and the table of each MoE block."""
+    """How often each label occurs, the entropy of the labels, and the table of each MoE block."""
     occurrences = np.bincount(labels[labels != NONE], minlength=number)
     tables = [table(layer, labels, config.num_experts, number).tolist() for layer in experts]
     return {
@@ -466,14 +545,14 @@ def _model(path: Path | None, config: Config) -> tuple[MoETransformer, int]:
         model, _, state = open_model(str(path), config.device, None)
         return model, state["step"]
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    config = dataclasses.replace(
-        config,
-        activation_checkpointing="none",
-        precision=config.precision if on_gpu else "fp32",
-    )
+    changes = dict(activation_checkpointing="none")
+    device = "cuda"
+    if not on_gpu:
+        changes["precision"] = "fp32"
+        device = "cpu"
     with torch.device("meta"):
-        model = MoETransformer(config)
-    return model.materialize("cuda" if on_gpu else "cpu").eval(), 0
+        model = MoETransformer(dataclasses.replace(config, **changes))
+    return model.materialize(device).eval(), 0
 
 
 # --- the command

@@ -1,10 +1,12 @@
 """The studies: each is a question and a grid of runs that answers it.
 
 A study is a function of (base configuration, tokens of a run, seeds, results so far). It returns
-all runs that it wants by now. It may look at the results to choose the next runs, and it is done
-when it wants no run that has no result. To add one, write the function and name it in STUDIES:
-its runs are then drawn and reported as the losses of their groups, under the first sentence of its
-docstring.
+all runs that it wants, those that have a result included. It may look at the results to choose
+further runs. The study is finished when every run that it wants has a result. The results are a
+dict from a run's label to what studies.one_run.summary kept, or to {"failed": ...}.
+
+To add a study, write the function and name it in STUDIES. Its figure and its table then show the
+losses of its groups, under the first sentence of the function's docstring.
 
 The speed of a configuration is measured in short runs that have the machine for themselves, because
 a small model waits for the host. Other runs may share a GPU.
@@ -24,13 +26,13 @@ from planner.sizes import predict_memory
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: `changes` to the base configuration. Runs of a group differ in the seed."""
+    """One training run of a study. Runs of a group differ in the seed alone."""
 
     group: str
-    changes: dict
-    alone: bool = False  # no other run of the study runs at the same time
-    may_not_fit: bool = False  # running out of memory is a result
-    analysed: bool = False  # its checkpoints are kept, and studies.experts analyses them
+    changes: dict  # fields of Config with other values than in the base
+    alone: bool = False  # no other run of the study may run at the same time
+    may_not_fit: bool = False  # running out of memory is a result, not an error
+    analysed: bool = False  # studies.experts analyses its checkpoints after the training
 
     @property
     def label(self) -> str:
@@ -39,21 +41,21 @@ class Run:
 
 # --- runs
 
-# A speed is measured over at most so many tokens, and over at least and at most so many steps.
+# A run that measures a speed has at most so many tokens, and at least and at most so many steps.
 TIMED_TOKENS = 4e6
 TIMED_STEPS = (5, 64)
-# It is measured twice, with these seeds.
+# Each speed is measured in two rounds. The seed of a run is the number of its round.
 REPEATS = (1, 2)
 
 
 def changed(base: Config, group: str, changes: dict) -> tuple[dict, Config]:
-    """The changes with what they imply, and the configuration that they make.
+    """The changes with those that they imply, and the changed configuration.
 
-    Raises ConfigError for an impossible configuration.
+    Raises ConfigError for an impossible configuration; its message names the group.
     """
     if changes.get("top_k") == 1:
-        # A base with a larger top_k normalizes the weights of its experts. The one weight of
-        # top_k=1 would always be 1 then, and the router would not learn.
+        # A base with a larger top_k divides the weights of a token's experts by their sum. With
+        # top_k=1 the only weight would then always be 1, and the router would not learn.
         changes = dict(norm_topk_prob=False) | changes
     known = [field.name for field in dataclasses.fields(base)]
     for name in changes:
@@ -63,7 +65,7 @@ def changed(base: Config, group: str, changes: dict) -> tuple[dict, Config]:
 
 
 def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -> list[Run]:
-    """The group with each seed, for as many steps as read `tokens` tokens.
+    """The runs of a group, one for each seed, of as many steps as read `tokens` tokens.
 
     Raises ConfigError for an impossible configuration.
     """
@@ -75,14 +77,15 @@ def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -
 def speeds(base: Config, name: str, tokens: float, **changes) -> list[Run]:
     """Two runs of a few steps, alone on the machine, that measure tokens/s and memory.
 
-    Two, because a host that others use too is slower at one time than at another. That differs by
-    more than steps that follow each other.
+    One run is not enough on a host that others use too: its speed differs more between two times of
+    a day than between two steps of a run.
     """
     group = f"speed of {name}"
     changes, config = changed(base, group, changes)
-    fewest, most = TIMED_STEPS
+    fewest_steps, most_steps = TIMED_STEPS
     steps = round(min(tokens, TIMED_TOKENS) / config.tokens_per_step)
-    steps = min(most, max(fewest, steps))
+    steps = max(steps, fewest_steps)
+    steps = min(steps, most_steps)
     changes = changes | dict(
         max_steps=steps,
         log_every=1,
@@ -94,57 +97,79 @@ def speeds(base: Config, name: str, tokens: float, **changes) -> list[Run]:
 
 
 def in_rounds(timed: list[Run]) -> list[Run]:
-    """All runs once, and then all again.
+    """The runs that measure speeds, sorted by round: first all of seed 1, then all of seed 2.
 
-    So configurations that are compared run at about the same time, and repetitions do not.
+    The speed of a machine drifts with time. In this order the configurations of one round are
+    measured at about the same time and can be compared. The two measurements of one configuration
+    lie far apart, so their difference shows the drift.
     """
     return sorted(timed, key=lambda run: run.changes["seed"])
 
 
 def sized(base: Config, factor: float) -> dict:
-    """The changes that multiply the base's width and depth by a factor; the head size stays."""
-    # A GPU is fastest at matmuls whose sizes are multiples of 64.
-    unit = 64 if base.d_ff >= 128 else 8
+    """The changes that multiply the base's width and depth by a factor.
+
+    The size of a head stays, as far as a width that is a multiple of 8 allows.
+    """
     heads = max(1, round(base.n_heads * factor))
+    layers = max(1, round(base.n_layers * factor))
     return dict(
         n_heads=heads,
-        n_kv_heads=0,
-        d_model=max(8, round(heads * base.head_dim / 8) * 8),
-        n_layers=max(1, round(base.n_layers * factor)),
-        d_ff=max(unit, round(base.d_ff * factor / unit) * unit),
+        n_kv_heads=0,  # as many as n_heads
+        d_model=_nearest_multiple(heads * base.head_dim, 8),
+        n_layers=layers,
+        d_ff=_nearest_multiple(base.d_ff * factor, _d_ff_unit(base)),
     )
+
+
+def _d_ff_unit(base: Config) -> int:
+    """What d_ff is a multiple of. A GPU is fastest at matmuls whose sizes are multiples of 64."""
+    if base.d_ff >= 128:
+        return 64
+    return 8  # a tiny model could not be made smaller in steps of 64
+
+
+def _nearest_multiple(number: float, unit: int) -> int:
+    return max(unit, round(number / unit) * unit)
 
 
 # --- optimizer
 
+# Peak learning rates that a sweep tries first, and how many it tries at most
 MUON_RATES = (0.01, 0.02, 0.04)
 ADAMW_RATES = (0.001, 0.002, 0.004)
-MOST_RATES = 6  # that a sweep tries
+MOST_RATES = 6
+# Warm-ups that AdamW alone tries beside the base's, as shares of the steps
 LONG_WARMUPS = (0.2, 0.4, 0.6)
-FRACTIONS = (0.25, 0.5)  # of the tokens
+# Shares of the tokens for which Muon's shorter runs train
+FRACTIONS = (0.25, 0.5)
+# A group with this prefix has steps of a quarter of the batch.
 QUARTER = "a quarter of the batch: "
-QUARTER_RATES = (0.25, 0.5, 1, 2)  # of the learning rates that are best at the whole batch
+# Its learning rates, times those that are best at the whole batch
+QUARTER_RATES = (0.25, 0.5, 1, 2)
 
 
 def quarter(base: Config) -> dict:
-    """The changes that make a step a quarter as long; none if its sequences cannot be divided so.
+    """The changes that leave a step a quarter of its sequences; none if 4 does not divide them.
 
-    The validated text, and how many tokens are between validations, stay the same.
+    The validated text and the number of tokens between two validations stay the same.
     """
-    # Fewer micro-batches first; what is missing to a quarter, by smaller micro-batches.
-    fewer = math.gcd(4, base.gradient_accumulation_steps)
-    smaller = 4 // fewer
-    if base.batch_size % smaller:
+    # The number of micro-batches is divided by 4, 2 or 1. Smaller micro-batches make up for what is
+    # missing to 4.
+    fewer_micro_batches = math.gcd(4, base.gradient_accumulation_steps)
+    smaller_micro_batches = 4 // fewer_micro_batches
+    if base.batch_size % smaller_micro_batches:
         return {}
     return dict(
-        batch_size=base.batch_size // smaller,
-        gradient_accumulation_steps=base.gradient_accumulation_steps // fewer,
-        eval_steps=base.eval_steps * smaller,
+        batch_size=base.batch_size // smaller_micro_batches,
+        gradient_accumulation_steps=base.gradient_accumulation_steps // fewer_micro_batches,
+        eval_steps=base.eval_steps * smaller_micro_batches,
         eval_every=4 * base.eval_every,
     )
 
 
 def _optimizer_name(changes: dict) -> str:
+    """The group of these changes, such as "muon, muon_lr 0.02, adamw_lr 0.002"."""
     name = changes["optimizer"]
     for field in ("muon_lr", "adamw_lr", "warmup_fraction"):
         if field in changes:
@@ -153,10 +178,10 @@ def _optimizer_name(changes: dict) -> str:
 
 
 class _Sweeps:
-    """The sweeps of the optimizer study, each with the first seed.
+    """The sweeps of the optimizer study over learning rates and warm-ups, with the first seed.
 
-    Each method adds the runs that it needs to `wanted`. It returns what follows from their results,
-    or None as long as a result is missing.
+    Each method adds the runs that it needs to `wanted` and returns what their results say. It
+    returns None as long as one of these results is missing.
     """
 
     def __init__(self, base: Config, tokens: float, seed: int, found: dict[str, dict]):
@@ -167,7 +192,7 @@ class _Sweeps:
         self.wanted: list[Run] = []
 
     def losses(self, tried: Iterable[dict], prefix: str = "") -> list[float] | None:
-        """The final validation losses with each of the changes."""
+        """The final validation loss with each of the changes; inf where the run diverged."""
         found = []
         for changes in tried:
             group = prefix + _optimizer_name(changes)
@@ -177,12 +202,13 @@ class _Sweeps:
             found.append(self.found.get(run.label))
         if any(result is None for result in found):
             return None
-        return [result.get("val_loss", math.inf) for result in found]  # inf: it diverged
+        return [result.get("val_loss", math.inf) for result in found]
 
     def best_rate(self, field: str, rates: Sequence[float], **changes) -> dict | None:
-        """The changes with the learning rate `field` at its best.
+        """`changes` together with the best value of the learning rate `field`.
 
-        While the best is the lowest or the highest one, the sweep continues beyond it.
+        While the lowest or the highest rate is the best one, the sweep continues beyond it, until
+        it has tried MOST_RATES.
         """
         tried = sorted(rates)
         while True:
@@ -190,15 +216,19 @@ class _Sweeps:
             if losses is None:
                 return None
             best = tried[losses.index(min(losses))]
-            if tried[0] < best < tried[-1] or len(tried) == MOST_RATES:
+            best_is_inside = tried[0] < best < tried[-1]
+            if best_is_inside or len(tried) == MOST_RATES:
                 return changes | {field: best}
-            times = 0.5 if best == tried[0] else 2
+            times = 2.0
+            if best == tried[0]:
+                times = 0.5
             # Two rates together, because one after the other would take twice as long.
             beyond = [best * times, best * times**2]
-            tried = sorted(tried + beyond[: MOST_RATES - len(tried)])
+            left_to_try = MOST_RATES - len(tried)
+            tried = sorted(tried + beyond[:left_to_try])
 
     def best_adamw(self) -> dict | None:
-        """AdamW alone at its best. Its warm-up gets longer as long as that helps."""
+        """The best changes with AdamW alone. The warm-up is made longer as long as that helps."""
         best = self.best_rate("adamw_lr", ADAMW_RATES, optimizer="adamw")
         for warmup in LONG_WARMUPS:
             if best is None:
@@ -210,22 +240,29 @@ class _Sweeps:
             losses = self.losses([best, longer])
             if losses is None:
                 return None
-            if not losses[1] < losses[0]:
+            loss, loss_with_longer_warmup = losses
+            if not loss_with_longer_warmup < loss:
                 return best
             best = longer
         return best
 
     def best_muon(self) -> dict | None:
-        """Muon at its best: first its own learning rate, then that of the AdamW beside it."""
+        """The best changes with Muon: first Muon's learning rate, then that of its AdamW.
+
+        Muon updates the hidden matrices; AdamW updates the other parameters in the same run.
+        """
         best = self.best_rate("muon_lr", MUON_RATES, optimizer="muon", adamw_lr=ADAMW_RATES[1])
         if best is None:
             return None
         return self.best_rate("adamw_lr", ADAMW_RATES, optimizer="muon", muon_lr=best["muon_lr"])
 
     def best_in_smaller_steps(self, best: dict) -> dict | None:
-        """What is best in steps of a quarter, if `best` is best in whole ones."""
-        smaller = quarter(self.base)
-        if not smaller:
+        """The best changes with a quarter of the batch; `best` are those of the whole batch.
+
+        All learning rates are multiplied by the same factor. None if the batch has no quarter.
+        """
+        quarter_batch = quarter(self.base)
+        if not quarter_batch:
             return None
         warmups: list[dict] = [{}]
         if "warmup_fraction" in best:
@@ -234,9 +271,9 @@ class _Sweeps:
         fields = [field for field in ("muon_lr", "adamw_lr") if field in best]
         tried = []
         for warmup in warmups:
-            for share in QUARTER_RATES:
-                rates = {field: share * best[field] for field in fields}
-                tried.append(best | smaller | warmup | rates)
+            for factor in QUARTER_RATES:
+                rates = {field: factor * best[field] for field in fields}
+                tried.append(best | quarter_batch | warmup | rates)
         losses = self.losses(tried, QUARTER)
         if losses is None:
             return None
@@ -259,14 +296,15 @@ def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, di
     adamw = sweeps.best_adamw()
     muon = sweeps.best_muon()
     wanted = sweeps.wanted
+    other_seeds = seeds[1:]
     for best in (adamw, muon):
         if best is None:
             continue
-        wanted += runs(base, _optimizer_name(best), tokens, seeds[1:], **best)
-        smaller = sweeps.best_in_smaller_steps(best)
-        if smaller is not None:
-            group = QUARTER + _optimizer_name(smaller)
-            wanted += runs(base, group, tokens, seeds[1:], **smaller)
+        wanted += runs(base, _optimizer_name(best), tokens, other_seeds, **best)
+        best_of_quarter = sweeps.best_in_smaller_steps(best)
+        if best_of_quarter is not None:
+            group = QUARTER + _optimizer_name(best_of_quarter)
+            wanted += runs(base, group, tokens, other_seeds, **best_of_quarter)
     if muon is not None:
         for share in FRACTIONS:
             group = f"muon, {share:g} of the tokens"
@@ -289,28 +327,30 @@ def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     size = sized(base, 2 / 3)
     base = dataclasses.replace(base, **size)
     top_2 = dataclasses.replace(base, top_k=2, norm_topk_prob=True)
-    flops = top_2.flops_per_token * tokens
+    flops_of_top_2 = top_2.flops_per_token * tokens
     timed = []
     wanted = []
     for k in (1, 2, 3, 4):
-        # The base has decided norm_topk_prob already, for its own top_k.
+        # The base has a norm_topk_prob already, which was derived from its own top_k.
         changes = size | dict(top_k=k, norm_topk_prob=k > 1)
         timed += speeds(base, f"top-{k}", tokens, **changes)
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
         if k != 2:
-            equal = flops / dataclasses.replace(base, **changes).flops_per_token
-            wanted += runs(base, f"top-{k}, equal FLOPs", equal, seeds, **changes)
+            flops_per_token = dataclasses.replace(base, **changes).flops_per_token
+            equal_flops_tokens = flops_of_top_2 / flops_per_token
+            wanted += runs(base, f"top-{k}, equal FLOPs", equal_flops_tokens, seeds, **changes)
     return wanted + in_rounds(timed)
 
 
-WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)
+WEIGHTS = (1e-4, 1e-3, 1e-2, 1e-1)  # of the load-balancing loss
 
 
 def balance(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """What is the best load-balancing weight?
 
-    The loss has several weights in either scope, or there is no such loss, or a bias instead.
-    The models have two thirds of the base's width and depth.
+    A load-balancing loss with several weights, over the batch and over each sequence, is compared
+    with no balancing and with balancing by a bias on the router's scores. The models have two
+    thirds of the base's width and depth.
     """
     size = sized(base, 2 / 3)
     wanted = runs(base, "none", tokens, seeds, **size, load_balancing_weight=0.0)
@@ -332,19 +372,24 @@ def specialization(
 ) -> list[Run]:
     """Do experts learn different patterns?
 
-    It counts which experts the tokens of the held-out text are sent to, by kind of token and by
-    package, in every layer, before training and at six checkpoints.
+    The study counts which experts the tokens of the held-out text are sent to, by kind of token
+    and by package, in every layer, before training and at six checkpoints.
     """
-    wanted = runs(base, "top-2 of 8", tokens, seeds, num_experts=8, top_k=2)
-    every = math.ceil(wanted[0].changes["max_steps"] / KEPT_CHECKPOINTS)
-    kept = dict(save_every=every, keep_checkpoints=KEPT_CHECKPOINTS + 1)
-    return [dataclasses.replace(run, analysed=True, changes=run.changes | kept) for run in wanted]
+    wanted = []
+    for run in runs(base, "top-2 of 8", tokens, seeds, num_experts=8, top_k=2):
+        # Rounded up, so that there are KEPT_CHECKPOINTS at most, the one of the last step included.
+        # The limit is one higher, so none of them is ever deleted.
+        save_every = math.ceil(run.changes["max_steps"] / KEPT_CHECKPOINTS)
+        saving = dict(save_every=save_every, keep_checkpoints=KEPT_CHECKPOINTS + 1)
+        changes = run.changes | saving
+        wanted.append(dataclasses.replace(run, analysed=True, changes=changes))
+    return wanted
 
 
 # --- scaling
 
-SIZES = (1 / 3, 1 / 2, 3 / 4, 1)
-EQUAL_TIME = ", equal time"
+SIZES = (1 / 3, 1 / 2, 3 / 4, 1)  # of the base's width and depth
+EQUAL_TIME = ", equal time"  # how the group of a dense model ends that trains in the MoE's time
 
 
 def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
@@ -352,8 +397,8 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
 
     Top-2 of 8 experts is compared with a dense model at four sizes and equal tokens. The dense
     model's feed-forward networks are twice as wide, so both have as many active parameters and
-    FLOPs. The dense model also runs with as many tokens as take the MoE's time, by the speeds
-    that were measured.
+    FLOPs. The dense model also runs for as long as the MoE model takes: with more tokens, by the
+    measured speeds.
     """
     timed = []
     wanted = []
@@ -366,16 +411,20 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
         timed += dense_speeds + moe_speeds
         wanted += runs(base, f"dense, {name}", tokens, seeds, **dense)
         wanted += runs(base, f"moe, {name}", tokens, seeds, **moe)
-        dense_rate = _tokens_per_second(dense_speeds, found)
-        moe_rate = _tokens_per_second(moe_speeds, found)
-        if dense_rate is not None and moe_rate is not None:
-            equal = tokens * (dense_rate / moe_rate)
-            longer += runs(base, f"dense, {name}{EQUAL_TIME}", equal, seeds, **dense)
+        dense_speed = _tokens_per_second(dense_speeds, found)
+        moe_speed = _tokens_per_second(moe_speeds, found)
+        if dense_speed is not None and moe_speed is not None:
+            equal_time_tokens = tokens * (dense_speed / moe_speed)
+            longer += runs(base, f"dense, {name}{EQUAL_TIME}", equal_time_tokens, seeds, **dense)
     return wanted + in_rounds(timed) + longer
 
 
 def _scaling_sizes(base: Config) -> dict[str, dict]:
-    """The sizes by their names. Of a small base, some of the four are alike."""
+    """The changes that make each size, by its name (layers x width).
+
+    There are fewer than four if the base is so small that some of its sizes are rounded to one.
+    Raises ConfigError if there is one only.
+    """
     sizes = {}
     for factor in SIZES:
         size = sized(base, factor) | dict(moe_every=1)
@@ -389,7 +438,7 @@ def _scaling_sizes(base: Config) -> dict[str, dict]:
 
 
 def _tokens_per_second(timed: list[Run], found: dict[str, dict]) -> float | None:
-    """The sum of the measured speeds; None if one is missing or failed."""
+    """The sum of the measured speeds, of which callers take a ratio; None if one is missing."""
     total = 0.0
     for run in timed:
         result = found.get(run.label)
@@ -401,16 +450,16 @@ def _tokens_per_second(timed: list[Run], found: dict[str, dict]) -> float | None
 
 # --- checkpointing
 
-# The largest micro-batch that fits is searched among these multiples of the base's micro-batch, as
-# far as a run's tokens allow.
+# The largest micro-batch that fits is searched among these multiples of the base's micro-batch. A
+# run needs tokens for TIMED_STEPS[0] steps, so a multiple that is too large for that is left out.
 MULTIPLES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 MODES = ("none", "selective", "full")
 
 
-# Cached, because runs are chosen several times a second while speeds are measured.
+# Cached: studies.run calls the study several times a second while runs are under way.
 @functools.cache
 def usable_gb(cpu: bool) -> float:
-    """Memory of this machine's GPU, or of its host, that a run may plan with."""
+    """GB of this machine's GPU, or of its host, that a run may use."""
     return find_machine(cpu=cpu).usable_gb
 
 
@@ -422,17 +471,22 @@ class _MicroBatches:
         self.layers = layers
         self.tokens = tokens
         self.found = found
-        longest = tokens / TIMED_STEPS[0] / base.max_seq_len
-        self.sizes = [base.batch_size]
+        fewest_steps, _ = TIMED_STEPS
+        most_sequences = tokens / fewest_steps / base.max_seq_len
+        self.sizes = [base.batch_size]  # micro-batches to choose from, ascending
         for multiple in MULTIPLES[1:]:
-            if base.batch_size * multiple <= longest:
+            if base.batch_size * multiple <= most_sequences:
                 self.sizes.append(base.batch_size * multiple)
         self.wanted: list[Run] = []
         self._runs: dict[tuple[str, int], list[Run]] = {}
 
     def at(self, mode: str, batch: int) -> list[Run]:
-        """The runs of a mode at a micro-batch. The batch of a step stays as large as it can."""
+        """The runs of a mode at a micro-batch.
+
+        A step keeps the base's number of sequences, or as many as whole micro-batches allow.
+        """
         if (mode, batch) not in self._runs:
+            sequences = self.base.sequences_per_step
             timed = speeds(
                 self.base,
                 f"{mode}, {self.layers} layers, micro-batch {batch}",
@@ -441,17 +495,18 @@ class _MicroBatches:
                 activation_checkpointing=mode,
                 batch_size=batch,
                 offload_optimizer="false",
-                gradient_accumulation_steps=max(1, self.base.sequences_per_step // batch),
+                gradient_accumulation_steps=max(1, sequences // batch),
             )
             self._runs[mode, batch] = [dataclasses.replace(run, may_not_fit=True) for run in timed]
         return self._runs[mode, batch]
 
     def want(self, batch: int) -> None:
+        """Adds the runs of every mode at a micro-batch to `wanted`."""
         for mode in MODES:
             self.wanted += self.at(mode, batch)
 
     def fits(self, mode: str, batch: int) -> bool | None:
-        """Whether each run so far fits; None if there was none yet."""
+        """Whether all runs so far of a mode at a micro-batch fitted; None if there is none yet."""
         results = []
         for run in self.at(mode, batch):
             if run.label in self.found:
@@ -476,24 +531,42 @@ class _MicroBatches:
     def largest(self, mode: str) -> int | None:
         """The largest micro-batch that fits, 0 if none does, or None as long as it is not known.
 
-        The search begins at the predicted one. It moves to larger ones as long as they fit, or to
-        smaller ones until one fits. The runs that it needs are added to `wanted`.
+        The search begins at the predicted micro-batch. It moves to larger ones as long as they fit,
+        or to smaller ones until one fits. The runs that it needs are added to `wanted`.
         """
         index = self.predicted(mode)
-        fitted_before = None
-        while 0 <= index < len(self.sizes):
-            batch = self.sizes[index]
-            self.wanted += self.at(mode, batch)
-            fits = self.fits(mode, batch)
+        first_fits = self._try(mode, index)
+        if first_fits is None:
+            return None
+        if first_fits:
+            return self._largest_above(mode, index)
+        return self._largest_below(mode, index)
+
+    def _try(self, mode: str, index: int) -> bool | None:
+        """Adds the runs at a micro-batch of `sizes` to `wanted`; returns whether it fits."""
+        batch = self.sizes[index]
+        self.wanted += self.at(mode, batch)
+        return self.fits(mode, batch)
+
+    def _largest_above(self, mode: str, index: int) -> int | None:
+        """`largest`, if the micro-batch at this index fits."""
+        for larger in range(index + 1, len(self.sizes)):
+            fits = self._try(mode, larger)
             if fits is None:
                 return None
-            if fits and fitted_before is False:  # a larger one did not fit
-                return batch
-            if not fits and fitted_before:
-                return self.sizes[index - 1]
-            fitted_before = fits
-            index += 1 if fits else -1
-        return self.sizes[-1] if fitted_before else 0
+            if not fits:
+                return self.sizes[larger - 1]
+        return self.sizes[-1]
+
+    def _largest_below(self, mode: str, index: int) -> int | None:
+        """`largest`, if the micro-batch at this index does not fit."""
+        for smaller in reversed(range(index)):
+            fits = self._try(mode, smaller)
+            if fits is None:
+                return None
+            if fits:
+                return self.sizes[smaller]
+        return 0
 
 
 def checkpointing(
@@ -501,37 +574,40 @@ def checkpointing(
 ) -> list[Run]:
     """What does checkpointing cost?
 
-    Each mode runs at two depths: at the base's micro-batch, and from the largest micro-batch
-    that is predicted to fit until one fits and the next one does not. Then all modes run at the
-    largest one that fits with each of them. What fits once runs again, and it fits if it does
-    both times.
+    Each mode of activation checkpointing runs at two depths: with the base's micro-batch, and from
+    the largest micro-batch that is predicted to fit until one fits and the next larger one does
+    not. Then all modes run with the largest micro-batch that fits with each of them. What fits runs
+    a second time, and counts as fitting if it fits both times.
     """
     wanted: list[Run] = []
     for layers in (base.n_layers, 2 * base.n_layers):
         search = _MicroBatches(base, layers, tokens, found)
         search.want(base.batch_size)
         largest = [search.largest(mode) for mode in MODES]
-        known = [batch for batch in largest if batch]
-        if len(known) == len(MODES):
-            search.want(min(known))  # where the modes are compared
+        fitting = [batch for batch in largest if batch]
+        if len(fitting) == len(MODES):
+            # The modes are compared here.
+            search.want(min(fitting))
         wanted += search.wanted
     return _once_then_again(wanted, found)
 
 
 def _once_then_again(wanted: list[Run], found: dict[str, dict]) -> list[Run]:
-    """Each run with the first seed, then those that fit with the second one too.
+    """The runs of the first seed, then those of the second seed whose first run fitted.
 
-    What is compared runs side by side. A run that is wanted for two reasons is returned once.
+    Each run is in the list once, even if it is wanted for two reasons. Runs of one depth and one
+    micro-batch follow each other, because their modes are compared.
     """
-    fit_once = set()
+    first_seed = REPEATS[0]
+    fitted_once = set()
     for run in wanted:
         result = found.get(run.label)
-        first = run.changes["seed"] == REPEATS[0]
-        if first and result is not None and "failed" not in result:
-            fit_once.add(run.group)
+        finished = result is not None and "failed" not in result
+        if run.changes["seed"] == first_seed and finished:
+            fitted_once.add(run.group)
     chosen = {}
     for run in wanted:
-        if run.changes["seed"] == REPEATS[0] or run.group in fit_once:
+        if run.changes["seed"] == first_seed or run.group in fitted_once:
             chosen[run.label] = run
     order = ("seed", "n_layers", "batch_size")
     return sorted(chosen.values(), key=lambda run: [run.changes[field] for field in order])
@@ -550,7 +626,7 @@ STUDIES: dict[str, Study] = dict(
     checkpointing=checkpointing,
 )
 
-# Tokens of a run. Routing and scaling use the learning rates that the optimizer study finds best,
-# so they have as many tokens. The runs of checkpointing measure speed and memory; only those with
-# the largest micro-batches are as long as this.
+# Tokens of a run, by study. Routing and scaling use the learning rates that the optimizer study
+# finds best, so they have as many tokens. The runs of checkpointing measure speed and memory; only
+# those with the largest micro-batches are as long as this.
 TOKENS = dict.fromkeys(STUDIES, 16e6) | dict(specialization=50e6, checkpointing=12e6)
