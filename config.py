@@ -489,8 +489,24 @@ _COMMON = dict(
 )
 
 # What a preset names wins over a default edited in Config; what it does not name keeps the default.
+#
+# "18b" is the shipped configuration. It names every field that any preset names, with its shipped
+# value: a default that differs from it was edited (see `edited_defaults`).
 PRESETS: dict[str, dict] = {
-    "18b": dict(_COMMON, d_model=4096, n_layers=40, n_heads=32, d_ff=11008, moe_every=4),
+    "18b": dict(
+        _COMMON,
+        d_model=4096,
+        n_layers=40,
+        n_heads=32,
+        d_ff=11008,
+        moe_every=4,
+        eval_steps=20,
+        log_every=10,
+        activation_checkpointing="full",
+        precision="fp16",
+        data="python",
+        sample_tokens=200,
+    ),
     "5b": dict(_COMMON, d_model=2048, n_layers=32, n_heads=16, d_ff=5504, moe_every=2),
     "2b": dict(_COMMON, d_model=1536, n_layers=24, n_heads=12, d_ff=4096, moe_every=3),
     "25b": dict(
@@ -550,18 +566,6 @@ PRESETS: dict[str, dict] = {
         sample_tokens=100,
     ),
 }
-
-# The shipped configuration is "18b" and these: fields that other presets name, with their shipped
-# defaults. A default that differs was edited (see `edited_defaults`). "18b" does not name them, so
-# that --preset 18b keeps an edit of `data` or `precision`.
-SHIPPED_BESIDE_18B = dict(
-    eval_steps=20,
-    log_every=10,
-    activation_checkpointing="full",
-    precision="fp16",
-    data="python",
-    sample_tokens=200,
-)
 
 # Without --preset: the smallest GPU memory (GB, 1e9 bytes) for each preset, largest first.
 PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
@@ -701,7 +705,7 @@ def edited_defaults() -> list[str]:
 
     A field that no preset names has no part in the choice of a preset, edited or not.
     """
-    shipped = SHIPPED_BESIDE_18B | preset_values("18b")
+    shipped = preset_values("18b")
     return [name for name, value in defaults().items() if shipped.get(name, value) != value]
 
 

@@ -12,7 +12,6 @@ import config
 from config import (
     PARAMETER_KINDS,
     PRESETS,
-    SHIPPED_BESIDE_18B,
     Config,
     ConfigError,
     ExperimentError,
@@ -201,10 +200,9 @@ def test_the_shipped_defaults_are_the_18b_experiment():
     )
 
 
-def test_the_shipped_default_of_each_field_that_a_preset_names_is_known():
+def test_preset_18b_names_each_field_that_a_preset_names_with_the_shipped_default():
     named = {field for values in PRESETS.values() for field in values}
-    assert named == SHIPPED_BESIDE_18B.keys() | PRESETS["18b"].keys()
-    assert not SHIPPED_BESIDE_18B.keys() & PRESETS["18b"].keys()
+    assert named == PRESETS["18b"].keys()
     assert edited_defaults() == []
 
 
@@ -296,9 +294,8 @@ def test_a_preset_wins_over_an_edited_default_and_says_so(edited):
 def test_a_preset_keeps_edited_defaults_that_it_does_not_name(edited):
     module = edited('data: str = "python"', 'data: str = "texts"')
     assert module.resolve({}, None, 10)[1] == "config.py"
-    for preset in ("tiny", "18b"):
-        c, _, why = module.resolve({}, preset, 10)
-        assert c.data == "texts" and "edited" not in why
+    c, _, why = module.resolve({}, "tiny", 10)
+    assert c.data == "texts" and "edited" not in why
 
 
 def test_an_edit_of_a_field_that_no_preset_names_leaves_the_choice_on(edited):
