@@ -1,6 +1,6 @@
 """One figure for each study, from its results.
 
-Points are single runs and lines go through their means, so that the spread of the seeds shows.
+Points are single runs, and lines go through their means, so that the spread over seeds shows.
 A study without a function in PANELS gets a list of its groups with their losses.
 """
 
@@ -27,7 +27,7 @@ from studies.analysis import (
     equal_time,
     expert_shares,
     groups,
-    mean_and_spread,
+    mean,
     micro_batches,
     of_kind,
     scaling_law,
@@ -41,7 +41,9 @@ from studies.analysis import (
 from studies.grids import ADAMW_RATES, EQUAL_TIME, LONG_WARMUPS, QUARTER, WEIGHTS
 
 LOSS = "validation loss (nats per token)"
+# Colour and marker of each mode of activation checkpointing
 MODES = dict(none=(BLUE, "o"), selective=(GREEN, "^"), full=(ORANGE, "s"))
+# Label, colour and marker of each kind of model in the scaling study
 DENSE_AND_MOE = dict(dense=("dense", ORANGE, "s"), moe=("top-2 of 8", BLUE, "o"))
 
 
@@ -69,33 +71,38 @@ def draw(results: dict, path: Path) -> None:
 
 
 def _missing_groups(results: dict) -> set[str]:
-    """The groups that failed, if the study has no answer without them."""
+    """The failed groups without which the study has no answer; empty if it has one."""
     failed_runs = []
-    left = set()
+    finished = set()  # groups of which at least one run finished
     for run in results["runs"].values():
         if "failed" in run:
             failed_runs.append(run)
         else:
-            left.add(run["group"])
-    failed = {run["group"] for run in failed_runs} - left
+            finished.add(run["group"])
+    # Groups of which no run finished
+    failed = {run["group"] for run in failed_runs} - finished
 
     study = results["study"]
     if study in ("routing", "scaling"):
-        # Every repeat of a speed is needed.
+        # All groups are needed, and of the speeds both measurements.
         return failed | {run["group"] for run in failed_runs if run["group"].startswith(SPEED)}
     if study == "checkpointing":
         # That something does not fit is a result.
         return {run["group"] for run in failed_runs if run["failed"] == "diverged"}
     if study == "optimizer":
+        # A learning rate of a sweep may diverge, as long as others of its optimizer do not.
         speed_failed = any(group.startswith(SPEED) for group in failed)
-        if speed_failed or not (_any_left(left, "muon") and _any_left(left, "adamw")):
+        both_finished = _any_of(finished, "muon") and _any_of(finished, "adamw")
+        if speed_failed or not both_finished:
             return failed
         return set()
-    return set() if left else failed
+    if finished:
+        return set()
+    return failed
 
 
-def _any_left(groups_left: set[str], optimizer: str) -> bool:
-    return any(group.startswith(f"{optimizer}, ") for group in groups_left)
+def _any_of(groups: set[str], optimizer: str) -> bool:
+    return any(group.startswith(f"{optimizer}, ") for group in groups)
 
 
 # ---------------------------------------------------------------- what panels share
@@ -122,7 +129,10 @@ def _points(
     colour: str,
     marker: str = "o",
 ) -> None:
-    """Single runs as points, and a line through their means. `runs_at` has the runs by x."""
+    """Single runs as points, and a line through their means.
+
+    `runs_at` has the runs by x. An x without runs, or with runs that have no value, is left out.
+    """
     x_of_means = []
     means = []
     x_of_runs = []
@@ -131,7 +141,7 @@ def _points(
         if not runs or runs[0].get(key) is None:
             continue
         x_of_means.append(x)
-        means.append(mean_and_spread(runs, key)[0])
+        means.append(mean(runs, key))
         for run in runs:
             x_of_runs.append(x)
             values.append(run[key])
@@ -141,15 +151,15 @@ def _points(
 
 
 def _shade(span: Callable, low: float, high: float, label: str) -> None:
-    """Shades an interval; `span` is axhspan or axvspan of the axes."""
+    """Shades the interval from `low` to `high`; `span` is axhspan or axvspan of the axes."""
     span(low, high, color="0.93", linewidth=0, zorder=0, label=label)
 
 
 def _shade_undecided_from_lowest(span: Callable, found: dict[str, Runs], label: str) -> None:
-    """Shades the means that the seeds cannot tell from the lowest."""
+    """Shades the means that do not differ significantly from the lowest mean."""
     resolution = typical_resolution(found)
     if resolution < math.inf:
-        lowest = min(mean_and_spread(runs)[0] for runs in found.values())
+        lowest = min(mean(runs) for runs in found.values())
         _shade(span, lowest, lowest + resolution, label)
 
 
@@ -159,13 +169,13 @@ def _grid(axes: Axes) -> None:
 
 
 def _room_above(axes: Axes, share: float) -> None:
-    """Makes room for the legend: so much of the height that there is."""
+    """Makes room for the legend: `share` of the present height is added at the top."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + share * (high - low))
 
 
 def _without_legend(several: Sequence[Axes]) -> None:
-    """For panels whose lines are named in the legend of another."""
+    """Removes the labels of panels whose lines are named in the legend of another panel."""
     for axes in several:
         for line in axes.lines:
             line.set_label(None)
@@ -175,6 +185,7 @@ def _without_legend(several: Sequence[Axes]) -> None:
 
 
 def _losses(figure: Figure, results: dict) -> None:
+    """A row for each group with its losses, or with its speeds if the study has only speeds."""
     axes = figure.subplots()
     found = groups(results)
     if found:
@@ -187,7 +198,7 @@ def _losses(figure: Figure, results: dict) -> None:
 
     for row, runs in enumerate(found.values()):
         _scatter(axes, [run[key] for run in runs], [row] * len(runs), BLUE)
-        axes.plot(mean_and_spread(runs, key)[0], row, "|", color=BLUE, markersize=14)
+        axes.plot(mean(runs, key), row, "|", color=BLUE, markersize=14)
     if key == "val_loss":
         _shade_undecided_from_lowest(axes.axvspan, found, "means not told from the lowest")
     axes.set_yticks(range(len(found)), list(found))
@@ -213,7 +224,10 @@ def _draw_sweeps(axes: Axes, results: dict) -> None:
     sweeps = swept(found, "muon") + swept(found, "adamw")
 
     def line(same: dict, field: str, label: str, colour: str, marker: str) -> None:
-        """Of the groups with the changes `same`; None is the base's value."""
+        """Draws the groups that have the changes `same`, over their learning rate `field`.
+
+        A value of None stands for a field that the groups do not change.
+        """
         runs_at = {}
         for runs in sweeps:
             changes = runs[0]["changes"]
@@ -221,30 +235,36 @@ def _draw_sweeps(axes: Axes, results: dict) -> None:
                 runs_at[changes[field]] = runs
         _points(axes, dict(sorted(runs_at.items())), "val_loss", label, colour, marker)
 
+    warmups = (None, *LONG_WARMUPS)  # None is the base's
     styles = [(ORANGE, "s"), (RED, "D"), (PINK, "v"), (SKY, "P")]
-    for changed_warmup, (colour, marker) in zip((None, *LONG_WARMUPS), styles):
-        same = dict(optimizer="adamw", warmup_fraction=changed_warmup)
-        warmup = changed_warmup
+    for warmup, (colour, marker) in zip(warmups, styles):
+        same = dict(optimizer="adamw", warmup_fraction=warmup)
+        shown = warmup
         if warmup is None:
-            warmup = base_config(results).warmup_fraction
-        line(same, "adamw_lr", f"AdamW alone, warm-up {warmup:.0%}", colour, marker)
-    usual = ADAMW_RATES[1]
-    same = dict(optimizer="muon", adamw_lr=usual)
-    line(same, "muon_lr", f"Muon's rate, its AdamW's {usual:g}", BLUE, "o")
-    best = best_runs(found, "muon")[0]["changes"]["muon_lr"]
-    same = dict(optimizer="muon", muon_lr=best)
-    line(same, "adamw_lr", f"its AdamW's rate, Muon's {best:g}", GREEN, "^")
+            shown = base_config(results).warmup_fraction
+        line(same, "adamw_lr", f"AdamW alone, warm-up {shown:.0%}", colour, marker)
+
+    adamw_lr = ADAMW_RATES[1]  # that of AdamW beside Muon while Muon's is swept
+    same = dict(optimizer="muon", adamw_lr=adamw_lr)
+    line(same, "muon_lr", f"Muon's rate, its AdamW's {adamw_lr:g}", BLUE, "o")
+
+    best_muon_lr = best_runs(found, "muon")[0]["changes"]["muon_lr"]
+    same = dict(optimizer="muon", muon_lr=best_muon_lr)
+    line(same, "adamw_lr", f"its AdamW's rate, Muon's {best_muon_lr:g}", GREEN, "^")
 
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="final loss (nats per token)")
     every_second = _rates_tried(sweeps)[::2]
     axes.set_xticks(every_second, [f"{rate:g}" for rate in every_second], fontsize=7)
     axes.xaxis.set_minor_locator(NullLocator())
-    losses = [run["val_loss"] for runs in sweeps for run in runs]
+    losses = []
+    for runs in sweeps:
+        losses += [run["val_loss"] for run in runs]
     room_for_legend = 0.6 * (max(losses) - min(losses))
     axes.set_ylim(top=max(losses) + room_for_legend)
 
 
 def _rates_tried(sweeps: list[Runs]) -> list[float]:
+    """All learning rates of the sweeps, of either optimizer, ascending."""
     tried = set()
     for runs in sweeps:
         for field in ("muon_lr", "adamw_lr"):
@@ -255,7 +275,7 @@ def _rates_tried(sweeps: list[Runs]) -> list[float]:
 
 
 def _draw_best_curves(axes: Axes, found: dict[str, Runs]) -> None:
-    """Validation losses at the best rates, over tokens, with the ends of other runs."""
+    """Validation losses over tokens at the best learning rates, with the ends of other runs."""
     for name, label, colour in (
         ("muon", "Muon with AdamW", BLUE),
         ("adamw", "AdamW alone", ORANGE),
@@ -264,38 +284,42 @@ def _draw_best_curves(axes: Axes, found: dict[str, Runs]) -> None:
             tokens, losses = np.array(run["validation"]).T
             label_once = f"{label}, best rates" if seed == 0 else None
             axes.plot(tokens, losses, color=colour, linewidth=1.1, label=label_once)
-    target = mean_and_spread(best_runs(found, "adamw"))[0]
+    target = mean(best_runs(found, "adamw"))
     axes.axhline(target, color="0.5", linewidth=0.8, linestyle="--", label="where AdamW alone ends")
     if shorter(found):
         _draw_shorter_runs(axes, found)
     _draw_smaller_steps(axes, found)
 
-    low = min(run["val_loss"] for runs in found.values() for run in runs)
-    high = target + 2.5 * max(0.4, target - low)
-    axes.set(xlabel="tokens", ylabel=LOSS, ylim=(low - 0.1, high))
+    lowest = min(run["val_loss"] for runs in found.values() for run in runs)
+    # The curves begin far above their ends: most of that is cut off, so that the ends show.
+    top = target + 2.5 * max(0.4, target - lowest)
+    axes.set(xlabel="tokens", ylabel=LOSS, ylim=(lowest - 0.1, top))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _draw_shorter_runs(axes: Axes, found: dict[str, Runs]) -> None:
-    """The ends of Muon's runs of fewer tokens, and the line between all its lengths.
+    """The ends of Muon's runs of fewer tokens, and the line through the means of all lengths.
 
-    The report reads from this line how many tokens Muon needs for the loss of AdamW.
+    The report reads from this line how many tokens Muon needs for the loss of AdamW. The loss on it
+    is linear in the logarithm of the tokens.
     """
     for runs in shorter(found):
-        _scatter(axes, [run["tokens"] for run in runs], [run["val_loss"] for run in runs], BLUE)
-    lengths = [*shorter(found), best_runs(found, "muon")]
-    ends = [runs[0]["tokens"] for runs in lengths]
-    means = [mean_and_spread(runs)[0] for runs in lengths]
-    between = np.geomspace(ends[0], ends[-1], 50)
-    losses = np.interp(np.log(between), np.log(ends), means)
+        tokens = [run["tokens"] for run in runs]
+        losses = [run["val_loss"] for run in runs]
+        _scatter(axes, tokens, losses, BLUE)
+    of_all_lengths = [*shorter(found), best_runs(found, "muon")]
+    lengths = [runs[0]["tokens"] for runs in of_all_lengths]
+    means = [mean(runs) for runs in of_all_lengths]
+    between = np.geomspace(lengths[0], lengths[-1], 50)
+    losses = np.interp(np.log(between), np.log(lengths), means)
     axes.plot(between, losses, ":", color=BLUE, linewidth=1)
-    # an empty line for the legend
+    # An empty line, which the legend shows with both the dots and the line.
     label = "Muon, shorter runs' ends"
     axes.plot([], [], ":o", color=BLUE, linewidth=1, markersize=4.5, label=label)
 
 
 def _draw_smaller_steps(axes: Axes, found: dict[str, Runs]) -> None:
-    """The ends of runs with a quarter of the tokens a step, at their best rates."""
+    """The ends of the runs with a quarter of the batch, at their best learning rates."""
     label = "either's end in 4 times the steps"
     drawn = False
     for name, colour in (("muon", BLUE), ("adamw", ORANGE)):
@@ -318,7 +342,8 @@ def _routing(figure: Figure, results: dict) -> None:
     top_ks = (1, 2, 3, 4)
     for kind, colour, marker in (("equal tokens", BLUE, "o"), ("equal FLOPs", ORANGE, "s")):
         runs_at = {k: found.get(f"top-{k}, {kind}", []) for k in top_ks}
-        runs_at[2] = found.get("top-2, equal tokens", [])  # the base: both are the same there
+        # Equal FLOPs are those of top-2, so its runs at equal tokens stand in both lines.
+        runs_at[2] = found.get("top-2, equal tokens", [])
         _points(loss, runs_at, "val_loss", kind, colour, marker)
     loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=top_ks)
     resolution = typical_resolution(found)
@@ -338,11 +363,13 @@ def _routing(figure: Figure, results: dict) -> None:
 def _draw_resolution(axes: Axes, resolution: float) -> None:
     """A bar as long as the smallest significant difference.
 
-    It stands at the lower right, where no run is: with more experts equal FLOPs end higher.
+    It stands at the lower right, where no run is: at equal FLOPs, more experts end higher.
     """
     low, high = axes.get_ylim()
-    middle = low + 0.02 * (high - low) + resolution / 2
-    axes.errorbar(3.6, middle, resolution / 2, color="0.4", capsize=3)
+    foot = low + 0.02 * (high - low)
+    half_length = resolution / 2
+    middle = foot + half_length
+    axes.errorbar(3.6, middle, half_length, color="0.4", capsize=3)
     words = "a smaller difference\nis undecided"
     axes.text(3.5, middle, words, fontsize=7, color="0.4", ha="right", va="center")
 
@@ -353,6 +380,7 @@ def _draw_resolution(axes: Axes, resolution: float) -> None:
 def _balance(figure: Figure, results: dict) -> None:
     found = {}
     for name, runs in groups(results).items():
+        # load_entropy is near 1, so its distance from 1 is what a logarithmic axis can show.
         found[name] = [run | dict(unevenness=1 - run["load_entropy"]) for run in runs]
     loss, unevenness, share = figure.subplots(1, 3)
     _draw_balancing(loss, found, "val_loss", LOSS)
@@ -363,14 +391,17 @@ def _balance(figure: Figure, results: dict) -> None:
     _shade_undecided_from_lowest(loss.axhspan, found, "not told from the lowest")
     _room_above(loss, 0.45)
     unevenness.set_yscale("log")
-    even = 1 / base_config(results).num_experts
-    share.axhline(even, color="0.5", linewidth=0.8, linestyle="--")
-    share.text(0, even, "even", fontsize=8, color="0.4", va="bottom")
+    even_share = 1 / base_config(results).num_experts
+    share.axhline(even_share, color="0.5", linewidth=0.8, linestyle="--")
+    share.text(0, even_share, "even", fontsize=8, color="0.4", va="bottom")
     _without_legend([unevenness, share])
 
 
 def _draw_balancing(axes: Axes, found: dict[str, Runs], key: str, label: str) -> None:
-    """A value over the weights of the loss, between no balancing (0) and a bias (the last x)."""
+    """The value `key` over the weight of the load-balancing loss.
+
+    x is 0 for no balancing, then 1, 2, ... for the weights, and one more for balancing by a bias.
+    """
     for scope, colour, marker in (("batch", BLUE, "o"), ("sequence", ORANGE, "s")):
         runs_at = {}
         for x, weight in enumerate(WEIGHTS, 1):
@@ -384,7 +415,10 @@ def _draw_balancing(axes: Axes, found: dict[str, Runs], key: str, label: str) ->
         _scatter(axes, [x] * len(values), values, colour, marker, words, size=5)
 
     axes.set(xlabel="weight of the balancing loss", ylabel=label)
-    powers = [f"$10^{{{round(math.log10(weight))}}}$" for weight in WEIGHTS]
+    powers = []
+    for weight in WEIGHTS:
+        exponent = round(math.log10(weight))
+        powers.append(f"$10^{{{exponent}}}$")
     axes.set_xticks(range(len(WEIGHTS) + 2), ["none", *powers, "bias"], fontsize=8)
     _grid(axes)
 
@@ -404,7 +438,7 @@ def _scaling(figure: Figure, results: dict) -> None:
 
 
 def _draw_laws(axes: Axes, results: dict, key: str, label: str) -> None:
-    """Losses over a size, of dense and of MoE models, with the laws that fit them."""
+    """The losses of dense and of MoE models over a measure of their size, with fitted laws."""
     for kind, (name, colour, marker) in DENSE_AND_MOE.items():
         runs = of_kind(results, kind)
         sizes = [run[key] for run in runs]
@@ -427,21 +461,22 @@ def _draw_differences(axes: Axes, results: dict) -> None:
     resolution = typical_resolution(found)
 
     label_of_time = "equal time"
-    _, _, nats_of_speeds = equal_time(results)
-    at_equal_time = resolution + nats_of_speeds
-    if at_equal_time < math.inf:
-        label_of_time += f" (undecided to ±{at_equal_time:.2f})"
+    resolution_at_equal_time = resolution + equal_time(results).nats
+    if resolution_at_equal_time < math.inf:
+        label_of_time += f" (undecided to ±{resolution_at_equal_time:.2f})"
+    # Both comparisons stand side by side, a little to the left and to the right of their size.
     for shift, ending, label, colour, marker in (
         (-0.08, "", "equal tokens and FLOPs", BLUE, "o"),
         (0.08, EQUAL_TIME, label_of_time, GREEN, "^"),
     ):
         x = []
         y = []
-        for place, size in enumerate(sizes):
+        for number, size in enumerate(sizes):
+            moe = found[f"moe, {size}"]
             dense = found.get(f"dense, {size}{ending}", [])
-            for difference in _differences_by_seed(found[f"moe, {size}"], dense):
-                x.append(place + shift)
-                y.append(difference)
+            differences = _differences_by_seed(moe, dense)
+            x += [number + shift] * len(differences)
+            y += differences
         _scatter(axes, x, y, colour, marker, label, size=5)
 
     axes.axhline(0, color="0.4", linewidth=0.8)
@@ -453,6 +488,7 @@ def _draw_differences(axes: Axes, results: dict) -> None:
 
 
 def _differences_by_seed(a: Runs, b: Runs) -> list[float]:
+    """The loss of each run of `a` minus that of the run of `b` with its seed."""
     differences = []
     for run in a:
         for other in b:
@@ -468,35 +504,43 @@ def _checkpointing(figure: Figure, results: dict) -> None:
     """A row for each number of layers: peak memory and speed, over the micro-batch."""
     fitted, _ = micro_batches(results)
     depths = sorted({layers for layers, _ in fitted})
-    batches = {batch for runs_at in fitted.values() for batch in runs_at}
+    batches = set()
+    for runs_at in fitted.values():
+        batches |= runs_at.keys()
     x_limits = (0.8 * min(batches), 1.25 * max(batches))
     rows = figure.subplots(len(depths), 2, squeeze=False)
     for (memory, speed), depth in zip(rows, depths):
         by_mode = {mode: fitted.get((depth, mode), {}) for mode in MODES}
         ticks = _marked_batches(list(by_mode.values()), smallest=min(batches))
-        for axes, key, label in (
-            (memory, "peak_gb", "peak memory (GB)"),
-            (speed, "tokens_per_second", "tokens/s"),
-        ):
-            for mode, runs_at in by_mode.items():
-                colour, marker = MODES[mode]
-                _points(axes, dict(sorted(runs_at.items())), key, mode, colour, marker)
-            axes.set(xscale="log", ylabel=f"{depth} layers: {label}", xlim=x_limits)
-            axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
+        _draw_modes(memory, by_mode, "peak_gb", f"{depth} layers: peak memory (GB)")
+        _draw_modes(speed, by_mode, "tokens_per_second", f"{depth} layers: tokens/s")
+        speed.yaxis.set_major_formatter(EngFormatter(sep=""))
+        for axes in (memory, speed):
+            axes.set_xlim(x_limits)
             axes.set_xticks(ticks, [str(batch) for batch in ticks])
             axes.xaxis.set_minor_locator(NullLocator())
-            _grid(axes)
-        speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in figure.axes[-2:]:
         axes.set_xlabel("sequences in a micro-batch")
     _without_legend(figure.axes[1:])
     figure.set_size_inches(8, 2.8 * len(depths))
 
 
-def _marked_batches(of_modes: list[dict[int, Runs]], smallest: int) -> list[int]:
-    """Micro-batches that the axis names: those that compare the modes, and the largest that fits.
+def _draw_modes(axes: Axes, by_mode: dict[str, dict[int, Runs]], key: str, label: str) -> None:
+    """The value `key` over the micro-batch, a line for each mode."""
+    for mode, runs_at in by_mode.items():
+        colour, marker = MODES[mode]
+        _points(axes, dict(sorted(runs_at.items())), key, mode, colour, marker)
+    axes.set(xscale="log", ylabel=label)
+    axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
+    _grid(axes)
 
-    The modes are compared at the smallest and the largest micro-batch that fits with all of them.
+
+def _marked_batches(of_modes: list[dict[int, Runs]], smallest: int) -> list[int]:
+    """The micro-batches that the axis names.
+
+    These are the smallest and the largest one that fit with all modes, where the modes are
+    compared, and the largest one that fits with any mode. If none fits with all modes, `smallest`
+    stands in for the first two.
     """
     common = set.intersection(*(set(runs_at) for runs_at in of_modes)) or {smallest}
     largest = max(max(runs_at) for runs_at in of_modes if runs_at)
@@ -517,30 +561,38 @@ def _specialization(figure: Figure, results: dict) -> None:
 
 
 def _draw_information_by_layer(axes: Axes, analyses: list[dict]) -> None:
-    """Mutual information between expert and token kind: by layer, in the course of training."""
+    """Mutual information between expert and token kind over the layer, a line for each checkpoint.
+
+    `analyses` has one analysis for each seed; all but the first are dotted.
+    """
     first = analyses[0]
     layers = np.array(first["layers"]) + 1
     last = len(first["steps"]) - 1
-    for i, step in enumerate(first["steps"]):
-        colour = colormaps["viridis"](0.9 * i / last)
-        axes.plot(layers, step["kind"]["bits"], color=colour, linewidth=1.1, label=_moment(step))
+    for number, step in enumerate(first["steps"]):
+        bits = step["kind"]["bits"]
+        colour = colormaps["viridis"](0.9 * number / last)  # its last tenth is too light
+        axes.plot(layers, bits, color=colour, linewidth=1.1, label=_moment(step))
         for other in analyses[1:]:
-            bits = other["steps"][i]["kind"]["bits"]
+            bits = other["steps"][number]["kind"]["bits"]
             axes.plot(layers, bits, ":", color=colour, linewidth=1.1)
     chance = first["steps"][last]["kind"]["shuffled_most"]
     axes.plot(layers, chance, "--", color="0.4", linewidth=1, label="shuffled kinds")
 
-    most = max(max(step["kind"]["bits"]) for found in analyses for step in found["steps"])
+    most_bits = 0.0
+    for analysis in analyses:
+        for step in analysis["steps"]:
+            most_bits = max(most_bits, *step["kind"]["bits"])
     title = "By layer"
     if len(analyses) > 1:
         title += " (dotted: the second seed)"
     axes.set(xlabel="layer", ylabel="bits that the expert says of the kind", title=title)
-    axes.set_ylim(0, 1.6 * most)  # with room for the legend
+    axes.set_ylim(0, 1.6 * most_bits)  # with room for the legend
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _grid(axes)
 
 
 def _moment(step: dict) -> str:
+    """When a checkpoint was written, for the legend."""
     if step["step"] == 0:
         return "before training"
     tokens = EngFormatter(sep="", places=0)(step["tokens"])
@@ -548,9 +600,11 @@ def _moment(step: dict) -> str:
 
 
 def _draw_information_by_kind(axes: Axes, experts: dict) -> None:
-    """How much the experts of a kind differ from the average, of each kind in each layer."""
+    """How much the experts of each token kind differ from those of all tokens, by layer."""
     occurring = _occurring(experts["kind_tokens"])
-    columns = [divergence_from_average(counts)[occurring] for counts in experts["kind_table"]]
+    columns = []
+    for counts in experts["kind_table"]:
+        columns.append(divergence_from_average(counts)[occurring])
     image = axes.imshow(np.array(columns).T, cmap="cividis", vmin=0, aspect="auto")
     names = [experts["kinds"][kind] for kind in occurring]
     layers = [layer + 1 for layer in experts["layers"]]
@@ -561,27 +615,23 @@ def _draw_information_by_kind(axes: Axes, experts: dict) -> None:
 def _draw_experts_of(axes: Axes, experts: dict, label: str) -> None:
     """Where the tokens of each kind or domain go, in the layer that distinguishes them most.
 
-    Colours compare with the expert's share of all routed tokens, from a quarter to four times.
+    A cell shows p(expert | label) in per cent. Its colour shows how many times p(expert) that is,
+    from a quarter to four times. `label` is "kind" or "domain".
     """
     layer = sharpest_layer(experts, label)
     counts = np.array(experts[f"{label}_table"][layer], float)
     occurring = _occurring(experts[f"{label}_tokens"])
     share = expert_shares(counts)[occurring]
-    average = counts.sum(1) / counts.sum()
-    with np.errstate(divide="ignore"):
-        doublings = np.log2(share / average).clip(-2, 2)
+    share_of_all_tokens = counts.sum(1) / counts.sum()
+    with np.errstate(divide="ignore"):  # a share of 0 gives -inf, which clip makes -2
+        doublings = np.log2(share / share_of_all_tokens).clip(-2, 2)
     image = axes.imshow(doublings, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
     for (row, column), part in np.ndenumerate(share):
-        axes.text(
-            column,
-            row,
-            f"{100 * part:.0f}",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if abs(doublings[row, column]) > 1.4 else "black",
-        )
-    names = [experts[f"{label}s"][place] for place in occurring]
+        is_dark = abs(doublings[row, column]) > 1.4
+        colour = "white" if is_dark else "black"
+        percent = f"{100 * part:.0f}"
+        axes.text(column, row, percent, ha="center", va="center", fontsize=7, color=colour)
+    names = [experts[f"{label}s"][index] for index in occurring]
     numbers = range(1, share.shape[1] + 1)
     bar = _label_map(axes, image, names, numbers, "times the expert's share of all choices")
     bar.set_ticks(range(-2, 3), labels=["≤ ¼", "½", "1", "2", "≥ 4"])
@@ -595,7 +645,10 @@ def _occurring(tokens: list[int]) -> list[int]:
 
 
 def _label_map(axes: Axes, image, rows: Sequence[str], columns: Sequence[int], label: str):
-    """Names a heat map's rows, columns and colours; returns its colour bar."""
+    """Names the rows and columns of a heat map, and adds its colour bar, which is returned.
+
+    `image` is what imshow returned; `label` says what the colours mean.
+    """
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=8)
     axes.tick_params(length=0)
