@@ -1,10 +1,11 @@
 """Mixture of Experts: router, SwiGLU experts, balancing losses. And the SwiGLU of dense blocks.
 
 Dropless: every token reaches its top_k experts, whatever the load. Routed tokens are sorted by
-expert, so that each matmul runs once over all experts, and the results go back to their tokens.
+expert, so that each matmul runs once over all experts. The results then go back to their tokens.
 
 Shape suffixes: B sequences, S positions, N = B S tokens, E experts, K = top_k experts of a token,
-R = N K routed tokens (a token once for each of its experts) sorted by expert, D d_model, F d_ff.
+R = N K routed tokens (a token counts once for each of its experts), D d_model, F d_ff, O = 2 F
+outputs of the gate and up matmul.
 """
 
 import torch
@@ -19,18 +20,22 @@ from engine.triton_kernels import swiglu
 
 
 class _Dispatch(torch.autograd.Function):
-    """Copies the row of each token to its K rows in the order of experts: [N, D] to [R, D].
+    """Copies each token's row to K rows, one for each of its experts: [N, D] to [R, D].
 
-    The gradient is `_Combine`, a gather and a sum. The gradient that autograd makes of indexing is
-    a scatter with atomics: it is slower, adds in no fixed order, and compiled (torch 2.11, on a
-    GPU) it added to a buffer that was not always zero.
+    The rows of the result are sorted by expert.
+
+    The gradient is `_Combine`: a gather and a sum. Autograd's gradient of indexing would be a
+    scatter with atomics. It is slower, and it adds in no fixed order. Compiled (torch 2.11, on a
+    GPU), it added to a buffer that was not always zero.
     """
 
     @staticmethod
     def forward(ctx, x_ND, sort_indices_R, inverse_permutation_R, k: int):
         ctx.save_for_backward(sort_indices_R, inverse_permutation_R)
         ctx.k = k
-        return x_ND[sort_indices_R // k]  # before the sort, routed token r is of token r // K
+        # Before the sort, routed token r belongs to token r // k.
+        token_indices_R = sort_indices_R // k
+        return x_ND[token_indices_R]
 
     @staticmethod
     def backward(ctx, grad_RD):
@@ -40,7 +45,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Sums the K rows of each token, wherever the sort by expert has put them: [R, D] to [N, D].
+    """Sums the K rows of each token: [R, D], sorted by expert, to [N, D].
 
     The gradient is `_Dispatch`.
     """
@@ -49,7 +54,9 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, y_RD, sort_indices_R, inverse_permutation_R, k: int):
         ctx.save_for_backward(sort_indices_R, inverse_permutation_R)
         ctx.k = k
-        y_NKD = y_RD[inverse_permutation_R].view(-1, k, y_RD.shape[-1])
+        # Indexing undoes the sort: the K rows of a token are neighbours again.
+        d_model = y_RD.shape[-1]
+        y_NKD = y_RD[inverse_permutation_R].view(-1, k, d_model)
         # The dtype is stated because autocast on GPUs would give an fp32 sum, and with it an fp32
         # residual stream.
         return y_NKD.sum(dim=1, dtype=y_RD.dtype)
@@ -67,37 +74,41 @@ class _Combine(torch.autograd.Function):
 def load_balancing_loss(probs_BSE: Tensor, num_tokens_per_expert_BE: Tensor, scope: str) -> Tensor:
     """Switch Transformer's auxiliary loss (Fedus et al. 2021, eq. 4): E sum_e f_e P_e.
 
-    f_e is expert e's share of the routed tokens, and P_e its mean router probability. The loss is 1
-    at perfect balance, whatever top_k.
+    f_e is expert e's share of the routed tokens. P_e is its mean router probability, and the only
+    part with a gradient. The loss is 1 at perfect balance, whatever top_k. Returns it 0-d.
 
-    Scope "batch" takes both shares over all tokens given: the micro-batch is then part of the
-    objective. "sequence" takes them in each sequence and averages, and does not depend on it.
+    Scope "batch" takes f and P over all tokens given, so the size of the micro-batch changes the
+    objective. Scope "sequence" takes f and P within each sequence and averages the losses of the
+    sequences: the size of the micro-batch then changes nothing.
     """
-    probs_BE = probs_BSE.mean(dim=1)
+    mean_probs_BE = probs_BSE.mean(dim=1)
     counts_BE = num_tokens_per_expert_BE.float()
     if scope == "batch":
-        probs_BE = probs_BE.mean(dim=0, keepdim=True)
+        # All sequences count as one: B is 1 from here.
+        mean_probs_BE = mean_probs_BE.mean(dim=0, keepdim=True)
         counts_BE = counts_BE.sum(dim=0, keepdim=True)
-    share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True)
+    shares_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True)
+    dot_products_B = (shares_BE * mean_probs_BE).sum(dim=1)
     num_experts = probs_BSE.shape[-1]
-    return (share_BE * probs_BE).sum(dim=1).mean() * num_experts
+    return dot_products_B.mean() * num_experts
 
 
 def router_z_loss(logits_BSE: Tensor) -> Tensor:
-    """Mean squared log-partition of the router's logits (Zoph et al. 2022, ST-MoE, eq. 5).
+    """Mean of log(sum_e exp(logit_e))^2 over the tokens, 0-d (Zoph et al. 2022, ST-MoE, eq. 5).
 
     It keeps the logits small.
     """
-    return torch.logsumexp(logits_BSE, dim=-1).square().mean()
+    log_z_BS = torch.logsumexp(logits_BSE, dim=-1)
+    return log_z_BS.square().mean()
 
 
 # ---------------------------------------------------------------- modules
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020). Gate and up are one matmul.
+    """The feed-forward network down(silu(gate(x)) * up(x)) (Shazeer 2020).
 
-    gate_up is [2, F, D], down is [D, F].
+    Gate and up are one parameter, gate_up [2, F, D], and one matmul. down is [D, F].
     """
 
     def __init__(self, config: Config, dtype: torch.dtype):
@@ -106,8 +117,11 @@ class SwiGLU(nn.Module):
         self.down = nn.Parameter(torch.empty(config.d_model, config.d_ff, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] to [..., D]."""
         gate_up = linear(x, self.gate_up.flatten(0, 1))
-        hidden = swiglu(gate_up.flatten(0, -2)).view(*x.shape[:-1], -1)
+        # The kernel takes rows: [N, 2 F] to [N, F].
+        hidden = swiglu(gate_up.flatten(0, -2))
+        hidden = hidden.view(*x.shape[:-1], -1)
         return linear(hidden, self.down)
 
 
@@ -121,8 +135,10 @@ class Router(nn.Module):
         )
         self.top_k = config.top_k
         self.norm_topk_prob = config.norm_topk_prob
-        # added to the probabilities where experts are chosen, and only there
-        bias = torch.zeros(config.num_experts) if config.load_balancing == "bias" else None
+        # Added to the probabilities when experts are chosen; the experts' weights do not see it.
+        bias = None
+        if config.load_balancing == "bias":
+            bias = torch.zeros(config.num_experts)
         self.register_buffer("bias", bias)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -132,17 +148,23 @@ class Router(nn.Module):
         - topk_weights_BSK, by which the outputs of its experts are multiplied,
         - topk_expert_ids_BSK, and the same experts as booleans in one_hot_BSKE.
         """
+        # Autocast would compute the logits in 16 bits.
         with torch.autocast(x_BSD.device.type, enabled=False):
             logits_BSE = F.linear(x_BSD.to(self.weight.dtype), self.weight)
         probs_BSE = logits_BSE.softmax(dim=-1)
+
         scores_BSE = probs_BSE.detach()
         if self.bias is not None:
             scores_BSE = scores_BSE + self.bias
         topk_expert_ids_BSK = scores_BSE.topk(self.top_k, dim=-1).indices
-        expert_ids_E = torch.arange(probs_BSE.shape[-1], device=x_BSD.device)
+        num_experts = probs_BSE.shape[-1]
+        expert_ids_E = torch.arange(num_experts, device=x_BSD.device)
         one_hot_BSKE = topk_expert_ids_BSK.unsqueeze(-1) == expert_ids_E
-        # a masked sum instead of topk's values, whose gradient is a scatter
-        topk_weights_BSK = (probs_BSE.unsqueeze(-2) * one_hot_BSKE).sum(dim=-1)
+
+        # A masked sum picks the probabilities of the chosen experts. The gradient of indexing would
+        # be a scatter.
+        chosen_probs_BSKE = probs_BSE.unsqueeze(-2) * one_hot_BSKE
+        topk_weights_BSK = chosen_probs_BSKE.sum(dim=-1)
         if self.norm_topk_prob:
             topk_weights_BSK = topk_weights_BSK / topk_weights_BSK.sum(dim=-1, keepdim=True)
         return logits_BSE, probs_BSE, topk_weights_BSK, topk_expert_ids_BSK, one_hot_BSKE
@@ -153,26 +175,31 @@ class Experts(nn.Module):
 
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
-        E, F, D = config.num_experts, config.d_ff, config.d_model
+        E = config.num_experts
+        F = config.d_ff
+        D = config.d_model
         self.gate_up = nn.Parameter(torch.empty(E, 2, F, D, dtype=dtype))
         self.down = nn.Parameter(torch.empty(E, D, F, dtype=dtype))
 
     def forward(self, x_RD: Tensor, weights_R: Tensor, offs_E: Tensor) -> Tensor:
-        """Each expert on its rows offs[e-1] : offs[e], times the router's weight. Returns [R, D].
+        """Expert e computes on rows offs[e-1] : offs[e] of x, sorted by expert. Returns [R, D].
 
-        The weight is applied before the down matmul. The result is the same, and it is fused with
-        SwiGLU.
+        Row r of the result is multiplied by weights[r], the router's weight. The multiplication is
+        done to the hidden row: down is linear, so the result is the same, and on the hidden row it
+        is fused with SwiGLU.
         """
-        # autocast does not reach grouped matmuls: fp32 masters are cast here
+        # Autocast does not reach grouped matmuls, so fp32 weights are cast here.
         gate_up_EOD = self.gate_up.flatten(1, 2).to(x_RD.dtype)
         down_EDF = self.down.to(x_RD.dtype)
         offs_E = offs_for(x_RD, offs_E)
-        hidden_RF = swiglu(grouped_linear(x_RD, gate_up_EOD, offs_E), weights_R)
+
+        gate_up_RO = grouped_linear(x_RD, gate_up_EOD, offs_E)
+        hidden_RF = swiglu(gate_up_RO, weights_R)
         return grouped_linear(hidden_RF, down_EDF, offs_E)
 
 
 class MoE(nn.Module):
-    """Router and experts."""
+    """The feed-forward part of an MoE block: a router, and the experts that it chooses from."""
 
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
@@ -188,42 +215,48 @@ class MoE(nn.Module):
         1. The router gives each token K experts and their weights.
         2. `num_tokens_per_expert` counts the routed tokens of each expert. Its cumulative sum is
            `offs`: expert e has rows offs[e-1] : offs[e] of those sorted by expert.
-        3. `sort_indices` sorts the R routed tokens by expert. Routed token r is token r // K.
-           `inverse_permutation` says in which row each of them is after the sort.
-        4. Dispatch copies each token's row, and each weight, to that order.
-        5. Each expert computes on its rows, and multiplies by the weights.
+        3. `sort_indices` sorts the R routed tokens by expert. Before the sort, routed token r
+           belongs to token r // K; after it, it is in row inverse_permutation[r].
+        4. Dispatch copies the tokens' rows, and the router's weights, into the sorted order.
+        5. Each expert computes on its rows, and multiplies them by the weights.
         6. Combine sums the K rows of each token.
 
         The routing statistics are the load-balancing loss, the router z-loss (both 0-d, without
         their weights) and num_tokens_per_expert [E].
         """
-        logits_BSE, probs_BSE, topk_weights_BSK, topk_expert_ids_BSK, one_hot_BSKE = self.router(
-            x_BSD
-        )
+        (
+            logits_BSE,
+            probs_BSE,
+            topk_weights_BSK,
+            topk_expert_ids_BSK,
+            one_hot_BSKE,
+        ) = self.router(x_BSD)
 
         num_tokens_per_expert_BE = one_hot_BSKE.sum(dim=(1, 2))
         num_tokens_per_expert_E = num_tokens_per_expert_BE.sum(dim=0)
+        # int32: the grouped GEMM takes no other dtype
         offs_E = num_tokens_per_expert_E.cumsum(dim=0).to(torch.int32)
 
         # stable: the rows of an expert stay in the order of their tokens
         sort_indices_R = topk_expert_ids_BSK.flatten().argsort(stable=True)
-        inverse_permutation_R = _inverse(sort_indices_R)
+        inverse_permutation_R = _inverse_permutation(sort_indices_R)
+        permutation = (sort_indices_R, inverse_permutation_R)
 
-        x_RD = _Dispatch.apply(
-            x_BSD.flatten(0, 1), sort_indices_R, inverse_permutation_R, self.top_k
-        )
-        # a weight belongs to one routed token: k = 1
-        weights_R1 = _Dispatch.apply(
-            topk_weights_BSK.view(-1, 1), sort_indices_R, inverse_permutation_R, 1
-        )
+        x_ND = x_BSD.flatten(0, 1)
+        x_RD = _Dispatch.apply(x_ND, *permutation, self.top_k)
+        # Each routed token has a weight of its own already: one copy of each, k = 1.
+        unsorted_weights_R1 = topk_weights_BSK.view(-1, 1)
+        weights_R1 = _Dispatch.apply(unsorted_weights_R1, *permutation, 1)
         y_RD = self.experts(x_RD, weights_R1.squeeze(1), offs_E)
-        y_ND = _Combine.apply(y_RD, sort_indices_R, inverse_permutation_R, self.top_k)
+        y_ND = _Combine.apply(y_RD, *permutation, self.top_k)
 
         balancing = load_balancing_loss(probs_BSE, num_tokens_per_expert_BE, self.scope)
         z = router_z_loss(logits_BSE)
         return y_ND.view_as(x_BSD), (balancing, z, num_tokens_per_expert_E)
 
 
-def _inverse(permutation_R: Tensor) -> Tensor:
+def _inverse_permutation(permutation_R: Tensor) -> Tensor:
+    """The permutation that undoes this one: inverse[permutation[i]] = i."""
     positions_R = torch.arange(len(permutation_R), device=permutation_R.device)
-    return torch.empty_like(permutation_R).scatter_(0, permutation_R, positions_R)
+    inverse_R = torch.empty_like(permutation_R)
+    return inverse_R.scatter_(0, permutation_R, positions_R)
