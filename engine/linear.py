@@ -4,7 +4,8 @@ Attention, dense feed-forward networks and experts call these two functions for 
 router does not: it is fp32 throughout. A change of precision or of sharding is made here.
 
 Shape suffixes: R rows (tokens, or routed tokens sorted by expert), I inputs, O outputs,
-E experts.
+E experts. `offs` [E] are the ends of the experts' rows: expert e has rows offs[e-1] : offs[e].
+An idle expert is one without rows.
 """
 
 import torch
@@ -13,28 +14,40 @@ from torch import Tensor
 
 from engine.triton_kernels import GEMV_MAX_ROWS, grouped_gemv, triton
 
-BLACKWELL = (10, 0)
-# Blackwell's grouped GEMM leaves the weight gradient of an expert without rows unwritten. Hopper's
-# writes zeros.
-IDLE_GRADIENTS_UNWRITTEN = (
-    torch.cuda.is_available() and torch.cuda.get_device_capability() >= BLACKWELL
-)
+BLACKWELL = (10, 0)  # compute capability
+
+
+def _leaves_idle_gradients_unwritten() -> bool:
+    """Whether the GPU's grouped GEMM does not write the weight gradient of an idle expert.
+
+    Blackwell's does not. Hopper's writes zeros.
+    """
+    if not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= BLACKWELL
+
+
+IDLE_GRADIENTS_UNWRITTEN = _leaves_idle_gradients_unwritten()
 
 
 def linear(x: Tensor, weight_OI: Tensor, recompute: bool = False) -> Tensor:
     """x [..., I] times weight transposed, as [..., O]. Autocast casts both to the compute dtype.
 
-    With `recompute`, selective checkpointing makes this output again in the backward pass, and it
-    keeps the outputs of all other matmuls. Its policy sees operators and no names, so such a matmul
-    is another operator: aten.addmm, where F.linear is aten.mm. Both are the same GEMM, and have the
+    With `recompute`, selective checkpointing recomputes this matmul in the backward pass. It keeps
+    the outputs of all others.
+
+    The policy of selective checkpointing sees operators and no names. So a matmul to recompute is
+    another operator: aten.addmm, where F.linear is aten.mm. Both run the same GEMM, and have the
     same matmuls as gradients.
     """
     if not recompute:
         return F.linear(x, weight_OI)
     x_RI = x.flatten(0, -2)
-    # beta=0: the addend is not read, so it may be anything. A view of x costs no kernel.
+    # addmm adds beta times its first argument. With beta=0 that argument is not read, so it may
+    # be anything; a view of x costs no kernel.
     unread = x_RI[:1, :1].detach()
-    return torch.addmm(unread, x_RI, weight_OI.T, beta=0).unflatten(0, x.shape[:-1])
+    out_RO = torch.addmm(unread, x_RI, weight_OI.T, beta=0)
+    return out_RO.unflatten(0, x.shape[:-1])
 
 
 # ---------------------------------------------------------------- all experts at once
@@ -43,13 +56,15 @@ def linear(x: Tensor, weight_OI: Tensor, recompute: bool = False) -> Tensor:
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
     """Rows offs[e-1] : offs[e] of x times weight[e] transposed, for every expert e, as [R, O].
 
-    The range of an expert may be empty. x and weight have one dtype. `offs` is int32, comes from
-    `offs_for`, and offs[-1] is R.
+    An expert may have no rows. x and weight have the same dtype. `offs` is int32 and comes from
+    `offs_for`; offs[-1] is R.
 
-    In bfloat16 on a GPU this is one grouped GEMM, and the host does not wait for the GPU. Elsewhere
-    it is one matmul for each expert: F.grouped_mm lacks float64, is broken in fp32 on CPUs, and
-    copies `offs` to the host in fp16 anyway. A few rows without gradients, which generation has,
-    take a kernel of their own.
+    There are three ways to compute it:
+
+    - bfloat16 on a GPU: one grouped GEMM, for which the host does not wait for the GPU.
+    - Generation on a GPU (few rows, no gradients): the Triton kernel `grouped_gemv`.
+    - Elsewhere: one matmul for each expert. F.grouped_mm lacks float64 and is broken in fp32 on
+      CPUs. In fp16 it copies `offs` to the host too, and so saves nothing.
     """
     if _loops_over_experts(x_RI):
         return expert_loop(x_RI, weight_EOI, offs_E)
@@ -61,10 +76,10 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
 
 
 def offs_for(x_RI: Tensor, offs_E: Tensor) -> Tensor:
-    """`offs` on the device from which `grouped_linear` reads them, for rows such as x.
+    """Moves `offs` to the device from which `grouped_linear` reads them for these rows.
 
-    That is host memory where it loops over experts. The copy waits for the GPU: a layer makes it
-    once, for all its matmuls and their backward passes.
+    The loop over experts reads them from host memory, all others from the GPU. The copy to the host
+    waits for the GPU. So a layer calls this once, for all its matmuls and their backward passes.
     """
     if _loops_over_experts(x_RI):
         return on_host(offs_E)
@@ -72,21 +87,26 @@ def offs_for(x_RI: Tensor, offs_E: Tensor) -> Tensor:
 
 
 def _takes_gemv(x_RI: Tensor) -> bool:
-    # only blocks of training and validation are compiled, and they have many rows
-    generating = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return generating and x_RI.is_cuda and triton is not None and len(x_RI) <= GEMV_MAX_ROWS
+    """Whether `grouped_gemv` computes these rows."""
+    # Compiled blocks are those of training and validation, which have many rows.
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    kernel_runs = x_RI.is_cuda and triton is not None
+    return kernel_runs and len(x_RI) <= GEMV_MAX_ROWS
 
 
 def _loops_over_experts(x_RI: Tensor) -> bool:
+    """Whether `expert_loop` computes these rows."""
     if _takes_gemv(x_RI):
         return False
-    return not (x_RI.is_cuda and x_RI.dtype == torch.bfloat16)
+    has_grouped_gemm = x_RI.is_cuda and x_RI.dtype == torch.bfloat16
+    return not has_grouped_gemm
 
 
 # ---------------------------------------------------------------- the loop over experts
 
-# Custom operators, so that torch.compile and selective checkpointing see one matmul instead of a
-# loop that depends on data.
+# These are custom operators, so that torch.compile and selective checkpointing see one operator.
+# They could not trace the loop: its ranges of rows depend on the data.
 
 
 @torch.library.custom_op("engine::on_host", mutates_args=())
@@ -113,12 +133,15 @@ def expert_loop(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
 def expert_loop_backward(
     grad_RO: Tensor, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `expert_loop` by x and by weight, zeros for the weight of an idle expert."""
+    """Gradients of `expert_loop` by x [R, I] and by weight [E, O, I].
+
+    An idle expert's weight gets a gradient of zeros.
+    """
     grad_x = torch.empty_like(x_RI)
     grad_weight = torch.empty_like(weight_EOI)
     for e, rows in enumerate(_row_ranges(offs_E)):
         torch.mm(grad_RO[rows], weight_EOI[e], out=grad_x[rows])
-        # no rows: a sum of nothing, which writes zeros
+        # A matmul over no rows is an empty sum: it writes zeros.
         torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_weight[e])
     return grad_x, grad_weight
 
@@ -146,7 +169,7 @@ expert_loop.register_autograd(_expert_loop_gradients, setup_context=_save_inputs
 
 
 def _row_ranges(offs_E: Tensor) -> list[slice]:
-    """The rows of each expert. Waits for the GPU unless `offs` lie in host memory."""
+    """The rows of each expert. Waits for the GPU unless `offs` are in host memory."""
     ends = offs_E.tolist()
     starts = [0, *ends[:-1]]
     return [slice(start, end) for start, end in zip(starts, ends)]
@@ -156,7 +179,7 @@ def _row_ranges(offs_E: Tensor) -> list[slice]:
 
 
 class _ClearIdleGradient(torch.autograd.Function):
-    """Identity whose gradient is zero for experts without rows."""
+    """Identity. Its backward pass sets the gradients of idle experts to zero."""
 
     @staticmethod
     def forward(ctx, weight_EOI, offs_E):
@@ -166,9 +189,10 @@ class _ClearIdleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_EOI):
         (offs_E,) = ctx.saved_tensors
-        rows_E = torch.diff(offs_E, prepend=offs_E.new_zeros(1))
-        # `where` and not a product: what was never written may be nan
-        return torch.where(rows_E[:, None, None] > 0, grad_EOI, 0), None
+        num_rows_E = torch.diff(offs_E, prepend=offs_E.new_zeros(1))
+        has_rows_E11 = num_rows_E[:, None, None] > 0
+        # `where` and not a multiplication: unwritten memory may hold nan, and 0 * nan is nan.
+        return torch.where(has_rows_E11, grad_EOI, 0), None
 
 
 _clear_idle_gradient = _ClearIdleGradient.apply
