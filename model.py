@@ -48,7 +48,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(self.weight.dtype)
-        inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        mean_square = wide.square().mean(dim=-1, keepdim=True)
+        inverse_rms = torch.rsqrt(mean_square + self.eps)
         return (wide * inverse_rms * self.weight).to(x.dtype)
 
 
@@ -83,12 +84,11 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries, keys and values, each [B, heads, S, head_dim].
 
-        The tokens stand at `positions_S`, by default 0, 1, 2 ...
+        `positions_S` are the tokens' positions in the sequence, by default 0, 1, 2 ...
         """
-        # [B, S, heads, head_dim]
-        q = linear(x_BSD, self.q.weight).unflatten(-1, (-1, self.head_dim))
-        k = linear(x_BSD, self.k.weight).unflatten(-1, (-1, self.head_dim))
-        v = linear(x_BSD, self.v.weight, recompute=True).unflatten(-1, (-1, self.head_dim))
+        q = self._split_heads(linear(x_BSD, self.q.weight))
+        k = self._split_heads(linear(x_BSD, self.k.weight))
+        v = self._split_heads(linear(x_BSD, self.v.weight, recompute=True))
         angles = self.rope.cache
         if positions_S is not None:
             angles = angles[positions_S]
@@ -96,24 +96,36 @@ class Attention(nn.Module):
         k = qk_norm_rope(k, self.k_norm.weight, angles, self.k_norm.eps)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible_T: Tensor | None = None) -> Tensor:
-        """Returns attention's output [B, S, D].
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """[B, S, heads * head_dim] to [B, S, heads, head_dim]."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
-        Without `visible_T` the queries stand at the positions of the keys, and see those before
-        them. With it there is a single query a sequence, and T keys of which it sees the true ones.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible_T: Tensor | None = None) -> Tensor:
+        """Returns attention's output [B, S, D], for queries, keys and values from `project`.
+
+        Without `visible_T`, attention is causal: the query at position i sees keys 0 to i. With it,
+        each sequence has one query and T cached keys. The query sees those where `visible_T` is
+        true.
         """
         if visible_T is None:
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=self.enable_gqa
             )
         else:
-            # The queries that share a key head become the rows (query positions) of one head, so
-            # that its keys are read once.
-            n_kv_heads = k.shape[1]
-            rows = q.view(len(q), n_kv_heads, -1, self.head_dim)
-            mask = visible_T.expand(rows.shape[2], -1)
-            out = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(q.shape)
-        return linear(out.transpose(1, 2).flatten(2), self.o.weight, recompute=True)
+            out = self._attend_to_cache(q, k, v, visible_T)
+        out_BSD = out.transpose(1, 2).flatten(2)
+        return linear(out_BSD, self.o.weight, recompute=True)
+
+    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, visible_T: Tensor) -> Tensor:
+        """Attention of one query a sequence [B, heads, 1, head_dim] to T keys; q's shape."""
+        # The query heads that share a key head become the query positions of one head. So the keys
+        # of that head are read once.
+        n_kv_heads = k.shape[1]
+        grouped_q = q.view(len(q), n_kv_heads, -1, self.head_dim)
+        group_size = grouped_q.shape[2]
+        mask = visible_T.expand(group_size, -1)
+        out = F.scaled_dot_product_attention(grouped_q, k, v, attn_mask=mask)
+        return out.reshape(q.shape)
 
 
 # ---------------------------------------------------------------- activation checkpointing
@@ -123,9 +135,10 @@ class Attention(nn.Module):
 # gain or lose a matmul without a change here.
 aten = torch.ops.aten
 
-# "full" keeps the routing and nothing else. Rounding could flip a near tie between two experts,
-# and the two passes would then use different ones. And `offs` in host memory is kept (on_host), so
-# that the backward pass does not wait for the GPU again.
+# "full" keeps the routing and nothing else.
+# - topk: recomputed logits may be rounded otherwise. Where two experts nearly tie, the forward and
+#   the backward pass could then use different ones.
+# - on_host: the copy of `offs` in host memory. The backward pass need not wait for the GPU again.
 KEEP_ROUTING = [aten.topk.default, torch.ops.engine.on_host.default]
 
 # "selective" also keeps what matmuls and attention return: nearly all the FLOPs of a block, for
@@ -156,11 +169,11 @@ CHECKPOINT_CONTEXTS = {
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)).
+    """A transformer block: x <- x + attention(norm(x)), then x <- x + ffn(norm(x)).
 
-    Returns the residual stream [B, S, D] and the routing statistics of an MoE block (see MoE), None
-    for a dense one. The checkpoint stands inside forward: torch.compile, which goes around the
-    block, then sees the block's operators.
+    Returns the residual stream [B, S, D], and the routing statistics of an MoE block (see MoE) or
+    None for a dense block. The activation checkpoint is inside forward. torch.compile is outside,
+    around the block, and so sees the block's operators.
     """
 
     def __init__(self, config: Config, layer: int, rope: nn.Module, dtype: torch.dtype):
@@ -185,8 +198,12 @@ class Block(nn.Module):
 
     def compute(self, x_BSD: Tensor):
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
-        out = self.ffn(self.ffn_norm(x_BSD))
-        y_BSD, routing = out if self.moe else (out, None)
+        ffn_output = self.ffn(self.ffn_norm(x_BSD))
+        if self.moe:
+            y_BSD, routing = ffn_output
+        else:
+            y_BSD = ffn_output
+            routing = None
         return x_BSD + y_BSD, routing
 
 
@@ -207,7 +224,9 @@ class MoETransformer(nn.Module):
         self.config = config
         self.compute_dtype = COMPUTE_DTYPE[config.precision]
         self.chunk_loss = chunk_loss
-        dtype = self.compute_dtype if config.split_masters else torch.float32
+        dtype = torch.float32
+        if config.split_masters:
+            dtype = self.compute_dtype
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
         self.rope = RotaryPositionalEmbeddings(
             config.head_dim, config.max_seq_len, config.rope_theta
@@ -225,10 +244,13 @@ class MoETransformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.embedding.weight if self.head is None else self.head.weight
+        """The output head [V, D]: the embedding where the two are tied."""
+        if self.head is None:
+            return self.embedding.weight
+        return self.head.weight
 
     def _check_parameters(self) -> None:
-        """Holds the modules against the table from which counts, FLOPs and memory are derived."""
+        """Compares the modules with the table from which counts, FLOPs and memory are derived."""
         expected = {name: spec.shape for name, spec in parameter_table(self.config).items()}
         found = {name: tuple(p.shape) for name, p in self.named_parameters()}
         if found != expected:
@@ -257,20 +279,22 @@ class MoETransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Ones for norms, normal numbers with a standard deviation of `init_std` for matrices.
+        """Sets norms to ones, and matrices to normal numbers of standard deviation `init_std`.
 
         The matrices that write to the residual stream have init_std / sqrt(2 n_layers), as in
-        GPT-2: each of n_layers blocks adds to the stream twice. Each parameter has a random stream
-        of its own, derived from `seed`.
+        GPT-2: each of n_layers blocks adds to the stream twice. Each parameter has a random
+        generator of its own, seeded from `seed` and its number.
         """
-        writers_std = self.config.init_std / math.sqrt(2 * self.config.n_layers)
         for i, (name, p) in enumerate(self.named_parameters()):
             if p.ndim == 1:
                 p.fill_(1)
                 continue
-            writes_to_stream = name.endswith(("attention.o.weight", ".down"))
-            std = writers_std if writes_to_stream else self.config.init_std
-            generator = torch.Generator(p.device).manual_seed(self.config.seed * 1_000_003 + i)
+            std = self.config.init_std
+            if name.endswith(("attention.o.weight", ".down")):
+                std /= math.sqrt(2 * self.config.n_layers)
+            # A factor larger than any number of parameters: no two seeds share a generator.
+            seed = self.config.seed * 1_000_003 + i
+            generator = torch.Generator(p.device).manual_seed(seed)
             # one matrix at a time: the fp32 numbers of a whole bank of experts are large
             for matrix in p.view(-1, *p.shape[-2:]):
                 numbers = torch.empty(matrix.shape, device=p.device)
@@ -281,7 +305,7 @@ class MoETransformer(nn.Module):
     # ------------------------------------------------------------ load balancing without a loss
 
     def balancing_biases(self) -> dict[str, Tensor]:
-        """The routers' biases [E] by name. There are some with load_balancing=bias only."""
+        """The routers' biases [E], by name; empty unless load_balancing is "bias"."""
         return {
             name: buffer for name, buffer in self.named_buffers() if name.endswith(".router.bias")
         }
@@ -290,8 +314,9 @@ class MoETransformer(nn.Module):
     def balance(self, num_tokens_per_expert_LE: Tensor) -> None:
         """Moves each expert's bias by `load_balancing_bias_rate` towards an even load.
 
-        Takes the routed tokens of a whole optimizer step. An expert with fewer than the mean goes
-        up (DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2; Wang et al. 2024).
+        `num_tokens_per_expert_LE` counts the routed tokens of a whole optimizer step. The bias of
+        an expert with fewer than its layer's mean goes up, that of one with more goes down
+        (DeepSeek-AI 2024, DeepSeek-V3, section 2.1.2; Wang et al. 2024).
         """
         rate = self.config.load_balancing_bias_rate
         biases = self.balancing_biases().values()
@@ -303,11 +328,12 @@ class MoETransformer(nn.Module):
     def compile_blocks(self) -> None:
         """Puts torch.compile around each block, and around the loss of a chunk.
 
-        All layers share one graph for dense and one for MoE blocks (two of each kind where the last
-        `lighter_blocks` blocks recompute less).
+        All dense blocks share one graph, and all MoE blocks another. Where the last
+        `lighter_blocks` blocks recompute less, there are two graphs of each kind.
         """
         compile_with_barriers()
-        # graphs of one function: in training, and in validation of a whole and of a short batch
+        # Each kind of block has graphs for training, and for validation of a full and of a short
+        # batch. The default limit of 8 graphs would be too few.
         torch._dynamo.config.recompile_limit = 16
         # not dynamic: a short validation batch must not make training's graphs dynamic as well
         options = dict(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
@@ -316,11 +342,11 @@ class MoETransformer(nn.Module):
         self.chunk_loss = torch.compile(chunk_loss, **options)
 
     def autocast(self):
-        """The context in which the model computes: autocast to the compute dtype."""
+        """The context in which the model computes: autocast to the compute dtype, none for fp32."""
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
-        # No cache of casts: no weight is cast twice in a pass, and casts that outlive their use
-        # would hold a copy of the model.
+        # Without autocast's cache of casts: no weight is cast twice in a pass, and the cached casts
+        # would be a second copy of the model.
         return torch.autocast(
             self.norm.weight.device.type, dtype=self.compute_dtype, cache_enabled=False
         )
@@ -350,12 +376,14 @@ class MoETransformer(nn.Module):
         loss = cross_entropy
         metrics = dict(cross_entropy=cross_entropy.detach(), correct=correct)
         if routing:
-            balancing, z, num_tokens_per_expert = (torch.stack(values) for values in zip(*routing))
-            loss = loss + self._balancing_weight() * balancing.sum()
-            loss = loss + self.config.router_z_loss_weight * z.sum()
-            metrics["load_balancing_loss"] = balancing.detach().mean()
-            metrics["router_z_loss"] = z.detach().mean()
-            metrics["expert_counts"] = num_tokens_per_expert
+            balancing_losses, z_losses, counts = zip(*routing)
+            balancing_L = torch.stack(balancing_losses)
+            z_L = torch.stack(z_losses)
+            loss = loss + self._balancing_weight() * balancing_L.sum()
+            loss = loss + self.config.router_z_loss_weight * z_L.sum()
+            metrics["load_balancing_loss"] = balancing_L.detach().mean()
+            metrics["router_z_loss"] = z_L.detach().mean()
+            metrics["expert_counts"] = torch.stack(counts)
         return loss, metrics
 
     def _balancing_weight(self) -> float:
@@ -364,7 +392,7 @@ class MoETransformer(nn.Module):
         return 0.0
 
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list]:
-        """What the head reads, [B, S, D], and the routing statistics of each MoE block."""
+        """The input of the head [B, S, D], and a list of each MoE block's routing statistics."""
         routing = []
         with self.autocast():
             x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
@@ -372,8 +400,8 @@ class MoETransformer(nn.Module):
                 x_BSD, block_routing = block(x_BSD)
                 if block_routing is not None:
                     routing.append(block_routing)
-            # An operator that autocast widens would make every later matmul an fp32 one, several
-            # times slower.
+            # Autocast runs some operators in fp32. One that widens the residual stream would make
+            # every later matmul an fp32 one, several times slower.
             assert x_BSD.dtype == self.compute_dtype
             return self.norm(x_BSD), routing
 
@@ -406,31 +434,39 @@ def _other_parameters_message(
 def chunk_loss(
     logits_NV: Tensor, targets_N1: Tensor, grad_scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss of a chunk of tokens, in fp32. Overwrites fp32 logits.
+    """The loss of a chunk of tokens, computed in fp32. Overwrites fp32 logits.
 
-    Returns the sum of the cross-entropies, how many targets have the largest logit, and the
-    gradient of that sum by the logits, times `grad_scale` and in the logits' dtype (None if
-    grad_scale is None).
+    Returns
+
+    - the sum of the cross-entropies, in nats,
+    - how many targets have the largest logit,
+    - the gradient of the sum by the logits, times `grad_scale` and in the logits' dtype; None
+      without grad_scale.
     """
-    wide = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    log_z = wide.logsumexp(dim=-1, keepdim=True)
-    loss = (log_z - wide.gather(1, targets_N1)).sum()
-    correct = (wide.argmax(dim=-1, keepdim=True) == targets_N1).sum()
+    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    log_z_N1 = wide_NV.logsumexp(dim=-1, keepdim=True)
+    target_logits_N1 = wide_NV.gather(1, targets_N1)
+    loss = (log_z_N1 - target_logits_N1).sum()
+    predictions_N1 = wide_NV.argmax(dim=-1, keepdim=True)
+    correct = (predictions_N1 == targets_N1).sum()
     if grad_scale is None:
         return loss, correct, None
-    # the gradient is softmax(logits) minus one at the target
-    grad = wide.sub_(log_z).exp_()
-    grad.scatter_(1, targets_N1, grad.gather(1, targets_N1) - 1)
-    return loss, correct, grad.mul_(grad_scale).to(logits_NV.dtype)
+    # The gradient is softmax(logits), minus 1 at the target. It takes the memory of the logits.
+    grad_NV = wide_NV.sub_(log_z_N1).exp_()
+    grad_at_targets_N1 = grad_NV.gather(1, targets_N1) - 1
+    grad_NV.scatter_(1, targets_N1, grad_at_targets_N1)
+    return loss, correct, grad_NV.mul_(grad_scale).to(logits_NV.dtype)
 
 
 def chunked_cross_entropy(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_loss=chunk_loss
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of softmax(x weight^T) against the targets, and the count of right ones.
+    """The mean cross-entropy of the logits x weight^T, and the number of correct predictions.
 
-    The first is in nats and fp32. `chunk_loss` may be the compiled one.
+    Both are 0-d. The mean is in nats and fp32. A prediction is correct if the target has the
+    largest logit. `chunk_loss` is the function of that name above, as it is or compiled.
     """
+    # Autocast would cast the fp32 matmuls to 16 bits.
     with torch.autocast(x_ND.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(
             x_ND, weight_VD, targets_N, torch.is_grad_enabled(), chunk_loss
@@ -440,8 +476,9 @@ def chunked_cross_entropy(
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """The head's matmul and the cross-entropy, LOSS_CHUNK tokens at a time.
 
-    The gradients are made in the forward pass, where the logits are. So the [N, V] matrix never
-    exists, and the head's matmul is not repeated (as in Liger Kernel, Hsu et al. 2024).
+    The forward pass computes the gradients too, while it has the logits of a chunk. So the logits
+    [N, V] of all tokens never exist, and the backward pass does not repeat the head's matmul (as in
+    Liger Kernel, Hsu et al. 2024).
     """
 
     @staticmethod
@@ -452,16 +489,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         correct = torch.zeros((), device=x_ND.device, dtype=torch.long)
         grad_scale = None
         if need_gradients:
-            # The gradient by a logit lies in [-1, 1], and is tiny for most of them: fp16 would lose
-            # those under 6e-8. Scaled by 256 all stay far from fp16's largest number, 65504.
-            grad_scale = 256.0 if x_ND.dtype == torch.float16 else 1.0
+            grad_scale = 1.0
+            if x_ND.dtype == torch.float16:
+                # The gradient by a logit is in [-1, 1], and tiny for most logits. fp16 loses numbers
+                # under 6e-8, its smallest one. Times 256 it loses fewer, and all stay far from its
+                # largest one, 65504.
+                grad_scale = 256.0
             grad_x = torch.empty_like(x_ND)
-            # In fp32: it is a sum over many chunks. A sum of 128 chunks in bf16 is 1.4% off.
+            # fp32, as it is a sum over many chunks: a sum of 128 chunks in bf16 is 1.4% off.
             grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=wide_dtype)
         for start in range(0, len(x_ND), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
             x = x_ND[chunk]
             targets = targets_N[chunk, None]
+            # The logits have no name here, so that they are freed before those of the next chunk.
             chunk_total, chunk_correct, grad_logits = chunk_loss(x @ weight.T, targets, grad_scale)
             total += chunk_total
             correct += chunk_correct
@@ -470,7 +511,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight += _fp32_matmul(grad_logits.T, x)
         if need_gradients:
             ctx.save_for_backward(grad_x, grad_weight)
-            # what was scaled is scaled back, and the sum over tokens becomes a mean
+            # Undoes grad_scale, and turns the sum over tokens into a mean.
             ctx.unscale = 1 / (grad_scale * len(x_ND))
             ctx.weight_dtype = weight_VD.dtype
         return total / len(x_ND), correct
@@ -479,6 +520,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grad_loss * ctx.unscale
+        # in fp32: grad_loss holds the loss scale, which may be larger than fp16's largest number
         grad_x = (grad_x.to(grad_weight.dtype) * scale).to(grad_x.dtype)
         grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None
