@@ -1,10 +1,14 @@
 """What keeps training in 16 bits exact: split fp32 masters, loss scaling, fp32 gradient norms.
 
-An update is often smaller than half a unit in the last place of a 16-bit weight, where rounding
-would lose it. So every 16-bit weight has an fp32 master. It is not stored beside the weight, as
-its upper bits are in the weight already: the weight is the master rounded, and 16 low bits in the
-optimizer's state (the key "residual") hold the rest. Weight and low bits take the 4 bytes of an
-fp32 number, instead of 6.
+An update is often smaller than half an ulp (unit in the last place) of a 16-bit weight, and
+rounding would lose it. So every 16-bit weight has an fp32 master.
+
+The master is stored in two parts. The weight is the master rounded to 16 bits. The rest of the
+master is 16 low bits, in the optimizer's state under the key "residual". Together they take the 4
+bytes of an fp32 number; a weight with a separate fp32 master would take 6.
+
+The functions of the masters run without torch.compile too. There each named tensor is memory until
+its function returns: those that are needed once are passed on without a name.
 """
 
 import torch
@@ -16,8 +20,8 @@ from torch import Tensor
 def encode_master(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Splits fp32 masters into a weight of `dtype` (bfloat16 or float16) and low bits (int16).
 
-    bfloat16 is exact. float16 is exact for |weight| >= 2^-14, its smallest normal number; below,
-    the master is kept to 2^-40 at worst.
+    The split is exact in bfloat16, and in float16 for |weight| >= 2^-14, its smallest normal
+    number. Below that, float16 keeps the master to within 2^-40.
     """
     if dtype == torch.bfloat16:
         return _encode_bf16(master)
@@ -32,9 +36,9 @@ def decode_master(weight: Tensor, low_bits: Tensor) -> Tensor:
 
 
 def read_master(weight: Tensor, state: dict[str, Tensor]) -> Tensor:
-    """The fp32 masters of a parameter or a part of it.
+    """The fp32 masters of a parameter, or of a slice of it.
 
-    A new tensor for a 16-bit weight; an fp32 weight is its own master.
+    For a 16-bit weight this is a new tensor. An fp32 weight is its own master, and is returned.
     """
     if "residual" in state:
         return decode_master(weight, state["residual"])
@@ -49,72 +53,89 @@ def write_master(master: Tensor, weight: Tensor, state: dict[str, Tensor]) -> No
     weight.copy_(master)
 
 
-# bfloat16 is the upper half of an fp32 number: sign, the 8 bits of the exponent, 7 bits of the
-# mantissa. So both formats are handled as integers, which makes the split exact.
+# A bfloat16 number is the upper 16 bits of an fp32 number: the sign, 8 bits of exponent, and the
+# first 7 of 23 bits of mantissa. So integer arithmetic on the bits makes the split exact.
 
 
 def _encode_bf16(master: Tensor) -> tuple[Tensor, Tensor]:
     bits = master.view(torch.int32)
-    # Rounds to the nearest: 0x8000 is half of the upper half's unit. A tie is rounded away from
-    # zero, as bits hold the magnitude. (With ties to even, a tie that is rounded down would leave
-    # low bits of +0x8000, one more than int16 holds.)
+    # Rounds to the nearest: the upper bits count in 0x10000, and 0x8000 is half of that. A tie is
+    # rounded away from zero, as the bits below the sign hold the magnitude. (With ties to even, a
+    # tie that is rounded down would leave low bits of +0x8000, one more than int16 holds.)
     upper = (bits + 0x8000) >> 16
-    # What the rounding has left or added: from -0x8000 to 0x7fff, which is the range of int16
+    # What the rounding has left or added, from -0x8000 to 0x7fff: the range of int16.
     low_bits = (bits - (upper << 16)).to(torch.int16)
-    return upper.to(torch.int16).view(torch.bfloat16), low_bits
+    weight = upper.to(torch.int16).view(torch.bfloat16)
+    return weight, low_bits
 
 
 def _decode_bf16(weight: Tensor, low_bits: Tensor) -> Tensor:
     upper = weight.view(torch.int16).to(torch.int32) << 16
-    return (upper + low_bits.to(torch.int32)).view(torch.float32)
+    bits = upper + low_bits.to(torch.int32)
+    return bits.view(torch.float32)
 
 
-# float16 has 5 bits of exponent and 10 of mantissa, so its bits are not those of the fp32 number.
-# The low bits count in units of 2^-16 ulp, the weight's unit in the last place. fp32 has 13 bits
-# of mantissa more than float16, so a master is a whole number of 2^-13 ulp (of 2^-14 if the weight
-# was rounded up to a power of two, where ulp doubles): nothing is lost. Below 2^-14 float16 is
-# subnormal and its ulp is fixed at 2^-24, so the unit is 2^-40: finer bits of the master are lost.
+# A float16 number has 5 bits of exponent and 10 of mantissa, so its bits are not those of the fp32
+# number. Here the low bits are the difference between master and weight, in units of 2^-16 ulp of
+# the weight.
 #
-# With the weight written as mantissa 2^(exponent - 25), ulp is 2^(exponent - 25), and the unit of
-# the low bits is 2^(exponent - 41).
+# Normal weights lose nothing. fp32 has 13 bits of mantissa more than float16, so a master is a
+# whole number of 2^-13 ulp. (It is one of 2^-14 ulp where the weight was rounded up to a power of
+# two, at which ulp doubles.)
+#
+# Weights under 2^-14 are subnormal: their ulp is always 2^-24, and the unit of the low bits 2^-40.
+# Finer bits of the master are lost.
+#
+# A weight is written as mantissa 2^(exponent - 25), with an integer mantissa of up to 11 bits. So
+# ulp is 2^(exponent - 25), and the unit of the low bits is 2^(exponent - 41).
 
 
 def _encode_fp16(master: Tensor) -> tuple[Tensor, Tensor]:
     weight = master.to(torch.float16)
     exponent, mantissa = _fp16_parts(weight)
-    # What the rounding has left, in the unit of the low bits. Both factors are powers of two and
-    # the difference is exact, so the only rounding is of bits finer than the unit.
-    low_bits = (master - mantissa.float() * _power_of_two(exponent - 25)) * _power_of_two(
-        41 - exponent
-    )
-    # Half an ulp either way is +-0x8000; +0x8000 is one more than int16 holds, so both are cut by
-    # one. Decoding rounds the cut back in fp32, and encoding what was decoded changes nothing.
-    return weight, low_bits.round().clamp(-0x7FFF, 0x7FFF).to(torch.int16)
+    # What the rounding has left. The difference of two numbers so close is exact in fp32.
+    low_bits = master - mantissa.float() * _power_of_two(exponent - 25)
+    # In units of 2^(exponent - 41), which is exact too. So `round` drops nothing but bits that are
+    # finer than the unit.
+    low_bits = low_bits * _power_of_two(41 - exponent)
+    # A tie leaves half an ulp, which is +-0x8000. +0x8000 is one more than int16 holds, so both
+    # are cut by one. Decoding rounds to fp32 and thereby undoes the cut: encoding a master that was
+    # decoded changes nothing.
+    low_bits = low_bits.round().clamp(-0x7FFF, 0x7FFF)
+    return weight, low_bits.to(torch.int16)
 
 
 def _decode_fp16(weight: Tensor, low_bits: Tensor) -> Tensor:
     exponent, mantissa = _fp16_parts(weight)
-    # The master in units of the low bits: 11 + 16 bits, which `.float()` rounds to fp32's 24.
-    # Only a tie that was cut has bits to round: any other master was an fp32 number.
-    return ((mantissa << 16) + low_bits.to(torch.int32)).float() * _power_of_two(exponent - 41)
+    # The master in units of the low bits: an integer of up to 11 + 16 bits.
+    master = (mantissa << 16) + low_bits.to(torch.int32)
+    # fp32 holds 24 bits. Only a tie that was cut has more: any other master was an fp32 number.
+    master = master.float()
+    return master * _power_of_two(exponent - 41)
 
 
 def _fp16_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(exponent, mantissa), int32, of float16 numbers mantissa 2^(exponent - 25).
+    """(exponent, mantissa) of float16 numbers, which are mantissa * 2^(exponent - 25); int32 each.
 
-    They are read from the bits. `weight.float()` would be simpler, but torch.compile takes a cast
-    to float16 and back for nothing to be done: the low bits would be zero.
+    They are read from the bits: the sign, 5 bits of exponent, 10 of mantissa. `weight.float()`
+    would be simpler. But torch.compile removes a cast to float16 and back, as if it changed
+    nothing, and the low bits would be zero.
     """
     bits = weight.view(torch.int16).to(torch.int32)
-    field = (bits >> 10) & 31
-    # A normal number has an implicit leading 1. A subnormal one (field 0) has none, and the ulp of
-    # field 1.
-    mantissa = (bits & 0x3FF) + torch.where(field > 0, 0x400, 0)
-    return field.clamp(min=1), torch.where(bits < 0, -mantissa, mantissa)
+    exponent_bits = (bits >> 10) & 0b11111
+    # A normal number has a leading 1 that is not stored. A subnormal number, which has exponent
+    # bits of 0, has no leading 1.
+    mantissa = (bits & 0x3FF) + torch.where(exponent_bits > 0, 0x400, 0)
+    # Subnormal numbers have the ulp of the smallest normal ones, which have exponent bits of 1.
+    exponent = exponent_bits.clamp(min=1)
+    return exponent, torch.where(bits < 0, -mantissa, mantissa)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """fp32 2^exponent of int32 exponents in [-126, 127], exactly, made from its bits."""
+    """2^exponent in fp32, exactly, for int32 exponents in [-126, 127].
+
+    It is made from the bits of an fp32 number: the exponent plus 127, before 23 bits of mantissa.
+    """
     return ((exponent + 127) << 23).view(torch.float32)
 
 
@@ -124,12 +145,14 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 class LossScaler:
     """Dynamic loss scale (Micikevicius et al. 2018, "Mixed Precision Training").
 
-    fp16 rounds gradients under 3e-8 to zero. So the loss is multiplied by a scale, as large as the
-    largest gradients allow, and the optimizer divides by it, in fp32, as it reads a gradient.
-    (torch.amp.GradScaler refuses fp16 gradients. It also rewrites `.grad` to unscale it, which
-    rounds small ones to zero.)
+    fp16 rounds gradients under 3e-8 to zero. So the loss is multiplied by a scale: the largest at
+    which the largest gradients do not overflow. The optimizers divide gradients by it in fp32, as
+    they read them.
 
-    Not `enabled`, outside fp16, the scale is 1 and stays 1.
+    (torch.amp.GradScaler would not do. It refuses fp16 gradients, and it divides `.grad` in place,
+    which rounds small gradients to zero again.)
+
+    `initial` is the first scale. Where not `enabled` (in other precisions), the scale is always 1.
     """
 
     MINIMUM = 1.0
@@ -139,7 +162,7 @@ class LossScaler:
         self.growth_interval = growth_interval
         self.enabled = enabled
         self.good_steps = 0  # since the last overflow or growth
-        # Overflows in a row at the minimum scale, where halving no longer helps
+        # Overflows one after the other at the minimum scale, which cannot be halved
         self.stuck_steps = 0
 
     def update(self, overflow: bool) -> None:
@@ -176,12 +199,13 @@ class LossScaler:
 
 @torch.no_grad()
 def gradient_norms(parameters: list[Tensor], known: dict[Tensor, Tensor] | None = None) -> Tensor:
-    """L2 norm of each parameter's gradient, [len(parameters)], fp32, on the parameters' device.
+    """L2 norm of each parameter's gradient: fp32 [len(parameters)], on the parameters' device.
 
-    Norms in `known`, by parameter, are taken from there; a parameter without a gradient has norm 0.
+    `known` holds norms that have been computed already, by parameter. A parameter without a
+    gradient has norm 0.
 
-    Any inf or nan in a gradient shows in its norm, so the global norm is the overflow test too.
-    There is no host synchronisation.
+    An inf or nan in a gradient makes its norm inf or nan. So the global norm, which follows from
+    these, is the overflow test too. The host does not wait for the GPU.
     """
     known = known or {}
     zero = torch.zeros((), device=parameters[0].device)
@@ -197,5 +221,5 @@ def gradient_norms(parameters: list[Tensor], known: dict[Tensor, Tensor] | None 
 
 
 def gradient_norm(gradient: Tensor) -> Tensor:
-    """L2 norm, summed in fp32: a sum of squares of fp16 numbers would overflow at 65,504."""
+    """L2 norm, summed in fp32: in fp16 a sum of squares would overflow at 65,504."""
     return torch.linalg.vector_norm(gradient, dtype=torch.float32)
