@@ -25,6 +25,8 @@ SPEED = "speed of "
 
 # The runs of one group, as results.json has them. They differ in their seed alone.
 Runs = list[dict]
+# Groups by their name, or another description of what their runs have in common
+Groups = dict[str, Runs]
 
 # ---------------------------------------------------------------- groups of runs
 
@@ -41,7 +43,7 @@ def base_config(results: dict) -> Config:
     return config
 
 
-def groups(results: dict) -> dict[str, Runs]:
+def groups(results: dict) -> Groups:
     """The runs by group, in the order of the study.
 
     Failed runs are left out, and so are those that only measured a speed.
@@ -50,7 +52,7 @@ def groups(results: dict) -> dict[str, Runs]:
     return _by_group(run for run in runs if not run["group"].startswith(SPEED))
 
 
-def timed(results: dict) -> dict[str, Runs]:
+def timed(results: dict) -> Groups:
     """The runs that measured a speed, by the configuration that they measured.
 
     Failed runs are left out.
@@ -60,8 +62,8 @@ def timed(results: dict) -> dict[str, Runs]:
     return {group.removeprefix(SPEED): runs for group, runs in measured.items()}
 
 
-def _by_group(runs: Iterable[dict]) -> dict[str, Runs]:
-    found: dict[str, Runs] = {}
+def _by_group(runs: Iterable[dict]) -> Groups:
+    found: Groups = {}
     for run in runs:
         if "failed" not in run:
             found.setdefault(run["group"], []).append(run)
@@ -100,13 +102,13 @@ def _pooled_deviation(samples: Iterable[Sequence[float]]) -> tuple[float, int]:
     return math.sqrt(sum_of_squares / degrees_of_freedom), degrees_of_freedom
 
 
-def seed_deviation(found: dict[str, Runs], key: str = "val_loss") -> float:
+def seed_deviation(found: Groups, key: str = "val_loss") -> float:
     """The standard deviation over seeds, pooled over all groups; inf without a group of two."""
     deviation, _ = _pooled_deviation([run[key] for run in runs] for runs in found.values())
     return deviation
 
 
-def tukey_hsd(found: dict[str, Runs], key: str = "val_loss") -> float:
+def tukey_hsd(found: Groups, key: str = "val_loss") -> float:
     """Tukey's honestly significant difference (1949) at the 5% level, for means of one seed each.
 
     Two groups differ significantly when their means differ by more than this, divided by the square
@@ -137,7 +139,7 @@ def tukey_kramer(a: Runs, b: Runs, hsd: float) -> float:
     return hsd * math.sqrt(mean_of_inverse_sizes)
 
 
-def typical_resolution(found: dict[str, Runs]) -> float:
+def typical_resolution(found: Groups) -> float:
     """The smallest significant difference between two groups of the study.
 
     Both have as many seeds as the study's first group with several seeds. It is inf without one.
@@ -221,7 +223,7 @@ def ratio_error(measurements: list[list[dict]]) -> float:
 # ---------------------------------------------------------------- the optimizer study
 
 
-def swept(found: dict[str, Runs], optimizer: str) -> list[Runs]:
+def swept(found: Groups, optimizer: str) -> list[Runs]:
     """The groups of an optimizer's sweep over learning rates.
 
     `optimizer` is "muon" or "adamw" for the sweep at the whole batch. With the prefix QUARTER it is
@@ -234,12 +236,12 @@ def swept(found: dict[str, Runs], optimizer: str) -> list[Runs]:
     return sweep
 
 
-def best_runs(found: dict[str, Runs], optimizer: str) -> Runs:
+def best_runs(found: Groups, optimizer: str) -> Runs:
     """The group that the sweep chose: the one whose first seed ends with the lowest loss."""
     return min(swept(found, optimizer), key=lambda runs: runs[0]["val_loss"])
 
 
-def shorter(found: dict[str, Runs]) -> list[Runs]:
+def shorter(found: Groups) -> list[Runs]:
     """The groups of Muon that trained on a part of the tokens, the shortest first."""
     fewer = [runs for group, runs in found.items() if "of the tokens" in group]
     return sorted(fewer, key=lambda runs: runs[0]["tokens"])
@@ -437,7 +439,7 @@ def equal_time(results: dict) -> EqualTime:
     return EqualTime(worth, error, worth * error)
 
 
-def sizes_with_experts(found: dict[str, Runs]) -> list[str]:
+def sizes_with_experts(found: Groups) -> list[str]:
     """The sizes (layers x width) at which the study trained an MoE model."""
     return [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
 

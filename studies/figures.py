@@ -20,6 +20,7 @@ from config import ExperimentError
 from plot import BLUE, GREEN, ORANGE, PINK, RED, SKY, write_figure
 from studies.analysis import (
     SPEED,
+    Groups,
     Runs,
     base_config,
     best_runs,
@@ -155,7 +156,7 @@ def _shade(span: Callable, low: float, high: float, label: str) -> None:
     span(low, high, color="0.93", linewidth=0, zorder=0, label=label)
 
 
-def _shade_undecided_from_lowest(span: Callable, found: dict[str, Runs], label: str) -> None:
+def _shade_undecided_from_lowest(span: Callable, found: Groups, label: str) -> None:
     """Shades the means that do not differ significantly from the lowest mean."""
     resolution = typical_resolution(found)
     if resolution < math.inf:
@@ -274,7 +275,7 @@ def _rates_tried(sweeps: list[Runs]) -> list[float]:
     return sorted(tried)
 
 
-def _draw_best_curves(axes: Axes, found: dict[str, Runs]) -> None:
+def _draw_best_curves(axes: Axes, found: Groups) -> None:
     """Validation losses over tokens at the best learning rates, with the ends of other runs."""
     for name, label, colour in (
         ("muon", "Muon with AdamW", BLUE),
@@ -297,7 +298,7 @@ def _draw_best_curves(axes: Axes, found: dict[str, Runs]) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _draw_shorter_runs(axes: Axes, found: dict[str, Runs]) -> None:
+def _draw_shorter_runs(axes: Axes, found: Groups) -> None:
     """The ends of Muon's runs of fewer tokens, and the line through the means of all lengths.
 
     The report reads from this line how many tokens Muon needs for the loss of AdamW. The loss on it
@@ -318,7 +319,7 @@ def _draw_shorter_runs(axes: Axes, found: dict[str, Runs]) -> None:
     axes.plot([], [], ":o", color=BLUE, linewidth=1, markersize=4.5, label=label)
 
 
-def _draw_smaller_steps(axes: Axes, found: dict[str, Runs]) -> None:
+def _draw_smaller_steps(axes: Axes, found: Groups) -> None:
     """The ends of the runs with a quarter of the batch, at their best learning rates."""
     label = "either's end in 4 times the steps"
     drawn = False
@@ -397,7 +398,7 @@ def _balance(figure: Figure, results: dict) -> None:
     _without_legend([unevenness, share])
 
 
-def _draw_balancing(axes: Axes, found: dict[str, Runs], key: str, label: str) -> None:
+def _draw_balancing(axes: Axes, found: Groups, key: str, label: str) -> None:
     """The value `key` over the weight of the load-balancing loss.
 
     x is 0 for no balancing, then 1, 2, ... for the weights, and one more for balancing by a bias.

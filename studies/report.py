@@ -28,6 +28,7 @@ from config import Config, ConfigError
 from planner.plan import format_count
 from studies.analysis import (
     SPEED,
+    Groups,
     Runs,
     ScalingLaw,
     base_config,
@@ -95,7 +96,7 @@ def against(a: Runs, b: Runs, resolution: float, more: float = 0.0) -> str:
     return difference
 
 
-def lowest(found: dict[str, Runs], resolution: float) -> tuple[str, str]:
+def lowest(found: Groups, resolution: float) -> tuple[str, str]:
     """(the group with the lowest mean loss, which other groups it is decided against).
 
     The words name the groups of the shorter list: of the undecided or of the decided ones.
@@ -119,7 +120,7 @@ def lowest(found: dict[str, Runs], resolution: float) -> tuple[str, str]:
     return best, f"decided only against {listed(different)}"
 
 
-def smallest_difference(found: dict[str, Runs]) -> str:
+def smallest_difference(found: Groups) -> str:
     """The smallest significant difference between the means of two groups of the study."""
     smallest = typical_resolution(found)
     if smallest == math.inf:
@@ -162,8 +163,8 @@ class Outcome:
     """The parts of a study's results that every report reads."""
 
     results: dict  # what results.json holds
-    runs: dict[str, Runs]  # analysis.groups: by group, without those that measured speeds
-    speeds: dict[str, Runs]  # analysis.timed: by the configuration that was measured
+    runs: Groups  # analysis.groups: by group, without those that measured speeds
+    speeds: Groups  # analysis.timed: by the configuration that was measured
     resolution: float  # analysis.tukey_hsd of the runs
 
 
@@ -433,7 +434,7 @@ def _warmup_row(study: Outcome, adamw: Runs) -> list[str]:
     return ["warm-up", f"{usual:.0%}", f"{chosen:.0%}{note}"]
 
 
-def _quarter_batch(study: Outcome, muon: Runs, adamw: Runs) -> dict[str, Runs]:
+def _quarter_batch(study: Outcome, muon: Runs, adamw: Runs) -> Groups:
     """The best runs with a quarter of the batch, by optimizer; empty until all rates were tried.
 
     `muon` and `adamw` are the best runs at the whole batch.
@@ -452,7 +453,7 @@ def _quarter_batch(study: Outcome, muon: Runs, adamw: Runs) -> dict[str, Runs]:
     return found
 
 
-def _quarter_row(study: Outcome, quarter: dict[str, Runs], muon: Runs, adamw: Runs) -> list[str]:
+def _quarter_row(study: Outcome, quarter: Groups, muon: Runs, adamw: Runs) -> list[str]:
     row = ["with 4 times as many steps, of a quarter"]
     for name, whole in (("muon", muon), ("adamw", adamw)):
         runs = quarter[name]
@@ -540,7 +541,7 @@ def _optimizer_summary(
     study: Outcome,
     muon: Runs,
     adamw: Runs,
-    quarter: dict[str, Runs],
+    quarter: Groups,
     lengths: list[tuple[float, float]],
 ) -> str:
     """How Muon compares with AdamW alone, and what is left open.
@@ -619,9 +620,7 @@ def routing(results: dict) -> str:
     return f"{table(header, rows)}\n\n{_routing_summary(study, by_tokens, by_flops)}"
 
 
-def _routing_row(
-    study: Outcome, name: str, by_tokens: dict[str, Runs], by_flops: dict[str, Runs]
-) -> list[str]:
+def _routing_row(study: Outcome, name: str, by_tokens: Groups, by_flops: Groups) -> list[str]:
     row = [name]
     for found in (by_tokens, by_flops):
         row.append(value(found[name]))
@@ -639,7 +638,7 @@ def _flops_per_token(runs: Runs) -> float:
     return runs[0]["flops"] / runs[0]["tokens"]
 
 
-def _routing_summary(study: Outcome, by_tokens: dict[str, Runs], by_flops: dict[str, Runs]) -> str:
+def _routing_summary(study: Outcome, by_tokens: Groups, by_flops: Groups) -> str:
     tokens = format_count(by_tokens["top-2"][0]["tokens"])
     more_tokens = by_flops["top-1"][0]["tokens"] / by_tokens["top-1"][0]["tokens"]
     gain = mean(by_flops["top-1"]) - mean(by_tokens["top-1"])
@@ -694,7 +693,7 @@ def _balance_labels() -> dict[str, str]:
 
 
 def _balance_summary(
-    results: dict, found: dict[str, Runs], resolution: float, best: str, verdict: str
+    results: dict, found: Groups, resolution: float, best: str, verdict: str
 ) -> str:
     """The ways of balancing with the lowest loss, and how even their experts' load is.
 
