@@ -1,5 +1,6 @@
-"""One run of a study: a run_experiment.py of its own, what a study keeps of it, and its share of
-the machine.
+"""One run of a study: starts a process of run_experiment.py, and keeps its results and metrics.
+
+It also says which GPU and how many CPU threads the process gets.
 """
 
 import gzip
@@ -22,11 +23,13 @@ from planner.machine import cpu_cores
 from studies.grids import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_METRICS = 12e6  # bytes of metrics that are kept
-GRACE = 45  # seconds in which a run that is told to stop must save
-CUT_OFF_CODES = (130, 143, -2, -15)  # of SIGINT and SIGTERM, handled by the run or not
-STATE = ("weights", "gradients", "master", "momentum", "adamw")  # what a parameter takes
-CPU = "cpu"
+MOST_METRICS = 12e6  # bytes that metrics.jsonl.gz of a study may have
+GRACE = 45  # seconds that a run has to save its checkpoint after SIGTERM
+# Exit codes after SIGINT and SIGTERM: where the run handled the signal, and where it did not
+CUT_OFF_CODES = (130, 143, -2, -15)
+# Rows of the memory table that grow with the parameters
+STATE = ("weights", "gradients", "master", "momentum", "adamw")
+CPU = "cpu"  # stands in place of a GPU's name
 
 
 # ---------------------------------------------------------------- training
@@ -35,9 +38,10 @@ CPU = "cpu"
 def perform(
     run: Run, base: list[str], folder: Path, environment: dict, stop: threading.Event
 ) -> dict | None:
-    """Trains one run in `folder`, continuing what is there, and returns what a study keeps of it.
+    """Trains one run in `folder`, from its latest checkpoint there if any.
 
-    None when it was stopped. Raises ExperimentError when it fails.
+    Returns what a study keeps of the run, or None if `stop` was set before its end. `base` are the
+    command-line options of the study. Raises ExperimentError when the run fails.
     """
     _wait_for(folder, stop)
     for command in _commands(run, base, folder):
@@ -46,7 +50,7 @@ def perform(
             return None
         if code == OutOfMemory.exit_code and run.may_not_fit:
             return dict(failed="out of memory")
-        if code == Diverged.exit_code:  # it would diverge again
+        if code == Diverged.exit_code:  # a result: it would diverge again
             return dict(failed="diverged")
         if code:
             raise ExperimentError(_failure_message(run, code, errors))
@@ -57,7 +61,7 @@ def perform(
 
 
 def _commands(run: Run, base: list[str], folder: Path) -> list[list[str]]:
-    """The arguments of Python that train and, where the study wants it, analyse the run."""
+    """Arguments of Python: the command that trains and, for `analysed` runs, the analysis."""
     training = [str(ROOT / "run_experiment.py"), *base]
     for name, value in run.changes.items():
         training += [f"--{name}", str(value).lower()]
@@ -70,14 +74,14 @@ def _commands(run: Run, base: list[str], folder: Path) -> list[list[str]]:
 def _start(
     command: list[str], folder: Path, environment: dict, stop: threading.Event
 ) -> tuple[int, str]:
-    """Runs Python with these arguments; returns its exit code and what it wrote to stderr."""
+    """Runs Python with these arguments. Returns its exit code and what it wrote to stderr."""
     with open(folder / "log.txt", "a") as log, open(folder / "errors.txt", "w+") as errors:
         process = subprocess.Popen(
             [sys.executable, *command],
             stdout=log,
             stderr=errors,
             env=environment,
-            # a study that is killed lets its runs save
+            # When the study is killed, the kernel sends SIGTERM to its runs, and they save.
             preexec_fn=lambda: signal_with_parent(signal.SIGTERM),
         )
         code = _wait(process, stop)
@@ -96,46 +100,58 @@ def _failure_message(run: Run, code: int, errors: str) -> str:
 
 
 def _wait_for(folder: Path, stop: threading.Event) -> None:
-    """Waits until a run that a killed study left has saved and ended. Raises ConfigError if it
-    does not.
+    """Waits until no other process trains in the folder.
+
+    A run that a killed study left behind needs some seconds to save and end. Raises ConfigError if
+    it has not ended after GRACE seconds.
     """
     began = time.monotonic()
     while True:
         try:
             with locked(folder, "--out"):
-                (folder / "log.txt").touch()  # an empty folder would be removed again
+                # `locked` removes a folder that it made, unless something is in it.
+                (folder / "log.txt").touch()
                 return
         except ConfigError:
-            if stop.is_set() or time.monotonic() - began > GRACE:
+            waited = time.monotonic() - began
+            if stop.is_set() or waited > GRACE:
                 raise
             time.sleep(0.2)
 
 
 def _wait(process: subprocess.Popen, stop: threading.Event) -> int:
-    """The exit code of the process, which is told to end when `stop` is set, and killed if it
-    does not.
+    """Waits for the process and returns its exit code.
+
+    When `stop` is set the process gets SIGTERM, and SIGKILL if it has not ended GRACE seconds
+    later.
     """
-    told_at = None
+    terminated_at = None
     while True:
         try:
             return process.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
-            if told_at is None and stop.is_set():
-                told_at = time.monotonic()
-                process.terminate()  # it finishes its step and saves
-            elif told_at is not None and time.monotonic() - told_at > GRACE:
+            if terminated_at is None:
+                if stop.is_set():
+                    process.terminate()  # it finishes its step and saves
+                    terminated_at = time.monotonic()
+            elif time.monotonic() - terminated_at > GRACE:
                 process.kill()
 
 
 def environment_of(gpu: str, processes: int) -> dict:
-    """The environment of a run: the one GPU that it sees, and its share of the cores."""
-    share = str(max(1, cpu_cores() // processes))
-    paths = [path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path]
-    own = dict(PYTHONWARNINGS="ignore", PYTHONPATH=os.pathsep.join(paths))
+    """The environment variables of a run: the GPU that it sees, and its share of the cores.
+
+    `processes` runs share the machine. Where the user has set a number of threads, it stays.
+    """
+    threads = str(max(1, cpu_cores() // processes))
+    python_path = str(ROOT)
+    if os.environ.get("PYTHONPATH"):
+        python_path += os.pathsep + os.environ["PYTHONPATH"]
+    own = dict(PYTHONWARNINGS="ignore", PYTHONPATH=python_path)
     if gpu == CPU:
-        return dict(OMP_NUM_THREADS=share) | os.environ | own
+        return dict(OMP_NUM_THREADS=threads) | os.environ | own
     own["CUDA_VISIBLE_DEVICES"] = gpu
-    return dict(TORCHINDUCTOR_COMPILE_THREADS=share) | os.environ | own
+    return dict(TORCHINDUCTOR_COMPILE_THREADS=threads) | os.environ | own
 
 
 def folder_of(study_folder: Path, run: Run) -> Path:
@@ -146,11 +162,19 @@ def folder_of(study_folder: Path, run: Run) -> Path:
 
 
 def summary(results: dict) -> dict:
-    """What a study keeps of a training_results.json."""
+    """What a study keeps of a run's training_results.json.
+
+    Losses are in nats per token, memory is in GB of 1e9 bytes. `validation` has [tokens, loss] of
+    each validation; `passes` is how often the run saw each training token.
+    """
     config = Config(**results["config"])
     totals = results["totals"]
     rows = [row for row in results["history"] if "train_loss" in row]
-    memory = results["memory_gb"]["measured"] or {}
+    validation = []
+    for row in results["history"]:
+        if "val_loss" in row:
+            validation.append([row["step"] * config.tokens_per_step, row["val_loss"]])
+    memory = results["memory_gb"]["measured"] or {}  # not measured in the first steps of a run
     environment = results["environment"]
     return dict(
         val_loss=results["final_metrics"]["val_loss"],
@@ -167,64 +191,70 @@ def summary(results: dict) -> dict:
         peak_gb=max(row["memory_peak_gb"] for row in rows),
         memory_gb=memory,
         passes=totals["tokens"] / results["data"]["train_tokens"],
-        validation=[
-            [row["step"] * config.tokens_per_step, row["val_loss"]]
-            for row in results["history"]
-            if "val_loss" in row
-        ],
+        validation=validation,
         machine={key: environment[key] for key in ("gpu", "cpus", "torch", "python")},
     )
 
 
 def _median_speed(rows: list[dict]) -> float:
-    """tokens/s, without the first quarter of the rows, in which the model is compiled."""
-    return statistics.median(row["tokens_per_second"] for row in rows[len(rows) // 4 :])
+    """The median of tokens/s, without the first quarter of the rows: the model is compiled then."""
+    timed_rows = rows[len(rows) // 4 :]
+    return statistics.median(row["tokens_per_second"] for row in timed_rows)
 
 
 def _expert_load(rows: list[dict]) -> dict:
-    """Evenness of the experts' load over the last tenth of the rows; None in a dense model.
+    """How even the experts' load is over the last tenth of the rows; None in a dense model.
 
-    load_entropy is relative to that of an even load. worst_share is the largest share of any
-    expert.
+    `load_entropy` is the mean over layers of the entropy of the load, over that of an even load: 1
+    is even. `worst_share` is the largest share of routed tokens of any expert in any layer.
     """
     last_rows = rows[-max(1, len(rows) // 10) :]
-    layers = [layer for row in last_rows for layer in row.get("expert_load", [])]
-    entropies = [_relative_entropy(layer) for layer in layers if len(layer) > 1]
-    return dict(
-        load_entropy=statistics.mean(entropies) if entropies else None,
-        worst_share=max(map(max, layers)) if layers else None,
-    )
+    loads = []  # shares of the experts, for each row and layer
+    for row in last_rows:
+        loads += row.get("expert_load", [])
+    if not loads:
+        return dict(load_entropy=None, worst_share=None)
+    entropies = [_relative_entropy(load) for load in loads if len(load) > 1]
+    load_entropy = None  # a single expert has no entropy to compare with
+    if entropies:
+        load_entropy = statistics.mean(entropies)
+    return dict(load_entropy=load_entropy, worst_share=max(max(load) for load in loads))
 
 
 def _relative_entropy(shares: list[float]) -> float:
-    return -sum(p * math.log(p) for p in shares if p > 0) / math.log(len(shares))
+    """The entropy of the shares over that of equal shares, from 0 to 1."""
+    entropy = -sum(p * math.log(p) for p in shares if p > 0)
+    return entropy / math.log(len(shares))
 
 
 def _state_bytes(memory: dict, config: Config) -> float | None:
-    """Bytes a parameter of weights, gradients and optimizer state, as measured."""
+    """Measured bytes per parameter of weights, gradients and optimizer state."""
     if not memory:
         return None
-    return sum(memory.get(key, 0) for key in STATE) * 1e9 / config.total_params
+    gb = sum(memory.get(key, 0) for key in STATE)
+    return gb * 1e9 / config.total_params
 
 
 def keep_metrics(label: str, folder: Path, kept: Path) -> None:
-    """Adds a run's metrics to the gzip file `kept`, each row with the run's name.
+    """Adds a run's metrics.jsonl to the gzip file `kept`. Each row gets the run's label.
 
-    They replace the rows of an earlier run of that name.
+    Rows that an earlier run of that label left there are removed.
     """
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
         return
     rows = []
     if kept.exists():
-        own_beginning = json.dumps(dict(run=label))[:-1] + ","
+        # How a row of this run begins: {"run": "LABEL",
+        own_beginning = json.dumps(dict(run=label)).removesuffix("}") + ","
         for row in gzip.decompress(kept.read_bytes()).decode().splitlines():
             if not row.startswith(own_beginning):
                 rows.append(row)
     for row in metrics.read_text().splitlines():
         rows.append(json.dumps(dict(run=label) | json.loads(row)))
-    # mtime=0: the same rows give the same bytes, and so no difference in git
-    packed = gzip.compress("".join(row + "\n" for row in rows).encode(), mtime=0)
+    text = "".join(row + "\n" for row in rows)
+    # mtime=0: the same rows give the same bytes, and so no difference in git.
+    packed = gzip.compress(text.encode(), mtime=0)
     if len(packed) > MOST_METRICS:
         limit = f"{MOST_METRICS / 1e6:g} MB"
         print(f"the metrics of '{label}' are not kept: {kept} would be larger than {limit}")

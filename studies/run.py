@@ -1,5 +1,4 @@
-"""Answers a research question with a grid of training runs, on any machine; continues a study that
-was cut off.
+"""Answers a research question with a grid of training runs; continues a study that was cut off.
 
     python -m studies.run                      list the studies
     python -m studies.run balance              with `small`, on all visible GPUs, a run on each
@@ -11,18 +10,18 @@ was cut off.
 With `small` (65,536 tokens a step, --batch_size 64 --gradient_accumulation_steps 1 --precision
 bf16):
 
-    optimizer        55 runs or so of 16M tokens or less
-    routing          22 runs of 16M tokens or so
+    optimizer        about 55 runs of 16M tokens or less
+    routing          22 runs of about 16M tokens
     balance          20 runs of 16M tokens
     specialization    2 runs of 50M tokens, and analyses
     scaling          40 runs of 16M tokens or more
-    checkpointing    42 runs or so of 5 to 64 steps
+    checkpointing    about 42 runs of 5 to 64 steps
 
-docs/findings.md says what each study took. Two GPUs take half as long, except where a speed is
-measured, as in all of checkpointing: such a run has the machine for itself. Each run of `small`
-needs 32 GB: on 80 GB give --jobs 2. Any option of run_experiment.py that the study does not set
-holds for all runs. Each run is a run_experiment.py of its own; its output is in studies/NAME/runs
-until it has finished.
+docs/findings.md says how long each study took. Two GPUs take half as long, except where a speed is
+measured, as in all runs of checkpointing: such a run has the machine for itself. Each run of
+`small` needs 32 GB of GPU memory: on 80 GB give --jobs 2. Any option of run_experiment.py that the
+study does not set holds for all runs. Each run is a process of run_experiment.py; its output is in
+studies/NAME/runs until it has finished.
 
 What is kept is small: studies/NAME/results.json, written anew after each run, metrics.jsonl.gz
 with the metrics of all runs, and figure.png. With results.json a study continues on another
@@ -52,12 +51,16 @@ from studies.figures import draw
 from studies.grids import STUDIES, TOKENS, Run
 from studies.one_run import CPU, ROOT, environment_of, folder_of, keep_metrics, perform
 
-MOST_PASSES = 4  # over the corpus; more is worth much less than new text (Muennighoff et al. 2023)
-VALIDATIONS = 10  # of a run, which waits for them
-LAST_START = (
-    75  # seconds before the end after which no run begins: it would be stopped while it compiles
-)
-POLL = 0.2  # seconds between two looks at the runs
+# Passes over the corpus that a run may make. Repeated text is worth much less than new text beyond
+# this (Muennighoff et al. 2023).
+MOST_PASSES = 4
+# Validations of a run. They are few, because training waits for them.
+VALIDATIONS = 10
+# Seconds before the end of --minutes from which on no run begins: it would be stopped while it
+# compiles.
+LAST_START = 75
+# Seconds between two looks at the runs
+POLL = 0.2
 
 
 # ---------------------------------------------------------------- the study
@@ -75,11 +78,11 @@ def study(
     gpus: tuple[str, ...] = (CPU,),
     jobs: int = 1,
 ) -> bool:
-    """Performs what the study still wants and draws what there is; False when it was stopped
-    before the end.
+    """Performs the missing runs of a study and draws its figure. Returns whether it is finished.
 
-    `jobs` runs at a time go on each of the GPUs. Study, tokens, options and corpus must be the
-    same each time. Raises ExperimentError when a run fails.
+    It ends early after `seconds`. On each of the `gpus`, `jobs` runs take place at a time. `name`,
+    `tokens`, `options` and `corpus` must be those with which the study began. Raises
+    ExperimentError when a run fails.
     """
     _check_passes(wanted_runs(name, base, tokens, seeds, {}), base, corpus["train_tokens"])
     grid = Grid(name, base, tokens, seeds, corpus["train_tokens"])
@@ -90,7 +93,7 @@ def study(
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The runs that a study wants, which may depend on what its runs found so far."""
+    """The runs that a study wants, given the results so far."""
 
     name: str
     base: Config
@@ -120,7 +123,7 @@ class StudyRecord:
             self.results = identity | dict(budget=budget, commits=[], finished=False, runs={})
         self.found: dict[str, dict] = self.results["runs"]
         self.began = time.monotonic()
-        self.processors = len(gpus)
+        self.num_gpus = len(gpus)
         self.minutes_key = "cpu_minutes" if gpus == (CPU,) else "gpu_minutes"
         self.minutes_before = self.results["budget"][self.minutes_key]
         self.commit = git_state()["commit"]
@@ -129,13 +132,15 @@ class StudyRecord:
         return time.monotonic() - self.began
 
     def save(self, wanted: list[Run]) -> None:
-        """Rewrites results.json, whole or not at all. Runs end in any order and stand in the
-        study's.
+        """Rewrites results.json, as a whole or not at all.
+
+        Runs end in any order. In the file they have the order of `wanted`, and those that the study
+        no longer wants come last.
         """
-        order = {run.label: number for number, run in enumerate(wanted)}
-        in_order = sorted(self.found.items(), key=lambda item: order.get(item[0], len(order)))
-        self.results["runs"] = dict(in_order)
-        minutes = self.minutes_before + self.elapsed() / 60 * self.processors
+        position = {run.label: number for number, run in enumerate(wanted)}
+        labels = sorted(self.found, key=lambda label: position.get(label, len(position)))
+        self.results["runs"] = {label: self.found[label] for label in labels}
+        minutes = self.minutes_before + self.elapsed() / 60 * self.num_gpus
         tokens = sum(run.get("tokens", 0) for run in self.found.values())
         self.results["budget"] |= {self.minutes_key: minutes, "tokens": tokens}
         if self.commit and self.commit not in self.results["commits"]:
@@ -145,10 +150,8 @@ class StudyRecord:
         temporary.replace(self.path)
 
     def add(self, run: Run, result: dict, wanted: list[Run]) -> None:
-        """Keeps what a run found, and deletes the rest of its folder, which holds its
-        checkpoints.
-        """
-        # a kill may keep the end from coming, which says whether the study is finished
+        """Keeps the result and the metrics of a run, and deletes its folder with checkpoints."""
+        # `finished` is decided at the end of the study. A kill may prevent that.
         self.results["finished"] = False
         self.found[run.label] = dict(group=run.group, changes=run.changes, **result)
         folder = folder_of(self.folder, run)
@@ -158,7 +161,7 @@ class StudyRecord:
 
 
 class _Scheduler:
-    """Starts the wanted runs where there is room, and collects what they found."""
+    """Starts the runs that the study wants where there is room, and collects their results."""
 
     def __init__(
         self,
@@ -175,12 +178,13 @@ class _Scheduler:
         self.gpus = gpus
         self.jobs = jobs
         self.seconds = seconds
-        self.running: dict[concurrent.futures.Future, tuple[Run, str]] = {}
-        self.stop = threading.Event()
+        self.running: dict[concurrent.futures.Future, tuple[Run, str]] = {}  # the run, its GPU
+        self.stop = threading.Event()  # the runs that are under way save and end when it is set
         self.failures: list[Exception] = []
-        self.performed = 0
+        self.performed = 0  # runs that ended since this process began
 
     def work(self) -> bool:
+        """Performs the runs. Returns whether the study is finished."""
         workers = len(self.gpus) * self.jobs
         with (
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
@@ -190,18 +194,19 @@ class _Scheduler:
         self._finish(missing)
         if signals:
             print("Stopped; the same command continues.")
-            raise SystemExit(128 + signals[0])
+            raise SystemExit(128 + signals[0])  # the exit code that shells give for a signal
         return not missing
 
     def _loop(self, pool: concurrent.futures.Executor) -> list[Run]:
-        """Starts and collects runs until none is running and none may begin; returns the missing
-        ones.
+        """Starts and collects runs until none is running and none may start.
+
+        Returns the runs that are still missing.
         """
         while True:
             if self.record.elapsed() >= self.seconds:
                 self.stop.set()
-            self._look()
-            if not self._late():
+            self._update_wanted()
+            if not self._is_late():
                 self._start(pool)
             if not self.running:
                 return self.missing
@@ -211,43 +216,59 @@ class _Scheduler:
             for future in done:
                 self._collect(future)
 
-    def _look(self) -> None:
-        """What the study wants now, and what is missing of it."""
+    def _update_wanted(self) -> None:
+        """Finds the runs that the study wants now, and which of them are missing.
+
+        `outstanding` counts the wanted runs without a result, and `missing` are those of them that
+        are not running.
+        """
         self.wanted = self.grid.runs(self.record.found)
         self.current = _up_to_date(self.record.found, self.wanted)
-        busy = [run.label for run, _ in self.running.values()]
-        open_runs = [run for run in self.wanted if run.label not in self.current]
-        self.outstanding = len(open_runs)
-        self.missing = [run for run in open_runs if run.label not in busy]
+        without_result = [run for run in self.wanted if run.label not in self.current]
+        running = {run.label for run, _ in self.running.values()}
+        self.outstanding = len(without_result)
+        self.missing = [run for run in without_result if run.label not in running]
 
-    def _late(self) -> bool:
+    def _is_late(self) -> bool:
+        """Whether no run may start any more."""
         last_start = self.seconds - min(LAST_START, self.seconds / 4)
         return self.stop.is_set() or self.record.elapsed() >= last_start
 
     def _start(self, pool: concurrent.futures.Executor) -> None:
-        """Starts missing runs, in their order, while there is room for the next one."""
+        """Starts the missing runs in their order, until there is no room for the next one.
+
+        They stay in `missing` until the next _update_wanted.
+        """
         for run in self.missing:
             gpu = free_gpu(run, self.running, self.gpus, self.jobs)
             if gpu is None:
                 return
-            finished = len(self.wanted) - self.outstanding
-            again = (
-                ", again, as the study has changed since" if run.label in self.record.found else ""
-            )
-            print(f"[{finished} of {len(self.wanted)} finished] {run.label}{again}", flush=True)
-            processes = 1 if run.alone else len(self.gpus) * self.jobs
+            print(self._start_message(run), flush=True)
+            processes = len(self.gpus) * self.jobs
+            if run.alone:
+                processes = 1
             environment = environment_of(gpu, processes)
             folder = folder_of(self.record.folder, run)
             future = pool.submit(perform, run, self.options, folder, environment, self.stop)
             self.running[future] = run, gpu
 
+    def _start_message(self, run: Run) -> str:
+        finished = len(self.wanted) - self.outstanding
+        message = f"[{finished} of {len(self.wanted)} finished] {run.label}"
+        if run.label in self.record.found:
+            message += ", again, as the study has changed since"
+        return message
+
     def _collect(self, future: concurrent.futures.Future) -> None:
-        """Keeps what a run found. When it was stopped or failed, the others save and end too."""
+        """Keeps the result of a run that has ended.
+
+        When the run was stopped or failed, the other runs save and end too.
+        """
         run, _ = self.running.pop(future)
         try:
             result = future.result()
             _check_timed(run, result, self.current)
-        except Exception as error:  # of whatever kind: what runs beside it must be saved first
+        except Exception as error:  # of any kind: the other runs must save before it is raised
             self.failures.append(error)
             result = None
         if result is None:
@@ -256,12 +277,18 @@ class _Scheduler:
         self.performed += 1
         self.outstanding -= 1
         self.record.add(run, result, self.wanted)
-        left = self.record.elapsed() / self.performed * self.outstanding / 60
-        to_go = f"about {left:.0f} minutes" if left >= 1 else "less than a minute"
-        print(f"{run.label}: {in_words(run, result)}; {to_go} to go", flush=True)
+        print(f"{run.label}: {in_words(run, result)}; {self._time_left()} to go", flush=True)
+
+    def _time_left(self) -> str:
+        """An estimate: the outstanding runs take as long as those that were performed."""
+        seconds_per_run = self.record.elapsed() / self.performed
+        minutes = seconds_per_run * self.outstanding / 60
+        if minutes < 1:
+            return "less than a minute"
+        return f"about {minutes:.0f} minutes"
 
     def _finish(self, missing: list[Run]) -> None:
-        """Writes the results and draws them. Raises the first failure."""
+        """Writes the results and draws them. Raises the first failure of a run."""
         record = self.record
         if self.performed or not missing or not record.path.exists():
             record.results["finished"] = not missing and not self.failures
@@ -269,19 +296,21 @@ class _Scheduler:
         record.save(self.wanted)
         if self.failures:
             raise self.failures[0]
-        # what is missing may be runs that others led to: the figure can do without them
+        # The figure needs the runs that the study wants without any results. Missing runs that
+        # follow from results, such as a longer sweep, can come later.
         needed = {run.group for run in self.grid.runs({})}
-        if needed <= {run["group"] for run in self.current.values()}:
+        present = {run["group"] for run in self.current.values()}
+        if needed <= present:
             draw(record.results, record.figure)
 
 
 def wanted_runs(
     name: str, base: Config, tokens: float, seeds: list[int], found: dict[str, dict]
 ) -> list[Run]:
-    """What the study wants.
+    """All runs that the study wants. `found` are the results so far, by label.
 
-    Raises ConfigError, with the place, when its function fails, as one that somebody has just
-    written may.
+    Raises ConfigError when the study's function fails, as one that somebody has just written may.
+    The message says in which line.
     """
     try:
         runs = list(STUDIES[name](base, tokens, seeds, found))
@@ -303,17 +332,18 @@ def wanted_runs(
 
 
 def _place_in(function: str, error: Exception) -> str:
-    """The line of `function` at which the error came about."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if frame.name == function
-    ]
-    if not frames:
+    """The beginning of a message: the line of `function` where the error was raised."""
+    innermost = None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.name == function:
+            innermost = frame
+    if innermost is None:  # the function has returned, and what it returned cannot be used
         return "its function must return a list of Run: "
-    return f"{frames[-1].filename}, line {frames[-1].lineno}: "
+    return f"{innermost.filename}, line {innermost.lineno}: "
 
 
 def in_words(run: Run, result: dict) -> str:
-    """What a run found out."""
+    """The result of a run, for the line that reports it."""
     if "failed" in result:
         return result["failed"]
     seconds = f"{result['elapsed_seconds']:.0f} s"
@@ -323,7 +353,10 @@ def in_words(run: Run, result: dict) -> str:
 
 
 def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str | None:
-    """The GPU with the fewest runs, if this run may start on it now."""
+    """The GPU with the fewest runs, if this run may start there now, else None.
+
+    A GPU has `jobs` runs at most. A run that is to be alone starts when nothing else runs.
+    """
     one_is_alone = any(other.alone for other, _ in running.values())
     if one_is_alone or (run.alone and running):
         return None
@@ -331,7 +364,9 @@ def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str |
     for _, gpu in running.values():
         load[gpu] += 1
     least_busy = min(gpus, key=load.get)
-    return least_busy if load[least_busy] < jobs else None
+    if load[least_busy] >= jobs:
+        return None
+    return least_busy
 
 
 def visible_gpus(config: Config) -> tuple[str, ...]:
@@ -345,7 +380,7 @@ def visible_gpus(config: Config) -> tuple[str, ...]:
 
 
 def _check_passes(wanted: list[Run], base: Config, train_tokens: int) -> None:
-    """Raises ConfigError when a run would repeat its text too often."""
+    """Raises ConfigError when a run would pass over its corpus more than MOST_PASSES times."""
     for run in wanted:
         if run.alone:  # it measures speed, not loss
             continue
@@ -359,25 +394,32 @@ def _check_passes(wanted: list[Run], base: Config, train_tokens: int) -> None:
 
 
 def _up_to_date(found: dict[str, dict], wanted: list[Run]) -> dict[str, dict]:
-    """Results without those of runs that are now wanted with other changes."""
-    changes = {run.label: run.changes for run in wanted}
-    return {
-        label: result
-        for label, result in found.items()
-        if result["changes"] == changes.get(label, result["changes"])
-    }
+    """The results without those of runs that the study now wants with other changes."""
+    wanted_changes = {run.label: run.changes for run in wanted}
+    current = {}
+    for label, result in found.items():
+        if label not in wanted_changes or result["changes"] == wanted_changes[label]:
+            current[label] = result
+    return current
 
 
 def _within(run: Run, base: Config, most_tokens: float) -> Run:
-    """The run, made no longer than its corpus allows: a study may want one for another's time."""
-    steps = int(most_tokens / dataclasses.replace(base, **run.changes).tokens_per_step)
-    if run.alone or run.changes["max_steps"] <= steps:
+    """The run, with as many steps as `most_tokens` allow at most.
+
+    A run that trains for the time of another one may otherwise repeat its corpus too often.
+    """
+    config = dataclasses.replace(base, **run.changes)
+    most_steps = int(most_tokens / config.tokens_per_step)
+    if run.alone or run.changes["max_steps"] <= most_steps:
         return run
-    return dataclasses.replace(run, changes=run.changes | dict(max_steps=steps))
+    return dataclasses.replace(run, changes=run.changes | dict(max_steps=most_steps))
 
 
 def _check_timed(run: Run, result: dict | None, found: dict[str, dict]) -> None:
-    """Raises ConfigError when a study's speeds come from two kinds of GPU."""
+    """Raises ConfigError when the speeds of a study come from two kinds of GPU.
+
+    `result` is that of the run that has just ended, `found` are those before it.
+    """
     if not (run.alone and result and "machine" in result):
         return
     here = result["machine"]["gpu"]
@@ -394,9 +436,9 @@ def _check_timed(run: Run, result: dict | None, found: dict[str, dict]) -> None:
 
 @contextlib.contextmanager
 def _signals(stop: threading.Event):
-    """Ctrl-C, SIGTERM and an error in the block let the runs save and end.
+    """Sets `stop` at Ctrl-C, at SIGTERM and at an error in the block: the runs save and end.
 
-    Yields a list that the signals are put into.
+    Yields a list, to which the numbers of the received signals are added.
     """
     received: list[int] = []
 
@@ -404,7 +446,9 @@ def _signals(stop: threading.Event):
         received.append(number)
         stop.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}  # the handlers that were set
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handle)
     try:
         yield received
     except BaseException:
@@ -419,7 +463,7 @@ def _signals(stop: threading.Event):
 
 
 def _without_cache(options: list[str]) -> list[str]:
-    """The options without the cache folder, which may lie elsewhere on another machine."""
+    """The options without --cache_dir, which may be another folder on another machine."""
     kept = []
     for name, value in zip(options[::2], options[1::2]):
         if name != "--cache_dir":
@@ -428,9 +472,10 @@ def _without_cache(options: list[str]) -> list[str]:
 
 
 def _refuse_another(path: Path, identity: dict) -> None:
-    """Raises ConfigError when the results at `path` are of another study.
+    """Raises ConfigError when the results at `path` are of a study with another identity.
 
-    The `identity` may lack the corpus, which is not known before it is tokenized.
+    `identity` has the study's name, tokens and options. The corpus is compared if it is there too:
+    it is not known before the text is tokenized.
     """
     if not path.exists():
         return
@@ -443,7 +488,7 @@ def _refuse_another(path: Path, identity: dict) -> None:
 
 
 def _differences(before: dict, now: dict) -> list[str]:
-    """What is requested otherwise, in words."""
+    """What differs between two identities of a study, in words."""
     settings_before = _settings(before)
     settings_now = _settings(now)
     found = []
@@ -461,6 +506,7 @@ def _differences(before: dict, now: dict) -> list[str]:
 
 
 def _settings(identity: dict) -> dict[str, str]:
+    """Name and value of everything that was requested for a study."""
     options = dict(zip(identity["options"][::2], identity["options"][1::2]))
     return options | {"study": identity["study"], "--tokens": f"{identity['tokens']:,.15g}"}
 
@@ -486,10 +532,11 @@ def run_study(argv: list[str]) -> None:
 
     folder = args.out or _default_folder(args.name, args.preset)
     options = _options(args.preset, own | given)
-    # what is refused is refused before minutes of tokenizing
+    # These errors come before the minutes that tokenizing may take.
     identity = dict(study=args.name, tokens=tokens, options=_without_cache(options))
     _refuse_another(folder / "results.json", identity)
-    if not (folder / "results.json").exists():  # a study that exists continues as it began
+    if not (folder / "results.json").exists():
+        # A study that has begun continues with whatever options it began with.
         _refuse_what_it_sets(args.name, given, args.preset, tokens, seeds)
     with locked(folder, "--out"):
         corpus = _corpus_facts(base)
@@ -590,7 +637,7 @@ def _default_folder(name: str, preset: str) -> Path:
 
 
 def _corpus_facts(base: Config) -> dict:
-    """What the results say of the text that the study is about."""
+    """The identity and the size of the corpus, for results.json."""
     corpus = data.prepare(base)
     return dict(
         data=base.data,
@@ -605,8 +652,10 @@ def _corpus_facts(base: Config) -> dict:
 def _refuse_what_it_sets(
     name: str, given: dict, preset: str, tokens: float, seeds: list[int]
 ) -> None:
-    """Raises ConfigError for an option that the study sets in each of its runs, whatever was
-    given.
+    """Raises ConfigError for an option that has no effect, because each run of the study sets it.
+
+    An option has no effect when the study's runs are the same without it. A study may also derive
+    what it sets from the given value: then the runs differ, and the option is allowed.
     """
     base, _, _ = resolve(given, preset, None)
     runs = wanted_runs(name, base, tokens, seeds, {})
@@ -614,32 +663,37 @@ def _refuse_what_it_sets(
     for field in sorted(given.keys() & set_in_all):
         others = {other: value for other, value in given.items() if other != field}
         try:
-            without, _, _ = resolve(others, preset, None)
-            same = wanted_runs(name, without, tokens, seeds, {}) == runs
+            base_without, _, _ = resolve(others, preset, None)
+            runs_without = wanted_runs(name, base_without, tokens, seeds, {})
         except ConfigError:  # no study is possible without this option
             continue
-        if same and getattr(without, field) != getattr(base, field):
+        changes_base = getattr(base_without, field) != getattr(base, field)
+        if changes_base and runs_without == runs:
             raise ConfigError(f"--{field}: the study sets it for each of its runs")
 
 
 def _own_settings(base: Config, tokens: float, given: dict) -> dict:
-    """What a study sets for all runs, unless it was given: few validations, no samples, and
-    checkpoints only to continue.
+    """What a study sets for all its runs, unless it was given.
+
+    There are few validations, no samples, and checkpoints only to continue after a kill.
     """
+    steps = tokens / base.tokens_per_step
     own = dict(
         sample_tokens=0,
         save_every=0,
         save_minutes=5.0,
-        eval_every=max(1, round(tokens / base.tokens_per_step / VALIDATIONS)),
+        eval_every=max(1, round(steps / VALIDATIONS)),
     )
     return {name: value for name, value in own.items() if name not in given}
 
 
 def _options(preset: str, settings: dict) -> list[str]:
-    """Settings as words of a command line."""
+    """The preset and the settings as words of a command line."""
     words = ["--preset", preset]
     for name, value in settings.items():
-        text = str(value).lower() if isinstance(value, bool) else str(value)
+        text = str(value)
+        if isinstance(value, bool):
+            text = text.lower()
         words += [f"--{name}", text]
     return words
 
