@@ -1,13 +1,16 @@
 """Text from a trained model, with a key/value cache: batches, temperature, top-k, top-p, streaming.
 
-Training does not know of this module: the layers of the blocks are called here one by one, with the
-keys and values of earlier tokens kept. On a GPU the work of one token is recorded as a CUDA graph.
+The layers of the blocks are called here one by one, and the keys and values of earlier tokens are
+kept. So the model needs no code for generation. On a GPU the forward pass of one token is recorded
+as a CUDA graph.
 
 Past max_seq_len the model sees the last max_seq_len tokens, as a model without a cache would. Each
-token then shifts the positions of all others. What the cache holds is no longer right, and the
-whole window is read anew for each token.
+new token then shifts the positions of all others. So the cache does not hold any more, and the
+whole window is read again for each token.
 
-Shape suffixes: B texts, S positions, V vocabulary, T positions in the cache.
+To read tokens is to run the model on them, which puts their keys and values into the cache.
+
+Shape suffixes: B texts, S positions, V vocabulary, D d_model, T positions in the cache.
 """
 
 import functools
@@ -23,8 +26,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine.triton_kernels import GEMV_MAX_ROWS, triton
 from model import MoETransformer
 
-# Without cuDNN's attention, which training prefers on some GPUs: it makes a plan for each length,
-# and each prompt brings a new length.
+# Kernels of attention. cuDNN's, which training prefers on some GPUs, is left out: it makes a plan
+# for each length, and each prompt has a new length.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # Keys and values of each block, [B, n_kv_heads, T, head_dim] each.
@@ -48,19 +51,20 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Yields the next token id of each of `n` texts that continue `prompt`.
 
-    The id is None for a text that has ended with the id `stop`. The stream ends when all texts
-    have, or after `max_new_tokens`. The prompt must not be empty.
+    A text ends with the id `stop`; after that its ids are None. The stream ends when all texts
+    have ended, or after `max_new_tokens`. The prompt must not be empty.
 
-    temperature 0 takes the likeliest token. top_k > 0 draws from the k likeliest tokens only, and
-    top_p < 1 from the fewest likeliest that hold this probability together. Text i is the only one
-    that seed + i gives with n=1.
+    temperature 0 takes the likeliest token. top_k > 0 draws from the k likeliest tokens only.
+    top_p < 1 draws from the fewest likeliest tokens whose probabilities sum to at least top_p. Text
+    i is the text that n=1 gives with seed + i.
 
     On a GPU run one stream at a time: CUDA graphs share the libraries' workspace.
     """
     max_seq_len = model.config.max_seq_len
     device = model.norm.weight.device
     generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
-    cache = _empty_cache(model, n, length=min(max_seq_len, len(prompt) + max_new_tokens))
+    longest = min(max_seq_len, len(prompt) + max_new_tokens)
+    cache = _empty_cache(model, n, longest)
     read_next = _reader_of_next_tokens(model, cache, n)
 
     # The prompt has one row, whatever n: it is read once, for all texts.
@@ -69,7 +73,8 @@ def stream(
     position = 0  # of the first unread token
     ended = [False] * n
     for _ in range(max_new_tokens):
-        if position + unread_BS.shape[1] > max_seq_len:  # read the whole window anew
+        if position + unread_BS.shape[1] > max_seq_len:
+            # The cache is full: the last max_seq_len tokens are read again, from position 0.
             unread_BS = tokens_BS
             position = 0
         if position == 0:
@@ -82,14 +87,21 @@ def stream(
             chosen_B = logits_BV.argmax(dim=-1)
         else:
             # drawn on the CPU, so that a seed gives the same numbers on every device
-            draws_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-            chosen_B = choose(logits_BV, draws_B.to(device), temperature, top_k, top_p)
+            draws = [torch.rand(1, generator=generator) for generator in generators]
+            draws_B = torch.cat(draws).to(device)
+            chosen_B = choose(logits_BV, draws_B, temperature, top_k, top_p)
         unread_BS = chosen_B[:, None]
-        tokens_BS = torch.cat([tokens_BS.expand(n, -1), unread_BS], dim=1)[:, -max_seq_len:]
+        tokens_BS = torch.cat([tokens_BS.expand(n, -1), unread_BS], dim=1)
+        tokens_BS = tokens_BS[:, -max_seq_len:]
 
-        chosen = chosen_B.tolist()  # the one wait for the GPU
-        yield [None if over else token for token, over in zip(chosen, ended)]
-        ended = [over or token == stop for token, over in zip(chosen, ended)]
+        step: list[int | None] = []
+        for i, token in enumerate(chosen_B.tolist()):  # the one wait for the GPU
+            if ended[i]:
+                step.append(None)
+            else:
+                step.append(token)
+                ended[i] = token == stop
+        yield step
         if all(ended):
             return
 
@@ -97,16 +109,22 @@ def stream(
 def generate(
     model: MoETransformer, prompt: list[int], max_new_tokens: int, **choices
 ) -> list[list[int]]:
-    """The n texts that `stream` yields, each with its `stop` if it has ended.
+    """The token ids of the n texts that `stream` yields, each up to and with its `stop`.
 
-    `choices` are options of `stream`.
+    `choices` are further arguments of `stream`.
     """
-    steps = stream(model, prompt, max_new_tokens, **choices)
-    return [[token for token in text if token is not None] for text in zip(*steps)]
+    steps = list(stream(model, prompt, max_new_tokens, **choices))
+    texts = []
+    for tokens_of_text in zip(*steps):
+        texts.append([token for token in tokens_of_text if token is not None])
+    return texts
 
 
 def finished_texts(steps: Iterator[list[int | None]], stop: int) -> Iterator[tuple[int, list[int]]]:
-    """Yields (number, tokens) of each text of `stream`, as soon as the text has ended."""
+    """Yields (i, token ids) of each text i of `stream`, as soon as the text has ended.
+
+    `steps` is what `stream` returned. Texts that never reach `stop` come last.
+    """
     texts: dict[int, list[int]] = {}
     for step in steps:
         for i, token in enumerate(step):
@@ -123,36 +141,45 @@ def finished_texts(steps: Iterator[list[int | None]], stop: int) -> Iterator[tup
 def choose(
     logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int, top_p: float
 ) -> Tensor:
-    """Turns uniform numbers `draws_B` in [0, 1) into token ids [B].
+    """Draws a token id for each row of logits. `draws_B` are uniform numbers in [0, 1).
 
-    The likelier tokens come first. A row's token is the one at which the cumulative probability
-    passes the draw. Of logits that are nan it is any token: a run that diverges is then stopped by
-    the check of its loss, and not by an index out of range.
+    Tokens are ranked from the likeliest on, and their probabilities are summed in that order. The
+    token drawn is the one at which the sum passes the draw. Returns token ids [B].
+
+    Logits that are nan give any token. A run that diverges is then stopped by the check of its
+    loss, and not by an index out of range.
     """
     logits_BV = logits_BV / temperature
     if top_k:
-        sorted_BV, token_ids_BV = logits_BV.topk(min(top_k, logits_BV.shape[-1]))
+        k = min(top_k, logits_BV.shape[-1])
+        sorted_logits_BV, token_ids_BV = logits_BV.topk(k)
     else:
-        sorted_BV, token_ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    probs_BV = sorted_BV.softmax(dim=-1)
+        sorted_logits_BV, token_ids_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
+    probs_BV = sorted_logits_BV.softmax(dim=-1)
     cumulative_BV = probs_BV.cumsum(dim=-1)
-    # A token is kept if those before it hold less than top_p. The first one always is.
-    kept_BV = cumulative_BV - probs_BV < top_p
-    last_kept_B1 = (kept_BV.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    # the draw, as a share of the probability that is kept
-    threshold_B1 = draws_B[:, None] * cumulative_BV.gather(1, last_kept_B1)
+
+    # top-p keeps a token if those before it sum to less than top_p: always the first one.
+    before_BV = cumulative_BV - probs_BV
+    num_kept_B1 = (before_BV < top_p).sum(dim=-1, keepdim=True)
+    last_kept_B1 = (num_kept_B1 - 1).clamp(min=0)  # none is kept where the logits are nan
+
+    # The draw is a share of the probability that is kept.
+    kept_probability_B1 = cumulative_BV.gather(1, last_kept_B1)
+    threshold_B1 = draws_B[:, None] * kept_probability_B1
     rank_B1 = torch.searchsorted(cumulative_BV, threshold_B1, right=True)
-    # rounding may put the draw at the end of what is kept, or behind it
-    return token_ids_BV.gather(1, rank_B1.minimum(last_kept_B1)).squeeze(1)
+    # Rounding may put the threshold at the end of the kept tokens, or after it.
+    rank_B1 = rank_B1.minimum(last_kept_B1)
+    return token_ids_BV.gather(1, rank_B1).squeeze(1)
 
 
 # ---------------------------------------------------------------- characters
 
 
 def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yields the text of tokens as they come, and nothing while a character is incomplete.
+    """Yields the text of tokens as the tokens come.
 
-    Together the strings are tokenizer.decode of all tokens.
+    A character may take several tokens: it is yielded with the last of them. All strings together
+    are tokenizer.decode of all tokens.
     """
     decoder = DecodeStream(skip_special_tokens=True)
     ids = []
@@ -165,13 +192,14 @@ def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
             yield new
     whole = tokenizer.decode(ids)
     if whole.startswith(shown):
-        yield whole[len(shown) :]  # of a character that was never completed
+        yield whole[len(shown) :]  # the text ended within a character
 
 
 # ---------------------------------------------------------------- reading tokens with a cache
 
 
 def _empty_cache(model: MoETransformer, n: int, length: int) -> Cache:
+    """A cache for n texts of up to `length` tokens."""
     config = model.config
     zeros = functools.partial(
         torch.zeros,
@@ -185,10 +213,13 @@ def _empty_cache(model: MoETransformer, n: int, length: int) -> Cache:
 def _reader_of_next_tokens(
     model: MoETransformer, cache: Cache, n: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`_read` of one more token of each of n texts, as a CUDA graph where that is possible."""
+    """The function that reads one more token of each of n texts: (tokens, position) to logits.
+
+    It is a CUDA graph where that is possible.
+    """
     config = model.config
-    # Grouped matmuls of many rows may copy `offs` to the host, which a graph cannot. The kernel for
-    # few rows never does.
+    # A CUDA graph cannot copy to the host, which grouped matmuls of many rows may do with `offs`.
+    # The kernel for few rows never does.
     takes_gemv = triton is not None and n * config.top_k <= GEMV_MAX_ROWS
     if model.norm.weight.is_cuda and (takes_gemv or config.n_moe_layers == 0):
         return _GraphedRead(model, cache)
@@ -198,9 +229,13 @@ def _reader_of_next_tokens(
 def _read(
     model: MoETransformer, cache: Cache, tokens_BS: Tensor, position_1: Tensor | None = None
 ) -> Tensor:
-    """Reads a prompt, or one more token of each text at `position_1`. Returns logits [B, V].
+    """Runs the model on tokens, and writes their keys and values into the cache.
 
-    Keys and values go into the cache. Those of a prompt with a single row go to all rows of it.
+    Without `position_1` the tokens are a whole window, from position 0. It may have one row [1, S]:
+    its keys and values are then written to all rows of the cache. With `position_1`, int64 [1],
+    they are one more token [B, 1] of each text, at that position.
+
+    Returns the logits [B, V] of the next token.
     """
     if position_1 is None:
         positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
@@ -208,7 +243,8 @@ def _read(
     else:
         positions_S = position_1
         cached_keys, _ = cache[0]
-        visible_T = torch.arange(cached_keys.shape[2], device=tokens_BS.device) <= position_1
+        cache_positions_T = torch.arange(cached_keys.shape[2], device=tokens_BS.device)
+        visible_T = cache_positions_T <= position_1
     with model.autocast(), sdpa_kernel(ATTENTION):
         x_BSD = model.embedding(tokens_BS).to(model.compute_dtype)
         for block, (cached_keys, cached_values) in zip(model.blocks, cache):
@@ -223,14 +259,15 @@ def _read(
             if block.moe:
                 out, _routing = out
             x_BSD = x_BSD + out
-        return F.linear(model.norm(x_BSD[:, -1]), model.head_weight).float()
+        last_x_BD = model.norm(x_BSD[:, -1])
+        return F.linear(last_x_BD, model.head_weight).float()
 
 
 class _GraphedRead:
     """`_read` of one more token of each text as a CUDA graph, recorded at the first call.
 
-    A token takes hundreds of kernels, so small that most of the time would go into launching them
-    one by one.
+    A token takes hundreds of small kernels. Most of the time would go into launching them one by
+    one; a graph launches them all at once.
     """
 
     def __init__(self, model: MoETransformer, cache: Cache):
@@ -250,8 +287,9 @@ class _GraphedRead:
             return self.logits_BV
 
     def _record(self, tokens_B1: Tensor, position_1: Tensor) -> None:
+        # Each replay reads its inputs from these tensors.
         self.inputs = (tokens_B1.clone(), position_1.clone())
-        # once before, as libraries prepare themselves when they are first used
+        # One run before the recording: libraries allocate what they need when they are first used.
         self.read(*self.inputs)
         # "thread_local": the trainer has other threads, which may use the GPU meanwhile
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
