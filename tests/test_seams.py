@@ -64,7 +64,7 @@ def behaviour(folder: Path) -> dict:
     import plot
     from config import resolve
     from record import results
-    from studies.run import summary
+    from studies.one_run import summary
 
     results.plot_training_curves = lambda *args, **kwargs: None  # drawing takes longer
     chosen = [resolve({}, None, gpu_gb) for gpu_gb in (None, 10, 80, 150)]
