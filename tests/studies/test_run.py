@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import multiprocessing
 import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import time
 import types
@@ -505,7 +504,7 @@ def test_another_study_is_refused_before_its_text_is_read(performed, monkeypatch
     )
 
 
-def test_a_study_of_your_own_needs_a_function_and_its_name(
+def test_a_study_of_your_own_needs_a_function_and_its_name_to_be_drawn(
     performed, monkeypatch, tmp_path, capsys
 ):
     def experts(base, tokens, seeds, found):
@@ -713,52 +712,76 @@ def test_a_run_that_fails_says_why(tmp_path, text):
         train(Run("b", dict(seed=1, d_ff=33)), text, tmp_path / "b")
 
 
-def test_a_run_that_is_told_to_stop_saves(tmp_path, text):
-    stop, run, folder = (
-        threading.Event(),
-        Run("a", dict(seed=1, max_steps=40_000, log_every=5)),
-        tmp_path / "run",
-    )
+# Stands for run_experiment.py, which takes seconds to start.
+PROGRAM_THAT_SAVES = """
+import signal, sys, time
+from pathlib import Path
+
+folder = Path(sys.argv[sys.argv.index("--save_dir") + 1])
+
+def save(number, frame):
+    time.sleep(0.5)  # longer than perform takes to look again
+    (folder / "saved").touch()
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, save)
+(folder / "trains").touch()
+time.sleep(60)
+"""
+
+
+def wait_until(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_that_is_told_to_stop_saves(monkeypatch, tmp_path):
+    monkeypatch.setattr(one_run, "ROOT", tmp_path)
+    (tmp_path / "run_experiment.py").write_text(PROGRAM_THAT_SAVES)
+    stop, folder = threading.Event(), tmp_path / "run"
 
     def when_it_trains():
-        while (
-            not (folder / "metrics.jsonl").exists()
-            or "train_loss" not in (folder / "metrics.jsonl").read_text()
-        ):
-            time.sleep(0.05)
+        wait_until((folder / "trains").exists)
         stop.set()
 
     threading.Thread(target=when_it_trains, daemon=True).start()
-    assert train(run, text, folder, stop) is None
-    rows = len((folder / "metrics.jsonl").read_text().splitlines())
-    assert (folder / "checkpoint_latest.pt").exists() and rows > 1
-    assert json.loads((folder / "training_results.json").read_text())["totals"]["steps"] >= 5
+    run = Run("a", dict(seed=1))
+    assert runner.perform(run, [], folder, runner.environment_of("cpu", 1), stop) is None
+    assert (folder / "saved").exists()
 
 
+@pytest.mark.slow
 def test_a_run_saves_and_ends_when_its_study_is_killed(tmp_path, text):
     folder = tmp_path / "run"
-    script = (
-        f"import threading; from studies import run; from studies.grids import Run; run.perform(Run('a', dict(seed=1, max_steps=40_000, "
-        f"log_every=5)), {[*OPTIONS, *text, '--save_every', '0']!r}, run.Path({str(folder)!r}), run.environment_of('cpu', 1), threading.Event())"
-    )
-    study = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    while (
-        not (folder / "metrics.jsonl").exists()
-        or "train_loss" not in (folder / "metrics.jsonl").read_text()
-    ):
-        assert study.poll() is None
-        time.sleep(0.05)
+    run = Run("a", dict(seed=1, max_steps=40_000, log_every=5))
+    # A fork starts at once; a new interpreter needs seconds to import.
+    study = multiprocessing.get_context("fork").Process(target=train, args=(run, text, folder))
+    study.start()
+    metrics = folder / "metrics.jsonl"
+
+    def trains() -> bool:
+        assert study.is_alive()
+        return metrics.exists() and "train_loss" in metrics.read_text()
+
+    wait_until(trains)
     study.kill()
-    study.wait()
-    for _ in range(300):
+    study.join()
+
+    def has_ended() -> bool:
         with contextlib.suppress(ConfigError), runner.locked(folder, "--save_dir"):
-            break
-        time.sleep(0.1)
-    else:
-        raise AssertionError("the run goes on without its study")
-    assert (folder / "checkpoint_latest.pt").exists()
+            return True
+        return False
+
+    wait_until(has_ended, seconds=60)
+    rows = len(metrics.read_text().splitlines())
+    assert (folder / "checkpoint_latest.pt").exists() and rows > 1
+    totals = json.loads((folder / "training_results.json").read_text())["totals"]
+    assert 5 <= totals["steps"] < 40_000
 
 
+@pytest.mark.slow
 def test_the_whole_command_with_the_analysis_of_experts(tmp_path, text, capsys):
     command = [
         "specialization",
