@@ -144,9 +144,9 @@ def test_every_parameter_has_one_optimizer(name, optimizer):
 
 
 def test_the_parameter_table_of_a_deep_model_is_quick():
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(parameter_table(Config(n_layers=512))) > 5000
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_a_changed_copy_has_its_own_counts():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,6 +178,7 @@ def test_workers_give_the_same_batches_and_end(tmp_path, folder, capfd):
     assert "forked" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_workers_end_when_the_trainer_is_killed(tmp_path):
     def train():
         batches = data.batches(np.arange(10_000), config_for(tmp_path, num_workers=1), 0)

@@ -187,6 +187,7 @@ def test_the_ends_of_the_draws():
 # ---------------------------------------------------------------- transformers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", SHAPES[:4], ids=str)
 def test_greedy_text_is_that_of_transformers_generate(tmp_path, changes):
     write_checkpoint(

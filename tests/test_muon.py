@@ -312,6 +312,7 @@ def test_split_bf16_masters_are_fp32_masters_to_the_bit(kind, monkeypatch):
         assert master.equal(truth[name]) and not master.equal(p.float())
 
 
+@pytest.mark.slow
 def test_fused_muon_compiles_once_for_any_number_of_matrices_and_once_for_one(monkeypatch):
     """The GPU's path, with its graphs run as they are, beside the plain one."""
     graphs, compile_function = [], torch.compile

@@ -127,6 +127,7 @@ def resume(case: str, folder: Path, places: dict) -> list[dict]:
     return rows_of(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_goes_on_as_the_old_program_did(case, places, tmp_path, no_pictures):
     expected = EXPECTED["runs"][case]
@@ -225,6 +226,7 @@ def test_it_exports_the_same_weights(case, tmp_path):
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == expected
 
 
+@pytest.mark.slow
 def test_the_curves_of_an_old_run_and_of_all_of_them_are_drawn(tmp_path):
     folders = [str(OLD / case) for case in CASES]
     assert plot.main([folders[0], "--out", str(tmp_path / "one.png")]) == 0

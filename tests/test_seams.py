@@ -113,6 +113,7 @@ def copy_of_the_program(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_field_with_an_inert_default_costs_its_line_and_its_docstring(tmp_path, monkeypatch):
     from record import results
 

@@ -51,6 +51,7 @@ FORMS = {
 # ---------------------------------------------------------------- resume
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_stopped_and_resumed_run_equals_one_run_to_the_bit(settings, tmp_path, form):
     whole = build(settings(save_dir=str(tmp_path / "whole"), **FORMS[form]))
@@ -363,6 +364,7 @@ def finished(text, tmp_path_factory):  # noqa: F811
     return trainer, checks
 
 
+@pytest.mark.slow
 def test_rows_of_training_metrics(finished):
     config = finished[0].config
     train = rows(config, "train_loss")

@@ -239,6 +239,7 @@ def test_an_end_in_the_middle_leaves_no_half_cache(tmp_path, folder, monkeypatch
     assert len(data.prepare(config_for(tmp_path)).train) > 100
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_not_taken_for_a_cache(tmp_path, folder):
     def build():
         shards._write_shards = lambda *_: os.kill(os.getpid(), signal.SIGKILL)

@@ -237,6 +237,7 @@ def many_files(tmp_path, hub, folder):
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [many_files, one_file, hub_data])
 def test_a_killed_build_continues_without_doing_finished_shards_again(
     tmp_path, hub, folder, encoded, source, capsys, monkeypatch
@@ -269,6 +270,7 @@ def test_a_killed_build_continues_without_doing_finished_shards_again(
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_build_of_a_long_data_set_continues(tmp_path, hub, monkeypatch):
     """Only its beginning was scanned; the data set must say again how long it is."""
     monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
@@ -278,6 +280,7 @@ def test_a_killed_build_of_a_long_data_set_continues(tmp_path, hub, monkeypatch)
     assert same(data.prepare(config_for(tmp_path, **changes)), whole)
 
 
+@pytest.mark.slow
 def test_a_build_that_was_cut_shorter_than_it_says_begins_anew(tmp_path, folder, encoded):
     whole = data.prepare(config_for(tmp_path, cache_dir=str(tmp_path / "other")))
     killed_build(tmp_path, 2)
@@ -375,6 +378,7 @@ def test_a_tokenizer_that_cannot_encode_the_corpus(
     )
 
 
+@pytest.mark.slow
 def test_tokenizing_stays_within_a_memory_limit_that_the_corpus_exceeds(tmp_path):
     base = "".join(STORIES)
     rows = tmp_path / "rows.jsonl"

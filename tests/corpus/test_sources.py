@@ -494,6 +494,7 @@ def test_data_sets_that_cannot_be_used(tmp_path, hub):
     fails(config_for(tmp_path, data=f"hf:{hub}:big"), "could not be read to its end", "Run again")
 
 
+@pytest.mark.slow
 def test_nothing_of_the_hub_is_imported_without_being_asked_for(tmp_path):
     code = f"""if True:
         import sys

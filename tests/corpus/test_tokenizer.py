@@ -230,6 +230,7 @@ def test_trained_vocabulary(trained):
     assert small.get_vocab_size() == 257 and small.decode(small.encode("any é").ids) == "any é"
 
 
+@pytest.mark.slow
 def test_training_is_deterministic_across_processes(trained):
     code = "import json, sys; from corpus.tokenizer import train_tokenizer as train; print(train(json.load(sys.stdin), 300))"
     done = subprocess.run(

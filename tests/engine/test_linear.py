@@ -63,6 +63,7 @@ def test_grouped_linear_is_a_matmul_for_each_expert(offs):
     torch.testing.assert_close(grouped_linear(x, weight, offs_E), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offs", OFFS[:2] + OFFS[-2:], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_expert_loop_is_a_well_formed_operator_with_the_right_gradient(offs, dtype):

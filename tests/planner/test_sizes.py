@@ -155,6 +155,7 @@ BLOCK = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, mode",
     [
@@ -225,6 +226,7 @@ def check_step_on_a_cpu(config: Config) -> None:
     assert optimizer * 0.97 < activations + workspace < max(1.2 * optimizer, activations + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, precision, mode",
     [
@@ -301,6 +303,7 @@ def shared_expert(monkeypatch):
     parameter_table.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_a_shared_experts_activations_are_counted(shared_expert, mode):
     config = tiny_config(**BLOCK | dict(top_k=3, activation_checkpointing=mode))

@@ -1,6 +1,5 @@
 """Fixtures of the tests of studies."""
 
-
 import pytest
 
 from studies import figures

@@ -367,6 +367,7 @@ def test_a_run_that_is_wanted_later_is_no_longer_than_the_corpus_allows(
 LARGER = [6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gb, expected",
     [
@@ -418,6 +419,7 @@ def test_a_search_from_below_ends_at_what_fits(performed, tmp_path, monkeypatch)
     assert {c["activation_checkpointing"] for c in changes if c["batch_size"] == 4} == {"none"}
 
 
+@pytest.mark.slow
 def test_modes_are_compared_at_the_largest_micro_batch_that_all_fit(
     performed, tmp_path, monkeypatch
 ):
@@ -447,6 +449,7 @@ def test_modes_are_compared_at_the_largest_micro_batch_that_all_fit(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "selective"])
 def test_a_micro_batch_that_does_not_fit_the_second_time_does_not_fit(
     performed, tmp_path, monkeypatch, mode

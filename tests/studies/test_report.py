@@ -267,6 +267,7 @@ def test_a_scaling_law_needs_a_positive_floor_and_a_fit_that_ends(monkeypatch):
     assert scaling_law(x, [2 + (v / 1e7) ** -0.5 for v in x]) is None
 
 
+@pytest.mark.slow
 def test_intervals_of_a_scaling_law_hold_the_truth():
     """In about 95% of experiments, with as few points as a study has."""
     random, x, held = np.random.default_rng(0), np.repeat([1e6, 4e6, 2e7, 1e8], 2), 0

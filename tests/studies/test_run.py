@@ -30,6 +30,7 @@ from tests.studies.untrained import BASE, CORPUS, TOKENS, go, loaded, result
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, least",
     [
@@ -108,6 +109,7 @@ def test_a_study_is_drawn_when_only_runs_that_others_led_to_are_missing(
     )
 
 
+@pytest.mark.slow
 def test_what_did_not_run_changes_nothing_that_was_found(performed, tmp_path, monkeypatch):
     """Another machine, whose memory lets checkpointing want other runs, refuses; a study that was changed is drawn when its runs were."""
 

@@ -241,6 +241,7 @@ def checkpoint_of_run(run, tmp_path):
     shutil.copy(run / "checkpoint_latest.pt", tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.slow
 def test_without_data_the_text_is_what_the_run_held_out(measure, run, checkpoint_of_run):
     code, found, err = measure("--json")
     assert code == 0, err

@@ -407,6 +407,7 @@ def anonymous_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_the_host_never_holds_a_second_copy(tmp_path, monkeypatch):
     # A model of 28 million parameters is small: so are the blocks, whose copies are not looked for.

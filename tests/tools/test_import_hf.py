@@ -118,6 +118,7 @@ FORMS = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -249,6 +250,7 @@ def train(capsys, *options) -> str:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_continues_from_the_folders_weights(
     load, folder, text, training, tmp_path, capsys, precision
