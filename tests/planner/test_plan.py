@@ -27,7 +27,10 @@ def test_table():
     lines = memory_table(sizes | dict(host=70.0), GROUPS, measured, 25).splitlines()
     cells = {line[:30].strip(): line[30:].split() for line in lines[2:]}
     assert cells["Activations"] == ["2.25", "3.00"] and cells["Headroom"] == ["2.75", "1.00"]
-    assert cells["Gradients"][-1] == "-" and cells["Host memory (offloaded state)"] == ["70.00", "-"]
+    assert cells["Gradients"][-1] == "-" and cells["Host memory (offloaded state)"] == [
+        "70.00",
+        "-",
+    ]
     assert "0.004" in memory_table(dict.fromkeys((*COMPONENTS, "host", "total"), 0.004), GROUPS)
 
 
