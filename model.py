@@ -491,9 +491,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if need_gradients:
             grad_scale = 1.0
             if x_ND.dtype == torch.float16:
-                # The gradient by a logit is in [-1, 1], and tiny for most logits. fp16 loses numbers
-                # under 6e-8, its smallest one. Times 256 it loses fewer, and all stay far from its
-                # largest one, 65504.
+                # The gradient by a logit is in [-1, 1], and tiny for most logits. fp16 loses
+                # numbers under 6e-8, its smallest one. Times 256 it loses fewer, and all stay far
+                # from its largest one, 65504.
                 grad_scale = 256.0
             grad_x = torch.empty_like(x_ND)
             # fp32, as it is a sum over many chunks: a sum of 128 chunks in bf16 is 1.4% off.
