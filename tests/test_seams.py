@@ -252,8 +252,9 @@ def test_an_optimizer_costs_its_class_and_its_group(tmp_path, monkeypatch, capsy
     assert [line.get_label() for line in rate_panel.lines] == ["Muon", "AdamW", "sgd"]
 
     # Its state stands in the memory table, as predicted.
-    [row] = [line.split() for line in out.splitlines() if line.startswith("sgd ")]
-    assert row[1] == row[2]
+    [row] = [line for line in out.splitlines() if line.startswith("SGD velocity ")]
+    predicted, measured = row.removeprefix("SGD velocity ").split()[:2]
+    assert predicted == measured
     results = json.loads((tmp_path / "run" / "training_results.json").read_text())
     memory = results["memory_gb"]
     for key in ("master", "momentum", "adamw", "sgd"):
