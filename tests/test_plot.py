@@ -142,15 +142,19 @@ def test_each_optimizer_has_its_learning_rate(draw):
 
 def test_expert_panel_has_the_extremes_of_each_layer(draw):
     load = [[0.1, 0.9], [0.4, 0.6], [0.3, 0.7]]
-    panel = draw([training_row(s, expert_load=load) for s in range(5)])["experts"]
+    even = [[0.5, 0.5]] * 3
+    rows = [training_row(s, expert_load=even if s == 4 else load) for s in range(5)]
+    panel = draw(rows)["experts"]
     shown = lines(panel)
     assert (
         shown["busiest expert, median layer"][0] == 0.7
         and shown["idlest expert, median layer"][0] == 0.3
     )
     assert shown["even share, 1/2"][0] == 0.5
-    bands = [b.get_paths()[0].vertices[:, 1] for b in panel.collections]
-    assert [(b.min(), b.max()) for b in bands] == [(0.6, 0.9), (0.1, 0.4)]
+    bands = [b.get_paths()[0].vertices for b in panel.collections]
+    for step, expected in ((0, [(0.6, 0.9), (0.1, 0.4)]), (4, [(0.5, 0.5), (0.5, 0.5)])):
+        shares = [band[band[:, 0] == step, 1] for band in bands]
+        assert [(share.min(), share.max()) for share in shares] == expected
     assert panel.get_ylim()[1] >= 0.9 * 1.4, "room for the legend above the bands"
 
 

@@ -302,6 +302,9 @@ def test_clipping_and_scale_are_one_factor_on_gradients_that_stay_as_they_are(
         assert trainer.interval.sums["grad_norm"] == pytest.approx(
             norm / trainer.scaler.scale, rel=1e-4
         )
+        trainer.config = dataclasses.replace(trainer.config, grad_clip=1000.0)
+        trainer.train_step(data.batches(trainer.corpus.train, trainer.config, 0))
+        assert seen["grad_scale"] == 1 / trainer.scaler.scale, "smaller gradients do not grow"
 
 
 def test_the_split_into_micro_batches_does_not_change_a_step(settings):

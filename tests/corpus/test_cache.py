@@ -297,6 +297,15 @@ def test_a_folder_is_found_by_others_only_once_it_is_locked(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_is_finished_before_it_is_locked_is_not_taken(tmp_path, monkeypatch):
+    unfinished = tmp_path / "key.1.unfinished"
+    unfinished.mkdir()
+    monkeypatch.setattr(
+        "corpus.cache.fcntl.flock", lambda *arguments: unfinished.rename(tmp_path / "key")
+    )
+    assert _lock(unfinished) is None
+
+
 def test_a_build_that_another_process_finishes_meanwhile_is_no_error(tmp_path, folder, monkeypatch):
     glob = Path.glob
     monkeypatch.setattr(

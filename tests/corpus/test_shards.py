@@ -289,6 +289,20 @@ def test_a_build_that_was_cut_shorter_than_it_says_begins_anew(tmp_path, folder,
     assert same(data.prepare(config_for(tmp_path)), whole)
 
 
+def test_what_progress_promises_is_on_the_disk_before_it(
+    tmp_path, folder, small_shards, monkeypatch
+):
+    synced = []
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+    )
+    data.prepare(config_for(tmp_path))
+    assert {"progress.json.tmp", "tokenizer.json.tmp", "corpus.json.tmp"} <= set(synced)
+    for i, name in enumerate(synced):
+        if name == "progress.json.tmp":
+            assert synced[i - 3 : i] == [*shards.TOKEN_FILES, shards.CHUNK_FILE]
+
+
 def test_a_full_disk_keeps_the_finished_shards(tmp_path, folder, small_shards, encoded):
     config = config_for(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -302,15 +302,18 @@ def test_adamw_reads_gradients_from_the_host_too():
 
 def test_no_more_than_two_blocks_sums_are_fetched_at_a_time(monkeypatch):
     """What a step takes on the device is bounded: the sums of a block and of the next."""
-    largest, fetch = [], GradientOffload._fetch
+    largest, blocks, fetch = [], [], GradientOffload._fetch
 
     def watched(self, i):
         fetch(self, i)
         largest.append(len(self.fetched))
+        if i >= 0:
+            blocks.append(i)
 
     monkeypatch.setattr(GradientOffload, "_fetch", watched)
     trained(4)
     assert max(largest) == 2
+    assert blocks == [3, 2, 1, 0] * (len(blocks) // 4), "each once in a pass, two ahead"
 
 
 def test_the_sums_do_not_outlive_their_owner():

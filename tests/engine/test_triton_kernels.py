@@ -48,4 +48,5 @@ def test_symmetric_matmul_is_its_sum(tall):
         found, 0.7 * a @ a.mT - 1.3 * add + 0.4 * torch.eye(6, dtype=torch.float64)
     )
     torch.testing.assert_close(symmetric_matmul(a, a), a @ a.mT)
+    torch.testing.assert_close(symmetric_matmul(a, a, 0.7), 0.7 * a @ a.mT)
     assert torch.equal(add, kept)

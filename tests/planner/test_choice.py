@@ -6,7 +6,15 @@ import itertools
 import pytest
 
 from config import PRESETS, Config
-from planner.choice import Choice, apply_choice, candidates, choose, could_fit, next_smaller
+from planner.choice import (
+    Choice,
+    advise,
+    apply_choice,
+    candidates,
+    choose,
+    could_fit,
+    next_smaller,
+)
 from planner.machine import CONTEXT_GB, GPUS, USABLE, Machine, find_machine
 from planner.sizes import predict_memory
 
@@ -189,6 +197,15 @@ def test_advice_is_never_refused_for_gradients_on_the_host():
         x is None or x.offload_optimizer or "--host_gradient_blocks 0 " in x.options(c)
         for x in less
     )
+
+
+def test_the_gradients_of_all_blocks_may_be_advised_to_the_host():
+    c = config_of("2b")
+    on_host = dataclasses.replace(c, host_gradient_blocks=c.n_layers, offload_optimizer="true")
+    least_gb = min(x.memory_gb["total"] for x in candidates(on_host))
+    machine = Machine("a GPU", least_gb * 1.0001 / USABLE + CONTEXT_GB, 1000)
+    advice, choice = advise(choose(c, machine, fixed_batch=False)[0], c, machine)
+    assert f"--host_gradient_blocks {c.n_layers} " in advice and choice.fits(machine)
 
 
 def test_streaming_needs_the_hosts_memory():

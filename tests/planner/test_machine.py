@@ -118,6 +118,18 @@ def test_this_machines_memory():
     assert 0.05 < now <= peak * 1.01 and peak < 100
 
 
+def test_a_containers_limit_counts_without_its_cached_files(monkeypatch, tmp_path):
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    monkeypatch.setattr("planner.machine.Path", lambda path: tmp_path / path.removeprefix("/"))
+    (group / "memory.max").write_text("10000000\n")
+    (group / "memory.current").write_text("7000000\n")
+    (group / "memory.stat").write_text("anon 5000000\ninactive_file 300000\nactive_file 200000\n")
+    assert available_host_memory_gb() == pytest.approx(0.0035)  # 10 - (7 - 0.5) MB
+    (group / "memory.max").write_text("max\n")
+    assert available_host_memory_gb() > 0.0035, "no limit: that of the system"
+
+
 def test_freed_memory_goes_back_to_the_system():
     code = (
         "from planner.machine import process_memory_gb, release_freed_memory\nrelease_freed_memory()\nlarge = bytearray(30_000_000)\ndel large\n"

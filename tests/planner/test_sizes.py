@@ -23,7 +23,13 @@ from moe import MoE, SwiGLU
 from muon import build_optimizers
 from planner.machine import Machine
 from planner.plan import build_plan, memory_table
-from planner.sizes import CPU_LIBRARY_GB, activation_bytes_per_token, checkpoint_gb, predict_memory
+from planner.sizes import (
+    CPU_LIBRARY_GB,
+    _gradients_under_way,
+    activation_bytes_per_token,
+    checkpoint_gb,
+    predict_memory,
+)
 from tests.helpers import tiny_config, write_checkpoint
 
 COMPONENTS = ("weights", "gradients", "master", "momentum", "adamw", "activations", "workspace")
@@ -253,6 +259,12 @@ def test_forward_and_backward_of_18b_are_as_measured_on_a_gpu(batch_size, mode, 
     assert sizes["weights"] + sizes["gradients"] + sizes["activations"] == pytest.approx(
         measured_gb, rel=0.02
     )
+
+
+def test_sums_of_up_to_four_blocks_are_under_way():
+    """Of this block and the next one on their way in, of the two before on their way out."""
+    under_way = [_gradients_under_way(layer, [1, 10, 100, 1000]) for layer in range(5)]
+    assert under_way == [111, 1111, 1110, 1100, 0]
 
 
 def test_workspace_is_what_the_optimizer_needs_beyond_the_activations():

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import resource
 import threading
 import time
@@ -48,6 +49,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt"}
+            assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0, "tensors are aligned"
             names = file.keys()
             for name in names:
                 assert name not in found
@@ -201,10 +203,15 @@ def test_the_tokenizer_and_the_end_of_text_go_along(export):
     assert theirs.model_max_length == 16
 
 
-def test_weights_are_cut_into_files_of_the_size_asked_for(export, tmp_path):
+def test_weights_are_cut_into_files_of_the_size_asked_for(export, tmp_path, monkeypatch):
     config = tiny_config(init_std=0.2)
+    synced = set()
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: synced.add(Path(f"/proc/self/fd/{handle}").readlink().name)
+    )
     code, folder, _, err = export(config, "--dtype", "fp32", "--shard_gb", "0.00004")
     assert code == 0, err
+    assert {path.name for path in folder.iterdir()} <= synced, "on the disk before the rename"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 3 and [f.name for f in files] == [
