@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint file: its tensors and plain values, their checksums, their writing.
+"""The content of a checkpoint file: tensors and plain values, their checksums, writing tensors.
 
 A state is a nested dict with str keys. Its leaves are tensors and plain values: None, bool, int,
 float, str, and lists and dicts of them. This module knows no run, no file name and no message for
@@ -18,26 +18,30 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-# Bytes that are checksummed or written at a time. For tensors on a GPU, each thread holds one
-# chunk in host memory.
+# Bytes that are checksummed or written at a time. For tensors on a GPU, each thread has a buffer of
+# this size in host memory.
 CHUNK = 16 * 2**20
 
-# The checksum of everything that is not a tensor has this name.
+# The key of the checksum of everything that is not a tensor
 PLAIN = "plain values"
 
 # ---------------------------------------------------------------- what a state consists of
 
 
-def compact(state: dict) -> dict:
-    """A copy of the nested dicts in which each tensor's storage holds no bytes but the tensor's
-    own.
+# Address of a storage and its size in bytes
+StorageKey = tuple[int, int]
 
-    torch.save writes whole storages: of a small view it would write all of the tensor that is
-    viewed. Tensors over the same bytes still share their storage, so these bytes are stored once.
-    A contiguous view is not copied. Raises TypeError for a tensor without bytes of its own
-    (sparse, or on the meta device).
+
+def compact(state: dict) -> dict:
+    """A copy of the nested dicts, with tensors whose storage holds their own bytes only.
+
+    torch.save writes whole storages: for a view of a few elements it would write the whole tensor
+    that is viewed. A contiguous view gets a storage on the same memory, without a copy. Tensors on
+    the same bytes still share a storage, so torch.save writes these bytes once.
+
+    Raises TypeError for a tensor without bytes in memory (sparse, or on the meta device).
     """
-    storages: dict[tuple, torch.UntypedStorage] = {}
+    storages: dict[StorageKey, torch.UntypedStorage] = {}
     dtypes: dict[int, torch.dtype] = {}
 
     def visit(node):
@@ -50,9 +54,16 @@ def compact(state: dict) -> dict:
     return visit(state)
 
 
-def _compact_tensor(tensor: Tensor, storages: dict, dtypes: dict[int, torch.dtype]) -> Tensor:
-    """`storages` are those already made, by address and size; `dtypes` are those seen, by
-    address."""
+def _compact_tensor(
+    tensor: Tensor,
+    storages: dict[StorageKey, torch.UntypedStorage],
+    dtypes: dict[int, torch.dtype],
+) -> Tensor:
+    """The tensor with a storage of its own bytes.
+
+    `storages` are those made for earlier views. `dtypes` are those of earlier tensors, by the
+    address of their storage.
+    """
     if tensor.layout is not torch.strided or tensor.device.type == "meta":
         raise TypeError(
             f"checkpoint: cannot store a tensor of layout {tensor.layout} on device {tensor.device}"
@@ -71,23 +82,24 @@ def _compact_tensor(tensor: Tensor, storages: dict, dtypes: dict[int, torch.dtyp
     return tensor
 
 
-def _with_own_storage(tensor: Tensor, storages: dict) -> Tensor:
-    """A contiguous view on a storage that begins and ends where the view does."""
+def _with_own_storage(tensor: Tensor, storages: dict[StorageKey, torch.UntypedStorage]) -> Tensor:
+    """The contiguous view `tensor`, on a storage that begins and ends where the view does."""
     storage = tensor.untyped_storage()
     start = tensor.storage_offset() * tensor.element_size()
     # A slice of a storage lies on the same memory and keeps it alive.
-    part = storage[start : start + tensor.nbytes]
-    # torch.save recognises shared bytes by the storage, so equal views must get the same one.
+    own_storage = storage[start : start + tensor.nbytes]
+    # torch.save recognises shared bytes by the storage, so views of the same bytes must get the
+    # same storage.
     key = (storage.data_ptr() + start, tensor.nbytes)
-    part = storages.setdefault(key, part)
-    return tensor.new_empty(0).set_(part, 0, tensor.shape, tensor.stride())
+    own_storage = storages.setdefault(key, own_storage)
+    return tensor.new_empty(0).set_(own_storage, 0, tensor.shape, tensor.stride())
 
 
 def split(state: dict) -> tuple[dict[str, Tensor], dict]:
-    """(the tensors by key path, a copy of the nested dicts without them).
+    """(the tensors by key path, a copy of the nested dicts without the tensors).
 
-    A key path is such as "model/norm.weight". Raises TypeError for a key or a leaf of another
-    type, and for two tensors of one key path.
+    A key path joins the keys of nested dicts, such as "model/norm.weight". Raises TypeError for a
+    key or a leaf of a type that is not allowed, and for two tensors with the same key path.
     """
     tensors: dict[str, Tensor] = {}
     plain = _take_tensors(state, "", tensors)
@@ -95,7 +107,7 @@ def split(state: dict) -> tuple[dict[str, Tensor], dict]:
 
 
 def _take_tensors(node: dict, path: str, tensors: dict[str, Tensor]) -> dict:
-    """Puts the tensors into `tensors` and returns what is left."""
+    """Moves the tensors of `node`, a dict at this path, into `tensors`; returns what is left."""
     plain: dict = {}
     for key, value in node.items():
         name = _key_path(path, key)
@@ -111,7 +123,10 @@ def _take_tensors(node: dict, path: str, tensors: dict[str, Tensor]) -> dict:
 
 
 def _plain_value(value, path: str):
-    """A copy of a plain value. A tensor in a list is refused: it would have no key path."""
+    """A copy of a plain value.
+
+    Raises TypeError for any other value. A tensor in a list is one: it would have no key path.
+    """
     if type(value) is list:
         return [_plain_value(item, path) for item in value]
     if isinstance(value, dict):
@@ -137,18 +152,20 @@ def _key_path(path: str, key) -> str:
 
 def checksums(tensors: dict[str, Tensor], plain: dict) -> dict[str, int]:
     """CRC-32 of each compact tensor under its key path, and of the plain values under PLAIN."""
-    found = dict(zip(tensors, _in_threads(_checksum, tensors.values())))
-    # The names of the tensors belong to it. A pickle stores equal strings once, so that one damaged
-    # string would rename a tensor and its checksum alike, and both would still agree.
-    # JSON keeps floats exact.
-    text = json.dumps([sorted(tensors), plain], sort_keys=True)
+    crcs = _in_threads(_checksum, tensors.values())
+    found = dict(zip(tensors, crcs))
+    # The checksum of the plain values covers the names of the tensors too. A pickle stores equal
+    # strings once. So one damaged string would rename both a tensor and its checksum, and the two
+    # would still agree.
+    names = sorted(tensors)
+    text = json.dumps([names, plain], sort_keys=True)  # JSON keeps floats exact
     found[PLAIN] = zlib.crc32(text.encode())
     return found
 
 
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of a compact tensor's description and of its bytes in the order of memory."""
-    # The description guards what no byte of the tensor shows, such as the shape of an empty one.
+    # The description guards what the bytes do not show, such as the shape of an empty tensor.
     description = f"{tensor.dtype} {list(tensor.shape)} {tensor.stride()} {tensor.requires_grad}"
     crc = zlib.crc32(description.encode())
     if tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() != tensor.nbytes:
@@ -162,15 +179,20 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def write_tensors(tensors: dict[str, Tensor], handle: int, path: Path) -> None:
-    """Writes the bytes of the tensors into the room that torch.save left for them under skip_data.
+    """Writes the bytes of the tensors into the gaps that torch.save left for them under skip_data.
 
-    `handle` is the open file at `path`. torch.save itself copies a tensor of the GPU into new
-    memory, then writes it, then takes the next, and the disk has nothing to do until the page
-    cache is full. Here several threads copy and write at once, through small pinned buffers.
+    `handle` is the descriptor of the open file at `path`.
+
+    torch.save itself handles one tensor after the other: it copies a tensor of the GPU into new
+    host memory and then writes it. The disk stays idle until the page cache is full. Here several
+    threads copy and write at the same time, through small pinned buffers.
     """
     offsets = _offsets_in_file(path)
-    # Tensors on the same bytes have the same offset: their bytes are written once.
-    tensor_at = {offsets[name]: tensor for name, tensor in tensors.items() if tensor.nbytes}
+    # Tensors on the same bytes have the same offset, so their bytes are written once.
+    tensor_at: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.nbytes:
+            tensor_at[offsets[name]] = tensor
 
     def write(offset: int) -> None:
         for start, chunk in _chunks(tensor_at[offset]):
@@ -180,28 +202,37 @@ def write_tensors(tensors: dict[str, Tensor], handle: int, path: Path) -> None:
 
 
 def _offsets_in_file(path: Path) -> dict[str, int]:
-    """Where in the file the bytes of each tensor begin, by key path."""
-    # In this mode torch.load reads no tensor but notes where its bytes are.
+    """The offset in the file (bytes) at which each tensor begins, by key path."""
+    # In this mode torch.load reads no tensor. It notes in each storage where its bytes are.
     with FakeTensorMode():
-        tensors, _ = split(torch.load(path, map_location="cpu", weights_only=True))
-    return {
-        name: typing.cast(int, tensor.untyped_storage()._checkpoint_offset)
-        for name, tensor in tensors.items()
-    }
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        tensors, _ = split(state)
+    offsets = {}
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        offsets[name] = typing.cast(int, storage._checkpoint_offset)
+    return offsets
 
 
 def _write_chunk(handle: int, chunk: memoryview, offset: int) -> None:
+    """Writes the whole chunk at an offset (bytes) of the file."""
     written = 0
-    # The system may take only a part of what it is given.
+    # pwrite may write only the beginning of what it is given.
     while written < len(chunk):
         written += os.pwrite(handle, chunk[written:], offset + written)
-    # Has the disk begin now, instead of when the page cache is full. Not every system has it.
+    # The disk begins to write now, and not only when the page cache is full. Not every system has
+    # this call.
     with contextlib.suppress(AttributeError, OSError):
         os.posix_fadvise(handle, offset, len(chunk), os.POSIX_FADV_DONTNEED)
 
 
 def _chunks(tensor: Tensor) -> Iterator[tuple[int, memoryview]]:
-    """(start, the bytes from there) of a compact tensor in the order of memory, CHUNK at a time."""
+    """Yields (first byte, bytes from there) of a compact tensor, at most CHUNK bytes at a time.
+
+    The bytes are in the order of memory. A chunk is valid until the next one is taken, because
+    chunks of a GPU tensor share one buffer.
+    """
+    # The tensor's storage as bytes
     data = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     data.set_(tensor.untyped_storage())
     buffer = None
@@ -211,17 +242,21 @@ def _chunks(tensor: Tensor) -> Iterator[tuple[int, memoryview]]:
     for start in range(0, len(data), CHUNK):
         chunk = data[start : start + CHUNK]
         if buffer is not None:
-            chunk = buffer[: len(chunk)].copy_(chunk)
+            on_host = buffer[: len(chunk)]
+            chunk = on_host.copy_(chunk)
         yield start, chunk.numpy().data
 
 
 def _in_threads(function: Callable, items: Iterable) -> list:
-    """[function(item), ...]. Copies, zlib and the disk release the interpreter's lock meanwhile."""
+    """function(item) for each item, as a list in the order of the items.
+
+    Threads are enough: copies, zlib and writing release the interpreter's lock while they work.
+    """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             return [future.result() for future in futures]
         except BaseException:
-            # A disk that is full for one tensor is full for the others too: do not try them.
+            # A disk that is full for one tensor is full for the others too: they are not tried.
             pool.shutdown(cancel_futures=True)
             raise

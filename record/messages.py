@@ -57,7 +57,10 @@ def no_host_memory(needed_gb: float, free_gb: float) -> str:
 
 
 def forecast(config: Config, corpus) -> str:
-    """The corpus (a data.Corpus) and the length of the run, in tokens."""
+    """Two lines before the first step: the size of the corpus, and the length of the run.
+
+    `corpus` is a data.Corpus. The length is in steps, in tokens and in passes over the corpus.
+    """
     tokens = config.max_steps * config.tokens_per_step
     return (
         f"Corpus {config.data}: {len(corpus.train):,} training tokens, "

@@ -1,4 +1,4 @@
-"""Measures the memory of a run, under the names by which the planner predicted it."""
+"""Measures the memory of a run, by the same components as the planner's prediction."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,21 +11,21 @@ from planner.machine import GB, process_memory_gb
 from planner.plan import memory_table
 
 # The optimizer step of this process after which memory is measured. From the second step on
-# everything is there that stays: gradients, compiled kernels, copies under way.
+# everything is allocated that stays: gradients, compiled kernels, buffers of copies.
 MEASURED_STEP = 3
 
 
 class MemoryMeter:
-    """Peak memory of the two phases of a step, and what stays between them, in GB of 1e9 bytes.
+    """Measures the peak memory of the two phases of a step, and what stays in memory between them.
 
         with meter.phase("backward"): ...     the forward and backward passes of a step
         with meter.phase("optimizer"): ...    the update of the weights
 
-    `measured_gb` is None until the third optimizer phase of this process has ended. Then it holds
-    what `table` shows beside the prediction.
+    `measured_gb` is None until the third optimizer phase of this process has ended. Then it has GB
+    (1e9 bytes) by component, which `table` shows beside the prediction.
 
     `optimizers` and `groups` (config.optimizer_groups) have the same keys. `host_gradients` are the
-    gradients that are summed in host memory, by name of the parameter.
+    gradients that are accumulated in host memory, by name of the parameter.
     """
 
     def __init__(
@@ -53,13 +53,15 @@ class MemoryMeter:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Notes the peak of what runs inside. An error inside is passed on and nothing is noted."""
+        """Notes the peak memory of the block. After an error in the block nothing is noted."""
         yield
         if self.gpu:
             # Reading the allocator's counters does not wait for the GPU.
             peak = torch.cuda.max_memory_allocated() / GB
-            # The peak counts from the last reset. Resets in the second and the third step give
-            # each phase of the third a peak of its own. The first step's stays: it compiles.
+            # The allocator's peak counts from the last reset. Resets after the phases of the second
+            # step and after the third step's backward phase give each phase of the third step its
+            # own peak. The first step is not followed by a reset: it compiles, and its peak belongs
+            # to the second step's first phase.
             if 0 < self.steps < MEASURED_STEP:
                 torch.cuda.reset_peak_memory_stats()
         else:
@@ -72,9 +74,10 @@ class MemoryMeter:
                 self.measured_gb = self._measure()
 
     def _measure(self) -> dict[str, float]:
-        """What there is now, while the gradients still exist, with the peaks of the two phases.
+        """GB by component, measured at the end of an optimizer phase.
 
-        On a CPU only what stays is known exactly: activations, workspace and total are left out.
+        The gradients must not have been freed yet. On a CPU there is no allocator to query, so
+        activations, workspace and total are left out.
         """
         weights = sum(p.nbytes for p in self.parameters.values())
         gradients = sum(p.grad.nbytes for p in self.parameters.values() if p.grad is not None)
@@ -88,7 +91,8 @@ class MemoryMeter:
         if self.gpu:
             stays = sum(sizes.values())
             sizes["activations"] = self.phase_gb["backward"] - stays
-            # The two phases do not meet, so the workspace counts by what it adds to the peak.
+            # Activations and the optimizer's workspace never exist at the same time. So the
+            # workspace counts only as far as it raises the peak.
             added = self.phase_gb["optimizer"] - self.phase_gb["backward"]
             sizes["workspace"] = max(0.0, added)
             sizes["total"] = sum(sizes.values())

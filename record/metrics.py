@@ -7,44 +7,50 @@ import torch
 from config import Config
 from planner.machine import GPUS, Machine
 
-# exp of more overflows a float: the perplexity of a run that diverges stays a number.
+# exp of more than 709 overflows a float. With this limit the perplexity of a run that diverges
+# stays a number.
 LARGEST_EXPONENT = 700.0
 
 
 def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token."""
     return math.exp(min(loss, LARGEST_EXPONENT))
 
 
 def mfu(config: Config, machine: Machine, tokens_per_second: float) -> float | None:
-    """Model-FLOP utilisation: the share of the GPU's peak that the model's own FLOPs take.
+    """Model-FLOP utilisation: the model's FLOP/s over the GPU's peak FLOP/s in 16 bits, 0 to 1.
 
-    None on a GPU whose peak is not known: no number is shown rather than a wrong one.
+    Recomputed activations do not count. None on a GPU whose peak is not known, on a CPU and in
+    fp32, whose peak is another: no number is better than a wrong one.
     """
     if machine.key is None or config.precision == "fp32":
         return None
-    gpu = GPUS[machine.key]
-    return config.flops_per_token * tokens_per_second / (gpu.peak_tflops * 1e12)
+    flops_per_second = config.flops_per_token * tokens_per_second
+    peak_flops_per_second = GPUS[machine.key].peak_tflops * 1e12
+    return flops_per_second / peak_flops_per_second
 
 
 class Interval:
-    """Sums over the micro-batches since the last row of training metrics.
+    """Sums of metrics over the micro-batches since the last row of training metrics.
 
-    The sums stay on the device, so that nobody waits for the GPU before `training_row` reads them.
-    Means are weighted by sequences and not by micro-batches: a run may be resumed in the middle
-    of an interval with another micro-batch.
+    The sums stay on the device, so that the CPU does not wait for the GPU before `training_row`
+    reads them. Means are weighted by sequences and not by micro-batches, because a run may be
+    resumed in the middle of an interval with another micro-batch.
 
-    `sums` goes into checkpoints as it is. It holds the sums of the model's metrics, `sequences`,
-    `seconds`, and of the last step `grad_norm` and, where there was one, `spike`.
+    `sums` goes into checkpoints as it is. Its keys are those of the model's metrics, and
+    `sequences` and `seconds`. `grad_norm` is not a sum but the gradient norm of the last step, and
+    `spike` has facts about it if it was unusually large.
     """
 
     def __init__(self, sums: dict | None = None):
         self.sums = sums or {}
 
     def add_micro_batch(self, metrics: dict[str, torch.Tensor], sequences: int) -> None:
-        """Adds the metrics of a micro-batch of so many sequences."""
+        """Adds the metrics that the model returned for a micro-batch of `sequences` sequences."""
         for key, value in metrics.items():
-            # These two are counts of tokens already; the others are means over the micro-batch.
-            if key not in ("correct", "expert_counts"):
+            # These two are counts of tokens. The others are means over the micro-batch.
+            is_count = key in ("correct", "expert_counts")
+            if not is_count:
                 value = value * sequences
             self._add(key, value)
         self._add("sequences", sequences)
@@ -67,7 +73,10 @@ class Interval:
         return self.sums["sequences"] * config.max_seq_len / self.sums["seconds"]
 
     def training_row(self, config: Config) -> dict:
-        """The means, as the first columns of a row of metrics. This waits for the GPU."""
+        """The means of the interval, as the first columns of a row of metrics. Waits for the GPU.
+
+        Losses are in nats per token; the accuracy is a share of the tokens.
+        """
         sequences = self.sums["sequences"]
         tokens = sequences * config.max_seq_len
         loss = float(self.sums["cross_entropy"]) / sequences
@@ -83,7 +92,10 @@ class Interval:
         return row
 
     def _expert_load(self) -> list[list[float]]:
-        """Share of a layer's routed tokens that each of its experts received, by layer."""
+        """The share of a layer's routed tokens that each expert received: [MoE layers, experts]."""
         counts = self.sums["expert_counts"].double()
         shares = counts / counts.sum(1, keepdim=True)
-        return [[round(share, 5) for share in layer] for layer in shares.tolist()]
+        rounded = []
+        for layer in shares.tolist():
+            rounded.append([round(share, 5) for share in layer])
+        return rounded
