@@ -85,7 +85,7 @@ def _compact_tensor(
 def _with_own_storage(tensor: Tensor, storages: dict[StorageKey, torch.UntypedStorage]) -> Tensor:
     """The contiguous view `tensor`, on a storage that begins and ends where the view does."""
     storage = tensor.untyped_storage()
-    start = tensor.storage_offset() * tensor.element_size()
+    start = int(tensor.storage_offset()) * tensor.element_size()
     # A slice of a storage lies on the same memory and keeps it alive.
     own_storage = storage[start : start + tensor.nbytes]
     # torch.save recognises shared bytes by the storage, so views of the same bytes must get the
