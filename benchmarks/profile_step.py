@@ -172,11 +172,15 @@ def _elementwise_per_token(c: Config, layer: int) -> int:
     """Elements that a block's elementwise work reads and writes for a token, both passes."""
     d = c.d_model
     qk = d + c.n_kv_heads * c.head_dim
-    # A token passes through one network of a dense block, and top_k experts of an MoE block.
-    paths = c.top_k if c.is_moe(layer) else 1
+    networks = c.feed_forwards(layer)
+    # of every network that a token passes through
+    hidden = sum(ffn.top_k * ffn.d_ff for ffn in networks)
     # Rotation of queries and keys, two residual sums with their norms, SwiGLU
-    forward = 2 * qk + 7 * d + 3 * c.d_ff * paths
-    backward = 3 * qk + 8 * d + 6 * c.d_ff * paths
+    forward = 2 * qk + 7 * d + 3 * hidden
+    backward = 3 * qk + 8 * d + 6 * hidden
+    # The second residual sum, and the sum of the gradients, read one more row for each more network
+    forward += d * (len(networks) - 1)
+    backward += d * (len(networks) - 1)
     # Rows to the experts and back, in the forward and in the backward pass
     routing = 6 * d * c.top_k if c.is_moe(layer) else 0
     return forward + backward + routing

@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from config import PRESETS, Config
+from config import PRESETS, Config, FeedForward
 from corpus.tokenizer import train_tokenizer
 from engine.precision import write_master
 from model import MoETransformer
@@ -85,3 +85,20 @@ def write_checkpoint(path, config: Config, **changes) -> dict:
     state |= changes
     checkpoint.save(path, state)
     return state
+
+
+def shared_experts_by_seed(monkeypatch) -> None:
+    """Config's tables describe shared experts: as many in each MoE block as `seed` says, under 10.
+
+    A field of that name would do the same. The seed stands for it, because a configuration without
+    one keeps its tables, and the cache of tables keeps the two apart.
+    """
+    feed_forwards = Config.feed_forwards
+
+    def with_shared(config: Config, layer: int) -> list[FeedForward]:
+        networks = feed_forwards(config, layer)
+        if config.is_moe(layer) and 0 < config.seed < 10:
+            networks.append(FeedForward("ffn.shared", "dense_ffn", config.seed * config.d_ff))
+        return networks
+
+    monkeypatch.setattr(Config, "feed_forwards", with_shared)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import muon
 from benchmarks import profile_step
-from tests.helpers import tiny_config
+from tests.helpers import shared_experts_by_seed, tiny_config
 
 
 def event(name, start, end):
@@ -66,3 +66,19 @@ def test_floors_grow_with_the_batch_but_for_the_optimizers():
     assert two["attention"] == pytest.approx(2 * one["attention"])
     assert two["optimizer: products"] == one["optimizer: products"] > 0
     assert two["optimizer: elementwise"] == one["optimizer: elementwise"] > 0
+
+
+def test_elementwise_floor_counts_every_network_of_a_block(monkeypatch):
+    shared_experts_by_seed(monkeypatch)
+    config = tiny_config(precision="bf16")
+    wider = tiny_config(precision="bf16", seed=2)
+    without, floor = (
+        profile_step.floors(c, 1e12, bandwidth=1)["elementwise"] for c in (config, wider)
+    )
+
+    # SwiGLU's 3 and 6 rows of the hidden width, and a row more in two sums
+    elements = 9 * 2 * config.d_ff + 2 * config.d_model
+    activations = 2 * elements * config.n_moe_layers * config.tokens_per_step
+    accumulated = config.gradient_accumulation_steps - 1
+    gradients = 3 * 2 * accumulated * (wider.total_params - config.total_params)
+    assert floor - without == activations + gradients
