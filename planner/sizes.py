@@ -469,10 +469,21 @@ def optimizer_bytes(config: Config, offload: bool, cpu: bool) -> float:
 def _matrix_group_bytes(config: Config, group: OptimizerGroup, offload: bool, cpu: bool) -> float:
     """A bucket of whole matrices and the Gram matrices of their shorter sides (Muon).
 
-    Sizes are those of the widest feed-forward network's matrices.
+    Sizes are those of a feed-forward network's matrices. Of networks of several widths the widest
+    need not take the most: a bucket may hold one matrix of it, or several of a narrower one, each
+    with Gram matrices of its own.
     """
+    needed: float = 0
+    for d_ff in _ffn_widths(config):
+        needed = max(needed, _matrix_bucket_bytes(config, group, d_ff, offload, cpu))
+    return needed
+
+
+def _matrix_bucket_bytes(
+    config: Config, group: OptimizerGroup, d_ff: int, offload: bool, cpu: bool
+) -> float:
+    """What a bucket of the matrices of a network of this width takes."""
     d_model = config.d_model
-    d_ff = _widest_ffn(config)
     matrix = d_model * max(d_ff, d_model)
     gram = min(d_model, d_ff) ** 2
     bucket = min(max(OPTIMIZER_BUCKET // matrix, 1) * matrix, _numel(config, group))
@@ -540,9 +551,13 @@ def _cpu_update_bytes(config: Config) -> int:
     return CPU_UPDATE_BYTES[config.precision if config.split_masters else "fp32"]
 
 
-def _widest_ffn(config: Config) -> int:
-    widths = [ffn.d_ff for layer in range(config.n_layers) for ffn in config.feed_forwards(layer)]
-    return max(widths)
+def _ffn_widths(config: Config) -> set[int]:
+    """The widths (d_ff) of the model's feed-forward networks."""
+    widths = set()
+    for layer in range(config.n_layers):
+        for ffn in config.feed_forwards(layer):
+            widths.add(ffn.d_ff)
+    return widths
 
 
 def _largest_parameter(config: Config, group: OptimizerGroup) -> int:

@@ -28,9 +28,10 @@ from planner.sizes import (
     _gradients_under_way,
     activation_bytes_per_token,
     checkpoint_gb,
+    optimizer_bytes,
     predict_memory,
 )
-from tests.helpers import tiny_config, write_checkpoint
+from tests.helpers import shared_experts_by_seed, tiny_config, write_checkpoint
 
 COMPONENTS = ("weights", "gradients", "master", "momentum", "adamw", "activations", "workspace")
 MODES = ("none", "selective", "full")
@@ -327,6 +328,14 @@ def test_a_shared_experts_activations_are_counted(shared_expert, mode):
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_step_with_a_shared_expert_takes_the_predicted_memory(shared_expert, mode):
     check_step_on_a_cpu(tiny_config(**STEP | dict(precision="bf16", activation_checkpointing=mode)))
+
+
+def test_muons_workspace_is_that_of_the_width_that_takes_the_most(monkeypatch):
+    """Five of 18b's expert matrices fit into a bucket, but one of a network four times as wide."""
+    shared_experts_by_seed(monkeypatch)
+    narrow, wide = (config_of("18b", seed=seed) for seed in (1, 4))
+    needed = optimizer_bytes(narrow, offload=False, cpu=False)
+    assert optimizer_bytes(wide, offload=False, cpu=False) == needed
 
 
 def with_third_group(config: Config) -> dict[str, OptimizerGroup]:
