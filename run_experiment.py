@@ -31,6 +31,7 @@ from config import (
     defaults,
     nearest,
     optimizer_groups,
+    parameter_table,
     resolve,
     resumed_config,
 )
@@ -282,22 +283,9 @@ def _plan_parser() -> Parser:
     return parser
 
 
-# A speed holds for a configuration that has the preset's values of these fields.
-SPEED_FIELDS = (
-    "d_model",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "d_ff",
-    "num_experts",
-    "top_k",
-    "moe_every",
-    "max_seq_len",
-    "vocab_size",
-    "tie_embeddings",
-    "optimizer",
-    "master_weights",
-)
+# A speed holds for a configuration that has the preset's values of these fields, and its table of
+# parameters: their shapes, and how many of them a token uses.
+SPEED_FIELDS = ("max_seq_len", "optimizer", "master_weights")
 
 
 def measured_speed(config: Config, preset: str, gpu: str | None) -> tuple[float, str] | None:
@@ -310,7 +298,7 @@ def measured_speed(config: Config, preset: str, gpu: str | None) -> tuple[float,
     if not path.exists():
         return None
     measured = Config(**PRESETS[preset])
-    if any(getattr(config, name) != getattr(measured, name) for name in SPEED_FIELDS):
+    if not _as_fast(config, measured):
         return None
     result = json.loads(path.read_text())
     command = result.get("details", {}).get("options", "")
@@ -318,6 +306,13 @@ def measured_speed(config: Config, preset: str, gpu: str | None) -> tuple[float,
     if options is None:
         return result["value"], "options that its file does not name"
     return result["value"], options[0]
+
+
+def _as_fast(config: Config, measured: Config) -> bool:
+    """Whether a step of `config` computes what a step of `measured` does."""
+    if parameter_table(config) != parameter_table(measured):
+        return False
+    return all(getattr(config, name) == getattr(measured, name) for name in SPEED_FIELDS)
 
 
 def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:

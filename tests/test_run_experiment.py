@@ -28,6 +28,7 @@ from cli import Parser, add_config_options, config_options, locked, new_parser
 from config import PRESETS, Config, ConfigError, defaults, field_docs
 from planner.machine import GPUS
 from record import checkpoint, results
+from tests.helpers import shared_experts_by_seed
 
 ROOT = Path(run_experiment.__file__).parent
 SMALL = dict(
@@ -384,6 +385,16 @@ def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_pa
         (*argv, "--num_experts", "0"),
     ):
         assert planned(cli, *other)["hours"] is None
+
+
+def test_a_measured_speed_is_not_that_of_a_model_with_one_more_network(monkeypatch):
+    shared_experts_by_seed(monkeypatch)
+    speeds = []
+    for seed in (1234, 1):
+        config = Config(**PRESETS["18b"], seed=seed)
+        speeds.append(run_experiment.measured_speed(config, "18b", "h200"))
+    assert speeds[0] is not None
+    assert speeds[1] is None
 
 
 def test_precedence_on_the_command_line(cli, monkeypatch):
