@@ -125,11 +125,12 @@ def _cannot_keep_message(cache: Path, error: OSError) -> str:
 
 
 def _cache_key(config: Config, source: Source, tokenizer_json: str | None) -> str:
-    """Changes with whatever changes the shards.
+    """The name of the corpus's folder in the cache: a hash that depends on text and build key.
 
-    Caches on disk are found by it, so it must not change otherwise.
+    Caches on disk are found by it, so it must not change for the same shards.
     """
-    return sha256(json.dumps([build_key(config, tokenizer_json), source.identity()]))[:16]
+    parts = [build_key(config, tokenizer_json), source.identity()]
+    return sha256(json.dumps(parts))[:16]
 
 
 def _local_tokenizer(config: Config) -> str | None:
@@ -146,7 +147,7 @@ def _local_tokenizer(config: Config) -> str | None:
 
 
 def _open_or_discard(folder: Path) -> Corpus | None:
-    """Opens a cache folder. Deletes it when it is damaged; then, or when there is none, None."""
+    """Opens a cache folder. None when there is none, or when it was damaged and is now deleted."""
     if not folder.exists():
         return None
     try:
@@ -168,6 +169,7 @@ def _open(folder: Path) -> Corpus:
 
 
 def _open_files(folder: Path) -> Corpus:
+    """`_open`, which turns the errors of damaged files that this raises into ExperimentError."""
     facts = json.loads((folder / "corpus.json").read_bytes())
     tokenizer_json = (folder / "tokenizer.json").read_bytes().decode()
     tokenizer_hash = sha256(tokenizer_json)
@@ -180,7 +182,9 @@ def _open_files(folder: Path) -> Corpus:
         shards = [open_external_shard(path) for path in facts["files"]]
         train, validation = cut_shards(shards, facts["train_tokens"])
     else:
-        train, validation = (open_shard(folder / name, tokenizer_hash) for name in TOKEN_FILES)
+        train_file, validation_file = TOKEN_FILES
+        train = open_shard(folder / train_file, tokenizer_hash)
+        validation = open_shard(folder / validation_file, tokenizer_hash)
     return Corpus(
         train=train,
         validation=validation,
@@ -237,7 +241,10 @@ def _build_or_link(
 
 
 def _link_same_text(config: Config, found: Scan, tokenizer_json: str | None, folder: Path) -> bool:
-    """Links the shards of another cache folder into `folder`; False when there are none to use."""
+    """Links the shards of another cache folder into `folder`. Returns whether it has done so.
+
+    The other folder must have the same text (data hash) and the same build key.
+    """
     if not found.whole:
         return False  # the hash of the whole text is not known
     same = dict(data_hash=data_hash(found.chunks), recipe=build_key(config, tokenizer_json))
@@ -253,9 +260,8 @@ def _link_same_text(config: Config, found: Scan, tokenizer_json: str | None, fol
             for name in TOKEN_FILES:
                 (folder / name).unlink(missing_ok=True)
                 os.link(other / name, folder / name)
-            replace_file(
-                folder / "tokenizer.json", (other / "tokenizer.json").read_bytes().decode()
-            )
+            tokenizer_json = (other / "tokenizer.json").read_bytes().decode()
+            replace_file(folder / "tokenizer.json", tokenizer_json)
             facts |= dict(data=config.data, left_out=found.bad)
             replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
             return True
@@ -266,14 +272,14 @@ def _link_same_text(config: Config, found: Scan, tokenizer_json: str | None, fol
 
 
 def _delete_old_unfinished(cache: Path) -> None:
-    """Deletes what builds left that were killed long ago and that nobody continues."""
+    """Deletes the folders of builds that were killed more than UNFINISHED_DAYS ago."""
     for folder in cache.glob("*.unfinished"):
         with contextlib.suppress(FileNotFoundError):  # another process finished it meanwhile
             age = time.time() - folder.stat().st_mtime
             if age < 86_400 * UNFINISHED_DAYS:
                 continue
             lock = _lock(folder)
-            if lock is not None:
+            if lock is not None:  # no process builds in it
                 shutil.rmtree(folder, ignore_errors=True)
                 os.close(lock)
 

@@ -31,7 +31,7 @@ from corpus.tokenizer import load_tokenizer, sha256, vocabulary
 
 
 class _Format(NamedTuple):
-    """A kind of shard that llm.c writes."""
+    """The header's version and the tokens' type of a kind of shard that llm.c writes."""
 
     version: int
     dtype: str  # of a token
@@ -92,6 +92,7 @@ def _llm_c_header(head: FileHead) -> tuple[int, int, int]:
 
 
 def _open_without_header(path: str, size: int) -> np.ndarray:
+    """Maps a file of nanoGPT, `size` bytes of uint16 tokens without a header. Returns [tokens]."""
     if size % 2 or not size:
         raise ExperimentError(
             f"{path} is cut short: {size:,} bytes are no whole number of uint16 tokens. Make or "
@@ -111,13 +112,14 @@ def _our_own_shard_message(path: str) -> str:
 
 
 class Joined:
-    """Token arrays one after the other as one, without a copy.
+    """Token arrays, one after the other, that are used as one array without a copy.
 
     It has what batches need of an array: the length, and slices [first:last].
     """
 
     def __init__(self, parts: list[np.ndarray]):
         self.parts = parts
+        # The position after each part's last token.
         self.ends = np.cumsum([len(part) for part in parts])
 
     def __len__(self) -> int:
@@ -139,6 +141,7 @@ class Joined:
         return np.concatenate(slices)
 
     def _part_of(self, position: int) -> int:
+        """The number of the part that holds this position; len(parts) past the end."""
         return int(np.searchsorted(self.ends, position, side="right"))
 
 
@@ -148,11 +151,12 @@ def cut_shards(
     """The first `train_tokens` tokens of several shards, and the others."""
     training = []
     validation = []
+    left_to_train = train_tokens
     for shard in shards:
-        taken = min(train_tokens, len(shard))
-        train_tokens -= taken
-        training.append(shard[:taken])
-        validation.append(shard[taken:])
+        cut = min(left_to_train, len(shard))
+        left_to_train -= cut
+        training.append(shard[:cut])
+        validation.append(shard[cut:])
     return _join(training), _join(validation)
 
 
@@ -166,8 +170,8 @@ def _join(parts: list[np.ndarray]) -> np.ndarray | Joined:
 def import_shards(config: Config, files: list[str], tokenizer_json: str, folder: Path) -> None:
     """Checks and counts external shards; writes tokenizer.json and corpus.json into `folder`.
 
-    Held out are the files named val or validation. If that is none or all of them, the last
-    config.validation_fraction of the tokens are held out.
+    The tokens of files named val or validation are held out. If no file or every file has such a
+    name, the last config.validation_fraction of all tokens are held out.
     Raises ExperimentError when a shard is not whole or was made by another tokenizer.
     """
     named_validation = [path for path in files if _is_named_validation(path)]
@@ -176,16 +180,18 @@ def import_shards(config: Config, files: list[str], tokenizer_json: str, folder:
     shards = [open_external_shard(path) for path in files]
     total = sum(len(shard) for shard in shards)
     train_tokens = sum(len(shard) for shard in shards[: len(named_training)])
-    if train_tokens in (0, total):
+    if train_tokens == 0 or train_tokens == total:  # the names leave one side empty
         train_tokens = total - math.ceil(total * config.validation_fraction)
 
     tokenizer, end_of_text = load_tokenizer(tokenizer_json)
     counts, data_hash = _count(config, files, shards, train_tokens, vocabulary(tokenizer))
+    train_counts = counts[0]
     counts_of_both = counts.sum(0)
     facts = dict(
         data=config.data,
         # Path.resolve would follow links, which the cache's key does not.
         files=[os.path.abspath(path) for path in files],  # noqa: PTH100
+        # Each document has one end-of-text token, before or after it.
         documents=int(counts_of_both[end_of_text]),
         characters=int(counts_of_both @ _token_lengths(tokenizer)),
         train_tokens=train_tokens,
@@ -193,8 +199,8 @@ def import_shards(config: Config, files: list[str], tokenizer_json: str, folder:
         vocabulary=vocabulary(tokenizer),
         data_hash=data_hash,
         tokenizer_hash=sha256(tokenizer_json),
-        unigram_entropy=entropy(counts[0]),
-        left_out=0,
+        unigram_entropy=entropy(train_counts),
+        left_out=0,  # shards hold no lines or rows that could be bad
     )
     replace_file(folder / "tokenizer.json", tokenizer_json)
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
@@ -206,6 +212,7 @@ def import_shards(config: Config, files: list[str], tokenizer_json: str, folder:
 
 
 def _is_named_validation(path: str) -> bool:
+    """Whether val, valid or validation is a word of the file's name, as in fineweb_val_000000."""
     name = Path(path).stem.lower()
     return re.search(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", name) is not None
 
@@ -223,7 +230,11 @@ def _count(
     train_tokens: int,
     vocabulary_size: int,
 ) -> tuple[np.ndarray, str]:
-    """How often each token occurs, int64 [2 sides, tokens of the vocabulary], and the data hash."""
+    """How often each token occurs, int64 [2 SIDES, tokens of the vocabulary], and the data hash.
+
+    `files` are the paths of `shards`. Raises ExperimentError at a token that is not in the
+    vocabulary.
+    """
     counts = np.zeros((len(SIDES), vocabulary_size), np.int64)
     digest = hashlib.blake2b(digest_size=16)
     total = sum(len(shard) for shard in shards)

@@ -18,7 +18,7 @@ JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET_SUFFIX = ".parquet"
 TEXT_SUFFIXES = (".txt", ".md", ".py", *JSON_SUFFIXES, PARQUET_SUFFIX)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-NAMED_PROBLEMS = 3  # of the lines and rows that are left out, those that a message describes
+NAMED_PROBLEMS = 3  # how many of the lines and rows that are left out a message describes
 
 Chunk = tuple[str, bool]  # text, and whether its document ends with it
 
@@ -29,7 +29,8 @@ class RowCounter:
 
     read: int = 0
     bad: int = 0
-    problems: list[str] = field(default_factory=list)  # "place: what is wrong" of the first ones
+    # "place: what is wrong" of the first NAMED_PROBLEMS places
+    problems: list[str] = field(default_factory=list)
 
     def leave_out(self, place: str, describe: Callable[[], str], count: int = 1) -> None:
         """Counts `count` bad rows at a place.
@@ -52,7 +53,11 @@ def cut(text: TextIO, length: int) -> Iterator[Chunk]:
 
 
 def _whole_lines(text: TextIO, length: int) -> Iterator[str]:
-    """Chunks of `length` characters and the rest of the line, but at most `length` more."""
+    """Chunks of `length` characters, each extended to the end of its line.
+
+    A chunk ends with a line, so that words and sentences are not cut in two. In a text without line
+    ends it is cut after 2 * `length` characters, so that it stays small.
+    """
     while chunk := text.read(length):
         if len(chunk) == length:
             chunk += text.readline(length)
@@ -60,7 +65,7 @@ def _whole_lines(text: TextIO, length: int) -> Iterator[str]:
 
 
 def _mark_last(chunks: Iterable[str]) -> Iterator[Chunk]:
-    """Yields each chunk once it is known whether another one follows."""
+    """Yields (chunk, whether it is the last one). It reads one chunk ahead to know that."""
     previous = None
     for chunk in chunks:
         if previous is not None:
@@ -104,18 +109,21 @@ def cannot_read(path: str, error: OSError) -> ExperimentError:
 
 
 def _valid_lines(path: str, file: TextIO, length: int, rows: RowCounter) -> Iterator[str]:
-    """Chunks of a text file without the lines that are not text."""
+    """Chunks of a text file, without the lines that are not text. Counts both in `rows`."""
     for chunk in _whole_lines(file, length):
         if _is_text(chunk):
-            rows.read += chunk.count("\n") + (not chunk.endswith("\n"))
+            rows.read += chunk.count("\n")
+            if not chunk.endswith("\n"):
+                rows.read += 1  # a last line without a line end
             yield chunk
             continue
-        lines = list(io.StringIO(chunk, newline=""))
-        # These lines may end with "\r" alone, so the "\n" are fewer. All lines are counted, or more
+        # Lines that end with "\r" alone are lines here too. If only the "\n" were counted, more
         # lines might be bad than were read.
+        lines = list(io.StringIO(chunk, newline=""))
         rows.read += len(lines)
         valid = [line for line in lines if _is_text(line)]
-        rows.leave_out(path, functools.partial(_problem_of_file, path), len(lines) - len(valid))
+        num_bad = len(lines) - len(valid)
+        rows.leave_out(path, functools.partial(_problem_of_file, path), num_bad)
         if valid:
             yield "".join(valid)
 
@@ -123,9 +131,12 @@ def _valid_lines(path: str, file: TextIO, length: int, rows: RowCounter) -> Iter
 def value_chunks(
     values: Iterable[tuple[str, Any]], text_field: str, length: int, rows: RowCounter
 ) -> Iterator[Chunk]:
-    """Yields the documents that are values of a field, each given as (place, value), in chunks.
+    """Yields the documents that are values of a field, in chunks.
 
-    A value of null is no document.
+    `values` are (place, value): the place is that of the row, for messages. A value of null is no
+    document. A value that is not valid UTF-8 is left out and counted in `rows`.
+
+    Raises ExperimentError when a value is no text.
     """
     for place, value in values:
         if value is None:
@@ -154,7 +165,8 @@ def open_text(path: str) -> TextIO:
     compression = COMPRESSIONS.get(Path(path).suffix.lower())
     raw: Any
     if compression:
-        # Even an archive of no text has a header, but pyarrow accepts a file of no bytes as one.
+        # pyarrow reads a file of no bytes as an empty text. It is damaged: even the archive of an
+        # empty text has a header.
         if not Path(path).stat().st_size:
             raise OSError("it has no bytes")
         import pyarrow  # slow to import
@@ -188,7 +200,10 @@ def _json_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple
 def _parquet_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[str, Any]]:
     """Yields (place, value of the field) of every row.
 
-    Of a row group that is damaged, the rows from the damage on are left out.
+    A parquet file is a sequence of row groups, and each can be read without the others. Of a
+    damaged one the rows before the damage are yielded; the others are left out.
+
+    Raises ExperimentError when the file is not parquet or has no such field.
     """
     import pyarrow.parquet  # slow to import and rarely needed
 
@@ -201,30 +216,35 @@ def _parquet_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tu
     names = file.schema_arrow.names
     if text_field not in names:
         raise no_field(path, text_field, f"the fields are {', '.join(names)}")
-    first = 1  # the number of the group's first row
+    group_start = 1  # number of the group's first row; rows are counted from 1
     for group in range(file.num_row_groups):
-        count = file.metadata.row_group(group).num_rows
-        rows.read += count
-        number = first  # of the row that is read next
+        group_rows = file.metadata.row_group(group).num_rows
+        rows.read += group_rows
+        next_row = group_start
         try:
             batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=[text_field])
             for batch in batches:
-                for value in map(_python_value, batch.column(0)):
-                    yield f"{path}, row {number}", value
-                    number += 1
+                for scalar in batch.column(0):
+                    yield f"{path}, row {next_row}", _python_value(scalar)
+                    next_row += 1
         except (pyarrow.ArrowException, OSError) as error:
             place = f"{path}, row group {group + 1} of {file.num_row_groups}"
-            last = first + count - 1
-            describe = functools.partial(_problem_of_row_group, number, last, error)
-            rows.leave_out(place, describe, last - number + 1)
-        first += count
+            last_row = group_start + group_rows - 1
+            describe = functools.partial(_problem_of_row_group, next_row, last_row, error)
+            rows.leave_out(place, describe, last_row - next_row + 1)
+        group_start += group_rows
 
 
 def _python_value(scalar: Any) -> Any:
-    """The Python value of an Arrow scalar. Bytes that are not UTF-8 become lone surrogates."""
+    """The Python value of an Arrow scalar.
+
+    Bytes that are not UTF-8 become lone surrogates. `value_chunks` detects these and counts the row
+    as bad, instead of ending the build.
+    """
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
+        # The buffer of a scalar holds the bytes of this value alone, not those of its column.
         return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
 
 
@@ -257,9 +277,9 @@ def _is_text(lines: str) -> bool:
 
 
 def _first_bad_byte(file: Iterable[bytes]) -> str:
-    """Says where the first byte is that no text has."""
+    """Says at which offset the first byte is that UTF-8 text does not have."""
     offset = 0
-    for line in file:  # a line end is never inside a character
+    for line in file:  # lines can be decoded one by one: no character of UTF-8 contains a line end
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
@@ -282,7 +302,7 @@ def _problem_of_value(value: str) -> str:
     try:
         return _first_bad_byte(io.BytesIO(value.encode(errors="surrogateescape")))
     except UnicodeEncodeError:
-        # It came from valid UTF-8 and JSON, which can write half of a pair with an escape.
+        # The bytes of the file were valid. JSON can write half of a pair as an escape: "\\ud83d".
         return "no valid text: it holds half of a surrogate pair"
 
 
@@ -291,6 +311,7 @@ def _problem_of_field(text_field: str, value: str) -> str:
 
 
 def _problem_of_json(line: str, error: Exception) -> str:
+    # A line in another encoding is not valid JSON either, but the encoding is the cause.
     if not _is_text(line):
         return _problem_of_value(line)
     if isinstance(error, json.JSONDecodeError):

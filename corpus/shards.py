@@ -100,6 +100,7 @@ def scan(source: Source, folder: Path) -> Scan:
 
 
 def _read_text(source: Source) -> Scan:
+    """Reads the text of a source and notes hash, length and end of every chunk."""
     # These arrays take 17 bytes a chunk; lists of Python's numbers would take five times as much.
     hashes = array("Q")
     lengths = array("L")
@@ -113,7 +114,7 @@ def _read_text(source: Source) -> Scan:
             ends.append(last)
             characters += len(text)
             bar.add(len(text), last)
-            # `scanned` finds the same end in a list of all chunks.
+            # `scanned` cuts a list of all chunks at the same chunk: change both together.
             if not source.scan_to_end and last and characters >= TOKENIZER_SAMPLE:
                 whole = False
                 break
@@ -170,7 +171,10 @@ def data_hash(chunks: np.ndarray) -> str:
 
 
 def scanned(chunks: np.ndarray) -> np.ndarray:
-    """Of all chunks of a source that is not scanned to its end, those that `scan` reads."""
+    """The chunks that `scan` reads, of all chunks of a source that is not scanned to its end.
+
+    They end with the first document that brings the characters to TOKENIZER_SAMPLE.
+    """
     characters = np.cumsum(chunks["length"], dtype=np.int64)
     enough = (characters >= TOKENIZER_SAMPLE) & chunks["last"]
     if not enough.any():
@@ -184,17 +188,19 @@ def scanned(chunks: np.ndarray) -> np.ndarray:
 def split(hashes: np.ndarray, lengths: np.ndarray, validation_fraction: float) -> np.ndarray:
     """Which documents are held out, bool [documents].
 
-    They are those of the lowest hashes, until these hold validation_fraction of all characters.
-    Equal documents have equal hashes, so they stay on one side. Two different documents or more
-    give two sides that are not empty.
+    They are the documents of the lowest hashes, until these hold validation_fraction of all
+    characters. Equal documents have equal hashes, so they stay on one side. Two different documents
+    or more give two sides that are not empty.
+
+    `lengths` are in characters.
     """
     by_hash = np.argsort(hashes, kind="stable")
     characters = np.cumsum(lengths[by_hash])
     wanted = validation_fraction * characters[-1]
-    limit = hashes[by_hash[np.searchsorted(characters, wanted)]]
-    held_out = hashes <= limit
+    last = by_hash[np.searchsorted(characters, wanted)]
+    held_out = hashes <= hashes[last]
     if held_out.all():
-        return hashes < hashes.max()
+        return hashes < hashes.max()  # the document of the highest hash is left to train on
     return held_out
 
 
@@ -211,7 +217,7 @@ def last_held_out(chunks: np.ndarray, validation_fraction: float) -> int:
 
 
 def token_dtype(config: Config) -> np.dtype:
-    """The type of the tokens in a shard: the smaller one that holds the vocabulary."""
+    """The type of the tokens in a shard: uint16 if it can hold every id of the vocabulary."""
     if config.vocab_size <= 65536:
         return np.dtype("<u2")
     return np.dtype("<u4")
@@ -255,6 +261,12 @@ def build(
     tokenizer, end_of_text = load_tokenizer(tokenizer_json)
     tokenizer_hash = sha256(tokenizer_json)
     dtype = token_dtype(config)
+    # The key of the build, by which corpus.cache finds these shards for the same text from another
+    # place. It has none when a beginning decided the split: the same text from files is split
+    # otherwise.
+    key = None
+    if found.whole:
+        key = build_key(config, tokenizer_json)
 
     batch_encoder = _BatchEncoder(encoder(tokenizer), end_of_text, dtype)
     done = _write_shards(folder, source, found, limit, batch_encoder)
@@ -275,10 +287,7 @@ def build(
         tokenizer_hash=tokenizer_hash,
         unigram_entropy=_unigram_entropy(folder / "train.bin", dtype, vocabulary_size),
         left_out=found.bad,
-        # The key of the build, by which corpus.cache finds these shards for the same text from
-        # another place. When a beginning decided the split, the same text from files is split
-        # otherwise.
-        recipe=build_key(config, tokenizer_json) if found.whole else None,
+        recipe=key,
     )
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
     seconds = time.perf_counter() - start
@@ -305,6 +314,7 @@ def _changed(source: Source) -> ExperimentError:
 
 
 def _unigram_entropy(path: Path, dtype: np.dtype, vocabulary_size: int) -> float:
+    """The entropy of the tokens' frequencies in a shard, in nats."""
     tokens = np.memmap(path, dtype, mode="r", offset=HEADER_BYTES)
     with ProgressBar("counting", len(tokens), unit="token") as bar:
         return entropy(count_tokens(tokens, vocabulary_size, bar))
@@ -337,10 +347,12 @@ def _train_or_read_tokenizer(
 def _even_sample(training: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Which chunks a tokenizer is trained on, bool [chunks].
 
-    They are about TOKENIZER_SAMPLE characters of the training chunks, spread evenly.
+    They are about TOKENIZER_SAMPLE characters of the training chunks, spread evenly over the text.
+    `training` (bool) says which chunks are not held out; `lengths` are in characters.
     """
     share = min(1, TOKENIZER_SAMPLE / lengths[training].sum())
-    # Chunk i is taken where the running total i * share reaches the next whole number.
+    # Training chunk i is taken where i * share passes a whole number: with a share of 1/3 these are
+    # every third chunk.
     totals = np.floor(np.arange(training.sum() + 1) * share)
     sample = training.copy()
     sample[training] = np.diff(totals) > 0
@@ -348,6 +360,10 @@ def _even_sample(training: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _sampled_texts(source: Source, chunks: np.ndarray, sample: np.ndarray) -> Iterator[str]:
+    """The texts of the chunks that `sample` (bool [chunks]) takes, read from the source again.
+
+    Raises ExperimentError when the text is not what was scanned.
+    """
     characters = int(chunks["length"][sample].sum())
     with ProgressBar("training the tokenizer", characters) as bar:
         for (text, last), expected, taken in zip(source.chunks(), chunks["hash"], sample):
@@ -362,17 +378,17 @@ def _sampled_texts(source: Source, chunks: np.ndarray, sample: np.ndarray) -> It
 
 
 class _MarkedChunk(NamedTuple):
-    """A chunk of text and where it goes."""
+    """A chunk of text, and what the tokens need to know about it."""
 
     text: str
     hash: int
     last: bool  # its document ends with it
-    held_out: bool
-    separated: bool  # end-of-text follows it
+    held_out: bool  # its tokens go into validation.bin, not into train.bin
+    separated: bool  # an end-of-text token follows it
 
 
 class _EncoderInput(NamedTuple):
-    """What a worker process gets of a batch: one element a chunk."""
+    """The part of a batch that is sent to a worker process. Each list has one element a chunk."""
 
     texts: list[str]
     held_out: list[bool]
@@ -380,10 +396,10 @@ class _EncoderInput(NamedTuple):
 
 
 class _BatchFacts(NamedTuple):
-    """What is written of a batch when its tokens are."""
+    """The part of a batch that stays in this process, and is written together with its tokens."""
 
-    records: np.ndarray  # CHUNK
-    position: dict | None  # where a later build can continue after this batch, if it can
+    records: np.ndarray  # one CHUNK record for each chunk
+    position: dict | None  # where a later build continues after this batch; None: not after this
 
     @property
     def characters(self) -> int:
@@ -395,10 +411,10 @@ class _BatchFacts(NamedTuple):
 
 
 def _marked_chunks(source: Source, start: dict | None, limit: int) -> Iterator[_MarkedChunk]:
-    """The chunks after `start`. Those whose hash is at most `limit` are held out.
+    """The chunks after `start`, a position of the source. A hash up to `limit` is held out.
 
-    End-of-text follows the last chunk of a document. It also follows a chunk whose successor is on
-    the other side, so a chunk is yielded when its successor is known.
+    End-of-text follows the last chunk of a document. It also follows a chunk whose successor goes
+    into the other file, so a chunk is yielded when its successor is known.
     """
     previous = None
     for text, last in source.chunks(start):
@@ -422,7 +438,9 @@ def _batches(
     Raises ExperimentError when the text is not what was scanned.
     """
     expected = found.chunks["hash"]
-    count = start["pieces"] if start else 0
+    count = 0  # chunks from the beginning of the text
+    if start:
+        count = start["pieces"]
     chunks: list[_MarkedChunk] = []
     characters = 0
     characters_since_position = 0
@@ -435,6 +453,7 @@ def _batches(
         if characters < TOKENIZE_CHARACTERS:
             continue
         characters_since_position += characters
+        # Not every batch has a position: writing down the progress waits for the disk.
         position = None
         if characters_since_position >= SHARD_CHARACTERS:
             position = source.position(count)
@@ -469,9 +488,10 @@ def _records(chunks: list[_MarkedChunk]) -> np.ndarray:
 
 
 class _BatchEncoder(Dataset[list[np.ndarray] | str]):
-    """What DataLoader indexes with an _EncoderInput: its tokens, [training, validation].
+    """A Dataset whose index is an _EncoderInput and whose item is its tokens.
 
-    Returns the message as a string when the tokenizer fails.
+    An item is two arrays, [training, validation]. When the tokenizer fails, the item is the message
+    of the error, a str.
     """
 
     def __init__(self, encode, end_of_text: int, dtype: np.dtype):
@@ -483,17 +503,23 @@ class _BatchEncoder(Dataset[list[np.ndarray] | str]):
         try:
             encoded = self.encode(batch.texts)
         except Exception as error:
-            # The tokenizers library raises plain Exception; DataLoader would add a traceback to it.
+            # The tokenizers library raises plain Exception. Raised here, DataLoader would add the
+            # worker's traceback to its message.
             return str(error)
         nothing = self.end_of_text[:0]  # concatenate needs one array at least
         training = [nothing]
         validation = [nothing]
         for ids, held_out, separated in zip(encoded, batch.held_out, batch.separated):
-            side = validation if held_out else training
+            side = training
+            if held_out:
+                side = validation
             side.append(ids)
             if separated:
                 side.append(self.end_of_text)
-        return [np.concatenate(side).astype(self.dtype) for side in (training, validation)]
+        return [self._joined(training), self._joined(validation)]
+
+    def _joined(self, parts: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts).astype(self.dtype)
 
 
 def _start_worker(_number: int) -> None:
@@ -509,15 +535,17 @@ def _start_worker(_number: int) -> None:
 
 @dataclass
 class _Progress:
-    """What is finished of a build. The fields are the keys of progress.json."""
+    """How much of a build is finished. The fields are the keys of progress.json."""
 
     tokens: list[int]  # of train.bin and of validation.bin
     characters: int
     position: dict | None  # of the source; its key "pieces" is the number of chunks
 
     def file_sizes(self, token_bytes: int) -> dict[str, int]:
-        """How many bytes of each file are finished."""
-        chunks = self.position["pieces"] if self.position else 0
+        """How many bytes of each file are finished, with tokens of `token_bytes` bytes."""
+        chunks = 0
+        if self.position:
+            chunks = self.position["pieces"]
         sizes = {CHUNK_FILE: CHUNK.itemsize * chunks}
         for name, count in zip(TOKEN_FILES, self.tokens):
             sizes[name] = HEADER_BYTES + token_bytes * count
@@ -533,7 +561,8 @@ def _resume(folder: Path, token_bytes: int) -> _Progress:
     if done is None:
         done = _Progress(tokens=[0, 0], characters=0, position=None)
         for name in done.file_sizes(token_bytes):
-            # The file may be a hard link to that of another cache folder, which must not change.
+            # A new file is made: an old one may be a hard link to that of another cache folder,
+            # which must not change.
             (folder / name).unlink(missing_ok=True)
             (folder / name).touch()
     for name, size in done.file_sizes(token_bytes).items():
@@ -544,7 +573,7 @@ def _resume(folder: Path, token_bytes: int) -> _Progress:
 
 
 def _read_progress(folder: Path, token_bytes: int) -> _Progress | None:
-    """What a killed build wrote down, if the files hold as much."""
+    """The progress that a killed build wrote down; None if the files do not hold as much."""
     path = folder / PROGRESS_FILE
     if not path.exists():
         return None
@@ -561,7 +590,7 @@ def _write_shards(
 ) -> _Progress:
     """Appends the tokens of the text to the TOKEN_FILES, and its chunks' records to CHUNK_FILE.
 
-    Returns what there is in the end. Raises ExperimentError when the text cannot be tokenized.
+    Returns the progress at the end. Raises ExperimentError when the text cannot be tokenized.
     """
     done = _resume(folder, batch_encoder.dtype.itemsize)
     batches = _batches(source, found, limit, done.position)
@@ -588,15 +617,19 @@ def _write_shards(
 def _append(
     files: list[BinaryIO], tokens: list[np.ndarray], facts: _BatchFacts, done: _Progress
 ) -> None:
-    for file, content in zip(files, (*tokens, facts.records)):
-        file.write(content.tobytes())
-    for side, side_tokens in enumerate(tokens):
-        done.tokens[side] += len(side_tokens)
+    """Writes a batch to the files (train.bin, validation.bin, CHUNK_FILE) and adds it to `done`."""
+    training, validation = tokens
+    train_file, validation_file, chunk_file = files
+    train_file.write(training.tobytes())
+    validation_file.write(validation.tobytes())
+    chunk_file.write(facts.records.tobytes())
+    done.tokens[0] += len(training)
+    done.tokens[1] += len(validation)
     done.characters += facts.characters
 
 
 def _worker_count(found: Scan) -> int:
-    """How many processes tokenize; 0 where starting them would take longer than the work."""
+    """How many processes tokenize. 0 is this one: for two batches, starting others takes longer."""
     if found.whole and found.lengths.sum() <= 2 * TOKENIZE_CHARACTERS:
         return 0
     return cpu_cores()
@@ -612,15 +645,29 @@ def _expected_characters(source: Source, found: Scan) -> int | None:
 def _encoded(
     batches: Iterator[tuple[_EncoderInput, _BatchFacts]], batch_encoder: _BatchEncoder, workers: int
 ) -> Iterator[tuple[list[np.ndarray], _BatchFacts]]:
-    """Yields the tokens of every batch, [training, validation], in the order of the batches."""
-    # The facts of the batches that the workers have. The tokens come back in the same order.
+    """Tokenizes the batches in worker processes, and yields them in their order.
+
+    Each is (tokens, facts); tokens are two arrays, [training, validation]. Raises ExperimentError
+    when the tokenizer fails.
+    """
+    # The facts of the batches that are being tokenized, the first of them at the left. They are not
+    # sent to the workers, and DataLoader returns the tokens in the order of the batches.
     waiting: collections.deque[_BatchFacts] = collections.deque()
 
     def inputs() -> Iterator[_EncoderInput]:
+        """The texts of each batch, whose facts join the queue at the same moment.
+
+        DataLoader runs this generator in this process, a few batches ahead of the tokens.
+        """
         for encoder_input, facts in batches:
             waiting.append(facts)
             yield encoder_input
 
+    context = None
+    if workers:
+        context = "fork"
+    # DataLoader gives every element of a sampler to a worker, as the index of an item of the
+    # dataset. Here this index is the batch of texts itself.
     loader = DataLoader(
         batch_encoder,
         sampler=inputs(),
@@ -628,12 +675,12 @@ def _encoded(
         num_workers=workers,
         collate_fn=_unchanged,
         worker_init_fn=_start_worker,
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context=context,
         # A generator of its own: otherwise DataLoader would advance the global one.
         generator=torch.Generator(),
     )
     for tokens in loader:
-        if isinstance(tokens, str):
+        if isinstance(tokens, str):  # the message of an error in the worker
             raise ExperimentError(_cannot_encode_message(tokens))
         yield tokens, waiting.popleft()
 

@@ -79,31 +79,41 @@ class Source(Protocol):
     """The file that the latest chunk came from; None if it came from no file."""
 
     def identity(self) -> list:
-        """Values for JSON, of which one changes whenever the text may have changed.
+        """What identifies the text, as a list that JSON can hold.
 
-        They become part of the name of the cache's folder.
+        At least one value changes whenever the text may have changed. A hash of the list is part of
+        the name of the cache's folder.
         """
 
     def chunks(self, start: dict | None = None) -> Iterator[Chunk]:
-        """Yields (text, whether its document ends with it), each time from the beginning.
+        """Yields (text, whether its document ends with it).
 
-        A short document is one chunk, a long one is several. With `start`, a `position` of an
-        earlier reading, only what came after it. Raises ExperimentError when the text cannot be
-        read, or when more rows are bad than config.max_bad_share allows.
+        A short document is one chunk, a long one is several. Each call reads from the beginning or,
+        if `start` is a `position` of an earlier reading, from there.
+
+        Raises ExperimentError when the text cannot be read, or when more rows are bad than
+        config.max_bad_share allows.
         """
 
     def position(self, count: int) -> dict | None:
-        """Where to continue after the first `count` chunks, of which none is still to be read.
+        """The position after the first `count` chunks, from which `chunks(start)` continues.
 
-        The values are JSON's, and `count` is among them as "pieces". None if reading cannot be
-        continued after this chunk; the caller tries again after a later one.
+        These chunks have been read already; more may have been read too. The position is a dict
+        that JSON can hold, with `count` under the key "pieces". The result is None where reading
+        cannot continue exactly there; the caller tries again after a later chunk.
         """
 
     def expected_characters(self, scanned_characters: int, scanned_documents: int) -> int | None:
-        """How many characters there are, judged by the scanned beginning. None if unknown."""
+        """About how many characters the whole text has. None if unknown.
+
+        It is estimated from the number of characters and documents of the scanned beginning.
+        """
 
     def domain(self) -> str:
-        """The part of the corpus with the latest chunk: tools.evaluate reports a loss for each."""
+        """The name of the domain that the latest chunk belongs to, such as a folder of files.
+
+        tools.evaluate reports a loss for each domain.
+        """
 
 
 def open_source(config: Config) -> Source:
@@ -122,10 +132,10 @@ def open_source(config: Config) -> Source:
 
 
 class TextSource:
-    """What the sources here share. A subclass adds `identity` and `chunks`.
+    """The base class of the sources here. A subclass adds `identity` and `chunks`.
 
-    They count what they read, end after config.max_characters, and refuse a corpus of which a
-    larger share than config.max_bad_share cannot be read.
+    It counts what is read, ends the text after config.max_characters, and refuses a corpus of which
+    a larger share than config.max_bad_share cannot be read. Members are described in `Source`.
     """
 
     scan_to_end = True
@@ -139,21 +149,27 @@ class TextSource:
         self._reset()
 
     def _reset(self) -> None:
+        """Sets every count to zero, at the beginning of each reading."""
         self.rows = RowCounter()
         self.chunks_read = 0
         self.characters_read = 0
 
     def _counted(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """The chunks up to config.max_characters, where the last document ends."""
+        """The chunks up to config.max_characters (0: all of them), counted.
+
+        The chunk that reaches the limit ends its document. Raises ExperimentError after the last
+        chunk when too many rows are bad.
+        """
         limit = self.config.max_characters or float("inf")
-        if self.characters_read >= limit:  # so far an earlier reading came
+        # A reading that continues from the end of an earlier one has nothing left to read.
+        if self.characters_read >= limit:
             return
         for text, last in chunks:
             self.chunks_read += 1
             self.characters_read += len(text)
-            enough = self.characters_read >= limit
-            yield text, last or enough
-            if enough:
+            reached = self.characters_read >= limit
+            yield text, last or reached
+            if reached:
                 break
         self._check_bad_share()
 
@@ -172,7 +188,10 @@ class TextSource:
         )
 
     def _identity(self, kind: str | bool, files: list[str]) -> list:
-        """What the identities here have in common. Old caches are found by exactly this list.
+        """The identity of a source that reads `files`. Old caches are found by exactly this list.
+
+        `kind` tells the sources apart: False for files, True for a built-in corpus, the name of a
+        data set of the hub.
 
         A file is known by its name, its size and its times. The time of the inode's change is one
         of them, because copying and `touch` cannot set it back.
@@ -192,9 +211,11 @@ class TextSource:
         ]
 
     def position(self, count: int) -> dict | None:
+        # Sources in general have no stream with a state: the number of chunks says it all.
         return dict(pieces=count, characters=self.characters_read, stream=None)
 
     def expected_characters(self, scanned_characters: int, scanned_documents: int) -> int | None:
+        # With scan_to_end the scan has read all of the text.
         return scanned_characters
 
     def domain(self) -> str:
@@ -212,15 +233,17 @@ class Files(TextSource):
         self.files = files
         self.description = f"{len(files):,} files"
         least, most = CHUNK_CHARACTERS
-        size = sum(map(os.path.getsize, files))
-        self.chunk_characters = min(most, max(least, size // CHUNKS_OF_A_CORPUS))
+        corpus_bytes = sum(os.path.getsize(path) for path in files)
+        self.chunk_characters = min(most, max(least, corpus_bytes // CHUNKS_OF_A_CORPUS))
 
     def identity(self) -> list:
         return self._identity(False, self.files)
 
     def chunks(self, start: dict | None = None) -> Iterator[Chunk]:
         self._reset()
-        skipped = start["pieces"] if start else 0
+        skipped = 0
+        if start:
+            skipped = start["pieces"]
         return itertools.islice(self._counted(self._all_chunks()), skipped, None)
 
     def _all_chunks(self) -> Iterator[Chunk]:
@@ -233,10 +256,16 @@ class Files(TextSource):
 
     @functools.cached_property
     def _root(self) -> str:
-        return os.path.commonpath({os.path.dirname(os.path.abspath(path)) for path in self.files})
+        """The deepest folder that all files are under."""
+        folders = {os.path.dirname(os.path.abspath(path)) for path in self.files}
+        return os.path.commonpath(folders)
 
     def domain(self) -> str:
-        """The top-level folder of the latest file or, beside such folders, its suffix."""
+        """The top-level folder of the latest file, seen from the folder that all files share.
+
+        A file that lies directly in the shared folder belongs to the domain of its suffix, such as
+        ".txt".
+        """
         if self.path is None:
             return self.name
         first, *rest = Path(os.path.relpath(self.path, self._root)).parts
@@ -302,7 +331,9 @@ class HubDataset(TextSource):
         One in a folder is known by its files too.
         """
         folder = os.path.expanduser(self.dataset)
-        files = walk(folder, ("",)) if os.path.isdir(folder) else []
+        files: list[str] = []
+        if os.path.isdir(folder):
+            files = walk(folder, suffixes=("",))  # every name ends with ""
         return self._identity(self.name, files)
 
     def chunks(self, start: dict | None = None) -> Iterator[Chunk]:
@@ -339,9 +370,9 @@ class HubDataset(TextSource):
             yield f"{self.name}, row {self.rows.read}", row[field]
 
     def position(self, count: int) -> dict | None:
-        """The stream can continue only after the row that it has read last.
+        """None unless `count` is all chunks read and the last of them ends its document.
 
-        So `count` must be all chunks read, and the last of them must end its document.
+        The stream's state is that after the row that was read last: it can continue nowhere else.
         """
         if count != self.chunks_read or not self._document_ended:
             return None
@@ -350,7 +381,8 @@ class HubDataset(TextSource):
     def expected_characters(self, scanned_characters: int, scanned_documents: int) -> int | None:
         """Assumes that the other documents are as long as those of the beginning.
 
-        Most data sets say how many documents they have.
+        Most data sets say how many documents they have. For the others only config.max_characters
+        is known, if it is set.
         """
         limit = self.config.max_characters
         if self.stream is None:
@@ -359,7 +391,8 @@ class HubDataset(TextSource):
         splits = self.stream.info.splits
         if not splits or self.split not in splits:
             return limit or None
-        total = splits[self.split].num_examples * scanned_characters // scanned_documents
+        num_documents = splits[self.split].num_examples  # 0 where the data set does not say it
+        total = num_documents * scanned_characters // scanned_documents
         if limit and total:
             return min(total, limit)
         return total or limit or None
@@ -382,12 +415,20 @@ def parse_hub_name(data: str) -> tuple[str, str | None, str]:
             f"data={data!r}: the form is hf:DATASET[:CONFIG[:SPLIT]], such as "
             "hf:roneneldan/TinyStories or hf:HuggingFaceTB/smollm-corpus:cosmopedia-v2:train"
         )
-    configuration, split, *_ = [*rest, "", ""]
-    return name, configuration or None, split or "train"
+    configuration = None
+    split = "train"
+    if rest and rest[0]:
+        configuration = rest[0]
+    if len(rest) == 2 and rest[1]:
+        split = rest[1]
+    return name, configuration, split
 
 
 def _open_hub(source: HubDataset) -> Any:
-    """Opens a data set as a datasets.IterableDataset."""
+    """Opens a data set as a datasets.IterableDataset, of which only the text field is read.
+
+    Raises ExperimentError when it cannot be opened.
+    """
     import datasets  # slow to import, and only hf: needs it
 
     folder = Path(source.dataset).expanduser()
@@ -396,8 +437,11 @@ def _open_hub(source: HubDataset) -> Any:
             # Dataset.save_to_disk wrote this folder; load_dataset refuses such a one.
             stream = datasets.load_from_disk(folder).to_iterable_dataset()
         else:
+            name = source.dataset
+            if folder.is_dir():
+                name = str(folder)
             stream = datasets.load_dataset(
-                str(folder) if folder.is_dir() else source.dataset,
+                name,
                 source.configuration,
                 split=source.split,
                 streaming=True,
@@ -459,6 +503,7 @@ def walk(
 
 
 def _built_in_files(name: str) -> list[str]:
+    """The files of the built-in corpus `python` or `installed`."""
     not_library = ("site-packages", "dist-packages", "__pycache__")
     files = walk(sysconfig.get_path("stdlib"), (".py",), not_library)
     if name == "installed":
@@ -488,6 +533,7 @@ def find_files(config: Config) -> list[str]:
     else:
         raise ExperimentError(_nothing_there_message(path, config.data))
     files = [file for file in files if file.lower().endswith(suffixes)]
+    # A folder of text may also be where runs and the cache write. A file named by itself is meant.
     if not os.path.isfile(path):
         cache = os.path.realpath(config.cache_dir)
         files = [file for file in files if not _made_by_a_run(file, cache)]
@@ -496,8 +542,13 @@ def find_files(config: Config) -> list[str]:
             f"no text to read in {path}: it must be or hold {' '.join(suffixes)} files. "
             "Convert it, or correct --data"
         )
-    shards = [file for file in files if file.lower().endswith(SHARD_SUFFIX)]
-    texts = [file for file in files if not file.lower().endswith(SHARD_SUFFIX)]
+    shards = []
+    texts = []
+    for file in files:
+        if file.lower().endswith(SHARD_SUFFIX):
+            shards.append(file)
+        else:
+            texts.append(file)
     if shards and texts:
         raise ExperimentError(
             f"{path} holds both token shards ({shards[0]}) and text ({texts[0]}). "
@@ -522,18 +573,20 @@ def _glob(pattern: str) -> list[str]:
     """The sorted files of a glob, each once.
 
     `**` follows links to folders even in a circle, so a file may be found by several paths; the
-    shortest one stays.
+    shortest one stays. Files are the same if they have one name in one real folder.
     """
     found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    # The longest first, so that a shorter path of the same file replaces it.
     found.sort(key=lambda path: (-len(path), path))
     shortest = {}
-    for path in found:  # the longest first, so that the shortest stays
-        shortest[os.path.realpath(os.path.dirname(path)), os.path.basename(path)] = path
+    for path in found:
+        real_folder = os.path.realpath(os.path.dirname(path))
+        shortest[real_folder, os.path.basename(path)] = path
     return sorted(shortest.values())
 
 
 def _made_by_a_run(path: str, cache: str) -> bool:
-    """Whether this program wrote a file among the text: metrics of a run, or a cached corpus."""
+    """Whether this program wrote the file: metrics of a run, or a file of the folder `cache`."""
     folder, name = os.path.split(path)
     if name == "metrics.jsonl" and os.path.exists(os.path.join(folder, "run.json")):
         return True

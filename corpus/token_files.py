@@ -15,13 +15,23 @@ from tqdm import tqdm
 
 from config import ExperimentError
 
-# Raise it when the same text would give other shards: it is part of the cache key and the header.
+# Increase it when the same text would give other shards. It is part of the cache's key and of every
+# header, so old shards are no longer found.
 FORMAT_VERSION = 2
 MAGIC = b"MOETOKEN"
 HEADER_BYTES = 1024
-# Magic, version, bytes in a token, number of tokens, the tokenizer's sha256.
-HEADER = struct.Struct("<8sIIQ32s")
+HEADER = struct.Struct("<8sIIQ32s")  # the bytes of a ShardHeader; zeros follow up to HEADER_BYTES
 TOKENS_AT_ONCE = 2**20  # tokens counted or hashed at a time
+
+
+class ShardHeader(NamedTuple):
+    """The fields at the beginning of a token shard of ours, in their order."""
+
+    magic: bytes
+    version: int
+    token_bytes: int  # bytes of one token
+    count: int  # tokens
+    tokenizer: bytes  # sha256 of the tokenizer.json
 
 
 class ProgressBar:
@@ -44,6 +54,7 @@ class ProgressBar:
         self.documents = 0
 
     def add(self, count: int, documents: int = 0) -> None:
+        """Moves the bar by `count` characters or tokens, which end `documents` documents."""
         self.documents += documents
         if self.documents:
             speed = self.documents / (time.perf_counter() - self.start)
@@ -85,7 +96,7 @@ def read_head(path: Path) -> FileHead:
 
 
 def map_tokens(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:
-    """Maps the tokens of a file into memory, [count]. `offset` is in bytes."""
+    """Maps `count` tokens of a file into memory, from the byte `offset` on. Returns [count]."""
     if count == 0:
         return np.empty(0, dtype)  # an empty range cannot be mapped
     return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
@@ -100,25 +111,27 @@ def open_shard(path: Path, tokenizer_hash: str) -> np.ndarray:
     problem = _shard_problem(head, tokenizer_hash)
     if problem:
         raise ExperimentError(f"{path} {problem}: delete the folder {path.parent} and run again")
-    _, _, token_bytes, count, _ = HEADER.unpack_from(head.header)
-    return map_tokens(path, f"<u{token_bytes}", HEADER_BYTES, count)
+    header = ShardHeader(*HEADER.unpack_from(head.header))
+    return map_tokens(path, f"<u{header.token_bytes}", HEADER_BYTES, header.count)
 
 
 def _shard_problem(head: FileHead, tokenizer_hash: str) -> str | None:
+    """What is wrong with a shard, to be put behind its path; None if nothing is."""
     if len(head.header) < HEADER_BYTES:
         return "is cut short"
-    magic, version, token_bytes, count, tokenizer = HEADER.unpack_from(head.header)
-    if magic != MAGIC:
+    header = ShardHeader(*HEADER.unpack_from(head.header))
+    if header.magic != MAGIC:
         return "is not a token shard"
-    if version != FORMAT_VERSION:
-        return f"has format version {version}, not {FORMAT_VERSION}"
-    if token_bytes not in (2, 4):
-        return f"has tokens of {token_bytes} bytes, not 2 or 4"
-    if tokenizer.hex() != tokenizer_hash:
+    if header.version != FORMAT_VERSION:
+        return f"has format version {header.version}, not {FORMAT_VERSION}"
+    if header.token_bytes not in (2, 4):
+        return f"has tokens of {header.token_bytes} bytes, not 2 or 4"
+    if header.tokenizer.hex() != tokenizer_hash:
         return "belongs to another tokenizer"
-    if head.size != HEADER_BYTES + count * token_bytes:
-        stored = head.size - HEADER_BYTES
-        return f"holds {stored:,} bytes of tokens, not {count * token_bytes:,}"
+    expected = header.count * header.token_bytes
+    stored = head.size - HEADER_BYTES
+    if stored != expected:
+        return f"holds {stored:,} bytes of tokens, not {expected:,}"
     return None
 
 
@@ -126,22 +139,27 @@ def _shard_problem(head: FileHead, tokenizer_hash: str) -> str | None:
 
 
 def write_header(path: Path, dtype: np.dtype, count: int, tokenizer_hash: str) -> None:
-    """Fills in the header of a shard, for which the first HEADER_BYTES bytes were left free."""
+    """Fills in the header of a shard, for which the first HEADER_BYTES bytes were left free.
+
+    `count` is the number of tokens.
+    """
     tokenizer = bytes.fromhex(tokenizer_hash)
+    header = ShardHeader(MAGIC, FORMAT_VERSION, dtype.itemsize, count, tokenizer)
     with open(path, "r+b") as file:
-        file.write(HEADER.pack(MAGIC, FORMAT_VERSION, dtype.itemsize, count, tokenizer))
+        file.write(HEADER.pack(*header))
 
 
 def count_tokens(tokens: np.ndarray, size: int, bar: ProgressBar, digest=None) -> np.ndarray:
-    """How often each token occurs, int64 [size]. A hashlib `digest` is fed with the tokens too.
+    """How often each token occurs, int64 [size]; `size` is that of the vocabulary.
 
-    Raises ValueError at a token that is out of range.
+    A `digest` of hashlib is updated with the bytes of the tokens, so that they are read once only.
+    Raises ValueError at a token that is not in the vocabulary.
     """
     counts = np.zeros(size, np.int64)
     for first in range(0, len(tokens), TOKENS_AT_ONCE):
         part = tokens[first : first + TOKENS_AT_ONCE]
         if part.max() >= size:
-            bad = int(np.argmax(part >= size))
+            bad = int(np.argmax(part >= size))  # index of the first one
             raise ValueError(f"token {part[bad]} at position {first + bad}")
         counts += np.bincount(part, minlength=size)
         if digest:
@@ -152,5 +170,6 @@ def count_tokens(tokens: np.ndarray, size: int, bar: ProgressBar, digest=None) -
 
 def entropy(counts: np.ndarray) -> float:
     """The entropy of the distribution with these counts, in nats."""
+    # 0 log 0 counts as 0, and numpy would give nan: tokens that never occur are left out.
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

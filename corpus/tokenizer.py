@@ -34,7 +34,7 @@ END_OF_TEXT = (
 # GPT-2 cuts a text into words by this pattern, and byte pairs are merged within a word only.
 # The ByteLevel pre-tokenizer of `tokenizers` has it built in.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-TEXTS_AT_A_TIME = 64  # that training gets from an iterator
+TEXTS_AT_A_TIME = 64  # texts in each list that the trainer of `tokenizers` gets
 SMALLEST_VOCABULARY = 257  # 256 bytes and end-of-text
 
 
@@ -63,7 +63,7 @@ def load_tokenizer(json_text: str) -> tuple[Tokenizer, int]:
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
-    """The size of an embedding for it: the largest id + 1, as ids may have gaps."""
+    """How many embeddings the tokenizer needs: its largest id + 1, because ids may have gaps."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -81,7 +81,7 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# --- training one
+# --- training a tokenizer
 
 
 def trained_size(config: Config) -> int | None:
@@ -129,12 +129,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def _lists_of(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of TEXTS_AT_A_TIME."""
     remaining = iter(texts)
     while some := list(itertools.islice(remaining, TEXTS_AT_A_TIME)):
         yield some
 
 
-# --- reading one
+# --- reading a tokenizer
 
 
 def read_tokenizer(config: Config) -> str:
@@ -193,7 +194,10 @@ def _download_tokenizer(name: str) -> str:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, without special tokens. Raises ExperimentError if it has none for it."""
+    """The ids of a text, without special tokens.
+
+    Raises ExperimentError when the tokenizer has no token for some part of the text.
+    """
     try:
         return tokenizer.encode(text, add_special_tokens=False).ids
     except Exception as error:  # tokenizers raises plain Exception
@@ -215,8 +219,13 @@ def encoder(tokenizer: Tokenizer) -> Encode:
     facts = json.loads(tokenizer.to_str())
     if not _cuts_words_as_gpt2(facts):
         return TokenizersEncoder(tokenizer)
-    tokens = [*BYTE_LETTERS, *("".join(pair) for pair in facts["model"]["merges"])]
-    if len(set(tokens)) < len(tokens) or not _merge_to_themselves(tokenizer, tokens):
+    # tiktoken needs the tokens in the order of their rank: first the bytes, then what each merge
+    # gives.
+    tokens = list(BYTE_LETTERS)
+    for pair in facts["model"]["merges"]:
+        tokens.append("".join(pair))
+    some_are_equal = len(set(tokens)) < len(tokens)
+    if some_are_equal or not _each_encodes_to_itself(tokenizer, tokens):
         return TokenizersEncoder(tokenizer)
     return TiktokenEncoder(tokens, facts["model"]["vocab"])
 
@@ -228,23 +237,26 @@ class TokenizersEncoder:
         self.tokenizer = tokenizer
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        # _fast, as it computes no offsets.
+        # encode_batch would compute the offsets of the tokens in the text too.
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
 
 class TiktokenEncoder:
-    """Encodes with tiktoken. `tokens`, in BYTE_LETTERS, stand in the order of their rank.
+    """Encodes with tiktoken, to the same ids as `tokenizers`.
 
-    It gives the ids of tokenizers. Words are cut alike; a test compares all characters. Byte pairs
-    are merged alike, in the order of their rank and from the left, with one difference: tiktoken
-    merges two neighbours whenever together they are a token, tokenizers only those pairs that the
-    list of merges has. This makes no difference if each token's bytes, alone, merge to that token
-    (`_merge_to_themselves`).
+    `tokens` are written in BYTE_LETTERS and stand in the order of their rank; `vocab` has their
+    ids.
 
-    For let two neighbours together be a token T. No merge has crossed the ends of T's bytes, so the
-    merges inside were those that T's bytes get alone. Alone they end in T, so their last merge,
-    which is that of these two neighbours, is in the list.
+    Why the ids are the same: both libraries cut a text into the same words (a test compares all
+    characters), and both merge byte pairs in the order of their rank and from the left. There is
+    one difference. tiktoken merges two neighbours whenever together they are a token; tokenizers
+    merges only the pairs in the list of merges. This changes nothing if the bytes of each token,
+    encoded alone, give that token (`_each_encodes_to_itself`).
+
+    The proof: let two neighbours together be a token T. No merge has crossed the ends of T's bytes,
+    so the merges inside them were those that T's bytes get alone. Alone they end in T, so their
+    last merge, which is that of these two neighbours, is in the list.
     """
 
     def __init__(self, tokens: list[str], vocab: dict[str, int]):
@@ -254,18 +266,24 @@ class TiktokenEncoder:
         ranks = {}
         for rank, token in enumerate(tokens):
             ranks[bytes(byte_of[letter] for letter in token)] = rank
-        self.ids = np.array([vocab[token] for token in tokens], np.uint32)
-        self.ranks = tiktoken.Encoding(
+        self.ids = np.array([vocab[token] for token in tokens], np.uint32)  # by rank
+        self.encoding = tiktoken.Encoding(
             name="", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={}
         )
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        ranks = [self.ranks.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        return [self.ids[found] for found in ranks]
+        encoded = []
+        for text in texts:
+            ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
+            encoded.append(self.ids[ranks])
+        return encoded
 
 
 def _cuts_words_as_gpt2(facts: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json is that of a BPE which only cuts text by GPT2_WORDS and merges."""
+    """Whether a tokenizer.json describes a BPE that cuts text by GPT2_WORDS and does nothing else.
+
+    Every option that changes the text before, or the merges afterwards, must be off.
+    """
     model = facts["model"]
     words = facts["pre_tokenizer"] or {}
     if model["type"] != "BPE" or words.get("type") != "ByteLevel":
@@ -284,8 +302,11 @@ def _cuts_words_as_gpt2(facts: dict[str, Any]) -> bool:
     return not any(model.get(name) for name in options)
 
 
-def _merge_to_themselves(tokenizer: Tokenizer, tokens: list[str]) -> bool:
-    """Whether the bytes of each token, encoded alone, give this token. See TiktokenEncoder."""
+def _each_encodes_to_itself(tokenizer: Tokenizer, tokens: list[str]) -> bool:
+    """Whether the bytes of each token, encoded alone, give this one token.
+
+    TiktokenEncoder says why it matters.
+    """
     for token in tokens:
         found = tokenizer.model.tokenize(token)
         if [part.value for part in found] != [token]:
