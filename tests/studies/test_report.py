@@ -14,6 +14,10 @@ from studies import analysis, figures, report
 from studies import run as runner
 from studies.analysis import mean_and_spread, scaling_law
 from studies.grids import STUDIES
+from studies.reports.optimizer import tokens_to
+from studies.reports.scaling import equal_loss_flops
+from studies.reports.shared import against, undecided, value
+from studies.reports.specialization import code, most_bits
 from tests.studies.untrained import BASE, TOKENS, go, loaded, result
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -100,7 +104,7 @@ def test_a_rate_that_diverges_is_not_the_best():
         )
         == 0.004
     )
-    assert report.best_runs(
+    assert analysis.best_runs(
         {run: [r] for run, r in found.items() if "failed" not in r}, "adamw"
     ) == [found["adamw, adamw_lr 0.001, seed 1"]]
 
@@ -185,16 +189,16 @@ def test_the_error_of_a_ratio_of_speeds_is_by_how_far_its_rounds_differ():
 def test_a_difference_inside_the_spread_is_undecided():
     a, b = [result(5.0), result(5.2)], [result(5.1), result(5.15)]
     assert (
-        report.undecided(a, b, 0)
-        and report.undecided([result(4.0)], b, 0)
-        and not report.undecided([result(4.0), result(4.1)], b, 0)
+        undecided(a, b, 0)
+        and undecided([result(4.0)], b, 0)
+        and not undecided([result(4.0), result(4.1)], b, 0)
     )
-    assert report.undecided([result(5.0), result(5.0)], [result(5.05), result(5.05)], 0.08), (
+    assert undecided([result(5.0), result(5.0)], [result(5.05), result(5.05)], 0.08), (
         "two seeds can be close by chance"
     )
     assert mean_and_spread(a) == (pytest.approx(5.1), pytest.approx(0.2))
-    assert report.value(a) == "5.100 ± 0.100" and report.against(a, b, 0) == "-0.025, undecided"
-    assert report.against([result(4.0), result(4.1)], b, 0) == "-1.075"
+    assert value(a) == "5.100 ± 0.100" and against(a, b, 0) == "-0.025, undecided"
+    assert against([result(4.0), result(4.1)], b, 0) == "-1.075"
 
 
 def test_differences_by_chance_are_undecided_in_19_of_20_studies():
@@ -203,11 +207,11 @@ def test_differences_by_chance_are_undecided_in_19_of_20_studies():
     apart = 0
     for _ in range(300):
         found = {str(i): [result(loss) for loss in random.normal(3, 0.01, 2)] for i in range(10)}
-        honest = report.tukey_hsd(found)
+        honest = analysis.tukey_hsd(found)
         lowest, *_, highest = sorted(found.values(), key=lambda runs: mean_and_spread(runs)[0])
-        apart += not report.undecided(lowest, highest, honest)
+        apart += not undecided(lowest, highest, honest)
     assert 4 <= apart <= 27
-    assert report.tukey_hsd(dict(a=[result(3.0)], b=[result(3.0), result(3.1)])) == math.inf
+    assert analysis.tukey_hsd(dict(a=[result(3.0)], b=[result(3.0), result(3.1)])) == math.inf
 
 
 def test_scaling_law_finds_floor_exponent_and_their_uncertainty():
@@ -326,7 +330,7 @@ def test_equal_loss_flops_are_told_within_those_tried():
     )
 
     def told(flops, deviation=0.0):
-        return report.equal_loss_flops(
+        return equal_loss_flops(
             law, [result(float(law.at(flops)), flops=1e7, tokens=1)] * 2, deviation, [5e6, 1e7, 3e7]
         )
 
@@ -376,7 +380,7 @@ def test_an_expert_says_no_more_bits_than_its_tokens_choices_leave():
     than the kinds have."""
 
     def most(table, tokens, entropy):
-        return report.most_bits(dict(kind_table=[table], kind_tokens=tokens, kind_entropy=entropy))
+        return most_bits(dict(kind_table=[table], kind_tokens=tokens, kind_entropy=entropy))
 
     even = [[10, 0], [10, 0], [0, 10], [0, 10]]
     assert most(even, [10, 10], 3.0) == pytest.approx(1) and most(even, [10, 10], 0.5) == 0.5
@@ -448,11 +452,9 @@ def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
 
 def test_tokens_to_equal_loss_are_read_between_runs():
     points = [(100, 6.0), (200, 5.0), (400, 4.0)]
-    assert report.tokens_to(points, 4.5) == (pytest.approx(400 / 2**0.5), "")
-    assert (
-        report.tokens_to(points, 6.5) == (100, "at most ") and report.tokens_to(points, 3.9) is None
-    )
-    assert report.tokens_to(points, 5.0)[0] == pytest.approx(200)
+    assert tokens_to(points, 4.5) == (pytest.approx(400 / 2**0.5), "")
+    assert tokens_to(points, 6.5) == (100, "at most ") and tokens_to(points, 3.9) is None
+    assert tokens_to(points, 5.0)[0] == pytest.approx(200)
 
 
 def test_every_study_has_its_place_on_the_page():
@@ -468,7 +470,7 @@ def test_a_study_without_results_is_said_not_to_be_run(tmp_path):
 
 
 def test_tokens_are_shown_as_code():
-    assert [report.code(token) for token in (" a", "\n", "a|b", "`", '"')] == [
+    assert [code(token) for token in (" a", "\n", "a|b", "`", '"')] == [
         "`␣a`",
         "`\\n`",
         "`a\\|b`",

@@ -1,0 +1,51 @@
+"""The tables of a study that has no file of its own here: its losses and speeds."""
+
+from benchmarks.tables import table
+from planner.plan import format_count
+from studies.reports.shared import (
+    UNKNOWN,
+    Outcome,
+    against,
+    lowest,
+    outcome,
+    smallest_difference,
+    summary,
+    value,
+)
+
+
+def losses(results: dict) -> str:
+    """Losses and speeds of a study that has no report of its own."""
+    study = outcome(results)
+    best = ""
+    if len(study.runs) > 1:
+        best, verdict = lowest(study.runs, study.resolution)
+    rows = []
+    for name, runs in study.runs.items():
+        difference = ""
+        if best and name != best:
+            difference = against(runs, study.runs[best], study.resolution)
+        tokens = format_count(runs[0]["tokens"])
+        rows.append([name, value(runs), difference, tokens, _speed(study, name)])
+    for name in study.speeds:
+        if name not in study.runs:
+            rows.append([name, UNKNOWN, "", UNKNOWN, _speed(study, name)])
+    header = [
+        "configuration",
+        "validation loss",
+        f"against {best or 'others'}",
+        "tokens",
+        "tokens/s, alone",
+    ]
+    facts = [("smallest difference that is decided", smallest_difference(study.runs))]
+    if best:
+        facts.insert(0, ("lowest loss", f"{best}; {verdict}"))
+    if not study.runs:
+        return table(header, rows)
+    return f"{table(header, rows)}\n\n{summary(facts)}"
+
+
+def _speed(study: Outcome, name: str) -> str:
+    if name not in study.speeds:
+        return UNKNOWN
+    return value(study.speeds[name], "tokens_per_second", 0)
