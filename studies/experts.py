@@ -461,9 +461,11 @@ def analyse(checkpoints: list[Path]) -> dict:
     """The analysis of a run, as the key "experts" of its result in a study's results.json.
 
     It holds the mutual information by layer and step, and the tables and top tokens of the last
-    checkpoint. `checkpoints` are those of the run, the oldest first.
+    checkpoint. `checkpoints` are those of the run, the oldest first. Raises
+    ExperimentError when the model is dense, or the text is no longer the one that was tokenized.
     """
     config, _ = resumed_config(checkpoint.load(checkpoints[-1])["config"], {})
+    _check_has_experts(config, checkpoints[-1])
     corpus = data.prepare(config)
     labels = label(config, corpus)
     positions = _sampled_positions(len(labels.tokens), config.max_seq_len)
@@ -498,6 +500,15 @@ def analyse(checkpoints: list[Path]) -> dict:
             top_tokens=top,
         )
     )
+
+
+def _check_has_experts(config: Config, path: Path) -> None:
+    """Raises ExperimentError if the model of the checkpoint at `path` is dense."""
+    if not config.num_experts:
+        raise ExperimentError(
+            f"the model in {path} is dense, so it has no experts to analyse. Name a run that was "
+            "trained with --num_experts"
+        )
 
 
 def _routes_of_tokens(model: MoETransformer, windows: np.ndarray) -> np.ndarray:

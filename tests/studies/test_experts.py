@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from cli import exit_code
 from corpus.tokenizer import load_tokenizer
 from studies import experts as experts_of
 from studies.experts import KINDS
-from tests.helpers import tokenizer_json
+from tests.helpers import tiny_config, tokenizer_json, write_checkpoint
 
 
 def test_kinds_of_characters():
@@ -73,3 +74,12 @@ def test_information_of_experts_that_read_the_kind():
     assert (counts == 2 * np.diag(np.bincount(kinds[labels != experts_of.NONE]))).all(), (
         "end-of-text is left out"
     )
+
+
+def test_a_dense_run_is_refused_in_one_line(tmp_path, capsys):
+    write_checkpoint(tmp_path / "checkpoint_step_1.pt", tiny_config(num_experts=0))
+    assert exit_code(experts_of.main, [str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the model in ") and "is dense" in error
+    assert "--num_experts" in error and error.count("\n") == 1
+    assert not (tmp_path / "experts.json").exists()
