@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from config import (
+    PRESETS,
     ConfigError,
     ExperimentError,
     OutOfMemory,
     defaults,
     field_docs,
     field_types,
+    missing_package_message,
     nearest,
     parse_value,
 )
@@ -65,6 +67,8 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown_message(self, argument: str) -> str:
         option = argument.partition("=")[0]
+        if argument in PRESETS and "--preset" in self._option_string_actions:
+            return f"unexpected argument {argument!r}: use --preset {argument}"
         if not option.startswith("-"):
             return (
                 f"unexpected argument {argument!r}: a command comes first, options are --NAME "
@@ -211,9 +215,7 @@ def exit_code(command: Callable, argv: list[str], training: bool = False) -> int
     except ExperimentError as error:
         return _failed(str(error), error.exit_code)
     except ModuleNotFoundError as error:
-        return _failed(
-            f"the package {error.name} is not installed: pip install -r requirements.txt"
-        )
+        return _failed(missing_package_message(error))
     except BrokenPipeError:
         return _lost_reader(training)
     except (RuntimeError, MemoryError) as error:

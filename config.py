@@ -16,6 +16,7 @@ import difflib
 import functools
 import inspect
 import math
+import sys
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,6 +47,25 @@ class OutOfMemory(ExperimentError):
     """The memory of a GPU or of the host does not suffice."""
 
     exit_code = 4
+
+
+def missing_package_message(error: ModuleNotFoundError) -> str:
+    return f"the package {error.name} is not installed: pip install -r requirements.txt"
+
+
+def explain_missing_packages() -> None:
+    """Makes this program report a missing package in one line, without a traceback.
+
+    A command calls it before it imports packages, so that it also covers these imports.
+    """
+    sys.excepthook = _report_uncaught
+
+
+def _report_uncaught(kind, error, traceback) -> None:
+    if isinstance(error, ModuleNotFoundError):
+        print(f"error: {missing_package_message(error)}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
 
 
 # ---------------------------------------------------------------- the configuration

@@ -14,6 +14,11 @@ import sys
 import textwrap
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports below, which fail without their packages
+    from config import explain_missing_packages
+
+    explain_missing_packages()
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -444,8 +449,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="PNG to write; default: training_curves.png in the folder of one run, "
-        "comparison.png beside the folder of the first of several",
+        help="PNG to write; its path is printed. Default: RUN/training_curves.png for one run; for "
+        "several runs comparison.png in the folder that contains the first RUN",
     )
     return parser
 

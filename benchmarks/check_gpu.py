@@ -29,6 +29,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+if __name__ == "__main__":  # before the imports below, which fail without their packages
+    from config import explain_missing_packages
+
+    explain_missing_packages()
+
 import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code

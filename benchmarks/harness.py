@@ -14,6 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports below, which fail without their packages
+    from config import explain_missing_packages
+
+    explain_missing_packages()
+
 import torch
 
 from benchmarks.result_files import ROOT, write

@@ -14,6 +14,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports below, which fail without their packages
+    from config import explain_missing_packages
+
+    explain_missing_packages()
+
 from config import PRESETS, Config, field_docs, optimizer_groups
 from planner.choice import choose
 from planner.machine import GPUS, find_machine

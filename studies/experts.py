@@ -27,6 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+if __name__ == "__main__":  # before the imports below, which fail without their packages
+    from config import explain_missing_packages
+
+    explain_missing_packages()
+
 import numpy as np
 import torch
 from pygments.lexers import CppLexer, CythonLexer, PythonLexer

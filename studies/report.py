@@ -16,6 +16,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports below, which fail without their packages
+    from config import explain_missing_packages
+
+    explain_missing_packages()
+
 from benchmarks.tables import rewrite
 from cli import exit_code, new_parser
 from config import ConfigError

@@ -43,9 +43,15 @@ import time
 import traceback
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports below, which fail without their packages
+    from config import explain_missing_packages
+
+    explain_missing_packages()
+
 import data
 from cli import Parser, add_config_options, config_options, exit_code, locked, new_parser
 from config import Config, ConfigError, nearest, resolve
+from planner.plan import format_duration
 from record.results import git_state
 from studies.figures import draw
 from studies.grids import STUDIES, TOKENS, Run
@@ -282,10 +288,10 @@ class _Scheduler:
     def _time_left(self) -> str:
         """An estimate: the outstanding runs take as long as those that were performed."""
         seconds_per_run = self.record.elapsed() / self.performed
-        minutes = seconds_per_run * self.outstanding / 60
-        if minutes < 1:
+        seconds = seconds_per_run * self.outstanding
+        if seconds < 60:
             return "less than a minute"
-        return f"about {minutes:.0f} minutes"
+        return f"about {format_duration(seconds)}"
 
     def _finish(self, missing: list[Run]) -> None:
         """Writes the results and draws them. Raises the first failure of a run."""
@@ -346,10 +352,10 @@ def in_words(run: Run, result: dict) -> str:
     """The result of a run, for the line that reports it."""
     if "failed" in result:
         return result["failed"]
-    seconds = f"{result['elapsed_seconds']:.0f} s"
+    duration = format_duration(result["elapsed_seconds"])
     if run.alone:
-        return f"{result['tokens_per_second']:,.0f} tokens/s, {seconds}"
-    return f"validation loss {result['val_loss']:.4f}, {seconds}"
+        return f"{result['tokens_per_second']:,.0f} tokens/s, {duration}"
+    return f"validation loss {result['val_loss']:.4f}, {duration}"
 
 
 def free_gpu(run: Run, running: dict, gpus: tuple[str, ...], jobs: int) -> str | None:

@@ -16,6 +16,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+if __name__ == "__main__":  # before the imports below, which fail without their packages
+    from config import explain_missing_packages
+
+    explain_missing_packages()
+
 import numpy
 import torch
 from torch import Tensor
