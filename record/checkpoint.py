@@ -28,6 +28,9 @@ from config import Config, ConfigError, ExperimentError, resumed_config
 from record import archive
 
 FORMAT = 1
+# torch.save's zip archives end with a record that begins so and has this length.
+ZIP_END = b"PK\x05\x06"
+ZIP_END_BYTES = 22
 SPACE_REMEDY = (
     "Free some space, keep fewer checkpoints (--keep_checkpoints 1), choose another --save_dir, or "
     "switch saving off (--save_every 0 --save_minutes 0)."
@@ -160,7 +163,7 @@ def load(path, mmap: bool = True) -> dict:
     is missing, damaged, or no checkpoint.
     """
     path = Path(path)
-    _check_first_bytes(path)
+    _check_archive(path)
     state = _read(path, mmap)
     if not isinstance(state, dict) or "format" not in state or "checksums" not in state:
         raise _load_error(path, f"{path} is not a checkpoint of this program")
@@ -176,18 +179,32 @@ def load(path, mmap: bool = True) -> dict:
     return state
 
 
-def _check_first_bytes(path: Path) -> None:
-    """Refuses what is no zip archive, which torch.load would take for a pickle of old versions."""
+def _check_archive(path: Path) -> None:
+    """Refuses a file that is no zip archive, or one that is cut short.
+
+    torch.load would take the first for a pickle of old versions. For the second it raises one of
+    several errors, such as "Invalid argument", none of which names the cause.
+    """
     # A path that cannot be opened is left to torch.load, whose error says why.
     with contextlib.suppress(OSError):
         if not path.is_file():
             return
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            if file.read(2) != b"PK":
-                raise _load_error(
-                    path,
-                    f"{path} is damaged or no checkpoint: torch.save's archives begin otherwise",
-                )
+            first_bytes = file.read(2)
+            file.seek(max(0, size - ZIP_END_BYTES))
+            last_bytes = file.read()
+        if not b"PK".startswith(first_bytes):
+            raise _load_error(
+                path,
+                f"{path} is damaged or no checkpoint: torch.save's archives begin otherwise",
+            )
+        if not last_bytes.startswith(ZIP_END):
+            raise _load_error(
+                path,
+                f"checkpoint {path} is damaged: the file is cut short, or its end is overwritten "
+                f"({size:,} bytes are there). If it was copied, copy it again",
+            )
 
 
 def _read(path: Path, mmap: bool):
