@@ -37,7 +37,7 @@ from config import (
 )
 from planner.choice import check_fits
 from planner.machine import GB, GPUS, Machine, find_device, find_machine, machine_of_device
-from planner.plan import build_plan, format_count, memory_table
+from planner.plan import build_plan, format_count, format_duration, memory_table
 
 # torch takes seconds to import: --help and `plan` answer without it, so that what needs it is
 # imported in the functions that use it.
@@ -325,7 +325,7 @@ def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:
         f"tokens            {facts['tokens_per_step']:,} a step, "
         f"{format_count(facts['tokens_per_run'])} a run",
         f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file",
-        f"hours             {_hours(facts)}",
+        f"training time     {_training_time(facts)}",
         f"plan for {_place(facts)}: {_verdict(config, facts)}",
         "",
         memory_table(memory_gb, optimizer_groups(config), capacity_gb=capacity_gb),
@@ -340,16 +340,17 @@ def _count(parameters: int) -> str:
     return f"{parameters:,} ({format_count(parameters)})"
 
 
-def _hours(facts: dict) -> str:
+def _training_time(facts: dict) -> str:
     if not facts["hours"]:
-        return "not measured; training prints them after its first steps"
-    hours = (
-        f"{facts['hours']:,.0f} at {facts['tokens_per_second']:,.0f} tokens/s, measured with\n"
+        return "not measured; training prints it after its first steps"
+    time_needed = format_duration(3600 * facts["hours"])
+    message = (
+        f"{time_needed} at {facts['tokens_per_second']:,.0f} tokens/s, measured with\n"
         f"                  {facts['measured_with']}"
     )
     if facts["measured_with"] == facts["options"]:
-        return hours
-    return "not measured for the setup below; " + hours
+        return message
+    return "not measured for the setup below; " + message
 
 
 def _place(facts: dict) -> str:
@@ -504,6 +505,8 @@ def main(argv: list[str]) -> int:
         name, *argv = argv
 
     def command(argv: list[str]) -> None:
+        if name in PRESETS:
+            raise ConfigError(f"{name} is a preset, not a command: use --preset {name}")
         if name not in commands:
             raise ConfigError(
                 f"unknown command {name!r}.{nearest(name, commands)} "

@@ -295,7 +295,7 @@ class Trainer:
         if not overflow:
             return
         self.skipped_steps += 1
-        self.bar.write(messages.overflow(self.step + 1, self.scaler.scale))
+        self.bar.write(messages.overflow(self.config, self.step + 1, self.scaler.scale))
         if self.scaler.stuck_steps >= STUCK_STEPS:
             raise Diverged(
                 messages.gradients_not_finite(
@@ -685,11 +685,11 @@ class Trainer:
 
 def _check_same_data(saved: dict, corpus: data.Corpus) -> None:
     """Raises ExperimentError when a checkpoint was trained on other text or tokens."""
-    for key, what, option in (
-        ("data_hash", "text", "data"),
-        ("tokenizer_hash", "tokenizer", "tokenizer"),
+    for key, trained, option in (
+        ("data_hash", "on other text", "data"),
+        ("tokenizer_hash", "with another tokenizer", "tokenizer"),
     ):
         found = getattr(corpus, key)
         # None: the model was imported, and not trained on any text since.
         if saved[key] not in (None, found):
-            raise ExperimentError(messages.other_data(key, what, option, saved[key], found))
+            raise ExperimentError(messages.other_data(key, trained, option, saved[key], found))

@@ -48,6 +48,7 @@ from corpus.tokenizer import (
 )
 from corpus.workers import die_with_parent
 from planner.machine import cpu_cores
+from planner.plan import format_duration
 
 # Characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores.
 TOKENIZER_SAMPLE = 20_000_000
@@ -293,7 +294,7 @@ def build(
     seconds = time.perf_counter() - start
     print(
         f"data: {train_tokens:,} training and {validation_tokens:,} validation tokens, "
-        f"{seconds:.1f} s"
+        f"{format_duration(seconds)}"
     )
 
 
@@ -340,7 +341,7 @@ def _train_or_read_tokenizer(
     tokenizer_json = train_tokenizer(_sampled_texts(source, found.chunks, sample), size)
     seconds = time.perf_counter() - start
     characters = found.lengths[sample].sum()
-    print(f"data: tokenizer trained on {characters:,} characters in {seconds:.1f} s")
+    print(f"data: tokenizer trained on {characters:,} characters in {format_duration(seconds)}")
     return tokenizer_json
 
 

@@ -148,12 +148,24 @@ def read_tokenizer(config: Config) -> str:
         tokenizer, _ = load_tokenizer(text)
     except (OSError, UnicodeDecodeError, ExperimentError) as error:
         raise ExperimentError(
-            f"cannot use the tokenizer {config.tokenizer}: {error}. Give --tokenizer the path of a "
-            "tokenizer.json or of a folder that holds one, hf:NAME for one of the Hugging Face "
-            "hub, or train to train one on the corpus"
+            f"cannot use the tokenizer {config.tokenizer}: {error}. "
+            f"{_hub_suggestion(config.tokenizer)}Give --tokenizer the path of a tokenizer.json or "
+            "of a folder that holds one, hf:NAME for one of the Hugging Face hub, or train to "
+            "train one on the corpus"
         ) from error
     check_vocabulary(tokenizer, config)
     return text
+
+
+def _hub_suggestion(name: str) -> str:
+    """The beginning of a remedy, for a name that is no path here and could be a model's on the hub.
+
+    Such a name is MODEL or OWNER/MODEL.
+    """
+    could_be_a_model = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+    if not could_be_a_model or name.endswith(".json") or Path(name).exists():
+        return ""
+    return f"For the tokenizer of that name on the Hugging Face hub give --tokenizer hf:{name}. "
 
 
 def _read_tokenizer(name: str) -> str:

@@ -152,3 +152,18 @@ def format_count(n: float) -> str:
     if n >= 1e6:
         return f"{n / 1e6:,.2f}M"
     return f"{n:,.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """A duration for people, in a unit that fits it: 8.3 seconds, 12 minutes, 364 hours."""
+    unit = "hours"
+    value = seconds / 3600
+    if seconds < 60:
+        unit = "seconds"
+        value = seconds
+    elif seconds < 3600:
+        unit = "minutes"
+        value = seconds / 60
+    if value < 10:
+        return f"{value:.1f} {unit}"
+    return f"{value:,.0f} {unit}"

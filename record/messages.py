@@ -6,7 +6,7 @@ Every function returns a text. The trainer prints it or raises it.
 from config import Config, optimizer_groups
 from planner.choice import candidates, next_smaller
 from planner.machine import Machine
-from planner.plan import format_count, memory_table
+from planner.plan import format_count, format_duration, memory_table
 
 # Repeated data is worth much less than new data beyond this many passes (Muennighoff et al. 2023).
 WORTHWHILE_PASSES = 4
@@ -99,10 +99,10 @@ def _passes(config: Config, corpus) -> float:
 
 def first_speed(config: Config, seconds_per_step: float, steps_left: int) -> str:
     tokens_per_second = config.tokens_per_step / seconds_per_step
-    hours = seconds_per_step * steps_left / 3600
+    time_left = format_duration(seconds_per_step * steps_left)
     return (
         f"{tokens_per_second:,.0f} tokens/s in the first steps: "
-        f"{hours:,.2f} hours to go for {steps_left:,} steps"
+        f"{time_left} to go for {steps_left:,} steps"
     )
 
 
@@ -138,8 +138,11 @@ def spike(step: int, norm: float, usual: float, parameter: str) -> str:
     return f"step {step}: gradient norm {norm:.2f}, usually {usual:.2f}; largest in {parameter}"
 
 
-def overflow(step: int, loss_scale: float) -> str:
-    return f"step {step}: the gradients overflowed; batch skipped, loss scale {loss_scale:g}"
+def overflow(config: Config, step: int, loss_scale: float) -> str:
+    """`loss_scale` is the one after the overflow. Only fp16 has one."""
+    if config.precision == "fp16":
+        return f"step {step}: the gradients overflowed; batch skipped, loss scale {loss_scale:g}"
+    return f"step {step}: the gradients are inf or nan; batch skipped"
 
 
 # ---------------------------------------------------------------- the end
@@ -198,9 +201,12 @@ def gradients_not_finite(
         "bf16": ", or try --precision fp32",
         "fp32": "",
     }
+    at_smallest_scale = ""
+    if config.precision == "fp16":  # the only precision with a loss scale
+        at_smallest_scale = f" at the smallest loss scale, {loss_scale:g},"
     return (
-        f"{batches} batches in a row gave inf or nan gradients at the smallest loss scale, "
-        f"{loss_scale:g}, before step {step}: training has diverged.\n"
+        f"{batches} batches in a row gave inf or nan gradients{at_smallest_scale} "
+        f"before step {step}: training has diverged.\n"
         f"  {_lower_learning_rates(config)}, "
         f"raise --warmup_fraction{other_precision[config.precision]}.\n  {last_checkpoint}"
     )
@@ -242,10 +248,10 @@ def out_of_memory(config: Config, machine: Machine, step: int, last_checkpoint: 
     )
 
 
-def other_data(key: str, what: str, option: str, saved: str, found: str) -> str:
-    """`saved` and `found` are hashes of the text or of the tokenizer."""
+def other_data(key: str, trained: str, option: str, saved: str, found: str) -> str:
+    """`trained` is "on other text" or "with another tokenizer"; `saved` and `found` are hashes."""
     return (
-        f"the checkpoint was trained on other {what} ({key} {saved[:12]}, here {found[:12]}). "
-        f"Give the --{option} of the first run, unchanged, or start a new run with another "
+        f"the checkpoint was trained {trained} ({key} {saved[:12]}, here {found[:12]}). "
+        f"Resume it with the same --{option} as before, unchanged, or start a new run with another "
         "--save_dir."
     )

@@ -370,6 +370,13 @@ def test_an_older_run_has_its_configuration_in_its_results(runs, monkeypatch):
     ) == ["seed=1", "seed=2"]
 
 
+def test_help_says_where_the_plot_is_written(capsys):
+    with pytest.raises(SystemExit):
+        plot.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "comparison.png in the folder that contains the first RUN" in text
+
+
 def test_the_comparison_is_written_beside_the_first_run(runs, tmp_path, capsys):
     folders = runs(**{"r" * n: dict(seed=n, data="a long path " * 20) for n in range(1, 10)})
     assert plot.main(list(map(str, folders))) == 0

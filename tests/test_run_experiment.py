@@ -365,17 +365,17 @@ def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_pa
 
     argv = ("--preset", "18b", "--gpu", "h200")
     assert planned(cli, *argv)["hours"] is None
-    assert "hours             not measured" in cli("plan", *argv)[1]
+    assert "training time     not measured" in cli("plan", *argv)[1]
 
     used = "--batch_size 2 --activation_checkpointing none --offload_optimizer true"
     measured(f"--preset 18b {used} --eval_steps 1")
     assert planned(cli, *argv)["hours"] == pytest.approx(50_000 * 131_072 / 5000 / 3600)
     out = cli("plan", *argv)[1]
-    assert f"364 at 5,000 tokens/s, measured with\n                  {used}\n" in out
+    assert f"364 hours at 5,000 tokens/s, measured with\n                  {used}\n" in out
     assert "not measured for the setup below; 364" in out
 
     measured(planned(cli, *argv)["options"])
-    assert "hours             364 at" in cli("plan", *argv)[1]
+    assert "training time     364 hours at" in cli("plan", *argv)[1]
     for other in (
         ("--preset", "5b", "--gpu", "h200"),
         ("--preset", "18b", "--gpu", "h100"),
@@ -449,6 +449,9 @@ def assert_refused(result, code, *words):
         ("plan --gpu h10", ["unknown GPU 'h10'", "mean h100?", "b200"]),
         ("plan --max_stps 3", ["--max_steps?"]),
         ("plan extra", ["unexpected argument 'extra'"]),
+        ("tiny --device cpu", ["tiny is a preset, not a command: use --preset tiny"]),
+        ("train tiny", ["unexpected argument 'tiny': use --preset tiny"]),
+        ("plan 18b --json", ["unexpected argument '18b': use --preset 18b"]),
         (
             "--d_model abc --n_layers x --precision fp61",
             ["--d_model: 'abc' is not a whole number", "--n_layers: 'x'", "mean fp16?"],
@@ -591,7 +594,7 @@ def test_unusable_checkpoint(cli, base, finished, tmp_path, how):
         ),
         (dict(batch_size=64), 2, ["4 sequences"]),
         (dict(data="other"), 1, ["other text", "--data"]),
-        (dict(tokenizer="tokenizer.json"), 1, ["other tokenizer", "--tokenizer"]),
+        (dict(tokenizer="tokenizer.json"), 1, ["with another tokenizer", "same --tokenizer"]),
     ],
     ids=str,
 )

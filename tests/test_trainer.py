@@ -168,7 +168,7 @@ def test_resume_refuses_other_data_and_other_tokenizer(two_steps, tmp_path):
     with pytest.raises(ExperimentError, match="other text.*--data"):
         build(dataclasses.replace(config, data=str(other)), state, Path(config.save_dir))
     state["data"]["tokenizer_hash"] = "0" * 64
-    with pytest.raises(ExperimentError, match="other tokenizer.*--tokenizer"):
+    with pytest.raises(ExperimentError, match="with another tokenizer.*--tokenizer"):
         build(config, state, Path(config.save_dir))
 
 
@@ -247,11 +247,14 @@ def test_overflow_at_the_smallest_scale_stops_with_advice(settings):
     assert trainer.skipped_steps == 2 + 10 and trainer.step == 0  # 4 -> 2 -> 1, then ten at 1
 
 
-def test_fp32_is_not_told_to_try_fp32(settings):
+def test_fp32_is_not_told_to_try_fp32_and_has_no_loss_scale(settings, capsys):
     trainer = build(settings(precision="fp32"))
     poison(trainer, math.inf, when=lambda n: True)
-    with pytest.raises(Diverged, match="--warmup_fraction\\.\n"):
+    with pytest.raises(Diverged, match="--warmup_fraction\\.\n") as diverged:
         trainer.run()
+    out = capsys.readouterr().out
+    assert "step 1: the gradients are inf or nan; batch skipped" in out
+    assert "loss scale" not in str(diverged.value) + out
 
 
 def test_a_dense_model_has_nothing_to_balance_with_a_bias(settings):

@@ -275,6 +275,8 @@ def test_bad_tokenizers(tmp_path, folder):
         "train",
     )
     fails(config_for(tmp_path, tokenizer=str(folder)), str(folder), "--tokenizer")
+    fails(config_for(tmp_path, tokenizer="gpt2"), "--tokenizer hf:gpt2")
+    fails(config_for(tmp_path, tokenizer="Qwen/Qwen3-0.6B"), "--tokenizer hf:Qwen/Qwen3-0.6B")
     for content in (b"{}", b"not json", b"\xff"):
         (tmp_path / "bad.json").write_bytes(content)
         fails(config_for(tmp_path, tokenizer=str(tmp_path / "bad.json")), "bad.json", "--tokenizer")

@@ -2,7 +2,7 @@
 
 from config import PRESETS, Config, optimizer_groups
 from planner.machine import find_machine
-from planner.plan import build_plan, format_count, memory_table
+from planner.plan import build_plan, format_count, format_duration, memory_table
 
 COMPONENTS = ("weights", "gradients", "master", "momentum", "adamw", "activations", "workspace")
 GROUPS = optimizer_groups(Config())
@@ -39,6 +39,17 @@ def test_large_numbers_in_words():
         "17.97B",
         "4.46M",
         "1,920",
+    ]
+
+
+def test_a_duration_has_a_unit_that_fits_it():
+    assert [format_duration(seconds) for seconds in (0.04, 45, 150, 1800, 5400, 3600 * 1234)] == [
+        "0.0 seconds",
+        "45 seconds",
+        "2.5 minutes",
+        "30 minutes",
+        "1.5 hours",
+        "1,234 hours",
     ]
 
 
