@@ -34,11 +34,14 @@ Groups = dict[str, Runs]
 def base_config(results: dict) -> Config:
     """The configuration that the study's runs change."""
     words = results["options"]  # such as --preset small --batch_size 64
-    texts = {}
+    preset = None
+    options = {}
     for option, text in zip(words[::2], words[1::2]):
-        texts[option.removeprefix("--")] = text
-    preset = texts.pop("preset")
-    options = {name: parse_value(name, text) for name, text in texts.items()}
+        name = option.removeprefix("--")
+        if name == "preset":
+            preset = text
+        else:
+            options[name] = parse_value(name, text)
     config, _, _ = resolve(options, preset, None)
     return config
 
@@ -48,8 +51,11 @@ def groups(results: dict) -> Groups:
 
     Failed runs are left out, and so are those that only measured a speed.
     """
-    runs = results["runs"].values()
-    return _by_group(run for run in runs if not run["group"].startswith(SPEED))
+    trained = []
+    for run in results["runs"].values():
+        if not measured_speed(run):
+            trained.append(run)
+    return _by_group(trained)
 
 
 def timed(results: dict) -> Groups:
@@ -57,28 +63,44 @@ def timed(results: dict) -> Groups:
 
     Failed runs are left out.
     """
-    runs = results["runs"].values()
-    measured = _by_group(run for run in runs if run["group"].startswith(SPEED))
-    return {group.removeprefix(SPEED): runs for group, runs in measured.items()}
+    measured = []
+    for run in results["runs"].values():
+        if measured_speed(run):
+            measured.append(run)
+    by_configuration = {}
+    for group, runs in _by_group(measured).items():
+        configuration = group.removeprefix(SPEED)
+        by_configuration[configuration] = runs
+    return by_configuration
 
 
-def _by_group(runs: Iterable[dict]) -> Groups:
+def measured_speed(run: dict) -> bool:
+    """Whether the run only measured a speed. Its loss is of a few steps and says nothing."""
+    return run["group"].startswith(SPEED)
+
+
+def _by_group(runs: list[dict]) -> Groups:
     found: Groups = {}
     for run in runs:
-        if "failed" not in run:
-            found.setdefault(run["group"], []).append(run)
+        if "failed" in run:
+            continue
+        group = found.setdefault(run["group"], [])
+        group.append(run)
     return found
 
 
 def mean(runs: Runs, key: str = "val_loss") -> float:
     """The mean over seeds."""
-    return mean_and_spread(runs, key)[0]
+    average, _ = mean_and_spread(runs, key)
+    return average
 
 
 def mean_and_spread(runs: Runs, key: str = "val_loss") -> tuple[float, float]:
     """The mean over seeds, and the largest value minus the smallest."""
     values = [run[key] for run in runs]
-    return sum(values) / len(values), max(values) - min(values)
+    average = sum(values) / len(values)
+    spread = max(values) - min(values)
+    return average, spread
 
 
 # ---------------------------------------------------------------- significance over seeds
@@ -92,19 +114,24 @@ def _pooled_deviation(samples: Iterable[Sequence[float]]) -> tuple[float, int]:
     sum_of_squares = 0.0
     degrees_of_freedom = 0
     for values in samples:
-        if len(values) < 2:
+        size = len(values)
+        if size < 2:
             continue
-        # np.var divides the sum of squares by the number of values.
-        sum_of_squares += float(np.var(values)) * len(values)
-        degrees_of_freedom += len(values) - 1
+        # np.var divides the sum of squares by the size.
+        sum_of_squares += float(np.var(values)) * size
+        degrees_of_freedom += size - 1
     if not degrees_of_freedom:
         return math.inf, 0
-    return math.sqrt(sum_of_squares / degrees_of_freedom), degrees_of_freedom
+    variance = sum_of_squares / degrees_of_freedom
+    return math.sqrt(variance), degrees_of_freedom
 
 
 def seed_deviation(found: Groups, key: str = "val_loss") -> float:
     """The standard deviation over seeds, pooled over all groups; inf without a group of two."""
-    deviation, _ = _pooled_deviation([run[key] for run in runs] for runs in found.values())
+    samples = []
+    for runs in found.values():
+        samples.append([run[key] for run in runs])
+    deviation, _ = _pooled_deviation(samples)
     return deviation
 
 
@@ -115,7 +142,10 @@ def tukey_hsd(found: Groups, key: str = "val_loss") -> float:
     root of the number of seeds; `tukey_kramer` divides. The test is among all groups with several
     seeds. The result is inf if there are no two such groups.
     """
-    group_sizes = [len(runs) for runs in found.values() if len(runs) > 1]
+    group_sizes = []
+    for runs in found.values():
+        if len(runs) > 1:
+            group_sizes.append(len(runs))
     num_groups = len(group_sizes)
     if num_groups < 2:
         return math.inf
@@ -135,7 +165,8 @@ def tukey_kramer(a: Runs, b: Runs, hsd: float) -> float:
 
     `hsd` is what tukey_hsd returned. Kramer's form (1956) allows groups of unequal size.
     """
-    mean_of_inverse_sizes = (1 / len(a) + 1 / len(b)) / 2
+    sum_of_inverse_sizes = 1 / len(a) + 1 / len(b)
+    mean_of_inverse_sizes = sum_of_inverse_sizes / 2
     return hsd * math.sqrt(mean_of_inverse_sizes)
 
 
@@ -156,17 +187,20 @@ def mean_difference(pairs: list[tuple[Runs, Runs]]) -> tuple[float, float]:
     The interval is Welch's (1947): the first groups have one deviation over seeds, and the second
     groups have another. It is inf if all groups of one side have a single seed.
     """
-    difference = sum(mean(first) - mean(second) for first, second in pairs) / len(pairs)
-    sides = [_variance_of_mean(side) for side in zip(*pairs)]
-    if not all(side.degrees_of_freedom for side in sides):
+    differences = [mean(first) - mean(second) for first, second in pairs]
+    difference = sum(differences) / len(pairs)
+    a = _variance_of_mean([first for first, _ in pairs])
+    b = _variance_of_mean([second for _, second in pairs])
+    if not a.degrees_of_freedom or not b.degrees_of_freedom:
         return difference, math.inf
-    variance = sum(side.variance for side in sides)
+    variance = a.variance + b.variance
     if not variance:
         return difference, 0.0
 
     # The degrees of freedom of a sum of two variances, by Welch and Satterthwaite
-    uncertainty = sum(side.variance**2 / side.degrees_of_freedom for side in sides)
-    degrees_of_freedom = variance**2 / uncertainty
+    a_uncertainty = a.variance**2 / a.degrees_of_freedom
+    b_uncertainty = b.variance**2 / b.degrees_of_freedom
+    degrees_of_freedom = variance**2 / (a_uncertainty + b_uncertainty)
     quantile = float(student.ppf(0.975, degrees_of_freedom))
     return difference, quantile * math.sqrt(variance)
 
@@ -178,12 +212,15 @@ class _Variance(NamedTuple):
 
 def _variance_of_mean(side: Sequence[Runs]) -> _Variance:
     """The variance of the mean loss of several groups, by the seeds of all of them."""
-    losses = [[run["val_loss"] for run in runs] for runs in side]
+    losses = []
+    for runs in side:
+        losses.append([run["val_loss"] for run in runs])
     deviation, degrees_of_freedom = _pooled_deviation(losses)
     # The mean of a group of n seeds has the variance deviation^2 / n. The mean of m such means has
     # their sum over m^2.
     sum_of_inverse_sizes = sum(1 / len(runs) for runs in side)
-    variance = deviation**2 * sum_of_inverse_sizes / len(side) ** 2
+    num_groups = len(side)
+    variance = deviation**2 * sum_of_inverse_sizes / num_groups**2
     return _Variance(variance, degrees_of_freedom)
 
 
@@ -195,12 +232,14 @@ def speed_ratios(a: Runs, b: Runs) -> list[dict]:
 
     Returned as runs with the value `ratio`. The seed of a run is the number of its round.
     """
-    speed_of_b = {run["changes"]["seed"]: run["tokens_per_second"] for run in b}
+    b_in_round = {run["changes"]["seed"]: run for run in b}
     ratios = []
     for run in a:
-        seed = run["changes"]["seed"]
-        if seed in speed_of_b:
-            ratios.append(dict(ratio=run["tokens_per_second"] / speed_of_b[seed]))
+        other = b_in_round.get(run["changes"]["seed"])
+        if other is None:
+            continue
+        ratio = run["tokens_per_second"] / other["tokens_per_second"]
+        ratios.append(dict(ratio=ratio))
     return ratios
 
 
@@ -211,7 +250,9 @@ def ratio_error(measurements: list[list[dict]]) -> float:
     the result is for the size with the fewest rounds, and inf if no size has two.
     """
     # The deviation of a logarithm is a relative one.
-    logarithms = [np.log([run["ratio"] for run in ratios]) for ratios in measurements]
+    logarithms = []
+    for ratios in measurements:
+        logarithms.append(np.log([run["ratio"] for run in ratios]))
     deviation, degrees_of_freedom = _pooled_deviation(logarithms)
     if not degrees_of_freedom:
         return math.inf
@@ -237,13 +278,24 @@ def swept(found: Groups, optimizer: str) -> list[Runs]:
 
 
 def best_runs(found: Groups, optimizer: str) -> Runs:
-    """The group that the sweep chose: the one whose first seed ends with the lowest loss."""
-    return min(swept(found, optimizer), key=lambda runs: runs[0]["val_loss"])
+    """The group that the sweep chose: the one whose first seed ends with the lowest loss.
+
+    Only the first seed counts, because the sweep has no other: the rest of the seeds follow for the
+    best group alone.
+    """
+
+    def first_loss(runs: Runs) -> float:
+        return runs[0]["val_loss"]
+
+    return min(swept(found, optimizer), key=first_loss)
 
 
 def shorter(found: Groups) -> list[Runs]:
     """The groups of Muon that trained on a part of the tokens, the shortest first."""
-    fewer = [runs for group, runs in found.items() if "of the tokens" in group]
+    fewer = []
+    for group, runs in found.items():
+        if "of the tokens" in group:
+            fewer.append(runs)
     return sorted(fewer, key=lambda runs: runs[0]["tokens"])
 
 
@@ -253,28 +305,31 @@ def shorter(found: Groups) -> list[Runs]:
 LayersAndMode = tuple[int, str]
 
 
-def micro_batches(
-    results: dict,
-) -> tuple[dict[LayersAndMode, dict[int, Runs]], dict[LayersAndMode, int]]:
-    """The micro-batches (sequences) that fitted into memory, and the smallest that did not.
+class MicroBatches(NamedTuple):
+    """Which micro-batches (sequences) fitted into memory, by layers and mode."""
 
-    Returns (runs by micro-batch, smallest micro-batch that ran out of memory), both by layers and
-    mode. A micro-batch that fitted in one of two runs counts as one that did not.
-    """
+    fitted: dict[LayersAndMode, dict[int, Runs]]  # the runs by micro-batch
+    too_large: dict[LayersAndMode, int]  # the smallest micro-batch that ran out of memory
+
+
+def micro_batches(results: dict) -> MicroBatches:
+    """A micro-batch that fitted in one of two runs only counts as one that did not fit."""
     too_large: dict[LayersAndMode, int] = {}
     for run in results["runs"].values():
         if run.get("failed") == "out of memory":
             key = _layers_and_mode(run)
             micro_batch = run["changes"]["batch_size"]
-            too_large[key] = min(micro_batch, too_large.get(key, micro_batch))
+            smallest = too_large.get(key, micro_batch)
+            too_large[key] = min(micro_batch, smallest)
 
     fitted: dict[LayersAndMode, dict[int, Runs]] = {}
     for runs in timed(results).values():
         key = _layers_and_mode(runs[0])
         micro_batch = runs[0]["changes"]["batch_size"]
         if micro_batch < too_large.get(key, math.inf):
-            fitted.setdefault(key, {})[micro_batch] = runs
-    return fitted, too_large
+            runs_at = fitted.setdefault(key, {})
+            runs_at[micro_batch] = runs
+    return MicroBatches(fitted, too_large)
 
 
 def _layers_and_mode(run: dict) -> LayersAndMode:
@@ -283,6 +338,9 @@ def _layers_and_mode(run: dict) -> LayersAndMode:
 
 
 # ---------------------------------------------------------------- the scaling study
+
+# Laws that are drawn for an interval. More than some thousands do not change its second digit.
+DRAWS = 4000
 
 
 @dataclass
@@ -308,12 +366,16 @@ class ScalingLaw:
         return np.sqrt(np.diag(self.covariance))
 
     def at(self, x):
-        return self.floor + self.rise * (np.asarray(x, float) / self.centre) ** -self.exponent
+        """The value of the law at a number or at each of an array."""
+        relative_x = np.asarray(x, float) / self.centre
+        power = relative_x**-self.exponent
+        return self.floor + self.rise * power
 
     def error_at(self, x: float) -> float:
         """The standard error of `at(x)`, to first order (the delta method)."""
-        power = (x / self.centre) ** -self.exponent
-        slope_of_exponent = -self.rise * power * math.log(x / self.centre)
+        relative_x = x / self.centre
+        power = relative_x**-self.exponent
+        slope_of_exponent = -self.rise * power * math.log(relative_x)
         # The derivatives of `at(x)` by floor, rise and exponent
         slopes = np.array([1, power, slope_of_exponent])
         variance = slopes @ self.covariance @ slopes
@@ -323,7 +385,8 @@ class ScalingLaw:
         """The x at which the law has the value y; inf at the floor and below."""
         if y <= self.floor:
             return math.inf
-        log_of_power = math.log((y - self.floor) / self.rise)
+        power = (y - self.floor) / self.rise
+        log_of_power = math.log(power)
         log_x = math.log(self.centre) - log_of_power / self.exponent
         if log_x >= 700:  # exp would overflow
             return math.inf
@@ -332,20 +395,30 @@ class ScalingLaw:
     def inverse_between(self, y: float, error: float) -> tuple[float, float]:
         """The 95% interval of `inverse(y)`, from the law's covariance and the standard error of y.
 
-        Laws and values of y are drawn from normal distributions (a parametric bootstrap). With two
-        points at each of four sizes, a simulation finds the truth in 95% of such intervals. With
-        Student's t instead of the normal distribution it would be in nearly all of them.
+        A parametric bootstrap: DRAWS laws and values of y are drawn from normal distributions, and
+        the interval holds 95% of their inverses.
+
+        In simulated studies with two points at each of four sizes, 95% of these intervals contain
+        the true x (tests/studies/test_report.py). Student's t in place of the normal distribution
+        makes them too wide: then nearly all contain it.
         """
         random = np.random.default_rng(0)
         fitted = (self.floor, self.rise, self.exponent)
-        laws = random.multivariate_normal(fitted, self.covariance, 4000)
-        ys = random.normal(y, error, 4000)
+        laws = random.multivariate_normal(fitted, self.covariance, DRAWS)
+        ys = random.normal(y, error, DRAWS)
         inverses = []
         for (floor, rise, exponent), drawn_y in zip(laws, ys):
-            if rise > 0 and exponent > 0:
-                law = dataclasses.replace(self, floor=floor, rise=rise, exponent=exponent)
-                inverses.append(law.inverse(drawn_y))
-        # Without interpolation: between a number and inf there is nothing to interpolate.
+            # A law that does not fall with x has no inverse.
+            if rise <= 0 or exponent <= 0:
+                continue
+            law = dataclasses.replace(
+                self,
+                floor=floor,
+                rise=rise,
+                exponent=exponent,
+            )
+            inverses.append(law.inverse(drawn_y))
+        # "nearest" takes one of the inverses. Interpolation between a number and inf gives NaN.
         low, high = np.percentile(inverses, (2.5, 97.5), method="nearest")
         return float(low), float(high)
 
@@ -359,24 +432,36 @@ def scaling_law(x: list[float], y: list[float]) -> ScalingLaw | None:
     """
     if len(set(x)) < 3 or len(x) < 4:
         return None
-    centre = math.exp(np.mean(np.log(x)))
+    mean_log_x = np.mean(np.log(x))
+    centre = math.exp(mean_log_x)
 
     def law(x, floor, rise, exponent):
         return floor + rise * (x / centre) ** -exponent
 
-    # The search starts with a floor a little below the lowest point. At the centre, the first law
-    # has the mean of all points.
+    # The search starts with a floor a little below the lowest point, and with a rise that gives the
+    # mean of all points at the centre.
     lowest = min(y)
-    start = (lowest - 0.1, np.mean(y) - lowest + 0.1, 0.5)
+    first_floor = lowest - 0.1
+    first_rise = np.mean(y) - lowest + 0.1
+    first_exponent = 0.5
+    start = (first_floor, first_rise, first_exponent)
     with warnings.catch_warnings():
+        # scipy warns when it cannot estimate the covariance.
         warnings.simplefilter("error", OptimizeWarning)
         try:
-            fit, covariance = curve_fit(law, np.array(x), np.array(y), p0=start, maxfev=10_000)
+            fit, covariance = curve_fit(
+                law,
+                np.array(x),
+                np.array(y),
+                p0=start,
+                maxfev=10_000,
+            )
         except (RuntimeError, OptimizeWarning):
             return None
     floor, rise, exponent = map(float, fit)
     exponent_error = covariance[2, 2] ** 0.5
-    if floor <= 0 or rise <= 0 or exponent <= 2 * exponent_error:
+    exponent_is_known = exponent > 2 * exponent_error
+    if floor <= 0 or rise <= 0 or not exponent_is_known:
         return None
     return ScalingLaw(floor, rise, exponent, centre, covariance)
 
@@ -385,9 +470,11 @@ def of_kind(results: dict, kind: str) -> Runs:
     """The runs of a kind (dense, moe) at equal tokens, with their training FLOPs per token."""
     found = []
     for group, runs in groups(results).items():
-        if group.startswith(kind) and not group.endswith(EQUAL_TIME):
-            for run in runs:
-                found.append(run | dict(flops_per_token=run["flops"] / run["tokens"]))
+        if not group.startswith(kind) or group.endswith(EQUAL_TIME):
+            continue
+        for run in runs:
+            flops_per_token = run["flops"] / run["tokens"]
+            found.append(run | dict(flops_per_token=flops_per_token))
     return found
 
 
@@ -401,47 +488,67 @@ def worth_of_time(dense: Runs, longer: list[tuple[Runs, Runs]]) -> float:
     """
     gains = [0.0]
     for run in dense:
-        tokens, losses = np.transpose(run["validation"])
-        loss_halfway = float(np.interp(run["tokens"] / 2, tokens, losses))
-        fall = loss_halfway - run["val_loss"]
-        gains.append(fall / math.log(2))
+        gains.append(_fall_in_second_half(run) / math.log(2))
     for short, long in longer:
-        times_as_long = long[0]["tokens"] / short[0]["tokens"]
-        # Of nearly equal lengths the quotient would be noise over almost nothing.
-        if long[0]["tokens"] > 1.05 * short[0]["tokens"]:
-            fall = mean(short) - mean(long)
-            gains.append(fall / math.log(times_as_long))
+        short_tokens = short[0]["tokens"]
+        long_tokens = long[0]["tokens"]
+        # For nearly equal lengths the quotient is the noise of two losses over almost nothing.
+        if long_tokens <= 1.05 * short_tokens:
+            continue
+        fall = mean(short) - mean(long)
+        gains.append(fall / math.log(long_tokens / short_tokens))
     return max(gains)
 
 
-class EqualTime(NamedTuple):
-    """How uncertain the comparison at equal time is because speeds are uncertain."""
+def _fall_in_second_half(run: dict) -> float:
+    """The run's validation loss after half of its tokens, minus that at its end."""
+    tokens, losses = np.transpose(run["validation"])
+    halfway = run["tokens"] / 2
+    loss_halfway = float(np.interp(halfway, tokens, losses))
+    return loss_halfway - run["val_loss"]
 
-    worth_of_time: float  # nats that a dense model gains in e times the time
-    speed_error: float  # half the 95% interval of the speed ratios, relative to them
-    nats: float  # the loss that corresponds to speed_error; inf when no speed was measured twice
+
+class EqualTime(NamedTuple):
+    """How uncertain a loss at equal time is, because the speeds that made the times equal are.
+
+    The loss is taken to be linear in the logarithm of the training time. A small relative error of
+    the time is the error of its logarithm. So the error of the loss is their product.
+    """
+
+    worth_of_time: float  # nats for each unit of log(time): what e times the time gains
+    speed_error: float  # half the 95% interval of a speed ratio, relative to the ratio
+    nats: float  # worth_of_time * speed_error; inf when no speed was measured twice
 
 
 def equal_time(results: dict) -> EqualTime:
+    """The uncertainty of the scaling study's comparison at equal time."""
     found = groups(results)
     speeds = timed(results)
     ratios = []
     longer = []
     for size in sizes_with_experts(found):
-        ratios.append(speed_ratios(speeds[f"moe, {size}"], speeds[f"dense, {size}"]))
-        if f"dense, {size}{EQUAL_TIME}" in found:
-            longer.append((found[f"dense, {size}"], found[f"dense, {size}{EQUAL_TIME}"]))
+        moe_speeds = speeds[f"moe, {size}"]
+        dense_speeds = speeds[f"dense, {size}"]
+        ratios.append(speed_ratios(moe_speeds, dense_speeds))
+        dense = found.get(f"dense, {size}")
+        dense_longer = found.get(f"dense, {size}{EQUAL_TIME}")
+        if dense_longer:
+            longer.append((dense, dense_longer))
     worth = worth_of_time(of_kind(results, "dense"), longer)
     error = ratio_error(ratios)
-    if error == math.inf:  # inf times a worth of 0 would be NaN
-        return EqualTime(worth, error, math.inf)
-    # A relative error of the speed is about as large an error of the logarithm of the time.
-    return EqualTime(worth, error, worth * error)
+    nats = math.inf
+    if error < math.inf:  # inf times a worth of 0 would be NaN
+        nats = worth * error
+    return EqualTime(worth, error, nats)
 
 
 def sizes_with_experts(found: Groups) -> list[str]:
     """The sizes (layers x width) at which the study trained an MoE model."""
-    return [group.removeprefix("moe, ") for group in found if group.startswith("moe, ")]
+    sizes = []
+    for group in found:
+        if group.startswith("moe, "):
+            sizes.append(group.removeprefix("moe, "))
+    return sizes
 
 
 # ---------------------------------------------------------------- the specialization study
@@ -462,8 +569,9 @@ def expert_shares(counts) -> np.ndarray:
     `counts` are routed tokens, [experts, labels]. A label that does not occur has a row of NaN.
     """
     counts_by_label = np.array(counts, float).T
-    with np.errstate(invalid="ignore"):
-        return counts_by_label / counts_by_label.sum(1, keepdims=True)
+    tokens_of_label = counts_by_label.sum(1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the NaN of a label that does not occur
+        return counts_by_label / tokens_of_label
 
 
 def divergence_from_average(counts) -> np.ndarray:
@@ -474,7 +582,9 @@ def divergence_from_average(counts) -> np.ndarray:
     [experts, labels].
     """
     of_label = expert_shares(counts)
-    of_all = np.array(counts, float).sum(1) / np.sum(counts)
+    tokens_of_expert = np.array(counts, float).sum(1)
+    of_all = tokens_of_expert / np.sum(counts)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # An expert that a label never uses gives 0 log 0, NaN in numpy: it counts as 0.
-        return np.nansum(of_label * np.log2(of_label / of_all), axis=1)
+        # An expert that a label never uses gives 0 log 0, NaN in numpy: nansum counts it as 0.
+        terms = of_label * np.log2(of_label / of_all)
+        return np.nansum(terms, axis=1)
