@@ -8,6 +8,8 @@ R = N K routed tokens (a token counts once for each of its experts), D d_model, 
 outputs of the gate and up matmul.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,13 +26,19 @@ class _Dispatch(torch.autograd.Function):
 
     The rows of the result are sorted by expert.
 
-    The gradient is `_Combine`: a gather and a sum. Autograd's gradient of indexing would be a
-    scatter with atomics. It is slower, and it adds in no fixed order. Compiled (torch 2.11, on a
-    GPU), it added to a buffer that was not always zero.
+    The gradient of a copy to K rows is the sum over these rows: `_Combine`, a gather and a sum.
+    Autograd's gradient of indexing would be a scatter with atomics. It is slower, and it adds in no
+    fixed order. Compiled (torch 2.11, on a GPU), it added to a buffer that was not always zero.
     """
 
     @staticmethod
-    def forward(ctx, x_ND, sort_indices_R, inverse_permutation_R, k: int):
+    def forward(
+        ctx,
+        x_ND: Tensor,
+        sort_indices_R: Tensor,
+        inverse_permutation_R: Tensor,
+        k: int,
+    ) -> Tensor:
         ctx.save_for_backward(sort_indices_R, inverse_permutation_R)
         ctx.k = k
         # Before the sort, routed token r belongs to token r // k.
@@ -47,16 +55,23 @@ class _Dispatch(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     """Sums the K rows of each token: [R, D], sorted by expert, to [N, D].
 
-    The gradient is `_Dispatch`.
+    The gradient of a sum is the same for each of its terms: a copy to K rows, so `_Dispatch`.
     """
 
     @staticmethod
-    def forward(ctx, y_RD, sort_indices_R, inverse_permutation_R, k: int):
+    def forward(
+        ctx,
+        y_RD: Tensor,
+        sort_indices_R: Tensor,
+        inverse_permutation_R: Tensor,
+        k: int,
+    ) -> Tensor:
         ctx.save_for_backward(sort_indices_R, inverse_permutation_R)
         ctx.k = k
         # Indexing undoes the sort: the K rows of a token are neighbours again.
+        unsorted_y_RD = y_RD[inverse_permutation_R]
         d_model = y_RD.shape[-1]
-        y_NKD = y_RD[inverse_permutation_R].view(-1, k, d_model)
+        y_NKD = unsorted_y_RD.view(-1, k, d_model)
         # The dtype is stated because autocast on GPUs would give an fp32 sum, and with it an fp32
         # residual stream.
         return y_NKD.sum(dim=1, dtype=y_RD.dtype)
@@ -71,11 +86,16 @@ class _Combine(torch.autograd.Function):
 # ---------------------------------------------------------------- auxiliary losses
 
 
-def load_balancing_loss(probs_BSE: Tensor, num_tokens_per_expert_BE: Tensor, scope: str) -> Tensor:
+def load_balancing_loss(
+    probs_BSE: Tensor,
+    num_tokens_per_expert_BE: Tensor,
+    scope: str,
+) -> Tensor:
     """Switch Transformer's auxiliary loss (Fedus et al. 2021, eq. 4): E sum_e f_e P_e.
 
-    f_e is expert e's share of the routed tokens. P_e is its mean router probability, and the only
-    part with a gradient. The loss is 1 at perfect balance, whatever top_k. Returns it 0-d.
+    f_e is expert e's share of the routed tokens: the shares add up to 1, whatever top_k. P_e is
+    expert e's mean router probability. Only P has a gradient, as a count has none. At perfect
+    balance f_e = P_e = 1 / E, and the loss is 1. Returns the loss as a 0-d tensor.
 
     Scope "batch" takes f and P over all tokens given, so the size of the micro-batch changes the
     objective. Scope "sequence" takes f and P within each sequence and averages the losses of the
@@ -87,8 +107,10 @@ def load_balancing_loss(probs_BSE: Tensor, num_tokens_per_expert_BE: Tensor, sco
         # All sequences count as one: B is 1 from here.
         mean_probs_BE = mean_probs_BE.mean(dim=0, keepdim=True)
         counts_BE = counts_BE.sum(dim=0, keepdim=True)
-    shares_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True)
-    dot_products_B = (shares_BE * mean_probs_BE).sum(dim=1)
+    totals_B1 = counts_BE.sum(dim=1, keepdim=True)
+    shares_BE = counts_BE / totals_B1
+    products_BE = shares_BE * mean_probs_BE
+    dot_products_B = products_BE.sum(dim=1)
     num_experts = probs_BSE.shape[-1]
     return dot_products_B.mean() * num_experts
 
@@ -113,61 +135,87 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2, config.d_ff, config.d_model, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(config.d_model, config.d_ff, dtype=dtype))
+        gate_up_shape = (2, config.d_ff, config.d_model)
+        down_shape = (config.d_model, config.d_ff)
+        self.gate_up = nn.Parameter(torch.empty(gate_up_shape, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(down_shape, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] to [..., D]."""
-        gate_up = linear(x, self.gate_up.flatten(0, 1))
-        # The kernel takes rows: [N, 2 F] to [N, F].
+        gate_up_weight_OD = self.gate_up.flatten(0, 1)
+        gate_up = linear(x, gate_up_weight_OD)
+        # `swiglu` takes rows: [N, 2 F] to [N, F].
         hidden = swiglu(gate_up.flatten(0, -2))
         hidden = hidden.view(*x.shape[:-1], -1)
         return linear(hidden, self.down)
 
 
+class RouterOutput(NamedTuple):
+    """What the router says of each token."""
+
+    # over all experts
+    logits_BSE: Tensor
+    probs_BSE: Tensor
+    # The chosen experts. The output of each is multiplied by its weight.
+    topk_weights_BSK: Tensor
+    topk_expert_ids_BSK: Tensor
+    # The chosen experts again, as booleans. Their sum is a count for each expert.
+    one_hot_BSKE: Tensor
+
+
 class Router(nn.Module):
-    """Chooses top_k of num_experts for each token, in fp32 throughout. The weight is [E, D]."""
+    """Chooses top_k of num_experts for each token, in fp32 throughout. The weight is [E, D].
+
+    With `load_balancing` "bias", `bias` [E] is added to the probabilities by which experts are
+    chosen (DeepSeek-V3). It has no gradient, and the weights of the chosen experts do not use it.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(config.num_experts, config.d_model, dtype=torch.float32)
-        )
+        weight_shape = (config.num_experts, config.d_model)
+        self.weight = nn.Parameter(torch.empty(weight_shape, dtype=torch.float32))
         self.top_k = config.top_k
         self.norm_topk_prob = config.norm_topk_prob
-        # Added to the probabilities when experts are chosen; the experts' weights do not see it.
         bias = None
         if config.load_balancing == "bias":
             bias = torch.zeros(config.num_experts)
         self.register_buffer("bias", bias)
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Returns, for each token,
-
-        - logits_BSE and probs_BSE over all experts,
-        - topk_weights_BSK, by which the outputs of its experts are multiplied,
-        - topk_expert_ids_BSK, and the same experts as booleans in one_hot_BSKE.
-        """
-        # Autocast would compute the logits in 16 bits.
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_BSE = F.linear(x_BSD.to(self.weight.dtype), self.weight)
+    def forward(self, x_BSD: Tensor) -> RouterOutput:
+        logits_BSE = self._logits(x_BSD)
         probs_BSE = logits_BSE.softmax(dim=-1)
-
-        scores_BSE = probs_BSE.detach()
-        if self.bias is not None:
-            scores_BSE = scores_BSE + self.bias
-        topk_expert_ids_BSK = scores_BSE.topk(self.top_k, dim=-1).indices
+        topk_expert_ids_BSK = self._choose(probs_BSE)
         num_experts = probs_BSE.shape[-1]
         expert_ids_E = torch.arange(num_experts, device=x_BSD.device)
         one_hot_BSKE = topk_expert_ids_BSK.unsqueeze(-1) == expert_ids_E
 
-        # A masked sum picks the probabilities of the chosen experts. The gradient of indexing would
-        # be a scatter.
+        # A masked sum picks the probabilities of the chosen experts: one term is not zero. The
+        # gradient of indexing would be a scatter.
         chosen_probs_BSKE = probs_BSE.unsqueeze(-2) * one_hot_BSKE
         topk_weights_BSK = chosen_probs_BSKE.sum(dim=-1)
         if self.norm_topk_prob:
-            topk_weights_BSK = topk_weights_BSK / topk_weights_BSK.sum(dim=-1, keepdim=True)
-        return logits_BSE, probs_BSE, topk_weights_BSK, topk_expert_ids_BSK, one_hot_BSKE
+            sums_BS1 = topk_weights_BSK.sum(dim=-1, keepdim=True)
+            topk_weights_BSK = topk_weights_BSK / sums_BS1
+        return RouterOutput(
+            logits_BSE,
+            probs_BSE,
+            topk_weights_BSK,
+            topk_expert_ids_BSK,
+            one_hot_BSKE,
+        )
+
+    def _logits(self, x_BSD: Tensor) -> Tensor:
+        # Autocast would compute the logits in 16 bits.
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            wide_x_BSD = x_BSD.to(self.weight.dtype)
+            return F.linear(wide_x_BSD, self.weight)
+
+    def _choose(self, probs_BSE: Tensor) -> Tensor:
+        """The ids of the K experts with the largest probability plus bias, [B, S, K]."""
+        scores_BSE = probs_BSE.detach()
+        if self.bias is not None:
+            scores_BSE = scores_BSE + self.bias
+        return scores_BSE.topk(self.top_k, dim=-1).indices
 
 
 class Experts(nn.Module):
@@ -175,18 +223,22 @@ class Experts(nn.Module):
 
     def __init__(self, config: Config, dtype: torch.dtype):
         super().__init__()
-        E = config.num_experts
-        F = config.d_ff
-        D = config.d_model
-        self.gate_up = nn.Parameter(torch.empty(E, 2, F, D, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(E, D, F, dtype=dtype))
+        gate_up_shape = (config.num_experts, 2, config.d_ff, config.d_model)
+        down_shape = (config.num_experts, config.d_model, config.d_ff)
+        self.gate_up = nn.Parameter(torch.empty(gate_up_shape, dtype=dtype))
+        self.down = nn.Parameter(torch.empty(down_shape, dtype=dtype))
 
-    def forward(self, x_RD: Tensor, weights_R: Tensor, offs_E: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_RD: Tensor,
+        weights_R: Tensor,
+        offs_E: Tensor,
+    ) -> Tensor:
         """Expert e computes on rows offs[e-1] : offs[e] of x, sorted by expert. Returns [R, D].
 
-        Row r of the result is multiplied by weights[r], the router's weight. The multiplication is
-        done to the hidden row: down is linear, so the result is the same, and on the hidden row it
-        is fused with SwiGLU.
+        Row r of the result is multiplied by weights[r], the router's weight. In fact the hidden row
+        is multiplied, before `down`. `down` is linear, so the result is the same, and SwiGLU's
+        kernel multiplies the hidden row while it writes it.
         """
         # Autocast does not reach grouped matmuls, so fp32 weights are cast here.
         gate_up_EOD = self.gate_up.flatten(1, 2).to(x_RD.dtype)
@@ -216,43 +268,42 @@ class MoE(nn.Module):
         2. `num_tokens_per_expert` counts the routed tokens of each expert. Its cumulative sum is
            `offs`: expert e has rows offs[e-1] : offs[e] of those sorted by expert.
         3. `sort_indices` sorts the R routed tokens by expert. Before the sort, routed token r
-           belongs to token r // K; after it, it is in row inverse_permutation[r].
+           belongs to token r // K. The sort moves it to row inverse_permutation[r].
         4. Dispatch copies the tokens' rows, and the router's weights, into the sorted order.
         5. Each expert computes on its rows, and multiplies them by the weights.
         6. Combine sums the K rows of each token.
 
-        The routing statistics are the load-balancing loss, the router z-loss (both 0-d, without
-        their weights) and num_tokens_per_expert [E].
+        The routing statistics are the load-balancing loss, the router z-loss (both 0-d, not yet
+        multiplied by their weights in the loss) and num_tokens_per_expert [E].
         """
-        (
-            logits_BSE,
-            probs_BSE,
-            topk_weights_BSK,
-            topk_expert_ids_BSK,
-            one_hot_BSKE,
-        ) = self.router(x_BSD)
-
-        num_tokens_per_expert_BE = one_hot_BSKE.sum(dim=(1, 2))
+        routed = self.router(x_BSD)
+        num_tokens_per_expert_BE = routed.one_hot_BSKE.sum(dim=(1, 2))
         num_tokens_per_expert_E = num_tokens_per_expert_BE.sum(dim=0)
         # int32: the grouped GEMM takes no other dtype
         offs_E = num_tokens_per_expert_E.cumsum(dim=0).to(torch.int32)
 
         # stable: the rows of an expert stay in the order of their tokens
-        sort_indices_R = topk_expert_ids_BSK.flatten().argsort(stable=True)
-        inverse_permutation_R = _inverse_permutation(sort_indices_R)
-        permutation = (sort_indices_R, inverse_permutation_R)
+        expert_ids_R = routed.topk_expert_ids_BSK.flatten()
+        sort_indices_R = expert_ids_R.argsort(stable=True)
+        permutation = (sort_indices_R, _inverse_permutation(sort_indices_R))
 
         x_ND = x_BSD.flatten(0, 1)
         x_RD = _Dispatch.apply(x_ND, *permutation, self.top_k)
-        # Each routed token has a weight of its own already: one copy of each, k = 1.
-        unsorted_weights_R1 = topk_weights_BSK.view(-1, 1)
+        # A routed token has a weight of its own already. So each weight is copied once: k = 1.
+        unsorted_weights_R1 = routed.topk_weights_BSK.view(-1, 1)
         weights_R1 = _Dispatch.apply(unsorted_weights_R1, *permutation, 1)
-        y_RD = self.experts(x_RD, weights_R1.squeeze(1), offs_E)
+        weights_R = weights_R1.squeeze(1)
+        y_RD = self.experts(x_RD, weights_R, offs_E)
         y_ND = _Combine.apply(y_RD, *permutation, self.top_k)
 
-        balancing = load_balancing_loss(probs_BSE, num_tokens_per_expert_BE, self.scope)
-        z = router_z_loss(logits_BSE)
-        return y_ND.view_as(x_BSD), (balancing, z, num_tokens_per_expert_E)
+        balancing_loss = load_balancing_loss(
+            routed.probs_BSE,
+            num_tokens_per_expert_BE,
+            self.scope,
+        )
+        z_loss = router_z_loss(routed.logits_BSE)
+        statistics = (balancing_loss, z_loss, num_tokens_per_expert_E)
+        return y_ND.view_as(x_BSD), statistics
 
 
 def _inverse_permutation(permutation_R: Tensor) -> Tensor:
