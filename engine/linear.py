@@ -30,21 +30,25 @@ def _leaves_idle_gradients_unwritten() -> bool:
 IDLE_GRADIENTS_UNWRITTEN = _leaves_idle_gradients_unwritten()
 
 
-def linear(x: Tensor, weight_OI: Tensor, recompute: bool = False) -> Tensor:
+def linear(
+    x: Tensor,
+    weight_OI: Tensor,
+    recompute: bool = False,
+) -> Tensor:
     """x [..., I] times weight transposed, as [..., O]. Autocast casts both to the compute dtype.
 
     With `recompute`, selective checkpointing recomputes this matmul in the backward pass. It keeps
-    the outputs of all others.
+    the outputs of all other matmuls.
 
-    The policy of selective checkpointing sees operators and no names. So a matmul to recompute is
-    another operator: aten.addmm, where F.linear is aten.mm. Both run the same GEMM, and have the
-    same matmuls as gradients.
+    Selective checkpointing decides by the operator, and sees no names. So a matmul to recompute
+    must be another operator: aten.addmm, where F.linear is aten.mm. Both run the same GEMM, and
+    have the same matmuls as gradients.
     """
     if not recompute:
         return F.linear(x, weight_OI)
     x_RI = x.flatten(0, -2)
-    # addmm adds beta times its first argument. With beta=0 that argument is not read, so it may
-    # be anything; a view of x costs no kernel.
+    # addmm adds beta times its first argument. With beta=0 it does not read that argument, so any
+    # tensor will do. A view of x costs no memory and no kernel.
     unread = x_RI[:1, :1].detach()
     out_RO = torch.addmm(unread, x_RI, weight_OI.T, beta=0)
     return out_RO.unflatten(0, x.shape[:-1])
@@ -53,18 +57,22 @@ def linear(x: Tensor, weight_OI: Tensor, recompute: bool = False) -> Tensor:
 # ---------------------------------------------------------------- all experts at once
 
 
-def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
+def grouped_linear(
+    x_RI: Tensor,
+    weight_EOI: Tensor,
+    offs_E: Tensor,
+) -> Tensor:
     """Rows offs[e-1] : offs[e] of x times weight[e] transposed, for every expert e, as [R, O].
 
     An expert may have no rows. x and weight have the same dtype. `offs` is int32 and comes from
     `offs_for`; offs[-1] is R.
 
-    There are three ways to compute it:
+    There are three ways to compute the result:
 
     - bfloat16 on a GPU: one grouped GEMM, for which the host does not wait for the GPU.
     - Generation on a GPU (few rows, no gradients): the Triton kernel `grouped_gemv`.
     - Elsewhere: one matmul for each expert. F.grouped_mm lacks float64 and is broken in fp32 on
-      CPUs. In fp16 it copies `offs` to the host too, and so saves nothing.
+      CPUs. In fp16 it also copies `offs` to the host, so it would not save the wait.
     """
     if _loops_over_experts(x_RI):
         return expert_loop(x_RI, weight_EOI, offs_E)
@@ -72,14 +80,15 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
         return grouped_gemv(x_RI, weight_EOI, offs_E)
     if IDLE_GRADIENTS_UNWRITTEN:
         weight_EOI = _clear_idle_gradient(weight_EOI, offs_E)
-    return F.grouped_mm(x_RI, weight_EOI.transpose(-2, -1), offs=offs_E)
+    weight_EIO = weight_EOI.transpose(-2, -1)
+    return F.grouped_mm(x_RI, weight_EIO, offs=offs_E)
 
 
 def offs_for(x_RI: Tensor, offs_E: Tensor) -> Tensor:
-    """Moves `offs` to the device from which `grouped_linear` reads them for these rows.
+    """Copies `offs` to host memory if `grouped_linear` will loop over experts for these rows.
 
-    The loop over experts reads them from host memory, all others from the GPU. The copy to the host
-    waits for the GPU. So a layer calls this once, for all its matmuls and their backward passes.
+    The loop reads `offs` from host memory, the other two ways from the GPU. The copy waits for the
+    GPU. So a layer calls this function once, for all its matmuls and their backward passes.
     """
     if _loops_over_experts(x_RI):
         return on_host(offs_E)
@@ -88,11 +97,13 @@ def offs_for(x_RI: Tensor, offs_E: Tensor) -> Tensor:
 
 def _takes_gemv(x_RI: Tensor) -> bool:
     """Whether `grouped_gemv` computes these rows."""
-    # Compiled blocks are those of training and validation, which have many rows.
+    # Training and validation have many rows. They alone compile blocks, and training alone needs
+    # gradients, which the kernel does not compute.
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    kernel_runs = x_RI.is_cuda and triton is not None
-    return kernel_runs and len(x_RI) <= GEMV_MAX_ROWS
+    if triton is None or not x_RI.is_cuda:
+        return False
+    return len(x_RI) <= GEMV_MAX_ROWS
 
 
 def _loops_over_experts(x_RI: Tensor) -> bool:
@@ -105,8 +116,8 @@ def _loops_over_experts(x_RI: Tensor) -> bool:
 
 # ---------------------------------------------------------------- the loop over experts
 
-# These are custom operators, so that torch.compile and selective checkpointing see one operator.
-# They could not trace the loop: its ranges of rows depend on the data.
+# These functions are custom operators, because torch.compile cannot trace the loop: its ranges of
+# rows depend on the data. Selective checkpointing, too, sees the whole loop as one operator.
 
 
 @torch.library.custom_op("engine::on_host", mutates_args=())
@@ -123,32 +134,46 @@ def _(offs_E):
 @torch.library.custom_op("engine::expert_loop", mutates_args=())
 def expert_loop(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
     """`grouped_linear` as a loop over experts, for any dtype and device."""
-    out_RO = x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+    out_RO = _empty_output(x_RI, weight_EOI)
     for e, rows in enumerate(_row_ranges(offs_E)):
-        torch.mm(x_RI[rows], weight_EOI[e].T, out=out_RO[rows])
+        weight_IO = weight_EOI[e].T
+        torch.mm(x_RI[rows], weight_IO, out=out_RO[rows])
     return out_RO
+
+
+def _empty_output(x_RI: Tensor, weight_EOI: Tensor) -> Tensor:
+    num_rows = x_RI.shape[0]
+    outputs = weight_EOI.shape[1]
+    return x_RI.new_empty(num_rows, outputs)
 
 
 @torch.library.custom_op("engine::expert_loop_backward", mutates_args=())
 def expert_loop_backward(
-    grad_RO: Tensor, x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor
+    grad_RO: Tensor,
+    x_RI: Tensor,
+    weight_EOI: Tensor,
+    offs_E: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `expert_loop` by x [R, I] and by weight [E, O, I].
 
-    An idle expert's weight gets a gradient of zeros.
+    The gradient of an idle expert's weight is zero.
     """
-    grad_x = torch.empty_like(x_RI)
-    grad_weight = torch.empty_like(weight_EOI)
+    grad_x_RI = torch.empty_like(x_RI)
+    grad_weight_EOI = torch.empty_like(weight_EOI)
     for e, rows in enumerate(_row_ranges(offs_E)):
-        torch.mm(grad_RO[rows], weight_EOI[e], out=grad_x[rows])
+        grad_rows = grad_RO[rows]
+        torch.mm(grad_rows, weight_EOI[e], out=grad_x_RI[rows])
         # A matmul over no rows is an empty sum: it writes zeros.
-        torch.mm(grad_RO[rows].T, x_RI[rows], out=grad_weight[e])
-    return grad_x, grad_weight
+        torch.mm(grad_rows.T, x_RI[rows], out=grad_weight_EOI[e])
+    return grad_x_RI, grad_weight_EOI
+
+
+# torch.compile needs the shapes and dtypes of the results, without computing them.
 
 
 @expert_loop.register_fake
 def _(x_RI, weight_EOI, offs_E):
-    return x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
+    return _empty_output(x_RI, weight_EOI)
 
 
 @expert_loop_backward.register_fake
@@ -161,8 +186,10 @@ def _save_inputs(ctx, inputs, output):
 
 
 def _expert_loop_gradients(ctx, grad_RO):
-    grad_x, grad_weight = expert_loop_backward(grad_RO.contiguous(), *ctx.saved_tensors)
-    return grad_x, grad_weight, None
+    x_RI, weight_EOI, offs_E = ctx.saved_tensors
+    grad_RO = grad_RO.contiguous()
+    grad_x_RI, grad_weight_EOI = expert_loop_backward(grad_RO, x_RI, weight_EOI, offs_E)
+    return grad_x_RI, grad_weight_EOI, None
 
 
 expert_loop.register_autograd(_expert_loop_gradients, setup_context=_save_inputs)
@@ -189,8 +216,10 @@ class _ClearIdleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_EOI):
         (offs_E,) = ctx.saved_tensors
-        num_rows_E = torch.diff(offs_E, prepend=offs_E.new_zeros(1))
-        has_rows_E11 = num_rows_E[:, None, None] > 0
+        first_row = offs_E.new_zeros(1)
+        num_rows_E = torch.diff(offs_E, prepend=first_row)
+        num_rows_E11 = num_rows_E[:, None, None]
+        has_rows_E11 = num_rows_E11 > 0
         # `where` and not a multiplication: unwritten memory may hold nan, and 0 * nan is nan.
         return torch.where(has_rows_E11, grad_EOI, 0), None
 
