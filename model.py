@@ -29,7 +29,14 @@ logging.getLogger("torchao").setLevel(logging.ERROR)
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 from torchtune.modules import RotaryPositionalEmbeddings  # noqa: E402
 
-COMPUTE_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+COMPUTE_DTYPE = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+
+# Shapes of parameters by name
+Shapes = dict[str, tuple[int, ...]]
 
 
 # ---------------------------------------------------------------- norm and attention
@@ -60,7 +67,12 @@ class Attention(nn.Module):
     a cache between the two.
     """
 
-    def __init__(self, config: Config, rope: nn.Module, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: Config,
+        rope: nn.Module,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self.head_dim = config.head_dim
         self.enable_gqa = config.n_kv_heads != config.n_heads
@@ -80,7 +92,9 @@ class Attention(nn.Module):
         return self.attend(q, k, v)
 
     def project(
-        self, x_BSD: Tensor, positions_S: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        positions_S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries, keys and values, each [B, heads, S, head_dim].
 
@@ -100,7 +114,13 @@ class Attention(nn.Module):
         """[B, S, heads * head_dim] to [B, S, heads, head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, visible_T: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible_T: Tensor | None = None,
+    ) -> Tensor:
         """Returns attention's output [B, S, D], for queries, keys and values from `project`.
 
         Without `visible_T`, attention is causal: the query at position i sees keys 0 to i. With it,
@@ -109,19 +129,32 @@ class Attention(nn.Module):
         """
         if visible_T is None:
             out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=self.enable_gqa
+                q,
+                k,
+                v,
+                is_causal=True,
+                enable_gqa=self.enable_gqa,
             )
         else:
             out = self._attend_to_cache(q, k, v, visible_T)
         out_BSD = out.transpose(1, 2).flatten(2)
         return linear(out_BSD, self.o.weight, recompute=True)
 
-    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, visible_T: Tensor) -> Tensor:
-        """Attention of one query a sequence [B, heads, 1, head_dim] to T keys; q's shape."""
-        # The query heads that share a key head become the query positions of one head. So the keys
-        # of that head are read once.
-        n_kv_heads = k.shape[1]
-        grouped_q = q.view(len(q), n_kv_heads, -1, self.head_dim)
+    def _attend_to_cache(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible_T: Tensor,
+    ) -> Tensor:
+        """Attention of one query in each sequence, [B, heads, 1, head_dim], to T keys.
+
+        The result has q's shape.
+        """
+        # The query heads that share a key head become query positions of one head. All of them see
+        # the same keys, and attention then reads these keys once.
+        batch, n_kv_heads = k.shape[:2]
+        grouped_q = q.view(batch, n_kv_heads, -1, self.head_dim)
         group_size = grouped_q.shape[2]
         mask = visible_T.expand(group_size, -1)
         out = F.scaled_dot_product_attention(grouped_q, k, v, attn_mask=mask)
@@ -136,18 +169,18 @@ class Attention(nn.Module):
 aten = torch.ops.aten
 
 # "full" keeps the routing and nothing else.
-# - topk: recomputed logits may be rounded otherwise. Where two experts nearly tie, the forward and
-#   the backward pass could then use different ones.
-# - on_host: the copy of `offs` in host memory. The backward pass need not wait for the GPU again.
+# - topk: the choice of experts. Recomputed logits may be rounded otherwise. Where two experts
+#   nearly tie, the backward pass could then choose another one than the forward pass.
+# - on_host: the copy of `offs` in host memory. To copy again would be to wait for the GPU again.
 KEEP_ROUTING = [aten.topk.default, torch.ops.engine.on_host.default]
 
 # "selective" also keeps what matmuls and attention return: nearly all the FLOPs of a block, for
 # about half of its bytes.
 #
-# Two matmuls are recomputed all the same, those of values and of attention's output. Every matmul
-# costs about as many FLOPs for a byte of its output, but these two are a sixth of the bytes of a
-# dense block of 18b, for a twentieth of its FLOPs. Attention marks them with `recompute=True`,
-# which makes them aten.addmm: an operator that is not in this list.
+# Two matmuls are recomputed all the same: those of values and of attention's output. In a dense
+# block of 18b their outputs are a sixth of the bytes that would be kept. To recompute them adds a
+# twentieth to the FLOPs of its three passes (forward, and two gradients). Attention marks them with
+# `recompute=True`, which makes them aten.addmm: an operator that is not in this list.
 KEEP_MATMULS = [
     *KEEP_ROUTING,
     aten.mm.default,
@@ -171,19 +204,30 @@ CHECKPOINT_CONTEXTS = {
 class Block(nn.Module):
     """A transformer block: x <- x + attention(norm(x)), then x <- x + ffn(norm(x)).
 
-    Returns the residual stream [B, S, D], and the routing statistics of an MoE block (see MoE) or
-    None for a dense block. The activation checkpoint is inside forward. torch.compile is outside,
-    around the block, and so sees the block's operators.
+    Returns the residual stream [B, S, D], and the routing statistics of an MoE block (see
+    MoE.forward) or None for a dense block.
+
+    `forward` puts the activation checkpoint around `compute`. torch.compile goes around the whole
+    block, so that it also compiles what the backward pass recomputes.
     """
 
-    def __init__(self, config: Config, layer: int, rope: nn.Module, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: Config,
+        layer: int,
+        rope: nn.Module,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self.moe = config.is_moe(layer)
         self.checkpointing = config.checkpointing_of(layer)
         self.attention_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.attention = Attention(config, rope, dtype)
         self.ffn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
-        self.ffn = MoE(config, dtype) if self.moe else SwiGLU(config, dtype)
+        if self.moe:
+            self.ffn = MoE(config, dtype)
+        else:
+            self.ffn = SwiGLU(config, dtype)
 
     def forward(self, x_BSD: Tensor):
         if not torch.is_grad_enabled() or self.checkpointing == "none":
@@ -224,20 +268,28 @@ class MoETransformer(nn.Module):
         self.config = config
         self.compute_dtype = COMPUTE_DTYPE[config.precision]
         self.chunk_loss = chunk_loss
+        # With split masters the optimizer keeps the low bits of the fp32 weights.
         dtype = torch.float32
         if config.split_masters:
             dtype = self.compute_dtype
         self.embedding = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
         self.rope = RotaryPositionalEmbeddings(
-            config.head_dim, config.max_seq_len, config.rope_theta
+            config.head_dim,
+            config.max_seq_len,
+            config.rope_theta,
         )
-        self.blocks = nn.ModuleList(
-            Block(config, layer, self.rope, dtype) for layer in range(config.n_layers)
-        )
+        self.blocks = nn.ModuleList()
+        for layer in range(config.n_layers):
+            self.blocks.append(Block(config, layer, self.rope, dtype))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.head = None
         if not config.tie_embeddings:
-            self.head = nn.Linear(config.d_model, config.vocab_size, bias=False, dtype=dtype)
+            self.head = nn.Linear(
+                config.d_model,
+                config.vocab_size,
+                bias=False,
+                dtype=dtype,
+            )
         self._check_parameters()
         if not self.norm.weight.is_meta:
             self.init_weights()
@@ -251,7 +303,8 @@ class MoETransformer(nn.Module):
 
     def _check_parameters(self) -> None:
         """Compares the modules with the table from which counts, FLOPs and memory are derived."""
-        expected = {name: spec.shape for name, spec in parameter_table(self.config).items()}
+        table = parameter_table(self.config)
+        expected = {name: spec.shape for name, spec in table.items()}
         found = {name: tuple(p.shape) for name, p in self.named_parameters()}
         if found != expected:
             raise ExperimentError(_other_parameters_message(found, expected))
@@ -265,9 +318,9 @@ class MoETransformer(nn.Module):
         return self
 
     def _apply(self, fn, recurse=True):
-        """Moves the model (`to`, `to_empty`, `half` ...), then makes the rotary tables anew.
+        """What `to`, `to_empty`, `half` ... call. The rotary tables are then computed again.
 
-        `to_empty` would leave the tables unwritten, and `to(bfloat16)` would round them: they are
+        `to_empty` would leave the tables unwritten, and `to(bfloat16)` would round them. They stay
         fp32 on every device.
         """
         super()._apply(fn, recurse)
@@ -283,22 +336,24 @@ class MoETransformer(nn.Module):
 
         The matrices that write to the residual stream have init_std / sqrt(2 n_layers), as in
         GPT-2: each of n_layers blocks adds to the stream twice. Each parameter has a random
-        generator of its own, seeded from `seed` and its number.
+        generator of its own, seeded from `seed` and the parameter's index.
         """
-        for i, (name, p) in enumerate(self.named_parameters()):
+        for index, (name, p) in enumerate(self.named_parameters()):
             if p.ndim == 1:
                 p.fill_(1)
                 continue
             std = self.config.init_std
             if name.endswith(("attention.o.weight", ".down")):
                 std /= math.sqrt(2 * self.config.n_layers)
-            # A factor larger than any number of parameters: no two seeds share a generator.
-            seed = self.config.seed * 1_000_003 + i
-            generator = torch.Generator(p.device).manual_seed(seed)
+            # 1,000,003 is more than there are parameters. So no two pairs of seed and index have
+            # the same sum.
+            generator = torch.Generator(p.device)
+            generator.manual_seed(self.config.seed * 1_000_003 + index)
             # one matrix at a time: the fp32 numbers of a whole bank of experts are large
             for matrix in p.view(-1, *p.shape[-2:]):
                 numbers = torch.empty(matrix.shape, device=p.device)
-                matrix.copy_(numbers.normal_(std=std, generator=generator))
+                numbers.normal_(std=std, generator=generator)
+                matrix.copy_(numbers)
         for bias in self.balancing_biases().values():
             bias.zero_()
 
@@ -306,9 +361,11 @@ class MoETransformer(nn.Module):
 
     def balancing_biases(self) -> dict[str, Tensor]:
         """The routers' biases [E], by name; empty unless load_balancing is "bias"."""
-        return {
-            name: buffer for name, buffer in self.named_buffers() if name.endswith(".router.bias")
-        }
+        biases = {}
+        for name, buffer in self.named_buffers():
+            if name.endswith(".router.bias"):
+                biases[name] = buffer
+        return biases
 
     @torch.no_grad()
     def balance(self, num_tokens_per_expert_LE: Tensor) -> None:
@@ -321,7 +378,8 @@ class MoETransformer(nn.Module):
         rate = self.config.load_balancing_bias_rate
         biases = self.balancing_biases().values()
         for bias, num_tokens_E in zip(biases, num_tokens_per_expert_LE.float()):
-            bias += rate * torch.sign(num_tokens_E.mean() - num_tokens_E)
+            missing_tokens_E = num_tokens_E.mean() - num_tokens_E
+            bias += rate * torch.sign(missing_tokens_E)
 
     # ------------------------------------------------------------ forward pass
 
@@ -332,11 +390,16 @@ class MoETransformer(nn.Module):
         `lighter_blocks` blocks recompute less, there are two graphs of each kind.
         """
         compile_with_barriers()
-        # Each kind of block has graphs for training, and for validation of a full and of a short
-        # batch. The default limit of 8 graphs would be too few.
+        # A block has a graph for training, one for validation, and one for a last, short batch of
+        # validation. Up to four kinds of block make 12, more than the default limit of 8.
         torch._dynamo.config.recompile_limit = 16
-        # not dynamic: a short validation batch must not make training's graphs dynamic as well
-        options = dict(fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
+        options = dict(
+            fullgraph=True,
+            # One graph for each shape. A short batch of validation must not make the graphs of
+            # training dynamic.
+            dynamic=False,
+            options=COMPILE_OPTIONS,
+        )
         for block in self.blocks:
             block.compile(**options)
         self.chunk_loss = torch.compile(chunk_loss, **options)
@@ -345,10 +408,12 @@ class MoETransformer(nn.Module):
         """The context in which the model computes: autocast to the compute dtype, none for fp32."""
         if self.compute_dtype == torch.float32:
             return contextlib.nullcontext()
-        # Without autocast's cache of casts: no weight is cast twice in a pass, and the cached casts
-        # would be a second copy of the model.
+        # Autocast would keep every cast weight until the pass ends, in case it is cast again. Here
+        # no weight is cast twice, and all cast weights would be a second copy of the model.
         return torch.autocast(
-            self.norm.weight.device.type, dtype=self.compute_dtype, cache_enabled=False
+            self.norm.weight.device.type,
+            dtype=self.compute_dtype,
+            cache_enabled=False,
         )
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None):
@@ -371,7 +436,10 @@ class MoETransformer(nn.Module):
                 return F.linear(x_BSD, self.head_weight).float()
 
         cross_entropy, correct = chunked_cross_entropy(
-            x_BSD.flatten(0, 1), self.head_weight, targets_BS.flatten(), self.chunk_loss
+            x_BSD.flatten(0, 1),
+            self.head_weight,
+            targets_BS.flatten(),
+            self.chunk_loss,
         )
         loss = cross_entropy
         metrics = dict(cross_entropy=cross_entropy.detach(), correct=correct)
@@ -392,7 +460,7 @@ class MoETransformer(nn.Module):
         return 0.0
 
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list]:
-        """The input of the head [B, S, D], and a list of each MoE block's routing statistics."""
+        """The input of the head [B, S, D], and the routing statistics of each MoE block."""
         routing = []
         with self.autocast():
             x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
@@ -406,33 +474,31 @@ class MoETransformer(nn.Module):
             return self.norm(x_BSD), routing
 
 
-def _other_parameters_message(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]
-) -> str:
-    def total(shapes: dict[str, tuple[int, ...]]) -> int:
-        return sum(math.prod(shape) for shape in shapes.values())
-
-    differences = []
+def _other_parameters_message(found: Shapes, expected: Shapes) -> str:
+    lines = [
+        f"the model has {_numel(found):,} parameters, and the table of parameters in "
+        f"config.py {_numel(expected):,}. They differ in"
+    ]
     for name in expected | found:
-        if found.get(name) != expected.get(name):
-            in_model = found.get(name, "absent")
-            in_table = expected.get(name, "absent")
-            differences.append(f"  {name}: {in_model} in the model, {in_table} in the table")
-    return "\n".join(
-        [
-            f"the model has {total(found):,} parameters, and the table of parameters in "
-            f"config.py {total(expected):,}. They differ in",
-            *differences,
-            "Describe in config.parameter_table what the modules of model.py and moe.py hold.",
-        ]
-    )
+        in_model = found.get(name, "absent")
+        in_table = expected.get(name, "absent")
+        if in_model != in_table:
+            lines.append(f"  {name}: {in_model} in the model, {in_table} in the table")
+    lines.append("Describe in config.parameter_table what the modules of model.py and moe.py hold.")
+    return "\n".join(lines)
+
+
+def _numel(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 # ---------------------------------------------------------------- loss
 
 
 def chunk_loss(
-    logits_NV: Tensor, targets_N1: Tensor, grad_scale: float | None
+    logits_NV: Tensor,
+    targets_N1: Tensor,
+    grad_scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loss of a chunk of tokens, computed in fp32. Overwrites fp32 logits.
 
@@ -443,23 +509,34 @@ def chunk_loss(
     - the gradient of the sum by the logits, times `grad_scale` and in the logits' dtype; None
       without grad_scale.
     """
-    wide_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    wide_NV = logits_NV.to(_at_least_fp32(logits_NV.dtype))
     log_z_N1 = wide_NV.logsumexp(dim=-1, keepdim=True)
     target_logits_N1 = wide_NV.gather(1, targets_N1)
-    loss = (log_z_N1 - target_logits_N1).sum()
+    cross_entropies_N1 = log_z_N1 - target_logits_N1
+    loss = cross_entropies_N1.sum()
     predictions_N1 = wide_NV.argmax(dim=-1, keepdim=True)
     correct = (predictions_N1 == targets_N1).sum()
     if grad_scale is None:
         return loss, correct, None
-    # The gradient is softmax(logits), minus 1 at the target. It takes the memory of the logits.
+    # The gradient is softmax(logits) = exp(logits - log z), minus 1 at the target. It overwrites
+    # the fp32 logits, as a chunk of them is large.
     grad_NV = wide_NV.sub_(log_z_N1).exp_()
     grad_at_targets_N1 = grad_NV.gather(1, targets_N1) - 1
     grad_NV.scatter_(1, targets_N1, grad_at_targets_N1)
-    return loss, correct, grad_NV.mul_(grad_scale).to(logits_NV.dtype)
+    grad_NV.mul_(grad_scale)
+    return loss, correct, grad_NV.to(logits_NV.dtype)
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for fp16, bf16 and fp32; float64 stays."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def chunked_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, chunk_loss=chunk_loss
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    chunk_loss=chunk_loss,
 ) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy of the logits x weight^T, and the number of correct predictions.
 
@@ -469,7 +546,11 @@ def chunked_cross_entropy(
     # Autocast would cast the fp32 matmuls to 16 bits.
     with torch.autocast(x_ND.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(
-            x_ND, weight_VD, targets_N, torch.is_grad_enabled(), chunk_loss
+            x_ND,
+            weight_VD,
+            targets_N,
+            torch.is_grad_enabled(),
+            chunk_loss,
         )
 
 
@@ -482,28 +563,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_ND, weight_VD, targets_N, need_gradients: bool, chunk_loss):
+    def forward(
+        ctx,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        need_gradients: bool,
+        chunk_loss,
+    ):
         weight = weight_VD.to(x_ND.dtype)
-        wide_dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        wide_dtype = _at_least_fp32(x_ND.dtype)
         total = torch.zeros((), device=x_ND.device, dtype=wide_dtype)
         correct = torch.zeros((), device=x_ND.device, dtype=torch.long)
         grad_scale = None
         if need_gradients:
-            grad_scale = 1.0
-            if x_ND.dtype == torch.float16:
-                # The gradient by a logit is in [-1, 1], and tiny for most logits. fp16 loses
-                # numbers under 6e-8, its smallest one. Times 256 it loses fewer, and all stay far
-                # from its largest one, 65504.
-                grad_scale = 256.0
+            grad_scale = _logit_grad_scale(x_ND.dtype)
             grad_x = torch.empty_like(x_ND)
             # fp32, as it is a sum over many chunks: a sum of 128 chunks in bf16 is 1.4% off.
             grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=wide_dtype)
         for start in range(0, len(x_ND), LOSS_CHUNK):
             chunk = slice(start, start + LOSS_CHUNK)
             x = x_ND[chunk]
-            targets = targets_N[chunk, None]
+            targets_N1 = targets_N[chunk, None]
             # The logits have no name here, so that they are freed before those of the next chunk.
-            chunk_total, chunk_correct, grad_logits = chunk_loss(x @ weight.T, targets, grad_scale)
+            chunk_total, chunk_correct, grad_logits = chunk_loss(
+                x @ weight.T,
+                targets_N1,
+                grad_scale,
+            )
             total += chunk_total
             correct += chunk_correct
             if need_gradients:
@@ -520,10 +607,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grad_loss * ctx.unscale
-        # in fp32: grad_loss holds the loss scale, which may be larger than fp16's largest number
-        grad_x = (grad_x.to(grad_weight.dtype) * scale).to(grad_x.dtype)
-        grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
+        grad_x = _scaled(grad_x, scale, grad_x.dtype)
+        grad_weight = _scaled(grad_weight, scale, ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None
+
+
+def _logit_grad_scale(dtype: torch.dtype) -> float:
+    """The factor by which gradients of logits are multiplied while they have this dtype."""
+    if dtype != torch.float16:
+        return 1.0
+    # The gradient by a logit is in [-1, 1], and tiny for most logits. fp16 loses numbers under
+    # 6e-8, its smallest one. Times 256 it loses fewer, and all stay far from its largest number,
+    # 65,504.
+    return 256.0
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * scale in `dtype`.
+
+    Multiplied in fp32: `scale` holds the loss scale, which may exceed fp16's largest number.
+    """
+    # One name for both tensors, so that the first is freed before the cast.
+    gradient = gradient.to(_at_least_fp32(gradient.dtype))
+    gradient = gradient * scale
+    return gradient.to(dtype)
 
 
 def _fp32_matmul(a: Tensor, b: Tensor) -> Tensor:

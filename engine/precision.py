@@ -7,8 +7,9 @@ The master is stored in two parts. The weight is the master rounded to 16 bits. 
 master is 16 low bits, in the optimizer's state under the key "residual". Together they take the 4
 bytes of an fp32 number; a weight with a separate fp32 master would take 6.
 
-The functions of the masters run without torch.compile too. There each named tensor is memory until
-its function returns: those that are needed once are passed on without a name.
+Memory: these functions also run without torch.compile. A tensor that has a name then keeps its
+memory until the name is reused or the function returns. So a step often reuses the name of the
+tensor that it replaces.
 """
 
 import torch
@@ -56,21 +57,29 @@ def write_master(master: Tensor, weight: Tensor, state: dict[str, Tensor]) -> No
 # A bfloat16 number is the upper 16 bits of an fp32 number: the sign, 8 bits of exponent, and the
 # first 7 of 23 bits of mantissa. So integer arithmetic on the bits makes the split exact.
 
+# The upper 16 bits change in steps of 0x10000. This is half a step.
+HALF_STEP = 0x8000
+
 
 def _encode_bf16(master: Tensor) -> tuple[Tensor, Tensor]:
     bits = master.view(torch.int32)
-    # Rounds to the nearest: the upper bits count in 0x10000, and 0x8000 is half of that. A tie is
-    # rounded away from zero, as the bits below the sign hold the magnitude. (With ties to even, a
-    # tie that is rounded down would leave low bits of +0x8000, one more than int16 holds.)
-    upper = (bits + 0x8000) >> 16
-    # What the rounding has left or added, from -0x8000 to 0x7fff: the range of int16.
-    low_bits = (bits - (upper << 16)).to(torch.int16)
-    weight = upper.to(torch.int16).view(torch.bfloat16)
-    return weight, low_bits
+    # Rounds to the nearest bfloat16: adds half a step, then drops the lower bits. A tie is rounded away
+    # from zero, as the bits below the sign hold the magnitude.
+    #
+    # (With ties to even, a tie that is rounded down would leave low bits of +0x8000. That is one
+    # more than int16 holds.)
+    upper = (bits + HALF_STEP) >> 16
+    # The low bits are what rounding down dropped, or minus what rounding up added. They are between
+    # -0x8000 and 0x7fff, which is the range of int16.
+    low_bits = bits - (upper << 16)
+    low_bits = low_bits.to(torch.int16)
+    weight = upper.to(torch.int16)
+    return weight.view(torch.bfloat16), low_bits
 
 
 def _decode_bf16(weight: Tensor, low_bits: Tensor) -> Tensor:
-    upper = weight.view(torch.int16).to(torch.int32) << 16
+    upper = weight.view(torch.int16)
+    upper = upper.to(torch.int32) << 16
     bits = upper + low_bits.to(torch.int32)
     return bits.view(torch.float32)
 
@@ -86,8 +95,8 @@ def _decode_bf16(weight: Tensor, low_bits: Tensor) -> Tensor:
 # Weights under 2^-14 are subnormal: their ulp is always 2^-24, and the unit of the low bits 2^-40.
 # Finer bits of the master are lost.
 #
-# A weight is written as mantissa 2^(exponent - 25), with an integer mantissa of up to 11 bits. So
-# ulp is 2^(exponent - 25), and the unit of the low bits is 2^(exponent - 41).
+# Below, a weight is mantissa * 2^(exponent - 25), with an integer mantissa of up to 11 bits. So one
+# ulp is 2^(exponent - 25), and the unit of the low bits, 2^-16 ulp, is 2^(exponent - 41).
 
 
 def _encode_fp16(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,18 +107,19 @@ def _encode_fp16(master: Tensor) -> tuple[Tensor, Tensor]:
     # In units of 2^(exponent - 41), which is exact too. So `round` drops nothing but bits that are
     # finer than the unit.
     low_bits = low_bits * _power_of_two(41 - exponent)
-    # A tie leaves half an ulp, which is +-0x8000. +0x8000 is one more than int16 holds, so both
-    # are cut by one. Decoding rounds to fp32 and thereby undoes the cut: encoding a master that was
-    # decoded changes nothing.
+    # A tie leaves half an ulp, which is 0x8000 units, or -0x8000. int16 holds no +0x8000, so both
+    # lose one unit. Decoding rounds to fp32 and thereby adds that unit again: encoding a master
+    # that was decoded changes nothing.
     low_bits = low_bits.round().clamp(-0x7FFF, 0x7FFF)
     return weight, low_bits.to(torch.int16)
 
 
 def _decode_fp16(weight: Tensor, low_bits: Tensor) -> Tensor:
     exponent, mantissa = _fp16_parts(weight)
-    # The master in units of the low bits: an integer of up to 11 + 16 bits.
+    # The master in units of the low bits: an integer of up to 11 + 16 = 27 bits.
     master = (mantissa << 16) + low_bits.to(torch.int32)
-    # fp32 holds 24 bits. Only a tie that was cut has more: any other master was an fp32 number.
+    # fp32 holds 24 bits. Any master was an fp32 number, so it has no more, with one exception: a
+    # tie that lost a unit. Rounding to 24 bits restores it.
     master = master.float()
     return master * _power_of_two(exponent - 41)
 
@@ -117,26 +127,32 @@ def _decode_fp16(weight: Tensor, low_bits: Tensor) -> Tensor:
 def _fp16_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(exponent, mantissa) of float16 numbers, which are mantissa * 2^(exponent - 25); int32 each.
 
-    They are read from the bits: the sign, 5 bits of exponent, 10 of mantissa. `weight.float()`
-    would be simpler. But torch.compile removes a cast to float16 and back, as if it changed
-    nothing, and the low bits would be zero.
+    The bits of a float16 number are its sign, 5 bits of exponent e and 10 bits of mantissa m:
+
+        e > 0 (normal)       (2^10 + m) * 2^(e - 25)    the leading 1 of the mantissa is not stored
+        e = 0 (subnormal)             m * 2^(1 - 25)    there is no leading 1
+
+    `weight.float()` would be a simpler way to the value. But torch.compile removes a cast from fp32
+    to float16 and back, as if it changed nothing, and all low bits would be zero.
     """
     bits = weight.view(torch.int16).to(torch.int32)
-    exponent_bits = (bits >> 10) & 0b11111
-    # A normal number has a leading 1 that is not stored. A subnormal number, which has exponent
-    # bits of 0, has no leading 1.
-    mantissa = (bits & 0x3FF) + torch.where(exponent_bits > 0, 0x400, 0)
-    # Subnormal numbers have the ulp of the smallest normal ones, which have exponent bits of 1.
-    exponent = exponent_bits.clamp(min=1)
-    return exponent, torch.where(bits < 0, -mantissa, mantissa)
+    exponent = (bits >> 10) & 0b11111
+    magnitude = bits & 0b11_1111_1111
+    # the leading 1 of normal numbers
+    magnitude = magnitude + torch.where(exponent > 0, 1 << 10, 0)
+    exponent = exponent.clamp(min=1)
+    # The sign is the first bit in int16 and in int32.
+    mantissa = torch.where(bits < 0, -magnitude, magnitude)
+    return exponent, mantissa
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent in fp32, exactly, for int32 exponents in [-126, 127].
 
-    It is made from the bits of an fp32 number: the exponent plus 127, before 23 bits of mantissa.
+    The bits of an fp32 number are its sign, 8 bits of exponent plus 127, and 23 bits of mantissa.
     """
-    return ((exponent + 127) << 23).view(torch.float32)
+    bits = (exponent + 127) << 23
+    return bits.view(torch.float32)
 
 
 # ---------------------------------------------------------------- loss scaling
@@ -145,9 +161,9 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 class LossScaler:
     """Dynamic loss scale (Micikevicius et al. 2018, "Mixed Precision Training").
 
-    fp16 rounds gradients under 3e-8 to zero. So the loss is multiplied by a scale: the largest at
-    which the largest gradients do not overflow. The optimizers divide gradients by it in fp32, as
-    they read them.
+    fp16 rounds gradients under 3e-8 to zero. So the loss is multiplied by a scale, as large as it
+    can be before the largest gradients overflow. The optimizers divide gradients by the scale in
+    fp32, as they read them.
 
     (torch.amp.GradScaler would not do. It refuses fp16 gradients, and it divides `.grad` in place,
     which rounds small gradients to zero again.)
@@ -157,17 +173,26 @@ class LossScaler:
 
     MINIMUM = 1.0
 
-    def __init__(self, initial: float, growth_interval: int, enabled: bool):
-        self.scale = initial if enabled else self.MINIMUM
+    def __init__(
+        self,
+        initial: float,
+        growth_interval: int,
+        enabled: bool,
+    ):
+        self.scale = self.MINIMUM
+        if enabled:
+            self.scale = initial
         self.growth_interval = growth_interval
         self.enabled = enabled
         self.good_steps = 0  # since the last overflow or growth
-        # Overflows one after the other at the minimum scale, which cannot be halved
+        # Overflows in a row at the minimum scale, which cannot be halved
         self.stuck_steps = 0
 
     def update(self, overflow: bool) -> None:
-        """Call once a step: halves the scale after an overflow, doubles it after `growth_interval`
-        steps without one."""
+        """Call once a step.
+
+        An overflow halves the scale. `growth_interval` steps without one double it.
+        """
         if overflow:
             self._shrink()
             return
@@ -186,7 +211,11 @@ class LossScaler:
         self.good_steps = 0
 
     def state_dict(self) -> dict:
-        return dict(scale=self.scale, good_steps=self.good_steps, stuck_steps=self.stuck_steps)
+        return dict(
+            scale=self.scale,
+            good_steps=self.good_steps,
+            stuck_steps=self.stuck_steps,
+        )
 
     def load_state_dict(self, state: dict) -> None:
         self.scale = state["scale"]
@@ -198,16 +227,20 @@ class LossScaler:
 
 
 @torch.no_grad()
-def gradient_norms(parameters: list[Tensor], known: dict[Tensor, Tensor] | None = None) -> Tensor:
+def gradient_norms(
+    parameters: list[Tensor],
+    known: dict[Tensor, Tensor] | None = None,
+) -> Tensor:
     """L2 norm of each parameter's gradient: fp32 [len(parameters)], on the parameters' device.
 
     `known` holds norms that have been computed already, by parameter. A parameter without a
-    gradient has norm 0.
+    gradient has norm 0. The host does not wait for the GPU.
 
-    An inf or nan in a gradient makes its norm inf or nan. So the global norm, which follows from
-    these, is the overflow test too. The host does not wait for the GPU.
+    An inf or nan in a gradient makes its norm inf or nan, and with it the global norm of all
+    gradients. So the global norm is the overflow test too.
     """
-    known = known or {}
+    if known is None:
+        known = {}
     zero = torch.zeros((), device=parameters[0].device)
     norms = []
     for p in parameters:
