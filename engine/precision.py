@@ -63,8 +63,8 @@ HALF_STEP = 0x8000
 
 def _encode_bf16(master: Tensor) -> tuple[Tensor, Tensor]:
     bits = master.view(torch.int32)
-    # Rounds to the nearest bfloat16: adds half a step, then drops the lower bits. A tie is rounded away
-    # from zero, as the bits below the sign hold the magnitude.
+    # Rounds to the nearest bfloat16: adds half a step, then drops the lower bits. A tie is rounded
+    # away from zero, as the bits below the sign hold the magnitude.
     #
     # (With ties to even, a tie that is rounded down would leave low bits of +0x8000. That is one
     # more than int16 holds.)
