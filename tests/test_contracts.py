@@ -44,7 +44,17 @@ def test_a_command_without_options_is_there(command):
     assert importlib.util.find_spec(command)
 
 
-@pytest.mark.parametrize("name", OLD["calls"])
+# They train for many steps or draw a picture.
+LONG_CALLS = ("a run that diverges", "a plot of a run")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LONG_CALLS else [])
+        for name in OLD["calls"]
+    ],
+)
 def test_a_call_ends_with_its_exit_code(name, tmp_path):
     old = OLD["calls"][name]
     code, out, err = contracts.answer(old["words"], tmp_path, old["before"])

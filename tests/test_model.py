@@ -188,7 +188,7 @@ class Count(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "mode, lighter", [("selective", 0), ("full", 0), ("selective", 2), ("full", 3)]
 )
@@ -584,9 +584,8 @@ def graphs(monkeypatch):
 
 
 # Of two modes, the first half of the blocks has one and the second half the lighter one.
-@pytest.mark.parametrize(
-    "mode, lighter, count", [("none", 0, 2), pytest.param("full", 4, 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, lighter, count", [("none", 0, 2), ("full", 4, 4)])
 @pytest.mark.filterwarnings("ignore")
 def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(
     traced_graphs, mode, lighter, count
@@ -614,6 +613,7 @@ def test_a_graph_break_is_an_error(graphs):
         model(*batch(model))
 
 
+@pytest.mark.slow
 def test_a_short_validation_batch_leaves_training_with_graphs_of_fixed_shape(graphs):
     model = build(n_layers=2, moe_every=1)
     model.compile_blocks()
@@ -632,6 +632,7 @@ def test_a_short_validation_batch_leaves_training_with_graphs_of_fixed_shape(gra
     assert not any(isinstance(value, torch.SymInt) for value in inputs)
 
 
+@pytest.mark.slow
 def test_evaluation_and_generation_compile_no_graph_for_each_length(graphs):
     model = build(n_layers=2)
     model.compile_blocks()

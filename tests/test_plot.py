@@ -231,6 +231,16 @@ def test_ten_thousand_rows_are_fast(tmp_path):
 # --- command line
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Rendering a figure takes a second; its file is written without it."""
+
+    def write(figure, path):
+        Path(path).write_bytes(b"\x89PNG")
+
+    monkeypatch.setattr(plot, "write_figure", write)
+
+
 def write_metrics(folder, rows, tail=""):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
 
@@ -241,10 +251,12 @@ def test_a_line_that_is_half_written_is_left_out(tmp_path, tail):
     assert plot.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 20
 
 
-def test_redraws_a_run(tmp_path, capsys):
+def test_redraws_a_run(tmp_path, capsys, request):
     write_metrics(tmp_path, run(20, train_loss=math.nan), '{"step": 21, "train_lo')
     assert plot.main([str(tmp_path)]) == 0
-    assert (tmp_path / "training_curves.png").exists()
+    picture = (tmp_path / "training_curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    request.getfixturevalue("no_pictures")
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "other.png")]) == 0
     assert (tmp_path / "other.png").exists()
     assert capsys.readouterr().err == ""
@@ -332,7 +344,9 @@ def test_several_runs_are_named_by_the_fields_in_which_they_differ(runs, monkeyp
     )
 
 
-def test_a_run_that_is_named_twice_is_drawn_once_and_said_so(runs, tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_named_twice_is_drawn_once_and_said_so(
+    runs, tmp_path, monkeypatch, capsys, no_pictures
+):
     a, bb = runs(a=dict(seed=1), bb=dict(seed=2))
     monkeypatch.chdir(tmp_path)
     assert plot.main(["a", str(a)]) == 0
@@ -377,7 +391,7 @@ def test_help_says_where_the_plot_is_written(capsys):
     assert "comparison.png in the folder that contains the first RUN" in text
 
 
-def test_the_comparison_is_written_beside_the_first_run(runs, tmp_path, capsys):
+def test_the_comparison_is_written_beside_the_first_run(runs, tmp_path, capsys, no_pictures):
     folders = runs(**{"r" * n: dict(seed=n, data="a long path " * 20) for n in range(1, 10)})
     assert plot.main(list(map(str, folders))) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'comparison.png'}\n"

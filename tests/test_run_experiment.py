@@ -217,7 +217,13 @@ CHOICE_KEYS = {
 }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+# The larger a model, the more choices its plan weighs.
+PRESETS_BY_COST = [
+    pytest.param(name, marks=[] if name in ("tiny", "2b") else pytest.mark.slow) for name in PRESETS
+]
+
+
+@pytest.mark.parametrize("preset", PRESETS_BY_COST)
 def test_plan_of_every_preset_on_every_gpu(cli, preset):
     c = Config(**PRESETS[preset])
     for gpu in GPUS:
@@ -245,9 +251,9 @@ def test_plan_of_every_preset_on_every_gpu(cli, preset):
 @pytest.mark.parametrize(
     "gpu, fits, offload, at_most",
     [
-        ("b200", True, False, 4),
+        pytest.param("b200", True, False, 4, marks=pytest.mark.slow),
         ("h200", True, True, 4),
-        ("h100", True, True, 2),
+        pytest.param("h100", True, True, 2, marks=pytest.mark.slow),
         ("rtx4090", False, True, 1),
     ],
 )
@@ -632,6 +638,7 @@ def test_a_folder_that_cannot_be_written_to(cli, base, tmp_path, place):
     assert contents(tmp_path) == {Path("file.txt"): b"text"}
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_no_checkpoint(cli, base, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -717,6 +724,7 @@ def test_resume_of_a_finished_run_changes_no_weights(cli, run):
     assert steps_of(run, "val_loss") == [0, 8]
 
 
+@pytest.mark.slow
 def test_resume_latest_stays_in_its_folder_and_a_path_in_the_folder_of_its_run(
     cli, finished, run, monkeypatch
 ):
@@ -911,6 +919,7 @@ def test_any_arguments_are_read_or_refused(argv):
 # ---------------------------------------------------------------- sample
 
 
+@pytest.mark.slow
 def test_sample(cli, finished):
     assert_refused(
         cli("sample", "--checkpoint", finished, "--prompt", "a"),

@@ -84,19 +84,19 @@ def test_stopped_and_resumed_run_equals_one_run_to_the_bit(settings, tmp_path, f
 
 
 def test_rows_past_the_checkpoint_are_dropped_and_kept_aside(settings, tmp_path):
-    config = settings(save_every=2, log_every=1, keep_checkpoints=10, eval_every=100)
+    config = settings(save_every=2, log_every=1, max_steps=4, eval_every=100)
     folder = tmp_path / "run"
     build(config).run()
     before = (folder / "metrics.jsonl").read_text()
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 13, "train_lo')  # a crash in the middle of a line
-    run_to(resume(config, checkpoint.step_path(config.save_dir, 6)), 7)
-    assert [row["step"] for row in rows(config, "train_loss")] == list(range(1, 8))
+        file.write('{"step": 5, "train_lo')  # a crash in the middle of a line
+    run_to(resume(config, checkpoint.step_path(config.save_dir, 2)), 3)
+    assert [row["step"] for row in rows(config, "train_loss")] == [1, 2, 3]
     resume(config, checkpoint.latest_path(config.save_dir)).run()
-    assert [row["step"] for row in rows(config, "train_loss")] == list(range(1, 13))
+    assert [row["step"] for row in rows(config, "train_loss")] == [1, 2, 3, 4]
     assert (folder / "metrics.jsonl.1").read_text().startswith(before)
     # The first branch's later checkpoint is not written over.
-    assert (folder / "checkpoint_step_12.pt.1").exists()
+    assert (folder / "checkpoint_step_4.pt.1").exists()
 
 
 def test_a_branch_makes_its_checkpoint_the_latest(settings, tmp_path):
@@ -117,10 +117,10 @@ def test_a_branch_makes_its_checkpoint_the_latest(settings, tmp_path):
 
 def test_metrics_after_a_resume_with_another_micro_batch(settings, tmp_path):
     """The sums of a half-finished interval are weighted by sequences."""
-    whole = settings(log_every=8, load_balancing_scope="sequence", max_steps=8, eval_every=100)
+    whole = settings(log_every=4, load_balancing_scope="sequence", max_steps=4, eval_every=100)
     cut = dataclasses.replace(whole, save_dir=str(tmp_path / "cut"))
     build(whole).run()
-    run_to(build(cut), 5)
+    run_to(build(cut), 3)
     smaller = dataclasses.replace(cut, batch_size=1, gradient_accumulation_steps=4)
     resume(smaller, checkpoint.latest_path(cut.save_dir)).run()
     [expected] = rows(whole, "train_loss")
@@ -130,7 +130,7 @@ def test_metrics_after_a_resume_with_another_micro_batch(settings, tmp_path):
 
 
 def test_an_evaluation_that_was_cut_off_is_made_up(settings, monkeypatch):
-    config = settings(save_every=3, eval_every=3, max_steps=9)
+    config = settings(save_every=2, eval_every=2, max_steps=4)
     first = build(config)
     evaluate = first.evaluate
 
@@ -144,7 +144,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up(settings, monkeypatch):
         first.run()
     assert [row["step"] for row in rows(config, "val_loss")] == [0], "saved before evaluating"
     resume(config, checkpoint.latest_path(config.save_dir)).run()
-    assert [row["step"] for row in rows(config, "val_loss")] == [0, 3, 6, 9]
+    assert [row["step"] for row in rows(config, "val_loss")] == [0, 2, 4]
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +212,16 @@ def poison(trainer, value, when):
     p.register_hook(hook)
 
 
-@pytest.mark.parametrize("form", ["fp16-split", "fp16-offload", "bf16-split", "fp32"])
-@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize(
+    "form, value",
+    [
+        ("fp16-split", math.inf),
+        ("fp16-split", math.nan),
+        ("fp16-offload", math.inf),
+        ("bf16-split", math.nan),
+        ("fp32", math.inf),
+    ],
+)
 def test_overflow_changes_nothing_but_the_scale_and_the_run_goes_on(settings, form, value):
     config = settings(save_every=0, save_minutes=0, **FORMS[form])
     trainer = build(config)
@@ -264,9 +272,9 @@ def test_a_dense_model_has_nothing_to_balance_with_a_bias(settings):
 
 
 def test_search_for_the_scale_does_not_stop_a_run(settings):
-    trainer = build(settings(precision="fp16", loss_scale=2.0**40, max_steps=3, eval_every=3))
+    trainer = build(settings(precision="fp16", loss_scale=2.0**40, max_steps=1, eval_every=100))
     trainer.run()
-    assert trainer.step == 3 and trainer.skipped_steps > 10 and trainer.scaler.scale < 2.0**30
+    assert trainer.step == 1 and trainer.skipped_steps > 10 and trainer.scaler.scale < 2.0**30
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice_and_saves_nothing(settings):
@@ -417,6 +425,7 @@ def test_results_and_curves(finished):
     assert not list(trainer.folder.glob(".*")), "no temporary file is left"
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     drawn = []
 
@@ -553,6 +562,7 @@ def test_load_model_decodes_the_exact_masters(settings, form):
 # ---------------------------------------------------------------- before the first step, and running out
 
 
+@pytest.mark.slow
 def test_a_branch_needs_room_beside_the_other(settings):
     config = settings(max_steps=6, save_every=2, save_minutes=0, keep_checkpoints=3)
     build(config).run()
@@ -632,6 +642,7 @@ def test_only_a_run_that_is_short_of_memory_pays_for_returning_it(settings, monk
     assert returned
 
 
+@pytest.mark.slow
 def test_adamw_alone_trains_every_parameter(settings):
     trainer = build(settings(optimizer="adamw", max_steps=20, eval_every=20))
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}

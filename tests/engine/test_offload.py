@@ -267,7 +267,12 @@ def trained_on_the_device(precision: str, mode: str):
 
 
 @pytest.mark.parametrize(
-    "precision, mode", [("fp32", "none"), ("bf16", "full"), ("fp16", "selective")]
+    "precision, mode",
+    [
+        ("fp32", "none"),
+        pytest.param("bf16", "full", marks=pytest.mark.slow),
+        pytest.param("fp16", "selective", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("blocks", [1, 3, 4])
 def test_gradients_summed_on_the_host_are_those_summed_on_the_device_to_the_bit(

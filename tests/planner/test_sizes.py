@@ -325,7 +325,7 @@ def test_a_shared_experts_activations_are_counted(shared_expert, mode):
     assert bytes_kept_per_token(config) == pytest.approx(predicted, rel=0.025)
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("mode", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_step_with_a_shared_expert_takes_the_predicted_memory(shared_expert, mode):
     check_step_on_a_cpu(tiny_config(**STEP | dict(precision="bf16", activation_checkpointing=mode)))
 

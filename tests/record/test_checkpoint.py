@@ -271,6 +271,7 @@ def test_truncation(tmp_path, mmap):
         assert str(path) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_damaged_bytes_never_give_wrong_values(tmp_path):
     path = tmp_path / "c.pt"
     state = example()

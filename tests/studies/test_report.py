@@ -31,6 +31,7 @@ def test_one_seed_is_reported_without_numbers_that_need_two(performed, tmp_path,
     assert "| --- |" in text and "inf" not in text and "nan" not in text
 
 
+@pytest.mark.slow
 def test_a_study_whose_runs_diverged_has_no_answer(performed, monkeypatch, tmp_path):
     whole = runner.perform
     monkeypatch.setattr(
@@ -73,6 +74,7 @@ def test_a_study_whose_runs_diverged_has_no_answer(performed, monkeypatch, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_equal_time_that_diverged_is_no_answer(performed, monkeypatch, tmp_path):
     whole = runner.perform
     monkeypatch.setattr(runner, "perform", lambda *a: None if len(performed) == 32 else whole(*a))
@@ -109,6 +111,7 @@ def test_a_rate_that_diverges_is_not_the_best():
     ) == [found["adamw, adamw_lr 0.001, seed 1"]]
 
 
+@pytest.mark.slow
 def test_a_speed_that_failed_once_is_no_answer(performed, tmp_path, monkeypatch):
     whole = runner.perform
     for name, label in (
@@ -417,6 +420,7 @@ def test_which_shares_of_the_busiest_expert_are_smallest_is_by_their_own_noise(p
     assert re.search(r"of these alike, the largest largest share \| [^|]*: 0.300 ± 0.000", text)
 
 
+@pytest.mark.slow
 def test_differences_are_drawn_between_runs_of_one_seed(performed, tmp_path):
     assert go("scaling", tmp_path)
     results = loaded(tmp_path)

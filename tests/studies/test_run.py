@@ -86,6 +86,7 @@ def test_a_study_goes_on_where_it_was(performed, tmp_path, monkeypatch):
     assert not go("balance", tmp_path / "late", seconds=0)
 
 
+@pytest.mark.slow
 def test_a_study_is_drawn_when_only_runs_that_others_led_to_are_missing(
     performed, tmp_path, monkeypatch
 ):
@@ -155,11 +156,12 @@ def test_what_did_not_run_changes_nothing_that_was_found(performed, tmp_path, mo
     ), "two models are not one figure"
 
 
+@pytest.mark.slow
 def test_runs_are_kept_in_the_order_of_the_study(performed, tmp_path, monkeypatch, capsys):
     whole = runner.perform
 
     def perform(run, *rest):
-        time.sleep(0.1 if run.changes["seed"] == 1 else 0)
+        time.sleep(0.03 if run.changes["seed"] == 1 else 0)
         found = whole(run, *rest)
         return found | dict(
             tokens_per_second=found["tokens_per_second"]
@@ -248,7 +250,7 @@ def test_an_unforeseen_failure_costs_nothing_else(performed, tmp_path, monkeypat
     def perform(run, *rest):
         if run.label == "none, seed 2":
             raise KeyError("val_loss")
-        time.sleep(0.5)
+        time.sleep(0.1)
         return whole(run, *rest)
 
     monkeypatch.setattr(runner, "perform", perform)
@@ -298,11 +300,11 @@ def test_failures_that_are_results(monkeypatch, tmp_path, error, may_not_fit, ex
 
 
 def test_a_study_waits_for_the_runs_of_one_that_was_killed(monkeypatch, tmp_path):
-    monkeypatch.setattr(one_run, "GRACE", 0.5)
+    monkeypatch.setattr(one_run, "GRACE", 0.2)
     began = time.monotonic()
     with runner.locked(tmp_path, "--save_dir"), pytest.raises(ConfigError, match="another process"):
         runner.perform(Run("a", dict(seed=1)), [], tmp_path, {}, threading.Event())
-    assert time.monotonic() - began > 0.5
+    assert time.monotonic() - began > 0.2
 
 
 def test_an_error_in_the_study_ends_its_runs(monkeypatch, tmp_path):
@@ -398,6 +400,7 @@ def test_nothing_starts_beside_a_run_whose_speed_is_measured():
     assert runner.free_gpu(other, {0: (other, "0"), 1: (other, "0")}, ("0",), 2) is None
 
 
+@pytest.mark.slow
 def test_runs_that_a_study_has_changed_are_made_again(performed, monkeypatch, tmp_path, capsys):
     """Speeds of other steps, and what follows from them, and nothing else; their metrics are replaced too."""
     monkeypatch.setattr(grids, "TIMED_STEPS", (5, 8))
@@ -621,7 +624,13 @@ def test_an_option_that_a_study_derives_its_runs_from_is_none_that_it_sets(monke
             )
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("balance", "scaling") else pytest.mark.slow)
+        for name in STUDIES
+    ],
+)
 def test_the_command_that_the_report_prints_goes_on(performed, monkeypatch, tmp_path, name):
     """Also with what the study set itself, and with an option that no run has, of a study that began before it was refused."""
     corpus = types.SimpleNamespace(
@@ -709,6 +718,7 @@ def train(run, text, folder, stop=None):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_why(tmp_path, text):
     with pytest.raises(ExperimentError, match="the run 'b, seed 1' failed(.|\n)*d_ff"):
         train(Run("b", dict(seed=1, d_ff=33)), text, tmp_path / "b")

@@ -185,7 +185,9 @@ def described(tensors: dict[str, torch.Tensor]) -> dict:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "precision", ["fp16", "bf16", pytest.param("fp32", marks=pytest.mark.slow)]
+)
 def test_out_and_in_again_is_the_same_to_the_bit(load, tmp_path, precision):
     config = tiny_config(precision=precision, n_kv_heads=2, init_std=0.2)
     before = write_checkpoint(tmp_path / "before.pt", config)
@@ -288,6 +290,7 @@ def test_training_continues_from_the_folders_weights(
     train(capsys, "latest", "--save_dir", path.parent, "--max_steps", 13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [["--optimizer", "adamw"], ["--load_balancing", "bias"]], ids=str
 )
