@@ -9,6 +9,7 @@ import fcntl
 import io
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -30,8 +31,8 @@ from planner.machine import is_out_of_memory
 
 # ---------------------------------------------------------------- options
 
-# What other trainers call an option, where the two names have little in common.
-ELSEWHERE = dict(
+# Options of other trainers, and ours that do the same, where the names have little in common.
+OTHER_TRAINERS = dict(
     learning_rate="--muon_lr and --adamw_lr",
     lr="--muon_lr and --adamw_lr",
     max_lr="--muon_lr and --adamw_lr",
@@ -60,41 +61,50 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known_args([_with_underscores(arg) for arg in argv])
+        written_alike = [_with_underscores(arg) for arg in argv]
+        args, unknown = self.parse_known_args(written_alike)
         if unknown:
             raise ConfigError(self._unknown_message(unknown[0]))
         return args
 
     def _unknown_message(self, argument: str) -> str:
-        option = argument.partition("=")[0]
-        if argument in PRESETS and "--preset" in self._option_string_actions:
+        known = list(self._option_string_actions)
+        if argument in PRESETS and "--preset" in known:
             return f"unexpected argument {argument!r}: use --preset {argument}"
-        if not option.startswith("-"):
+        if not argument.startswith("-"):
             return (
                 f"unexpected argument {argument!r}: a command comes first, options are --NAME "
                 "VALUE, and a value with spaces needs quotes"
             )
-        known = [name for action in self._actions for name in action.option_strings]
+        option = argument.partition("=")[0]
         name = option.strip("-")
-        elsewhere = ELSEWHERE.get(name)
-        if elsewhere and any(option in known for option in re.findall(r"--\w+", elsewhere)):
-            return f"unknown option {argument!r}. Here it is {elsewhere}. --help lists them all."
-        # A name within another one is a better guess than a similar name: for --tokens,
-        # --max_new_tokens is better than --top_k.
+        ours = OTHER_TRAINERS.get(name)
+        # The parser of this command may lack our option: `sample` has no --d_model, for example.
+        if ours and _first_option(ours) in known:
+            return f"unknown option {argument!r}. Here it is {ours}. --help lists them all."
+        # Options that contain the name are better guesses than options that are spelled alike:
+        # for --tokens, --max_new_tokens is better than --top_k.
         longer = [other for other in known if name in other]
         suggestion = nearest(option, longer or known)
         return f"unknown option {argument!r}.{suggestion} --help lists them all."
 
 
-def _with_underscores(arg: str) -> str:
-    """--max-steps as --max_steps, and --max-steps=5 as --max_steps=5; other arguments as they are.
+def _first_option(text: str) -> str:
+    """The first option that the text names: --muon_lr in "--muon_lr and --adamw_lr"."""
+    return re.findall(r"--\w+", text)[0]
 
-    A value that begins with -- is left alone when it holds a space.
+
+def _with_underscores(arg: str) -> str:
+    """Spells an option's name with underscores: --max-steps=5 becomes --max_steps=5.
+
+    Other arguments stay as they are, such as a prompt that begins with -- and contains a space.
     """
-    option = re.match(r"--[\w-]+(?==|$)", arg)
-    if option is None:
+    name, equals, value = arg.partition("=")
+    is_option = re.fullmatch(r"--\w[\w-]*", name)
+    if not is_option:
         return arg
-    return re.sub(r"(?<=\w)-", "_", option[0]) + arg[option.end() :]
+    words = name.removeprefix("--")
+    return "--" + words.replace("-", "_") + equals + value
 
 
 def new_parser(usage: str, description: str) -> Parser:
@@ -153,8 +163,8 @@ def config_options(args: argparse.Namespace) -> dict:
 def locked(folder: Path, option: str) -> Iterator[None]:
     """Keeps other processes from writing to a folder.
 
-    A folder that is missing is made, and removed again when nothing came into it. The kernel takes
-    the lock from a process that is killed. A file system without locks has none.
+    A folder that is missing is made, and removed at the end if it is still empty. When a process
+    is killed, the kernel releases its lock. On a file system without locks nothing is locked.
 
     Raises ConfigError when another process has the lock, and CheckpointError when the folder cannot
     be written to; both name the `option` that chose the folder.
@@ -165,7 +175,7 @@ def locked(folder: Path, option: str) -> Iterator[None]:
         yield
     finally:
         if is_new:
-            with contextlib.suppress(OSError):  # something came into it
+            with contextlib.suppress(OSError):  # it is no longer empty
                 folder.rmdir()
         os.close(handle)
 
@@ -175,7 +185,7 @@ def _lock(folder: Path, option: str) -> int:
     from record import checkpoint  # it imports torch, which `plan` and --help do without
 
     while True:
-        checkpoint.check_free_space(folder, 0, option)  # and makes the folder
+        checkpoint.check_free_space(folder, 0, option)  # this also makes the folder
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,6 +203,7 @@ def _lock(folder: Path, option: str) -> int:
 
 
 def _is_open_folder(handle: int, folder: Path) -> bool:
+    """Whether the open file `handle` is still the folder that has this path."""
     try:
         return os.path.samestat(os.fstat(handle), folder.stat())
     except FileNotFoundError:
@@ -203,12 +214,14 @@ def _is_open_folder(handle: int, folder: Path) -> bool:
 
 
 def exit_code(command: Callable, argv: list[str], training: bool = False) -> int:
-    """Calls a command and returns the exit code of the program.
+    """Calls `command(argv)` and returns the exit code of the program.
 
-    What the user can fix becomes a line on stderr, without a traceback.
+    An error that the user can fix becomes a line on stderr. Any other exception is a bug: it is
+    raised, with its traceback. `training` says that the command trains, so that the message also
+    says what an interruption means for the run.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # a terminal that cannot print é must not end a run that samples one
+        # A terminal that cannot print é must not end a run whose sample contains one.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command(argv)
@@ -239,9 +252,13 @@ def _failed(message: str, code: int = 1) -> int:
 
 
 def _lost_reader(training: bool) -> int:
-    """`head` and its like read some lines and leave: no error, unless a training ends by it."""
-    # Python flushes stdout at exit, and would fail there once more
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """For a program such as `head` that reads our output, and has closed the pipe.
+
+    That is no error, unless it stopped a training.
+    """
+    # Python flushes stdout when it exits. That would fail too, so stdout goes to /dev/null now.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
     if training:
         return _failed(
             "whoever read the output stopped reading, so training stopped; write it to a file "
@@ -252,7 +269,7 @@ def _lost_reader(training: bool) -> int:
 
 def _interrupted(training: bool) -> int:
     message = "\ninterrupted"
-    if training:
+    if training:  # the trainer itself handles the first Ctrl-C of a run, and saves
         message += "; nothing was being trained yet, or Ctrl-C came twice"
     print(message, file=sys.stderr)
-    return 130
+    return 128 + signal.SIGINT  # what shells report for a program that Ctrl-C has ended

@@ -725,8 +725,12 @@ def edited_defaults() -> list[str]:
 
     A field that no preset names has no part in the choice of a preset, edited or not.
     """
-    shipped = preset_values("18b")
-    return [name for name, value in defaults().items() if shipped.get(name, value) != value]
+    shipped = preset_values("18b")  # the shipped value of every field that any preset names
+    edited = []
+    for name, value in defaults().items():
+        if name in shipped and value != shipped[name]:
+            edited.append(name)
+    return edited
 
 
 def _choose_preset(preset: str | None, gpu_memory_gb: float | None) -> tuple[str, str]:
@@ -975,9 +979,10 @@ def _impossible_moe(c: Config) -> list[str]:
             f"moe_every={c.moe_every}: larger than n_layers={c.n_layers}, so no block would be "
             "an MoE block; lower it, or set num_experts=0 for a dense model"
         )
+    # A model with one expert may have norm_topk_prob: its router has nothing to choose or learn.
     if c.top_k == 1 and c.norm_topk_prob and c.num_experts > 1:
         found.append(
-            "norm_topk_prob=true with top_k=1: a single weight is always 1 and the router never "
-            "learns; set it to false"
+            "norm_topk_prob=true with top_k=1: the weight of the one chosen expert would always be "
+            "1, so the router would never learn; set it to false"
         )
     return found

@@ -36,7 +36,15 @@ PINK = "#CC79A7"
 SKY = "#56B4E9"
 
 # Lines of one panel differ in colour and in dashes.
-LINE_STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, ":"), (PINK, "-."))
+LINE_STYLES = (
+    (BLUE, "-"),
+    (ORANGE, "--"),
+    (GREEN, ":"),
+    (PINK, "-."),
+)
+# Runs of one comparison: first the colours change, and then the dashes.
+RUN_COLORS = (BLUE, ORANGE, GREEN, RED, PINK, SKY)
+RUN_DASHES = ("-", "--", ":")
 
 OPTIMIZER_LABELS = {"muon": "Muon", "adamw": "AdamW"}
 PLACES = ("save_dir", "cache_dir")  # fields that say where a run is kept, not what it does
@@ -55,9 +63,11 @@ def plot_training_curves(
     nan or infinite leave a gap. `unigram_entropy` (nats per token) adds a reference line to the
     loss panel. Raises ExperimentError when the file cannot be written.
     """
-    train = [row for row in history if "train_loss" in row]
-    validation = [row for row in history if "val_loss" in row]
-    last_step = max([1, *(row["step"] for row in history)])
+    train = _rows_with(history, "train_loss")
+    validation = _rows_with(history, "val_loss")
+    last_step = 1
+    for row in history:
+        last_step = max(last_step, row["step"])
 
     figure = Figure(figsize=(12, 10), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
@@ -78,24 +88,28 @@ def plot_training_curves(
 
 
 def draw_loss(axes: Axes, train: Rows, validation: Rows, unigram_entropy: float | None) -> None:
-    """Training loss as it is and smoothed, and validation loss."""
+    """The training loss of each row, the same smoothed, and the validation loss."""
     axes.set_title("Loss (nats per token)")
     steps, loss = _series(train, "train_loss")
     _draw_training(axes, steps, loss, _smoothed(loss))
     _draw_validation(axes, validation, "val_loss")
     if unigram_entropy is not None:
-        axes.axhline(
-            unigram_entropy, color="0.5", linewidth=1, linestyle="--", label="unigram entropy"
-        )
+        _reference_line(axes, unigram_entropy, "unigram entropy", color="0.5")
 
 
 def draw_perplexity(axes: Axes, train: Rows, validation: Rows) -> None:
-    """As the loss, on a logarithmic axis. The mean is that of the loss: a geometric one."""
+    """The same lines as for the loss, as perplexity on a logarithmic axis.
+
+    The smoothed line averages log(perplexity), which is the loss. So it shows the same as the
+    smoothed line of the loss panel.
+    """
     axes.set_title("Perplexity")
-    steps, values = _series(train, "train_perplexity")
+    steps, perplexity = _series(train, "train_perplexity")
+    # A diverged run has inf, nan or 0 here. They become gaps in the line, not warnings of numpy.
     with np.errstate(invalid="ignore", divide="ignore"):
-        smooth = np.exp(_smoothed(np.log(values)))
-    _draw_training(axes, steps, values, smooth)
+        loss = np.log(perplexity)
+        smooth = np.exp(_smoothed(loss))
+    _draw_training(axes, steps, perplexity, smooth)
     _draw_validation(axes, validation, "val_perplexity")
     _log_axis(axes)
 
@@ -103,30 +117,38 @@ def draw_perplexity(axes: Axes, train: Rows, validation: Rows) -> None:
 def draw_learning_rates(axes: Axes, train: Rows) -> None:
     """A line for each optimizer: every key of the rows that ends in _lr."""
     axes.set_title("Learning rate")
-    keys = []
-    for row in train:
-        for key in row:
-            if key.endswith("_lr") and key not in keys:
-                keys.append(key)
-    for key, (color, dashes) in zip(keys, itertools.cycle(LINE_STYLES)):
+    styles = itertools.cycle(LINE_STYLES)
+    for key in _learning_rate_keys(train):
+        color, dashes = next(styles)
         optimizer = key.removesuffix("_lr")
         label = OPTIMIZER_LABELS.get(optimizer, optimizer)
-        _line(axes, *_series(train, key), label, color, linestyle=dashes)
+        _draw_metric(axes, train, key, label, color, linestyle=dashes)
+    # powers of ten below 1e-3 and above 1e3
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     _from_zero(axes)
 
 
+def _learning_rate_keys(train: Rows) -> list[str]:
+    """The keys that end in _lr, in the order in which they first come."""
+    found = []
+    for row in train:
+        for key in row:
+            if key.endswith("_lr") and key not in found:
+                found.append(key)
+    return found
+
+
 def draw_throughput(axes: Axes, train: Rows) -> None:
     axes.set_title("Throughput (tokens/s)")
-    _line(axes, *_series(train, "tokens_per_second"), None, GREEN, linewidth=1)
+    _draw_metric(axes, train, "tokens_per_second", None, GREEN, linewidth=1)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     _from_zero(axes)
 
 
 def draw_expert_load(axes: Axes, train: Rows) -> None:
-    """Each layer's largest and smallest share of the tokens among its experts.
+    """The share of a layer's tokens that its busiest expert gets, and that its idlest one gets.
 
-    Lines are the median layer, bands reach over all layers.
+    The lines show the median over the layers. The bands reach from the lowest to the highest layer.
     """
     axes.set_title("Expert load (share of a layer's tokens; bands: all layers)")
     rows = [row for row in train if row.get("expert_load")]
@@ -137,34 +159,40 @@ def draw_expert_load(axes: Axes, train: Rows) -> None:
     steps = np.array([row["step"] for row in rows])
     load = np.array([row["expert_load"] for row in rows], float)  # [rows, layers, experts]
     n_experts = load.shape[-1]
-    for share, label, color in (
-        (load.max(-1), "busiest expert", RED),
-        (load.min(-1), "idlest expert", BLUE),
-    ):
-        axes.fill_between(steps, share.min(1), share.max(1), color=color, alpha=0.2, linewidth=0)
-        _line(axes, steps, np.median(share, axis=1), f"{label}, median layer", color)
+    _draw_layers(axes, steps, load.max(axis=-1), "busiest expert, median layer", RED)
+    _draw_layers(axes, steps, load.min(axis=-1), "idlest expert, median layer", BLUE)
     even = 1 / n_experts
-    axes.axhline(
-        even, color="black", linewidth=1, linestyle="--", label=f"even share, 1/{n_experts}"
-    )
+    _reference_line(axes, even, f"even share, 1/{n_experts}", color="black")
     # Room above for the legend: matplotlib places it clear of lines, but not of bands.
     largest = float(np.nan_to_num(load).max())
-    axes.set_ylim(0, min(1.5, max(2.5 * even, 1.5 * largest)))
+    top = max(2.5 * even, 1.5 * largest)
+    axes.set_ylim(0, min(1.5, top))
+
+
+def _draw_layers(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, color: str) -> None:
+    """The median over the layers as a line, and a band over all layers; values [rows, layers]."""
+    lowest = values.min(axis=1)
+    highest = values.max(axis=1)
+    axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
+    _line(axes, steps, np.median(values, axis=1), label, color)
 
 
 def draw_memory(axes: Axes, train: Rows) -> None:
-    """Of a GPU what PyTorch's allocator reports, of a CPU run the process's resident memory."""
-    # A CPU run has its resident memory as memory_allocated_gb, and nothing reserved.
-    on_gpu = bool(np.isfinite(_series(train, "memory_reserved_gb")[1]).any())
+    """On a GPU the memory that PyTorch's allocator reports; on a CPU the process's resident memory.
+
+    A CPU run has its resident memory under the key memory_allocated_gb, and nothing reserved.
+    """
+    _, reserved = _series(train, "memory_reserved_gb")
+    on_gpu = np.isfinite(reserved).any()
     title = "Memory (GB)"
     label = "resident"
     if on_gpu:
         title = "GPU memory (GB)"
         label = "allocated"
     axes.set_title(title)
-    _line(axes, *_series(train, "memory_reserved_gb"), "reserved", ORANGE, linestyle="--")
-    _line(axes, *_series(train, "memory_peak_gb"), "peak", RED)
-    _line(axes, *_series(train, "memory_allocated_gb"), label, BLUE)
+    _draw_metric(axes, train, "memory_reserved_gb", "reserved", ORANGE, linestyle="--")
+    _draw_metric(axes, train, "memory_peak_gb", "peak", RED)
+    _draw_metric(axes, train, "memory_allocated_gb", label, BLUE)
     _from_zero(axes)
 
 
@@ -174,16 +202,16 @@ def _draw_training(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: np
 
 
 def _draw_validation(axes: Axes, validation: Rows, name: str) -> None:
-    size = 4
+    points = dict(marker="o", markersize=4)
     if len(validation) > 30:
-        size = 2
-    steps, values = _series(validation, name)
-    _line(axes, steps, values, "validation", RED, linewidth=0.8, marker="o", markersize=size)
+        points["markersize"] = 2
+    _draw_metric(axes, validation, name, "validation", RED, linewidth=0.8, **points)
 
 
 def _finish_panel(axes: Axes, last_step: int) -> None:
-    """What all panels share: the axis of steps, the frame, and a legend or a word of excuse."""
-    axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
+    """Gives a panel its axis of steps, its frame, and a legend or the text "no data yet"."""
+    margin = 0.02 * last_step
+    axes.set_xlim(-margin, 1.02 * last_step)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     _plain_frame(axes)
@@ -207,26 +235,19 @@ def plot_comparison(runs: dict[str, Rows], path, title: str = "") -> None:
     """
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    styles = itertools.cycle(
-        itertools.product(("-", "--", ":"), (BLUE, ORANGE, GREEN, RED, PINK, SKY))
-    )
-    for (label, history), (dashes, color) in zip(runs.items(), styles):
-        train = [row for row in history if "train_loss" in row]
-        validation = [row for row in history if "val_loss" in row]
+    styles = itertools.cycle(itertools.product(RUN_DASHES, RUN_COLORS))
+    for label, history in runs.items():
+        dashes, color = next(styles)
+        train = _rows_with(history, "train_loss")
+        validation = _rows_with(history, "val_loss")
         steps, loss = _series(train, "train_loss")
-        _line(
-            axes, steps, _smoothed(loss), _as_label(label), color, linewidth=1.5, linestyle=dashes
-        )
-        _line(
-            axes,
-            *_series(validation, "val_loss"),
-            None,
-            color,
-            marker="o",
-            markersize=4,
-            linestyle="",
-        )
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token); points: validation")
+        line = dict(linewidth=1.5, linestyle=dashes)
+        _line(axes, steps, _smoothed(loss), _as_label(label), color, **line)
+        points = dict(marker="o", markersize=4, linestyle="")
+        _draw_metric(axes, validation, "val_loss", None, color, **points)
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token); points: validation")
     _plain_frame(axes)
     if axes.lines:
         axes.legend(frameon=False, fontsize="small")
@@ -248,18 +269,32 @@ def _as_label(text: str) -> str:
 # ---------------------------------------------------------------- drawing
 
 
+def _draw_metric(axes: Axes, rows: Rows, name: str, label: str | None, color: str, **style) -> None:
+    """The metric `name` of the rows as a line over the steps."""
+    steps, values = _series(rows, name)
+    _line(axes, steps, values, label, color, **style)
+
+
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str | None, color: str, **style) -> None:
     """A line, unless it has no points. Few points get markers: the line might not be seen."""
     points = np.isfinite(y).sum()
     if not points:
         return
     if points <= 3:
-        style = dict(marker="o", markersize=4) | style
+        style.setdefault("marker", "o")
+        style.setdefault("markersize", 4)
     axes.plot(x, y, label=label, color=color, **style)
 
 
+def _reference_line(axes: Axes, y: float, label: str, color: str) -> None:
+    """A thin dashed line across the panel, at height y."""
+    axes.axhline(y, color=color, linewidth=1, linestyle="--", label=label)
+
+
 def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4")
+    """Writes a text in the middle of the panel, in grey."""
+    middle = dict(transform=axes.transAxes, ha="center", va="center")
+    axes.text(0.5, 0.5, text, color="0.4", **middle)
 
 
 def _hide_scale(axes: Axes) -> None:
@@ -274,6 +309,7 @@ def _plain_frame(axes: Axes) -> None:
 
 
 def _from_zero(axes: Axes) -> None:
+    """Lets the y axis begin at 0, with some room above the largest value."""
     top = axes.dataLim.ymax
     if 0 < top < np.inf:
         axes.set_ylim(0, 1.1 * top)
@@ -294,6 +330,10 @@ def _log_axis(axes: Axes) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
+def _rows_with(history: Rows, name: str) -> Rows:
+    return [row for row in history if name in row]
+
+
 def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one metric. None becomes nan; nan and inf leave a gap in a line."""
     steps = np.array([row["step"] for row in rows], float)
@@ -307,22 +347,38 @@ def _smoothed(y: np.ndarray) -> np.ndarray:
     Centred windows do not lag. At the start, where a loss falls fast, the window shrinks on both
     sides; at the end only on the right.
     """
-    n = len(y)
-    i = np.arange(n)
-    half = np.minimum(max(2, n // 50), i)
-    low = i - half
-    high = np.minimum(i + half + 1, n)
-    # Differences of cumulative sums: the cost does not grow with the window.
+    n_points = len(y)
+    index = np.arange(n_points)
+    # 1/50 of the points on each side, and fewer where the start is nearer than that
+    widest = max(2, n_points // 50)
+    half_width = np.minimum(widest, index)
+    first = index - half_width
+    end = np.minimum(index + half_width + 1, n_points)
+
+    # The sum over a window is a difference of two cumulative sums: its cost does not grow with the
+    # window.
     finite = np.isfinite(y)
-    total = np.concatenate([[0.0], np.cumsum(np.where(finite, y, 0.0))])
-    count = np.concatenate([[0], np.cumsum(finite)])
-    mean = (total[high] - total[low]) / np.maximum(count[high] - count[low], 1)
+    sum_before = _cumulative_sum(np.where(finite, y, 0.0))
+    count_before = _cumulative_sum(finite)
+    window_sum = sum_before[end] - sum_before[first]
+    window_count = count_before[end] - count_before[first]
+    mean = window_sum / np.maximum(window_count, 1)
     return np.where(finite, mean, np.nan)
 
 
+def _cumulative_sum(values: np.ndarray) -> np.ndarray:
+    """Element i is the sum of the values before i, so that there is one element more."""
+    return np.concatenate([[0], np.cumsum(values)])
+
+
 def write_figure(figure: Figure, path: Path) -> None:
-    """Renders to a temporary file that then takes the name `path`. Raises ExperimentError."""
+    """Writes a figure as PNG to `path`, and empties the figure.
+
+    A temporary file is written first and then renamed, so that `path` is never half a file. Raises
+    ExperimentError when it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
+    # Making this object attaches it to the figure: savefig then draws without a display.
     FigureCanvasAgg(figure)
     try:
         figure.savefig(temporary, format="png")
@@ -334,6 +390,8 @@ def write_figure(figure: Figure, path: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        # A figure and its axes refer to each other. Emptying it frees their memory at once, and not
+        # only when Python collects such cycles: a run draws its curves many times.
         figure.clear()
 
 
@@ -343,7 +401,7 @@ def write_figure(figure: Figure, path: Path) -> None:
 def read_metrics(path) -> Rows:
     """The rows of a metrics.jsonl. A last line that is only half written is left out.
 
-    Raises ExperimentError.
+    Raises ExperimentError when the file cannot be read, or when another line holds no row.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -386,13 +444,7 @@ def labels(runs: list[Path], configs: list[dict]) -> list[str]:
 
     Where that leaves two runs the same or without a name, it is the folder.
     """
-    fields = []
-    for name in dict.fromkeys(itertools.chain.from_iterable(configs)):
-        values = [_value(config, name) for config in configs]
-        differs = any(value != values[0] for value in values)
-        if differs and name not in PLACES:
-            fields.append(name)
-
+    fields = _fields_that_differ(configs)
     descriptions = []
     for config in configs:
         values = [f"{name}={config[name]}" for name in fields if name in config]
@@ -406,6 +458,21 @@ def labels(runs: list[Path], configs: list[dict]) -> list[str]:
             found.append(description)
         else:
             found.append(f"{run} ({description})")
+    return found
+
+
+def _fields_that_differ(configs: list[dict]) -> list[str]:
+    """The fields in which the runs differ, without those that say where a run is kept."""
+    fields = {}  # a dict keeps the order in which the fields first come
+    for config in configs:
+        fields |= dict.fromkeys(config)
+    found = []
+    for name in fields:
+        if name in PLACES:
+            continue
+        values = [_value(config, name) for config in configs]
+        if any(value != values[0] for value in values):
+            found.append(name)
     return found
 
 
@@ -426,10 +493,8 @@ def main(argv=None) -> int:
     options = _parser().parse_args(argv)
     runs = _without_repeats(options.runs)
     if len(runs) < len(options.runs):
-        print(
-            f"note: a run that is named twice is drawn once: {', '.join(map(str, runs))}",
-            file=sys.stderr,
-        )
+        names = ", ".join(str(run) for run in runs)
+        print(f"note: a run that is named twice is drawn once: {names}", file=sys.stderr)
     try:
         out = draw_runs(runs, options.out)
     except ExperimentError as error:
@@ -468,10 +533,8 @@ def draw_runs(runs: list[Path], out: Path | None) -> Path:
     files = [run / "metrics.jsonl" for run in runs]
     histories = [read_metrics(file) for file in files]
     if not any(histories):
-        raise ExperimentError(
-            f"{' and '.join(map(str, files))}: no rows yet, the first is written after "
-            "log_every steps."
-        )
+        names = " and ".join(str(file) for file in files)
+        raise ExperimentError(f"{names}: no rows yet, the first is written after log_every steps.")
     if len(runs) == 1:
         out = out or runs[0] / "training_curves.png"
         plot_training_curves(histories[0], out)

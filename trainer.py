@@ -327,7 +327,7 @@ class Trainer:
     # ------------------------------------------------------------ the run
 
     def run(self) -> None:
-        """Trains to max_steps, or until a signal asks to stop.
+        """Trains to max_steps, or until a signal requests a stop.
 
         Raises ExperimentError with advice when the run cannot continue, and SystemExit with the
         signal's customary exit code after a signal.
@@ -345,7 +345,8 @@ class Trainer:
                     self.bar.update()
                     if self.step % c.log_every == 0 or self.step == c.max_steps:
                         self.log()
-                    # Saved first: an evaluation that a crash cuts short is made up for.
+                    # Saving comes first: a run that resumes from here evaluates this step if the
+                    # evaluation was cut short.
                     if self.checkpoints.numbered_due(self.step):
                         self.save(numbered=True)
                     elif self.checkpoints.latest_due(self.step):
@@ -359,7 +360,7 @@ class Trainer:
             self._finish()
 
     def _open_folder(self) -> None:
-        """Says what is to come, and makes the folder this run's."""
+        """Prints what the run will do, and prepares its folder for writing."""
         print(messages.forecast(self.config, self.corpus), flush=True)
         on_cpu = self.device.type == "cpu"
         resumed = self.checkpoints.resumed_from is not None
@@ -372,7 +373,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
-        """What holds around the run: signals, attention's kernels, errors, the tracker."""
+        """What is in force during the run: signals, attention's kernels, errors, the tracker."""
         with (
             self.stop,
             attention_backends(self.device),
@@ -383,15 +384,20 @@ class Trainer:
             yield
 
     def _begin(self) -> None:
-        """Writes run.json, and makes up for an evaluation that is missing at this step."""
-        resumed_from = self.checkpoints.resumed_from
+        """Writes run.json, and evaluates where this step's evaluation is due and was not made.
+
+        That is so at step 0, and after resuming a checkpoint whose run ended before it evaluated.
+        """
+        resumed_from = None
+        if self.checkpoints.resumed_from is not None:
+            resumed_from = str(self.checkpoints.resumed_from)
         write_run_file(
             self.folder,
             self.device,
             run_id=self.run_id,
             step=self.step,
             config=dataclasses.asdict(self.config),
-            resumed_from=resumed_from and str(resumed_from),
+            resumed_from=resumed_from,
             data=data_facts(self.corpus),
         )
         if self.step == self.config.max_steps:
@@ -414,7 +420,7 @@ class Trainer:
         )
 
     def _timed_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
-        """train_step with its time counted, and what the first steps show about the run."""
+        """`train_step`, timed. After the first steps it prints memory and speed."""
         start = time.perf_counter()
         memory_was_measured = self.meter.measured_gb is not None
         stepped = self.train_step(batches)
@@ -462,10 +468,10 @@ class Trainer:
     # ------------------------------------------------------------ what is written down
 
     def log(self) -> None:
-        """Appends a row of training metrics: the one place where they are waited for."""
+        """Appends a row of training metrics. Only here does the host wait for them."""
         c = self.config
         speed = self.interval.tokens_per_second(c)
-        lr_share = lr_schedule(self.step - 1, c)  # that of the update which has just been made
+        lr_share = lr_schedule(self.step - 1, c)  # of the latest update: `step` counts it already
         row = dict(step=self.step, **self.interval.training_row(c))
         row["grad_norm"] = self.interval.sums["grad_norm"]
         for name, group in self.optimizer_groups.items():
@@ -495,7 +501,8 @@ class Trainer:
         """Appends a row with the mean loss over held-out text, and rewrites the results."""
         validation = self._validate()
         if validation is None:
-            return  # a signal: the run was saved before, and makes up for it when it is resumed
+            # A signal stopped it. `run` has saved before; the resumed run evaluates this step.
+            return
         row = dict(step=self.step, **validation, elapsed_seconds=self._elapsed())
         if self.config.sample_tokens:
             sample = self._sample(min(EVALUATION_SAMPLE, self.config.sample_tokens))
@@ -506,9 +513,9 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict | None:
-        """Loss and accuracy over eval_steps batches spread over the held-out text, always the same.
+        """Mean loss and accuracy over eval_steps batches, the same ones each time.
 
-        None when a signal asks to stop meanwhile.
+        They are spread over the held-out text. None when a signal requests a stop meanwhile.
         """
         self.model.eval()
         loss_sum = torch.zeros((), device=self.device)
@@ -552,7 +559,11 @@ class Trainer:
         return dict(prompt=decode(prompt), text=decode(new))
 
     def _write_results(self, sample: dict | None = None, last: bool = False) -> None:
-        """Rewrites training_results.json and, at the end or when they are old, the curves."""
+        """Rewrites training_results.json, and training_curves.png if it is old.
+
+        `sample` holds the texts `prompt` and `text` (see `_sample`) at the end of a run. `last`
+        says that the run ends: the curves are then drawn in any case.
+        """
         speed = None
         if self.train_seconds:
             speed = self.tokens_seen / self.train_seconds
@@ -565,6 +576,7 @@ class Trainer:
             tokens_per_second=speed,
             seconds_to_first_step=self.seconds_to_first_step,
         )
+        # Both hold GB by component of the memory table.
         memory_gb = dict(predicted=self.predicted, measured=self.meter.measured_gb)
         self.record.write_results(self.config, self.device, self.corpus, memory_gb, totals, sample)
         if last or self.record.curves_are_old():
@@ -647,8 +659,11 @@ class Trainer:
             tensor.copy_(source)
 
     def _copied(self, sums: dict) -> dict:
-        """The sums with their tensors copied: what is loaded is mapped from the checkpoint's file,
-        whose disk space would stay taken as long as a tensor of it lives."""
+        """The sums, with their tensors copied.
+
+        A loaded tensor is mapped from the checkpoint's file. While it lives, the disk space of that
+        file stays taken, even if the file is deleted.
+        """
         copied = {}
         for key, value in sums.items():
             if isinstance(value, Tensor):
@@ -660,18 +675,18 @@ class Trainer:
 
     @contextlib.contextmanager
     def _last_results(self) -> Iterator[None]:
-        """Results and curves of a run that ends in an error show how it came to it."""
+        """When a run ends in an error, writes results and curves that show its last steps."""
         try:
             yield
         except (Diverged, OutOfMemory):
-            # A full disk must not hide what went wrong.
+            # An error in writing them, such as a full disk, must not hide what went wrong.
             with contextlib.suppress(OSError, ExperimentError):
                 self._write_results(last=True)
             raise
 
     @contextlib.contextmanager
     def _out_of_memory_advice(self) -> Iterator[None]:
-        """Turns PyTorch's and Python's errors into one that says what would fit."""
+        """Turns an out-of-memory error of PyTorch or Python into one that says what would fit."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
