@@ -37,7 +37,13 @@ _libc = ctypes.CDLL(None)
 # ---------------------------------------------------------------- order of the training windows
 
 
-def sequences(tokens: Tokens, seq_len: int, seed: int, position: int, count: int) -> np.ndarray:
+def sequences(
+    tokens: Tokens,
+    seq_len: int,
+    seed: int,
+    position: int,  # of the first sequence
+    count: int,
+) -> np.ndarray:
     """The `count` training sequences from data position `position` on.
 
     A data position counts the sequences since the beginning of the run. Returns int64
@@ -48,13 +54,18 @@ def sequences(tokens: Tokens, seq_len: int, seed: int, position: int, count: int
     arguments. `tokens` must hold at least one window.
     """
     rows = np.empty((count, seq_len + 1), np.int64)
-    for row, window in enumerate(_windows(tokens, seq_len, seed, position, count)):
-        rows[row] = window
+    windows = _windows(tokens, seq_len, seed, position, count)
+    for row, window in zip(rows, windows):
+        row[:] = window
     return rows
 
 
 def _windows(
-    tokens: Tokens, seq_len: int, seed: int, position: int, count: int
+    tokens: Tokens,
+    seq_len: int,
+    seed: int,
+    position: int,
+    count: int,
 ) -> Iterator[np.ndarray]:
     """The windows of `sequences` as slices. A slice of a mapped array is not read from the disk."""
     n_windows = _number_of_windows(tokens, seq_len)
@@ -84,7 +95,10 @@ def _order_of_windows(seed: int, epoch: int, n_windows: int) -> np.ndarray:
 
 
 def batches(
-    tokens: Tokens, config: Config, position: int, pin_memory: bool = False
+    tokens: Tokens,
+    config: Config,
+    position: int,
+    pin_memory: bool = False,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (inputs, targets) without end, int64 [batch_size, max_seq_len] each.
 

@@ -86,9 +86,7 @@ def stream(
         if temperature == 0:
             chosen_B = logits_BV.argmax(dim=-1)
         else:
-            # drawn on the CPU, so that a seed gives the same numbers on every device
-            draws = [torch.rand(1, generator=generator) for generator in generators]
-            draws_B = torch.cat(draws).to(device)
+            draws_B = _draws(generators).to(device)
             chosen_B = choose(logits_BV, draws_B, temperature, top_k, top_p)
         unread_BS = chosen_B[:, None]
         tokens_BS = torch.cat([tokens_BS.expand(n, -1), unread_BS], dim=1)
@@ -104,6 +102,15 @@ def stream(
         yield step
         if all(ended):
             return
+
+
+def _draws(generators: list[torch.Generator]) -> Tensor:
+    """A uniform number in [0, 1) from each generator.
+
+    They are drawn on the CPU, so that a seed gives the same numbers on every device.
+    """
+    draws = [torch.rand(1, generator=generator) for generator in generators]
+    return torch.cat(draws)
 
 
 def generate(
@@ -175,10 +182,10 @@ def choose(
 # ---------------------------------------------------------------- characters
 
 
-def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
+def text_chunks(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
     """Yields the text of tokens as the tokens come.
 
-    A character may take several tokens: it is yielded with the last of them. All strings together
+    A character may take several tokens: it is yielded with the last of them. The strings together
     are tokenizer.decode of all tokens.
     """
     decoder = DecodeStream(skip_special_tokens=True)
@@ -190,9 +197,11 @@ def text_pieces(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
         if new:
             shown += new
             yield new
+    # The text may have ended within a character, of which nothing was yielded yet. What was printed
+    # cannot be taken back: where the whole text begins otherwise, nothing more is yielded.
     whole = tokenizer.decode(ids)
     if whole.startswith(shown):
-        yield whole[len(shown) :]  # the text ended within a character
+        yield whole[len(shown) :]
 
 
 # ---------------------------------------------------------------- reading tokens with a cache
@@ -219,8 +228,9 @@ def _reader_of_next_tokens(
     """
     config = model.config
     # A CUDA graph cannot copy to the host, which grouped matmuls of many rows may do with `offs`.
-    # The kernel for few rows never does.
-    takes_gemv = triton is not None and n * config.top_k <= GEMV_MAX_ROWS
+    # The kernel for few rows never does. Each of the n tokens is one row for each of its experts.
+    routed_rows = n * config.top_k
+    takes_gemv = triton is not None and routed_rows <= GEMV_MAX_ROWS
     if model.norm.weight.is_cuda and (takes_gemv or config.n_moe_layers == 0):
         return _GraphedRead(model, cache)
     return functools.partial(_read, model, cache)

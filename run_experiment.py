@@ -399,7 +399,7 @@ def sample(argv: list[str]) -> None:
     _check_sample_options(args)
 
     from corpus.tokenizer import encode, load_tokenizer
-    from generate import finished_texts, stream, text_pieces
+    from generate import finished_texts, stream, text_chunks
     from record.checkpoint import open_model
 
     model, _, state = open_model(args.checkpoint, args.device, args.precision)
@@ -421,7 +421,7 @@ def sample(argv: list[str]) -> None:
     if args.n == 1:  # the text as it comes
         print(args.prompt, end="", flush=True)
         tokens = (token for [token] in steps)
-        for text in text_pieces(tokens, tokenizer):
+        for text in text_chunks(tokens, tokenizer):
             print(text, end="", flush=True)
         print()
     else:  # each text when it is finished

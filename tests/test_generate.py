@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import exit_code
-from generate import choose, finished_texts, generate, stream, text_pieces
+from generate import choose, finished_texts, generate, stream, text_chunks
 from model import MoETransformer
 from record import checkpoint
 from run_experiment import main
@@ -230,7 +230,7 @@ def test_text_comes_as_soon_as_its_characters_are_whole():
             yield token
 
     pieces = []
-    for piece in text_pieces(tokens(), tokenizer):
+    for piece in text_chunks(tokens(), tokenizer):
         pieces.append(piece)
         assert "".join(pieces) == tokenizer.decode(given) or piece == ""
     assert (
@@ -238,10 +238,10 @@ def test_text_comes_as_soon_as_its_characters_are_whole():
         and len(pieces) > 8
         and not any("\ufffd" in piece for piece in pieces)
     )
-    assert "".join(text_pieces(iter(ids[:4]), tokenizer)) == tokenizer.decode(ids[:4]), (
+    assert "".join(text_chunks(iter(ids[:4]), tokenizer)) == tokenizer.decode(ids[:4]), (
         "a character that is never completed is shown too"
     )
-    assert "".join(text_pieces(iter([]), tokenizer)) == ""
+    assert "".join(text_chunks(iter([]), tokenizer)) == ""
 
 
 @pytest.fixture(scope="module")
