@@ -39,22 +39,22 @@ from engine.triton_kernels import attention_backends
 from model import MoETransformer
 from record.checkpoint import open_model
 
-# Domains in the table; the smaller ones are one row.
+# The largest domains have a row of the table each. The others share one row.
 SHOWN = 20
 
-# Numbers of logits that may exist at a time.
+# Logits in memory at a time: 256 MiB in fp32.
 LOGITS = 2**26
 
 
 @dataclass
 class Sums:
-    """What is added up over tokens; losses are in nats."""
+    """Sums over the predicted tokens of a text. Losses are in nats."""
 
     tokens: int = 0
     loss: float = 0.0
-    text_loss: float = 0.0  # without end-of-text's share
-    correct: int = 0
-    bytes: int = 0
+    text_loss: float = 0.0  # the loss of all tokens but end-of-text, which has no bytes
+    correct: int = 0  # tokens that had the largest logit
+    bytes: int = 0  # of the text, in UTF-8
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(
@@ -66,13 +66,20 @@ class Sums:
         )
 
     def figures(self) -> dict:
+        """The figures that are reported.
+
+        `loss` is in nats per token, `accuracy` a share of the tokens, `bits_per_byte` the loss of
+        the text (in bits, without end-of-text) over its bytes.
+        """
         loss = self.loss / self.tokens
+        perplexity = math.exp(min(loss, 700))  # exp(710) is more than a float holds
+        text_bits = self.text_loss / math.log(2)
         return dict(
             tokens=self.tokens,
             bytes=self.bytes,
             loss=loss,
-            perplexity=math.exp(min(loss, 700)),  # exp(710) is more than a float holds
-            bits_per_byte=self.text_loss / math.log(2) / self.bytes,
+            perplexity=perplexity,
+            bits_per_byte=text_bits / self.bytes,
             accuracy=self.correct / self.tokens,
         )
 
@@ -89,17 +96,17 @@ class DomainChunk(NamedTuple):
 
 
 def texts(config: Config) -> Iterator[DomainChunk]:
-    """All that config.data names."""
+    """The chunks of the text that config.data names."""
     source = sources.open_source(config)
     for text, last in source.chunks():
         yield DomainChunk(source.domain(), text, last)
 
 
 def held_out_texts(config: Config, data_hash: str | None) -> Iterator[DomainChunk]:
-    """What a run of this Config holds out of its text, which has this hash.
+    """The chunks that a run of this Config holds out for validation.
 
-    Raises ExperimentError when the text is no longer that run's, or when the model has not been
-    trained here (data_hash None).
+    `data_hash` is the hash of the text that the run was trained on. Raises ExperimentError when
+    config.data is no longer that text, or when there was no training here (data_hash None).
     """
     if data_hash is None:
         raise ExperimentError(
@@ -108,30 +115,36 @@ def held_out_texts(config: Config, data_hash: str | None) -> Iterator[DomainChun
         )
     remedy = "Give the text to measure with --data, all of which is read"
     chosen = held_out(config, data_hash, remedy)
-    following = [*chosen[1:], False]
-    for chunk, is_held_out, next_too in zip(texts(config), chosen, following):
-        if is_held_out:
-            # A document may be held out in part. What is read next is then another one.
-            yield chunk._replace(last=chunk.last or not next_too)
+    next_is_chosen = [*chosen[1:], False]
+    for chunk, is_chosen, next_too in zip(texts(config), chosen, next_is_chosen):
+        if not is_chosen:
+            continue
+        # A document may be held out in part. Its held-out part then ends with this chunk, and the
+        # next chunk that is yielded belongs to another document or to another part.
+        yield chunk._replace(last=chunk.last or not next_too)
 
 
 def held_out(config: Config, data_hash: str, remedy: str) -> numpy.ndarray:
-    """Which chunks of a run's `texts` are held out, bool [chunks].
+    """Which chunks of `texts(config)` the run held out: bool [number of chunks].
 
-    Raises ExperimentError, with the remedy, when the text is no longer that run's.
+    Raises ExperimentError, which ends with `remedy`, when the hash of the text is another one.
     """
-    rows = [(shards.text_hash(text), len(text), last) for _, text, last in texts(config)]
+    rows = []
+    for _, text, last in texts(config):
+        rows.append((shards.text_hash(text), len(text), last))
     chunks = numpy.array(rows, shards.CHUNK)
     if shards.data_hash(chunks) != data_hash:
         raise ExperimentError(
             f"{config.data} is not the text that the checkpoint was trained on, so what was held "
             f"out is not known. {remedy}"
         )
-    # Of a source that is downloaded, its beginning decided what was held out.
-    deciding = chunks
+    # The chunks with the smallest hashes are held out, up to a limit that the scanned chunks gave.
+    # Of a source that is downloaded, only the beginning was scanned.
+    scanned = chunks
     if not sources.open_source(config).scan_to_end:
-        deciding = shards.scanned(chunks)
-    return chunks["hash"] <= shards.last_held_out(deciding, config.validation_fraction)
+        scanned = shards.scanned(chunks)
+    largest_held_out = shards.last_held_out(scanned, config.validation_fraction)
+    return chunks["hash"] <= largest_held_out
 
 
 # ---------------------------------------------------------------- the measurement
@@ -144,22 +157,25 @@ def evaluate(
     end_of_text: int,
     limit: int,
 ) -> dict[str, Sums]:
-    """Sums by domain over chunks of text.
+    """The sums of each domain, over all chunks.
 
-    Of a domain that has `limit` tokens no further chunk is read; 0 is no limit.
+    Once `limit` tokens of a domain have been read, its further chunks are skipped. 0 is no limit.
     """
     length = model.config.max_seq_len
     batch_tokens = model.config.batch_size * length
     sums: dict[str, Sums] = defaultdict(Sums)
-    taken: dict[str, int] = defaultdict(int)
-    # The last token read of each domain, which the next one is predicted from, and those not read
-    # yet. Before the first token stands an end-of-text, as between documents.
+    taken: dict[str, int] = defaultdict(int)  # tokens of each domain that came from its chunks
+    # The tokens of each domain that wait to be predicted. One more token stands before them: the
+    # last one that was predicted, from which the model predicts the next. Before the first token
+    # of a domain stands an end-of-text, as between documents.
     waiting: dict[str, list[int]] = defaultdict(lambda: [end_of_text])
 
-    def read(domain: str, count: int) -> None:
+    def predict(domain: str, count: int) -> None:
+        """Measures the next `count` tokens of a domain: whole windows, or less than one."""
         ids = torch.tensor(waiting[domain][: count + 1])
         waiting[domain] = waiting[domain][count:]
-        sums[domain] += measure(model, ids, min(count, length), end_of_text)
+        window = min(count, length)
+        sums[domain] += measure(model, ids, window, end_of_text)
 
     with tqdm(desc="evaluating", unit="token", unit_scale=True, leave=False, disable=None) as bar:
         for domain, text, last in chunks:
@@ -172,35 +188,43 @@ def evaluate(
             sums[domain].bytes += len(text.encode())
             waiting[domain] += ids
             while len(waiting[domain]) > batch_tokens:
-                read(domain, batch_tokens)
+                predict(domain, batch_tokens)
             bar.update(len(ids))
 
-        # What is left is less than a batch: whole windows first, then a shorter one.
+        # At most a batch of each domain is left: whole windows, and then a shorter one.
         for domain in waiting:
             left = len(waiting[domain]) - 1
-            whole_windows = left // length * length
-            for count in (whole_windows, left - whole_windows):
+            shorter_window = left % length
+            whole_windows = left - shorter_window
+            for count in (whole_windows, shorter_window):
                 if count:
-                    read(domain, count)
+                    predict(domain, count)
     return {domain: found for domain, found in sums.items() if found.tokens}
 
 
 @torch.no_grad()
 def measure(model: MoETransformer, ids: Tensor, length: int, end_of_text: int) -> Sums:
-    """Sums over the predictions of ids[1:], in windows of `length` tokens side by side."""
+    """Sums over the predictions of ids[1:], each from the tokens before it in its window.
+
+    The len(ids) - 1 tokens are whole windows of `length` tokens. The windows form one batch.
+    """
     ids = ids.to(model.norm.weight.device)
     hidden, _ = model.hidden(ids[:-1].view(-1, length))
     hidden = hidden.flatten(0, 1)
     found = Sums(tokens=len(ids) - 1)
-    # Logits are vocab_size numbers for each token: a part of the tokens at a time.
-    size = max(1, LOGITS // model.config.vocab_size)
-    for x, targets in zip(hidden.split(size), ids[1:].split(size)):
+    # Each token has vocab_size logits, so only some tokens have theirs in memory at a time.
+    tokens_at_a_time = max(1, LOGITS // model.config.vocab_size)
+    hidden_parts = hidden.split(tokens_at_a_time)
+    target_parts = ids[1:].split(tokens_at_a_time)
+    for x, targets in zip(hidden_parts, target_parts):
         with model.autocast():
             logits = F.linear(x, model.head_weight).float()
         losses = F.cross_entropy(logits, targets, reduction="none").double()
+        is_text = targets != end_of_text
+        is_correct = logits.argmax(dim=-1) == targets
         found.loss += losses.sum().item()
-        found.text_loss += losses[targets != end_of_text].sum().item()
-        found.correct += (logits.argmax(dim=-1) == targets).sum().item()
+        found.text_loss += losses[is_text].sum().item()
+        found.correct += is_correct.sum().item()
     return found
 
 
@@ -212,18 +236,19 @@ def total_of(sums: Iterable[Sums]) -> Sums:
 
 
 def table(domains: dict[str, Sums]) -> str:
-    """The largest domains, the others together, and all."""
-    ordered = sorted(domains.items(), key=lambda item: item[1].tokens, reverse=True)
-    rows = ordered[:SHOWN]
-    others = [sums for _, sums in ordered[SHOWN:]]
-    if others:
-        rows.append((f"({len(others)} others)", total_of(others)))
-    rows.append(("all", total_of(domains.values())))
-    header = (
+    """A row for each of the SHOWN largest domains, one for the other domains, one for all."""
+    lines = [
         f"{'domain':24s} {'tokens':>12s} {'loss':>8s} {'perplexity':>11s} {'bits/byte':>10s} "
         f"{'accuracy':>9s}"
-    )
-    return "\n".join([header, *[table_row(name, sums.figures()) for name, sums in rows]])
+    ]
+    largest_first = sorted(domains, key=lambda name: domains[name].tokens, reverse=True)
+    for name in largest_first[:SHOWN]:
+        lines.append(table_row(name, domains[name].figures()))
+    others = [domains[name] for name in largest_first[SHOWN:]]
+    if others:
+        lines.append(table_row(f"({len(others)} others)", total_of(others).figures()))
+    lines.append(table_row("all", total_of(domains.values()).figures()))
+    return "\n".join(lines)
 
 
 def table_row(name: str, figures: dict) -> str:
@@ -242,13 +267,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", required=True, help="a checkpoint file of a run")
     parser.add_argument(
-        "--data", help="text to measure, as in training [what the run held out of its own]"
+        "--data", help="text to measure, named as in training [the run's validation text]"
     )
     parser.add_argument(
-        "--text_field", help="field of a .jsonl or .parquet row that holds the text [the run's]"
+        "--text_field",
+        help="field of a .jsonl or .parquet row that holds the text [as in the run]",
     )
     parser.add_argument(
-        "--limit", type=int, default=0, help="tokens of each domain that are enough; 0: all [0]"
+        "--limit",
+        type=int,
+        default=0,
+        help="stop reading a domain after so many tokens; 0: read all [0]",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
@@ -269,15 +298,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def measured_config(saved: dict, args: argparse.Namespace) -> Config:
-    """The checkpoint's Config with the text that the options name."""
+    """The checkpoint's Config, changed to read the text that the options name."""
     changes = {}
     if args.text_field is not None:
         changes["text_field"] = args.text_field
     if args.data is not None:
         changes["data"] = args.data
-        changes["max_characters"] = (
-            0  # where the run stopped reading its own text says nothing here
-        )
+        # All of this text is read: max_characters limited how much the run read of its own text.
+        changes["max_characters"] = 0
     config, _ = resumed_config(saved, changes)
     return config
 
@@ -286,8 +314,8 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     model, _, state = open_model(args.checkpoint, args.device, args.precision)
     config = measured_config(state["config"], args)
-    of_its_run = args.data is None
-    if of_its_run:
+    held_out_only = args.data is None
+    if held_out_only:
         chunks = held_out_texts(config, state["data"]["data_hash"])
     else:
         chunks = texts(config)
@@ -298,26 +326,28 @@ def main(argv: list[str]) -> None:
     if not total.bytes:
         raise ExperimentError(f"there is no text in {config.data}. Give --data a corpus with text")
 
-    if not of_its_run and same_path(config.data, state["config"]["data"]):
-        print(
-            f"note: the run was trained on {config.data}; without --data only what it held out is "
-            "measured",
-            file=sys.stderr,
-        )
+    if not held_out_only and same_path(config.data, state["config"]["data"]):
+        print(trained_on_message(config.data), file=sys.stderr)
     if args.json:
         result = dict(
             checkpoint=args.checkpoint,
             step=state["step"],
             data=config.data,
-            held_out=of_its_run,
+            held_out=held_out_only,
             **total.figures(),
             domains={name: sums.figures() for name, sums in domains.items()},
         )
         print(json.dumps(result, indent=1))
         return
-    what = f"what its run held out of {config.data}" if of_its_run else config.data
+    what = config.data
+    if held_out_only:
+        what = f"what its run held out of {config.data}"
     print(f"{args.checkpoint}, step {state['step']}, on {what}")
     print(table(domains))
+
+
+def trained_on_message(data: str) -> str:
+    return f"note: the run was trained on {data}; without --data only what it held out is measured"
 
 
 def same_path(one: str, other: str) -> bool:

@@ -3,9 +3,9 @@
     python -m tools.import_hf --model my_model --out runs/continued --precision bf16
     python run_experiment.py --resume runs/continued/checkpoint_step_0.pt --data my_text/
 
-The shape comes from the folder; everything else is an option, as in training, and some (precision,
-batch size, sequence length, seed) cannot change later. The run starts at step 0 with optimizer
-state at zero and the folder's tokenizer.
+The model's shape comes from the folder. Everything else is an option, as in training. Some of these
+options (precision, batch size, sequence length, seed) cannot change later. The run starts at step 0
+with an optimizer state of zeros and the folder's tokenizer.
 """
 
 import dataclasses
@@ -44,28 +44,37 @@ INDEX = "model.safetensors.index.json"
 # Tensors that old versions of transformers wrote and nothing reads.
 UNUSED = ("rotary_emb.inv_freq",)
 
-# The types of a tensor that fp32 holds exactly.
+# The types of a stored tensor that can be imported: fp32 holds their numbers exactly.
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 # ---------------------------------------------------------------- the folder's weights
 
 
 class Weights:
-    """The tensors of a folder's safetensors files by name, each read when it is needed."""
+    """The tensors of a folder's safetensors files by name, each read when it is needed.
+
+    `unread` are the names that have not been read yet. The import ends when none is left.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.files: dict = {}  # the open file of each tensor
-        for name in weight_files(folder):
-            file = open_weights(folder / name)
-            self.files |= dict.fromkeys(file.keys(), file)
-        self.unread = {name for name in self.files if not name.endswith(UNUSED)}
+        self.files: dict = {}  # the open file that holds each tensor
+        self.unread: set[str] = set()
+        for file_name in weight_files(folder):
+            file = open_weights(folder / file_name)
+            for name in list(file.keys()):
+                self.files[name] = file
+                if not name.endswith(UNUSED):
+                    self.unread.add(name)
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor in fp32. Raises ExperimentError when it is missing or another one."""
+        """The tensor in fp32.
+
+        Raises ExperimentError when it is missing, or has another shape or an unreadable type.
+        """
         if name not in self.files:
             raise ExperimentError(
                 f"{self.folder} has no tensor {name}, which its config.json calls for"
@@ -83,8 +92,8 @@ class Weights:
 def weight_files(folder: Path) -> list[str]:
     """The names of the files that hold the weights: those of the index, or the only one."""
     if (folder / INDEX).exists():
-        file_of = read_json(folder / INDEX).get("weight_map") or {}
-        return sorted({str(name) for name in dict(file_of).values()})
+        file_of_tensor = read_json(folder / INDEX).get("weight_map") or {}
+        return sorted({str(name) for name in dict(file_of_tensor).values()})
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     raise ExperimentError(
@@ -111,26 +120,27 @@ def open_weights(path: Path):
 def read_masters(
     parameter: str, parts: list[QwenTensor], shape: torch.Size, weights: Weights, head_dim: int
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """(index of a part of the parameter, that part in fp32), a matrix or an expert at a time.
+    """Reads a parameter: yields (index of a part of it, that part in fp32).
 
-    `parts` are the tensors of Qwen3-MoE that hold the parameter, which has this shape.
+    A part is a matrix or an expert. `parts` are the tensors of Qwen3-MoE that hold the parameter,
+    and `shape` is the parameter's shape.
     """
     fused = fused_name(parameter)
     if fused in weights:
-        # Gate and up are [E, 2, F, D] here and [E, 2 F, D] there; down is [E, D, F] in both.
-        n_experts = shape[0]
+        # gate_up is [E, 2, F, D] here and [E, 2 F, D] in the folder; down is [E, D, F] in both.
+        num_experts = shape[0]
         columns = shape[-1]
-        rows = shape.numel() // (n_experts * columns)
-        experts = weights.read(fused, (n_experts, rows, columns))
+        rows = shape.numel() // (num_experts * columns)
+        experts = weights.read(fused, (num_experts, rows, columns))
         for expert, master in enumerate(experts):
             yield (expert,), master.view(shape[1:])
         return
     for part in parts:
         master = weights.read(part.name, part.shape)
         if part.rotary:
-            ours = torch.empty_like(master)
-            ours[qwen_rows(len(master), head_dim)] = master
-            master = ours
+            reordered = torch.empty_like(master)
+            reordered[qwen_rows(len(master), head_dim)] = master
+            master = reordered
         yield part.index, master
 
 
@@ -138,23 +148,22 @@ def read_masters(
 
 
 def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
-    """What a run that starts from the folder's weights would save at step 0.
+    """The state of a checkpoint at step 0, with the folder's weights.
 
-    Raises ExperimentError.
+    Raises ExperimentError when the folder's weights do not fit the Config.
     """
+    # The meta device takes no memory. This model and its optimizers only say which tensors a
+    # checkpoint has, of which shapes and types.
     with torch.device("meta"):
         model = MoETransformer(dataclasses.replace(config, activation_checkpointing="none"))
     parameters = dict(model.named_parameters())
-    # On the meta device too: what state there is, and of which types, is the optimizers' to say.
-    optimizers = build_optimizers(config, parameters)
     optimizer_states = {}
-    for group, optimizer in optimizers.items():
+    for group, optimizer in build_optimizers(config, parameters).items():
         saved = optimizer.state_dict()
-        saved["state"] = {
-            name: {key: zeros(tensor) for key, tensor in tensors.items()}
-            for name, tensors in saved["state"].items()
-        }
-        optimizer_states[group] = saved
+        states = {}
+        for name, tensors in saved["state"].items():
+            states[name] = {key: zeros(tensor) for key, tensor in tensors.items()}
+        optimizer_states[group] = dict(saved, state=states)
     weights = {name: zeros(parameter) for name, parameter in parameters.items()}
     biases = {name: zeros(bias) for name, bias in model.balancing_biases().items()}
     fill(weights, checkpoint.optimizer_tensors(dict(optimizer=optimizer_states)), folder, config)
@@ -185,13 +194,14 @@ def import_state(folder: Path, config: Config, tokenizer_json: str) -> dict:
 
 
 def zeros(like: Tensor) -> Tensor:
-    """Zeros of a tensor's shape and dtype on the CPU.
+    """Zeros on the CPU, with the shape and dtype of `like`.
 
-    They take memory only once they are written to: numpy gets them from calloc, torch.zeros writes
-    them.
+    They take no memory until they are written to, because numpy allocates zeros with calloc.
+    torch.zeros would write them. numpy has no bfloat16, so it makes the bytes.
     """
     n_bytes = like.numel() * like.element_size()
-    return torch.from_numpy(numpy.zeros(n_bytes, numpy.uint8)).view(like.dtype).view(like.shape)
+    data = torch.from_numpy(numpy.zeros(n_bytes, numpy.uint8))
+    return data.view(like.dtype).view(like.shape)
 
 
 def fill(
@@ -200,7 +210,11 @@ def fill(
     folder: Path,
     config: Config,
 ) -> None:
-    """Reads the folder's weights into the parameters and the low bits of their masters."""
+    """Reads the folder's weights into the parameters and the optimizer state.
+
+    An fp32 master is kept in two tensors: the parameter in 16 bits, and the low bits in the
+    optimizer state under the key "residual". A parameter in fp32 has no low bits.
+    """
     weights = Weights(folder)
     parts = defaultdict(list)
     for tensor in qwen_tensors(config):
@@ -216,7 +230,8 @@ def fill(
             if not parameter[index].isfinite().all():
                 raise ExperimentError(not_finite_message(name, folder, config.precision))
     if config.tie_embeddings:
-        weights.unread.discard("lm_head.weight")  # the embedding again
+        # Some folders also hold the head, which is then a copy of the embedding.
+        weights.unread.discard("lm_head.weight")
     if weights.unread:
         raise ExperimentError(unread_message(folder, sorted(weights.unread)))
 
@@ -255,7 +270,10 @@ def read_json(path: Path) -> dict:
 
 
 def read_tokenizer(path: Path, config: Config) -> str:
-    """The text of a tokenizer.json that fits the model. Raises ExperimentError."""
+    """The text of a tokenizer.json.
+
+    Raises ExperimentError when it cannot be read, or has more tokens than the model's vocabulary.
+    """
     try:
         text = path.read_bytes().decode()
         tokenizer, _ = load_tokenizer(text)
@@ -295,11 +313,7 @@ def main(argv: list[str]) -> None:
     if "save_dir" in options:
         raise ConfigError("--save_dir: the run's folder is --out")
     check_empty_or_new(out)
-    shape = from_hugging_face(read_json(folder / "config.json"))
-    refuse_other_shape(options, shape)
-    preset = preset_values(args.preset) if args.preset else {}
-    own = dict(save_dir=str(out), tokenizer=str(out / "tokenizer.json"))
-    config = Config(**{**preset, **shape, **options, **own})
+    config = imported_config(folder, out, args.preset, options)
     tokenizer_path = Path(options.get("tokenizer", folder / "tokenizer.json"))
     tokenizer_json = read_tokenizer(tokenizer_path, config)
     checkpoint.check_free_space(out, int(checkpoint_gb(config) * GB))
@@ -308,19 +322,36 @@ def main(argv: list[str]) -> None:
     print(done_message(folder, path, config))
 
 
+def imported_config(folder: Path, out: Path, preset: str | None, options: dict) -> Config:
+    """The Config of the new run: the preset, changed by the folder's shape, then by the options.
+
+    The tokenizer is that of the new run's folder, where a copy of it will be.
+    """
+    shape = from_hugging_face(read_json(folder / "config.json"))
+    refuse_other_shape(options, shape)
+    fields = {}
+    if preset:
+        fields.update(preset_values(preset))
+    fields.update(shape)
+    fields.update(options)
+    fields["save_dir"] = str(out)
+    fields["tokenizer"] = str(out / "tokenizer.json")
+    return Config(**fields)
+
+
 def refuse_other_shape(options: dict, shape: dict) -> None:
     """Raises ConfigError for options that contradict the folder's shape.
 
-    A shorter max_seq_len is a choice of this run, and init_std describes weights that are there.
+    Two fields may differ. The run may train on shorter sequences (max_seq_len), and init_std has
+    no effect on weights that are not drawn anew.
     """
     fixed = shape.keys() - {"max_seq_len", "init_std"}
-    given = [
-        f"  {name}: the model has {shape[name]}, not {options[name]}"
-        for name in sorted(fixed & options.keys())
-        if options[name] != shape[name]
-    ]
-    if given:
-        lines = ["the shape is the model's:", *given, "Leave these options out."]
+    problems = []
+    for name in sorted(fixed & options.keys()):
+        if options[name] != shape[name]:
+            problems.append(f"  {name}: the model has {shape[name]}, not {options[name]}")
+    if problems:
+        lines = ["the shape is the model's:", *problems, "Leave these options out."]
         raise ConfigError("\n".join(lines))
 
 
@@ -341,8 +372,8 @@ def done_message(folder: Path, path: Path, config: Config) -> str:
     return (
         f"{config.total_params:,} parameters of {folder}, to be trained in {config.precision}, "
         f"with {config.sequences_per_step} sequences of {config.max_seq_len} tokens a step and "
-        f"seed {config.seed}, which stay so: for others import again with --precision, "
-        "--batch_size, --gradient_accumulation_steps, --max_seq_len, --seed.\n"
+        f"seed {config.seed}. Training cannot change these: to change them, import again with "
+        "--precision, --batch_size, --gradient_accumulation_steps, --max_seq_len, --seed.\n"
         f"Continue with: python run_experiment.py --resume {path} --data YOUR_TEXT"
     )
 
