@@ -3,9 +3,9 @@
     python -m tools.export_hf --checkpoint runs/my/checkpoint_latest.pt --out my_model
     python -m tools.export_hf --checkpoint runs/my/checkpoint_latest.pt --out my_model --dtype fp32
 
-fp32 is the exact masters; bf16 and fp16 are rounded from them. The weights are converted and
-written a million numbers at a time. The folder gets its name when it is whole: an export that was
-killed is left as OUT.XXXXXXXX.unfinished.
+With --dtype fp32 the weights are the exact fp32 masters; bf16 and fp16 are rounded from them. About
+a million numbers are converted and written at a time. The folder gets its name when it is complete.
+An export that was killed leaves a folder OUT.XXXXXXXX.unfinished.
 """
 
 import dataclasses
@@ -47,10 +47,10 @@ from tools.qwen3_moe import (
     to_hugging_face,
 )
 
-# Numbers converted at a time.
+# Numbers of a tensor that are converted and written at a time.
 BLOCK = 2**20
 
-# Fields that say something about one machine and nothing about the model.
+# Fields of Config that describe the machine of the run, and not the model.
 NOT_IN_THE_CARD = {
     "data",
     "tokenizer",
@@ -63,55 +63,69 @@ NOT_IN_THE_CARD = {
 
 
 class Masters:
-    """The fp32 masters of a checkpoint's `state`, read in blocks of rows."""
+    """The fp32 masters of a checkpoint's `state`, read in blocks of rows.
+
+    The master of a 16-bit weight is the weight together with its low bits, which the optimizer
+    state holds under the key "residual". A weight without low bits is its own master.
+    """
 
     def __init__(self, state: dict, config: Config):
         self.weights = state["model"]
         self.head_dim = config.head_dim
-        self.low_bits = {
-            name: tensors["residual"]
-            for name, tensors in checkpoint.optimizer_tensors(state).items()
-            if "residual" in tensors
-        }
+        self.low_bits: dict[str, Tensor] = {}
+        for name, tensors in checkpoint.optimizer_tensors(state).items():
+            if "residual" in tensors:
+                self.low_bits[name] = tensors["residual"]
 
     def blocks(self, tensor: QwenTensor) -> Iterator[Tensor]:
-        """The tensor in fp32, at most BLOCK numbers at a time, unless a row is longer."""
+        """Yields the tensor in fp32, block after block of its rows, in the order of Qwen3-MoE.
+
+        A block has at most BLOCK numbers, unless one row has more.
+        """
         weight = self.weights[tensor.parameter][tensor.index]
         low_bits = self.low_bits.get(tensor.parameter)
         if low_bits is not None:
             low_bits = low_bits[tensor.index]
-        rows_at_a_time = max(1, BLOCK * len(weight) // weight.numel())
-        for rows in self._rows(tensor, len(weight), rows_at_a_time):
+        row_numel = weight.numel() // len(weight)
+        rows_per_block = max(1, BLOCK // row_numel)
+        for rows in self._rows(tensor, len(weight), rows_per_block):
             if low_bits is None:
                 yield weight[rows].float()
             else:
                 yield decode_master(weight[rows], low_bits[rows])
 
-    def _rows(self, tensor: QwenTensor, n_rows: int, at_a_time: int) -> Iterator[Tensor | slice]:
-        """Which rows of ours each block has."""
+    def _rows(
+        self, tensor: QwenTensor, num_rows: int, rows_per_block: int
+    ) -> Iterator[Tensor | slice]:
+        """Which rows of the checkpoint's weight each block has.
+
+        Rotary tensors have their rows in another order in Qwen3-MoE. The rows of the others are
+        slices, which copy nothing; indexing with a tensor would copy the rows.
+        """
         if tensor.rotary:
-            yield from qwen_rows(n_rows, self.head_dim).split(at_a_time)
+            yield from qwen_rows(num_rows, self.head_dim).split(rows_per_block)
             return
-        for start in range(0, n_rows, at_a_time):
-            yield slice(start, start + at_a_time)  # unlike a tensor of indices, no copy
+        for start in range(0, num_rows, rows_per_block):
+            yield slice(start, start + rows_per_block)
 
 
 def export(state: dict, metrics: dict, out: Path, dtype: str, shard_bytes: int) -> None:
-    """Makes the folder `out`, which must be empty or new, of a checkpoint's state.
+    """Writes a checkpoint's state as the Hugging Face folder `out`, which must be empty or new.
 
-    `metrics` are for the model card; `dtype` is named as in Config. Raises ExperimentError when
-    the format cannot hold the model, the folder cannot be written, or a weight does not fit the
-    dtype.
+    `metrics` are figures for the model card. `dtype` is a precision of Config. Raises
+    ExperimentError when the format cannot hold the model, the folder cannot be written, or a weight
+    does not fit the dtype.
     """
     config, _ = resumed_config(state["config"], {})
     tensors = exported_tensors(state, config)
     check_empty_or_new(out)
-    # Beside `out`, so that the rename at the end is one step of the file system.
+    # The folder is written beside `out`, on the same disk, so that renaming it at the end is one
+    # step of the file system.
     unfinished = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
         unfinished.mkdir(parents=True)
         check_free_space(unfinished, out, config.total_params * COMPUTE_DTYPE[dtype].itemsize)
-        write_texts(unfinished, state, config, dtype)
+        write_descriptions(unfinished, state, config, dtype)
         write(unfinished / "README.md", model_card(state, config, metrics, out.name, dtype))
         write_weights(unfinished, Masters(state, config), tensors, dtype, shard_bytes)
         unfinished.replace(out)
@@ -125,7 +139,11 @@ def export(state: dict, metrics: dict, out: Path, dtype: str, shard_bytes: int) 
 
 
 def exported_tensors(state: dict, config: Config) -> list[QwenTensor]:
-    """What is written of the state. Raises ExperimentError when a part would be lost."""
+    """The tensors to write.
+
+    Raises ExperimentError when the format has no tensor for a part of the model: the exported model
+    would compute something else.
+    """
     if config.n_moe_layers and config.load_balancing == "bias":
         raise ExperimentError(
             "the model was trained with load_balancing=bias, and Qwen3-MoE's format has no place "
@@ -149,6 +167,10 @@ def check_empty_or_new(out: Path) -> None:
 
 
 def check_free_space(folder: Path, out: Path, needed: int) -> None:
+    """Raises ExperimentError unless `needed` bytes are free on the disk of `folder`.
+
+    `folder` is the unfinished folder. The message names the folder of `out`, which the user gave.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ExperimentError(
@@ -157,10 +179,12 @@ def check_free_space(folder: Path, out: Path, needed: int) -> None:
         )
 
 
-def write_texts(folder: Path, state: dict, config: Config, dtype: str) -> None:
-    """The JSON files beside the weights: the model's shape, how to sample, the tokenizer."""
+def write_descriptions(folder: Path, state: dict, config: Config, dtype: str) -> None:
+    """Writes the JSON files beside the weights: the model's shape, how to sample, the tokenizer."""
     tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
     token = tokenizer.id_to_token(end_of_text)
+    # transformers wants a token for padding. Our tokenizers have none, and end-of-text does as
+    # well: padded positions are masked.
     generation = dict(
         eos_token_id=end_of_text,
         pad_token_id=end_of_text,
@@ -186,7 +210,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """A new file with this text; on the disk when this returns."""
+    """Writes a new file. Its bytes are on the disk when this returns."""
     with open(path, "xb") as file:
         file.write(text.encode())
         file.flush()
@@ -201,9 +225,9 @@ SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16
 def write_weights(
     folder: Path, masters: Masters, tensors: list[QwenTensor], dtype: str, shard_bytes: int
 ) -> None:
-    """model.safetensors, or shards of at most shard_bytes and their index.
+    """Writes model.safetensors, or several shards and an index that names the file of each tensor.
 
-    A shard is larger when it is a single tensor that is.
+    A shard has at most `shard_bytes` bytes. A single tensor that is larger has a shard of its own.
     """
     torch_dtype = COMPUTE_DTYPE[dtype]
     shards = cut_into_shards(tensors, torch_dtype.itemsize, shard_bytes)
@@ -227,8 +251,9 @@ def write_weights(
 def cut_into_shards(
     tensors: list[QwenTensor], itemsize: int, shard_bytes: int
 ) -> list[list[QwenTensor]]:
+    """The tensors of each shard, in their order. `itemsize` is the bytes of one number."""
     shards: list[list[QwenTensor]] = [[]]
-    size = 0
+    size = 0  # bytes of the last shard
     for tensor in tensors:
         n_bytes = math.prod(tensor.shape) * itemsize
         if shards[-1] and size + n_bytes > shard_bytes:
@@ -248,9 +273,11 @@ def shard_name(number: int, of: int) -> str:
 def write_shard(
     file: BinaryIO, masters: Masters, shard: list[QwenTensor], dtype: torch.dtype
 ) -> None:
-    """A file in the safetensors format, by hand, because the library takes whole shards in memory.
+    """Writes a file in the safetensors format.
 
-    The format is the length of the header in 8 bytes, the header in JSON, the bytes of the tensors.
+    The safetensors library would need the whole shard in memory. The format is: the length of the
+    header (8 bytes, little-endian), the header in JSON, and the bytes of the tensors one after the
+    other. Raises ExperimentError for a number that the dtype cannot hold.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -263,9 +290,12 @@ def write_shard(
             data_offsets=[start, end],
         )
     text = json.dumps(header).encode()
-    # Readers map the tensors, which must lie at multiples of their size.
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    # Readers map the file into memory, where a tensor must start at a multiple of its itemsize. So
+    # spaces bring the header to a multiple of 8 bytes.
+    padding = -len(text) % 8
+    text = text.ljust(len(text) + padding)
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
     for tensor in shard:
         for block in masters.blocks(tensor):
             block = block.to(dtype)
@@ -287,12 +317,14 @@ def not_finite_message(name: str, dtype: str) -> str:
 def measured(state: dict, folder: Path) -> dict:
     """The run's metrics at the checkpoint.
 
-    The checkpoint was saved before the validation of its step. When metrics.jsonl of its run is
-    in the folder, the figures of that validation come from there.
+    A checkpoint is saved before the validation of its step, so it lacks the figures of that
+    validation. They come from metrics.jsonl in the checkpoint's folder, if that file is of the same
+    run.
     """
     metrics = state["metrics"]
     record = Record(folder)
     record.load(folder, state["step"])
+    # A row with the same elapsed_seconds as the checkpoint shows that the file is of its run.
     saved_at = metrics.get("elapsed_seconds")
     is_of_this_run = any(row["elapsed_seconds"] == saved_at for row in record.history)
     if is_of_this_run:
@@ -301,18 +333,16 @@ def measured(state: dict, folder: Path) -> dict:
 
 
 def model_card(state: dict, config: Config, metrics: dict, name: str, dtype: str) -> str:
-    """README.md with the run's own figures, as far as they are known."""
+    """The text of README.md: the model, the run's known figures, and its Config."""
     figures = card_figures(state, config, metrics)
     rows = "\n".join(f"| {what} | {value} |" for what, value in figures.items())
-    fields = dataclasses.asdict(config).items()
-    settings = "\n".join(f"{key}: {value}" for key, value in fields if key not in NOT_IN_THE_CARD)
+    settings = "\n".join(card_settings(config))
+    blocks = f"All {config.n_layers} blocks are dense."
     if config.n_moe_layers:
         blocks = (
             f"{config.n_moe_layers} of {config.n_layers} blocks are Mixture-of-Experts blocks: "
             f"each token is sent to {config.top_k} of {config.num_experts} experts."
         )
-    else:
-        blocks = f"All {config.n_layers} blocks are dense."
     weights = "the training run's fp32 masters"
     if dtype != "fp32":
         weights = f"{DTYPES[dtype]}, rounded from the training run's fp32 masters"
@@ -343,19 +373,29 @@ It was trained on sequences of {config.max_seq_len:,} tokens. How:
 """  # noqa: E501
 
 
+def card_settings(config: Config) -> list[str]:
+    """A line for each field of Config that describes the model or its training."""
+    lines = []
+    for name, value in dataclasses.asdict(config).items():
+        if name not in NOT_IN_THE_CARD:
+            lines.append(f"{name}: {value}")
+    return lines
+
+
 def card_figures(state: dict, config: Config, metrics: dict) -> dict[str, str]:
-    """The rows of the card's table; a figure that is not known has none."""
+    """The rows of the card's table. A figure that is not known has no row."""
     figures = {
         "parameters": f"{config.total_params:,}, {config.active_params:,} active for a token",
         "trained for": (
             f"{state['step']:,} of {config.max_steps:,} steps, {state['tokens_seen']:,} tokens"
         ),
     }
-    # No hash: the model was imported and has not been trained on any text here.
+    # There is no hash if the model was imported and has not been trained on any text here.
     text_hash = state["data"]["data_hash"]
     if text_hash:
         figures["training text"] = f"hash {text_hash}"
-        if config.data in BUILT_IN:  # any other name is a path of that machine
+        # A text that is not built in has a path for a name, which means nothing elsewhere.
+        if config.data in BUILT_IN:
             figures["training text"] = f"`{config.data}`, hash {text_hash}"
     if "val_loss" in metrics:
         figures["validation loss"] = f"{metrics['val_loss']:.4f} nats per token"
@@ -387,7 +427,7 @@ def main(argv: list[str]) -> None:
         "--shard_gb",
         type=float,
         default=5.0,
-        help="a file of weights is at most so large, in GB [5]",
+        help="largest size of a file of weights, in GB [5]",
     )
     args = parser.parse(argv)
     if not 0 < args.shard_gb < math.inf:

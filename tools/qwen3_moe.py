@@ -1,8 +1,12 @@
-"""Qwen3-MoE, the Hugging Face format that this program's models fit: tensors and config.json.
+"""The Qwen3-MoE format of Hugging Face, which this program's models fit: tensors and config.json.
 
-The architecture is the same; what differs is how it is laid out. Qwen3-MoE keeps gate, up and down
-of each expert in tensors of their own. The two numbers of a rotary pair lie half a head apart
-there, and beside each other here.
+The architecture is the same. Two things differ in the layout of the tensors:
+
+  - Qwen3-MoE keeps gate, up and down of each expert in tensors of their own. Here all experts of a
+    block are in two tensors, gate_up and down.
+  - The two rows of a rotary pair are half a head apart in Qwen3-MoE, and adjacent here.
+
+In comments "here" means this program, and "there" means Qwen3-MoE.
 """
 
 from typing import Any, NamedTuple
@@ -15,11 +19,12 @@ from config import Config, ExperimentError, parameter_table
 MODEL_TYPE = "qwen3_moe"
 ARCHITECTURE = "Qwen3MoeForCausalLM"
 
-# Hugging Face's name of each precision of Config.
+# The name that Hugging Face gives to each precision of Config.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 # ---------------------------------------------------------------- tensors
 
+# Parameters outside of the blocks.
 _TOP = {
     "embedding.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -38,7 +43,8 @@ _BLOCK = {
     "ffn.router.weight": "mlp.gate.weight",
     "ffn.down": "mlp.down_proj.weight",
 }
-# Those whose rows are numbers of rotary pairs. The norms of q and k have one weight for each.
+# Parameters whose rows belong to rotary pairs. The norms of q and k have one weight for each row of
+# a head, so they are reordered with the rows.
 _ROTARY = (
     "attention.q.weight",
     "attention.k.weight",
@@ -53,19 +59,18 @@ _FUSED = {
 
 
 class QwenTensor(NamedTuple):
-    """A tensor of Qwen3-MoE, and which part of which of our parameters it holds."""
+    """A tensor of Qwen3-MoE, and the part of a parameter of this program that it holds."""
 
-    name: str
-    parameter: str
-    index: tuple[
-        int, ...
-    ]  # of the part in the parameter; () when the tensor is the whole parameter
+    name: str  # in Qwen3-MoE
+    parameter: str  # in this program
+    # The tensor holds parameter[index]. With () it holds the whole parameter.
+    index: tuple[int, ...]
     shape: tuple[int, ...]
-    rotary: bool  # whether its rows are numbers of rotary pairs, which `qwen_rows` reorders
+    rotary: bool  # whether its rows belong to rotary pairs, which `qwen_rows` reorders
 
 
 def qwen_tensors(config: Config) -> list[QwenTensor]:
-    """All tensors of the Qwen3-MoE model of this Config, in the order of our parameters.
+    """All tensors of a model of this Config in Qwen3-MoE, in the order of our parameters.
 
     Raises ExperimentError when Qwen3-MoE has no tensor for a parameter: a model that lacks it would
     compute something else.
@@ -93,29 +98,36 @@ def no_place_message(parameters: list[str]) -> str:
 
 
 def parts_of(parameter: str, shape: tuple[int, ...]) -> list[QwenTensor]:
-    """The tensors that hold a parameter of ours of this shape; none when Qwen3-MoE has none."""
+    """The tensors of Qwen3-MoE that hold this parameter; an empty list when there are none.
 
-    def part(name: str, *index: int) -> QwenTensor:
+    `parameter` is the name of a parameter of this program, and `shape` its shape.
+    """
+
+    def tensor(name: str, *index: int) -> QwenTensor:
+        """The tensor `name`, which holds parameter[index]."""
         rotary = parameter.endswith(_ROTARY)
         return QwenTensor(name, parameter, index, tuple(shape[len(index) :]), rotary)
 
     if parameter in _TOP:
-        return [part(_TOP[parameter])]
+        return [tensor(_TOP[parameter])]
     prefix, name = _layer_prefix(parameter)
     if name in _BLOCK:
-        return [part(prefix + _BLOCK[name])]
-    # gate_up is [2, F, D], and of experts [E, 2, F, D]: the gates, then the ups.
+        return [tensor(prefix + _BLOCK[name])]
+    found = []
+    # gate_up of a dense block is [2, F, D]: the gate, then the up.
     if name == "ffn.gate_up":
-        return [part(f"{prefix}mlp.gate_proj.weight", 0), part(f"{prefix}mlp.up_proj.weight", 1)]
-    tensors = []
-    if name == "ffn.experts.gate_up":
+        found.append(tensor(f"{prefix}mlp.gate_proj.weight", 0))
+        found.append(tensor(f"{prefix}mlp.up_proj.weight", 1))
+    # gate_up of experts is [E, 2, F, D].
+    elif name == "ffn.experts.gate_up":
         for expert in range(shape[0]):
-            tensors.append(part(f"{prefix}mlp.experts.{expert}.gate_proj.weight", expert, 0))
-            tensors.append(part(f"{prefix}mlp.experts.{expert}.up_proj.weight", expert, 1))
+            found.append(tensor(f"{prefix}mlp.experts.{expert}.gate_proj.weight", expert, 0))
+            found.append(tensor(f"{prefix}mlp.experts.{expert}.up_proj.weight", expert, 1))
+    # down of experts is [E, D, F].
     elif name == "ffn.experts.down":
         for expert in range(shape[0]):
-            tensors.append(part(f"{prefix}mlp.experts.{expert}.down_proj.weight", expert))
-    return tensors
+            found.append(tensor(f"{prefix}mlp.experts.{expert}.down_proj.weight", expert))
+    return found
 
 
 def fused_name(parameter: str) -> str | None:
@@ -135,12 +147,14 @@ def _layer_prefix(parameter: str) -> tuple[str, str]:
 
 
 def qwen_rows(n_rows: int, head_dim: int) -> Tensor:
-    """For each row of a rotary tensor of Qwen3-MoE, the number of that row in ours.
+    """For each row of a rotary tensor of Qwen3-MoE, the index of that row in our tensor.
 
-    Pair i of a head is rows 2i and 2i + 1 here, rows i and i + head_dim / 2 there.
+    Pair i of a head is rows 2i and 2i + 1 here, and rows i and i + head_dim / 2 there.
     """
-    ours = torch.arange(n_rows).view(-1, head_dim // 2, 2)  # [head, pair, number of the pair]
-    return ours.transpose(1, 2).flatten()
+    # [head, pair, first or second row of the pair]: the order of rows here.
+    rows = torch.arange(n_rows).view(-1, head_dim // 2, 2)
+    # [head, first or second row of the pair, pair]: the order of rows there.
+    return rows.transpose(1, 2).flatten()
 
 
 # ---------------------------------------------------------------- config.json
@@ -185,7 +199,8 @@ def to_hugging_face(config: Config, end_of_text: int, dtype: str) -> dict:
 def from_hugging_face(qwen: dict[str, Any]) -> dict:
     """The Config fields of the model that a config.json describes.
 
-    Raises ExperimentError with everything in it that Config cannot hold.
+    `qwen` is the content of that file. Raises ExperimentError, which names everything that Config
+    cannot hold.
     """
     problems = _missing_values(qwen)
     unusable = _unusable_values(qwen)
@@ -200,14 +215,19 @@ def from_hugging_face(qwen: dict[str, Any]) -> dict:
 
     moe_layers = _moe_layers(qwen)
     is_moe = any(moe_layers)
+    d_ff = qwen["intermediate_size"]
+    num_experts = 0
+    if is_moe:
+        d_ff = qwen["moe_intermediate_size"]
+        num_experts = _num_experts(qwen)
     heads = qwen["num_attention_heads"]
     return dict(
         d_model=qwen["hidden_size"],
         n_layers=qwen["num_hidden_layers"],
         n_heads=heads,
         n_kv_heads=qwen.get("num_key_value_heads") or heads,
-        d_ff=qwen["moe_intermediate_size"] if is_moe else qwen["intermediate_size"],
-        num_experts=_num_experts(qwen) if is_moe else 0,
+        d_ff=d_ff,
+        num_experts=num_experts,
         top_k=qwen["num_experts_per_tok"],
         norm_topk_prob=bool(qwen.get("norm_topk_prob", False)),
         moe_every=_moe_every(moe_layers) or 1,
@@ -225,7 +245,7 @@ def _refusal(problems: list[str]) -> str:
     return "\n".join(["this program cannot hold the model:", *lines])
 
 
-# Numbers without which there is no shape. What they may be beyond numbers, Config checks.
+# Fields that must be numbers, because the shape needs them. Config checks their values.
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -237,7 +257,7 @@ _REQUIRED = (
     "max_position_embeddings",
     "rms_norm_eps",
 )
-# What is computed with before Config checks it: its type, where it is given.
+# The type of each field that is computed with before Config checks it, if the field is there.
 _TYPES = dict(
     num_hidden_layers=int,
     num_attention_heads=int,
@@ -250,6 +270,7 @@ _TYPES = dict(
     rope_parameters=dict | None,
     rope_scaling=dict | None,
 )
+# Fields that something is divided by.
 _DIVISORS = ("num_attention_heads", "decoder_sparse_step")
 
 
@@ -258,6 +279,7 @@ def _is_number(value) -> bool:
 
 
 def _missing_values(qwen: dict) -> list[str]:
+    """A problem for another type of model, and one for required numbers that are missing."""
     problems = []
     if qwen.get("model_type") != MODEL_TYPE:
         problems.append(f"model_type is {qwen.get('model_type')!r}, not {MODEL_TYPE!r}")
@@ -268,10 +290,14 @@ def _missing_values(qwen: dict) -> list[str]:
 
 
 def _unusable_values(qwen: dict) -> list[str]:
+    """A problem that names the fields of a wrong type, and the divisors that are zero."""
     names = []
     for name, kind in _TYPES.items():
-        missing = name in _REQUIRED and not _is_number(qwen.get(name))  # reported as such
-        if name in qwen and not missing and not isinstance(qwen[name], kind):
+        if name not in qwen:
+            continue
+        if name in _REQUIRED and not _is_number(qwen[name]):
+            continue  # _missing_values reports it
+        if not isinstance(qwen[name], kind):
             names.append(name)
     names += [name for name in _DIVISORS if qwen.get(name) == 0]
     if not names:
@@ -281,7 +307,7 @@ def _unusable_values(qwen: dict) -> list[str]:
 
 
 def _other_features(qwen: dict) -> list[str]:
-    """What Qwen3-MoE can be and this program's model cannot."""
+    """A problem for each feature of the model that this program's models do not have."""
     problems = []
     if not _is_number(_rope_theta(qwen)):
         problems.append("it gives no number for rope_theta")
@@ -302,6 +328,7 @@ def _other_features(qwen: dict) -> list[str]:
 
 
 def _other_shapes(qwen: dict) -> list[str]:
+    """A problem for each shape of the model that Config cannot describe."""
     problems = []
     d_model = qwen["hidden_size"]
     heads = qwen["num_attention_heads"]
@@ -317,19 +344,19 @@ def _other_shapes(qwen: dict) -> list[str]:
             f"its MoE blocks are {numbers} of {len(moe_layers)}; here they are every n-th block "
             "(moe_every)"
         )
-    of_experts = qwen["moe_intermediate_size"]
-    of_dense = qwen["intermediate_size"]
-    both_kinds = any(moe_layers) and not all(moe_layers)
-    if both_kinds and of_experts != of_dense:
+    expert_width = qwen["moe_intermediate_size"]
+    dense_width = qwen["intermediate_size"]
+    has_both_kinds = any(moe_layers) and not all(moe_layers)
+    if has_both_kinds and expert_width != dense_width:
         problems.append(
-            f"moe_intermediate_size {of_experts} and intermediate_size {of_dense} differ, and it "
-            "has both kinds of blocks; here they have one width (d_ff)"
+            f"moe_intermediate_size {expert_width} and intermediate_size {dense_width} differ, and "
+            "it has both kinds of blocks; here they have one width (d_ff)"
         )
     return problems
 
 
 def _rope_theta(qwen: dict):
-    # transformers 5 has rope_parameters; before, there were two fields.
+    # transformers 5 writes rope_parameters. Earlier versions write rope_theta and rope_scaling.
     parameters = qwen.get("rope_parameters") or {}
     return parameters.get("rope_theta", qwen.get("rope_theta"))
 
@@ -337,24 +364,23 @@ def _rope_theta(qwen: dict):
 def _rope_type(qwen: dict) -> str:
     parameters = qwen.get("rope_parameters") or {}
     scaling = qwen.get("rope_scaling") or {}
-    for found in (parameters.get("rope_type"), scaling.get("rope_type"), scaling.get("type")):
-        if found:
-            return found
-    return "default"
+    found = parameters.get("rope_type") or scaling.get("rope_type") or scaling.get("type")
+    return found or "default"
 
 
 def _num_experts(qwen: dict) -> int:
+    # Both names occur.
     return qwen.get("num_experts", qwen.get("num_local_experts", 0))
 
 
 def _moe_layers(qwen: dict) -> list[bool]:
     """Whether each layer is an MoE block, by the rule of transformers' Qwen3MoeDecoderLayer."""
+    num_layers = qwen["num_hidden_layers"]
+    if _num_experts(qwen) <= 0:
+        return [False] * num_layers
     step = qwen.get("decoder_sparse_step", 1)
     dense = qwen.get("mlp_only_layers") or []
-    return [
-        layer not in dense and _num_experts(qwen) > 0 and (layer + 1) % step == 0
-        for layer in range(qwen["num_hidden_layers"])
-    ]
+    return [layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)]
 
 
 def _moe_every(moe_layers: list[bool]) -> int | None:
