@@ -149,97 +149,117 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def floors(c: Config, matmul_rate: float, bandwidth: float) -> dict[str, float]:
-    """The least seconds of each kind in a step.
+    """The least seconds that a step can spend on each kind of work.
 
-    `matmul_rate` is in FLOP/s, `bandwidth` in bytes/s. Nothing is recomputed, and every chain of
-    elementwise operations is one pass over its operands.
+    `matmul_rate` is in FLOP/s, `bandwidth` in bytes/s. The floors assume that nothing is recomputed
+    and that every chain of elementwise operations is one pass over its operands.
     """
     tokens = c.tokens_per_step
-    width = 4 if c.precision == "fp32" else 2  # bytes of a weight, gradient or activation
-    # Causal attention's share of config.flops_per_token
-    attention = 6 * c.n_layers * c.max_seq_len * c.d_model * tokens
-    elements = sum(_elementwise_per_token(c, layer) for layer in range(c.n_layers))
-    elements += (
-        3 * c.vocab_size
-    )  # logits: written, read for the loss, overwritten by their gradient
+    width = 2  # bytes of a weight, gradient or activation
+    if c.precision == "fp32":
+        width = 4
+    # Causal attention's share of config.flops_per_token, for T = max_seq_len and d = d_model.
+    # Scores and their product with the values take 2 T d FLOPs each for a token. Causality leaves
+    # half of both: 2 T d. The backward pass takes twice as many: 6 T d in all, in each layer.
+    attention_flops = 6 * c.n_layers * c.max_seq_len * c.d_model * tokens
+    matmul_flops = c.flops_per_token * tokens - attention_flops
+    elements_per_token = sum(_elementwise_per_token(c, layer) for layer in range(c.n_layers))
+    # Logits are written, read for the loss, and overwritten by their gradient.
+    elements_per_token += 3 * c.vocab_size
     # Each micro-batch but the first reads a gradient and the sum, and writes the sum.
-    accumulation = 3 * width * c.total_params * (c.gradient_accumulation_steps - 1)
+    accumulation_bytes = 3 * width * c.total_params * (c.gradient_accumulation_steps - 1)
+    elementwise_bytes = tokens * width * elements_per_token + accumulation_bytes
     return {
-        "products": (c.flops_per_token * tokens - attention) / matmul_rate,
-        "attention": attention / matmul_rate,
-        "elementwise": (tokens * width * elements + accumulation) / bandwidth,
+        "products": matmul_flops / matmul_rate,
+        "attention": attention_flops / matmul_rate,
+        "elementwise": elementwise_bytes / bandwidth,
         "optimizer: products": _newton_schulz_flops(c) / matmul_rate,
         "optimizer: elementwise": _muon_bytes(c, width) / bandwidth,
     }
 
 
 def _elementwise_per_token(c: Config, layer: int) -> int:
-    """Elements that a block's elementwise work reads and writes for a token, both passes."""
+    """Elements that a block's elementwise work reads and writes for a token, in both passes."""
     d = c.d_model
-    qk = d + c.n_kv_heads * c.head_dim
+    queries_and_keys = d + c.n_kv_heads * c.head_dim
     networks = c.feed_forwards(layer)
-    # of every network that a token passes through
+    # The hidden elements of all networks that a token passes through.
     hidden = sum(ffn.top_k * ffn.d_ff for ffn in networks)
-    # Rotation of queries and keys, two residual sums with their norms, SwiGLU
-    forward = 2 * qk + 7 * d + 3 * hidden
-    backward = 3 * qk + 8 * d + 6 * hidden
-    # The second residual sum, and the sum of the gradients, read one more row for each more network
+    # Forward: the rotation reads and writes queries and keys. Two residual sums with their norms
+    # take 7 d. SwiGLU reads gate and up, and writes their product.
+    forward = 2 * queries_and_keys + 7 * d + 3 * hidden
+    # Backward: the gradients of these three, which also read saved inputs.
+    backward = 3 * queries_and_keys + 8 * d + 6 * hidden
+    # The second residual sum reads one more row for each network after the first. So does the sum
+    # of the gradients in the backward pass.
     forward += d * (len(networks) - 1)
     backward += d * (len(networks) - 1)
-    # Rows to the experts and back, in the forward and in the backward pass
-    routing = 6 * d * c.top_k if c.is_moe(layer) else 0
+    routing = 0
+    if c.is_moe(layer):
+        # A token's row is copied to each of its experts and back, in both passes.
+        routing = 6 * d * c.top_k
     return forward + backward + routing
 
 
 def _muon_bytes(c: Config, width: int) -> int:
-    """Bytes of Muon's elementwise work, for each element of a hidden matrix.
-
-    The gradient is read. Momentum and low bits, 2 bytes each, are read and written: 8. The weight
-    is read and written: 4. The direction, 2 bytes, is written, and read when it is
-    orthogonalized: 4.
-    """
+    """Bytes that Muon's elementwise work reads and writes in a step."""
     table = parameter_table(c)
-    hidden = sum(table[name].numel for name in optimizer_groups(c)["muon"].parameters)
-    return hidden * (width + 8 + 4 + 4)
+    elements = sum(table[name].numel for name in optimizer_groups(c)["muon"].parameters)
+    gradient = width  # read
+    momentum_and_low_bits = 8  # 2 bytes each, read and written
+    weight = 4  # 2 bytes, read and written
+    direction = 4  # 2 bytes, written, and read when it is orthogonalized
+    return elements * (gradient + momentum_and_low_bits + weight + direction)
 
 
 def _newton_schulz_flops(c: Config) -> int:
-    """FLOPs of the Gram form for every hidden matrix of the model."""
+    """FLOPs of the Gram form of Newton-Schulz for all matrices that Muon updates."""
     table = parameter_table(c)
     flops = 0
     for name in optimizer_groups(c)["muon"].parameters:
+        # gate_up and the weights of experts are banks of matrices: more than two dimensions.
         *bank, rows, columns = table[name].shape
-        matrix = gram_newton_schulz_flops(min(rows, columns), max(rows, columns))
-        flops += math.prod(bank) * matrix
+        num_matrices = math.prod(bank)
+        short = min(rows, columns)
+        long = max(rows, columns)
+        flops += num_matrices * gram_newton_schulz_flops(short, long)
     return flops
 
 
 def gram_newton_schulz_flops(m: int, k: int) -> int:
-    """Of one m x k matrix with m <= k. Symmetric matmuls count half.
+    """FLOPs of the Gram form of Newton-Schulz for one m x k matrix x with m <= k.
 
-    The restart cuts the steps into two groups. Each group computes a Gram matrix (m m k, by half)
-    and multiplies x by the product of its polynomials (2 m m k). Each step computes a polynomial
-    (m^3, by half); each but a group's first extends the product, and each but its last computes
-    the next Gram matrix in two matmuls: 3 m^3 for all steps but one of each group.
+    A matmul of m x k by k x m takes 2 m m k FLOPs. A matmul whose result is symmetric counts half,
+    because only one triangle is computed.
     """
     steps = len(NEWTON_SCHULZ)
-    groups = 2
-    return groups * m * m * k + groups * 2 * m * m * k + (steps + (steps - groups) * 3) * m**3
+    groups = 2  # the restart cuts the steps into two groups
+    # Each group begins with the Gram matrix x x^T, which is symmetric.
+    gram = groups * m * m * k
+    # Each group ends with the product of its polynomials times x.
+    application = groups * 2 * m * m * k
+    # Each step computes a polynomial of the Gram matrix: a symmetric m x m matmul.
+    polynomials = steps * m**3
+    # Each step but the first of its group extends the product of polynomials (one matmul), and each
+    # but the last of its group computes the next Gram matrix (two matmuls). All are symmetric. So
+    # there are three for all steps but one of each group.
+    updates = (steps - groups) * 3 * m**3
+    return gram + application + polynomials + updates
 
 
 class Ceilings(NamedTuple):
-    """What this GPU reaches in large operations."""
+    """The rates that this GPU reaches in large operations."""
 
-    matmul_rate: float  # FLOP/s, held
-    matmul_rate_at_first: float  # FLOP/s
-    bandwidth: float  # bytes/s, read and written
+    matmul_rate: float  # FLOP/s that it sustains
+    matmul_rate_at_first: float  # FLOP/s of the first moments
+    bandwidth: float  # bytes/s, reads and writes together
 
 
 def ceilings(dtype: torch.dtype) -> Ceilings:
     """Measures an 8192^3 matmul of random numbers and a copy of 4 GiB.
 
-    The matmul is held for two seconds, as a step's are, and the second half of them counts: at
-    first it is faster, before the GPU reaches its power limit.
+    The matmul is repeated for two seconds, and the second half of that time counts. At first it is
+    faster, until the GPU reaches its power limit; the matmuls of a step run at that limit.
     """
     n = 8192
     a = torch.randn(n, n, device="cuda", dtype=dtype)
@@ -248,9 +268,15 @@ def ceilings(dtype: torch.dtype) -> Ceilings:
     target = torch.empty_like(source)
     at_first = statistics.median(seconds(lambda: a @ b))
     times = seconds(lambda: a @ b, repeats=int(2 / at_first))
-    held = statistics.median(times[len(times) // 2 :])
-    copy = statistics.median(seconds(lambda: target.copy_(source)))
-    return Ceilings(2 * n**3 / held, 2 * n**3 / at_first, 2 * source.nbytes / copy)
+    sustained = statistics.median(times[len(times) // 2 :])
+    copying = statistics.median(seconds(lambda: target.copy_(source)))
+    matmul_flops = 2 * n**3
+    copied_bytes = 2 * source.nbytes  # read and written
+    return Ceilings(
+        matmul_rate=matmul_flops / sustained,
+        matmul_rate_at_first=matmul_flops / at_first,
+        bandwidth=copied_bytes / copying,
+    )
 
 
 # ---------------------------------------------------------------- the command
@@ -265,7 +291,7 @@ def main(argv: list[str]) -> None:
     add_config_options(parser)
     args = parser.parse(argv)
     if not torch.cuda.is_available():
-        raise ExperimentError("no GPU was found, whose kernels this is about")
+        raise ExperimentError("no GPU was found: this command profiles the kernels of a GPU")
     with tempfile.TemporaryDirectory() as folder:
         options = config_options(args) | dict(save_dir=folder, save_every=0, save_minutes=0)
         gpu_memory_gb = torch.cuda.get_device_properties(0).total_memory / GB

@@ -28,7 +28,7 @@ def option_words(**fields) -> list[str]:
     return words
 
 
-# For runs of a few steps, of which every step is measured and nothing is kept.
+# Options for runs of a few steps: every step is measured, and no checkpoint is saved.
 SHORT = option_words(
     eval_steps=1,
     log_every=1,
@@ -55,8 +55,8 @@ def train_command(folder: Path, options: list[str]) -> list[str]:
 def train(folder: Path, options: list[str], gpu: int | None = None) -> dict:
     """Trains in a new process and returns its training_results.json.
 
-    The run sees the GPU of number `gpu` alone; with None, those that this process sees. Raises
-    ExperimentError when it fails.
+    The run sees only the GPU of number `gpu`; with None it sees those that this process sees.
+    Raises ExperimentError when the run fails.
     """
     variables = dict(os.environ)
     if gpu is not None:
@@ -69,10 +69,10 @@ def train(folder: Path, options: list[str], gpu: int | None = None) -> dict:
 
 
 def train_side_by_side(runs: dict[str, list[str]], folder: Path) -> dict[str, dict]:
-    """Trains all runs at once, and returns the training_results.json of each.
+    """Trains all runs at the same time, and returns the training_results.json of each.
 
-    `runs` are the options of each run by its label. The runs are dealt out over the GPUs, several
-    to each. Their losses are those that they would have alone; their speeds are not.
+    `runs` are the options of each run by its label. The runs are spread over the GPUs, several on
+    each. Each run has the losses that it would have alone, but it is slower.
     """
     running = {}
     with ThreadPoolExecutor(len(runs)) as pool:
@@ -120,14 +120,17 @@ def write(
 
 
 def _gpu_key(driver_name: str | None) -> str:
-    """How files name a GPU: as the planner does, or as the driver does where the planner does not
-    know it. None is a CPU."""
+    """The name of a GPU in file names, such as h100; "cpu" if the driver names no GPU.
+
+    A GPU that the planner does not know keeps the driver's name.
+    """
     if not driver_name:
         return "cpu"
     return known_gpu(driver_name) or driver_name.replace(" ", "_")
 
 
 def _commit() -> str:
+    """The commit of this tree by `git describe`, or "unknown"."""
     # A copy of the tree without its history learns the commit from the environment.
     given = os.environ.get("BENCHMARK_COMMIT")
     if given:

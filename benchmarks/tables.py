@@ -26,7 +26,7 @@ from planner.plan import format_count, memory_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BRIEF_STEPS = 50_000
+BRIEF_STEPS = 50_000  # the length of a whole run of a large preset
 
 
 def pages() -> list[Path]:
@@ -56,7 +56,7 @@ def machine_name(result: dict) -> str:
 
 
 def headline() -> str:
-    """The figures that a reader asks for first."""
+    """Speed, MFU and predicted memory of the large presets; below it, other figures of an H200."""
     header = ["all parameters, every feature on"]
     for precision in ("bf16", "fp16"):
         header += [f"{precision}, tokens/s", "MFU"]
@@ -70,6 +70,7 @@ def headline() -> str:
 
 
 def _headline_row(label: str, preset: str, gpu: str) -> list[str]:
+    """The figures of a preset in both precisions, and the larger error of predicted memory."""
     cells = [label]
     errors = []
     for precision in ("bf16", "fp16"):
@@ -89,7 +90,7 @@ def _memory_error_percent(result: dict) -> float:
 
 
 def _peak_gb(result: dict) -> tuple[float, float]:
-    """(predicted, measured) peak memory."""
+    """(predicted, measured) peak memory of a run in GB."""
     memory = result["details"]["memory_gb"]
     return memory["predicted"]["total"], memory["measured"]["total"]
 
@@ -172,19 +173,21 @@ def options() -> str:
     docs = field_docs()
     rows = []
     for field in dataclasses.fields(Config):
-        default = "derived" if field.default is None else _option_value(field.default)
+        default = _option_value(field.default)
         rows.append([f"`{field.name}`", f"`{default}`", docs[field.name].replace("|", "\\|")])
     return table(["option", "default", "meaning"], rows)
 
 
 def _option_value(value) -> str:
+    if value is None:  # Config derives the value from other fields
+        return "derived"
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)
 
 
 def brief_memory() -> str:
-    """The planner's table for the brief's model on the brief's GPU."""
+    """The memory that the planner predicts for `18b` on a B200."""
     machine = find_machine(gpu="b200")
     config = Config(**PRESETS["18b"])
     choice, _ = choose(config, machine, fixed_batch=False)
@@ -216,9 +219,11 @@ def _tokenizing_table(result: dict) -> str:
 
 
 def _loader_table(result: dict) -> str:
+    """A row for each loader. The keys of the result are "LOADER, warm" and "LOADER, cold"."""
     measured = result["details"]["loader"]
     rows = []
-    for name in dict.fromkeys(key.rpartition(", ")[0] for key in measured):
+    names = [key.removesuffix(", warm") for key in measured if key.endswith(", warm")]
+    for name in names:
         row = [name]
         for state in ("warm", "cold"):
             speed = measured[f"{name}, {state}"]
@@ -309,23 +314,26 @@ def gpu_figures() -> str:
 
 def _gpu_results() -> list[dict]:
     """The results of known GPUs, without those that have a table of their own."""
-    paths = sorted(path for gpu in GPUS for path in RESULTS.glob(f"*_{gpu}.json"))
-    results = [json.loads(path.read_text()) for path in paths]
-    return [
-        result
-        for result in results
-        if result["name"] != "sampling" and not result["name"].startswith("profile_")
-    ]
+    paths = []
+    for gpu in GPUS:
+        paths += RESULTS.glob(f"*_{gpu}.json")
+    results = []
+    for path in sorted(paths):
+        result = json.loads(path.read_text())
+        if result["name"] != "sampling" and not result["name"].startswith("profile_"):
+            results.append(result)
+    return results
 
 
 def _significant(value: float) -> str:
+    """Four significant digits, and all digits before the point."""
     if value >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
 
 def _remark(name: str, details: dict, result: dict) -> str:
-    """What the table says of a figure beside its value."""
+    """The sentence beside a figure's value."""
     if name.startswith("train_"):
         return _training_remark(name, details, result)
     if name.startswith("moe_vs_dense"):
@@ -348,7 +356,7 @@ def _remark(name: str, details: dict, result: dict) -> str:
 
 def _training_remark(name: str, details: dict, result: dict) -> str:
     predicted, measured = _peak_gb(result)
-    preset = name.removeprefix("train_").rpartition("_")[0]
+    preset = name.removeprefix("train_").rpartition("_")[0]  # of train_PRESET_PRECISION
     tokens = Config(**PRESETS[preset]).tokens_per_step * BRIEF_STEPS
     hours = tokens / result["value"] / 3600
     return (
@@ -392,12 +400,14 @@ def _precisions_remark(details: dict) -> str:
 
 
 def _curve_remark(details: dict) -> str:
+    """Losses are in nats per token. `skipped_steps` holds, for each step, the total so far."""
     losses = details["train_loss"]
+    skipped_steps = details["skipped_steps"][-1]
     return (
         f"{len(losses)} steps in {details['seconds_in_all']:.0f} s; "
         f"training loss {losses[0]:.2f} to {losses[-1]:.2f}; "
         f"unigram entropy {details['unigram_entropy']:.2f}; "
-        f"steps skipped in search of the loss scale: {details['skipped_steps'][-1]}"
+        f"steps skipped in search of the loss scale: {skipped_steps}"
     )
 
 
@@ -412,14 +422,17 @@ def _resume_remark(details: dict) -> str:
 
 
 def _transformers_remark(details: dict) -> str:
-    ours = details["ours"][details["compared"]]
+    """This program in the compared mode of checkpointing, transformers, and the mode `full`."""
+    mode = details["compared"]
+    ours = details["ours"][mode]
     theirs = details["theirs"]
-    full = details["ours"]["full"]["tokens_per_second"] / theirs["tokens_per_second"]
+    ours_at_full = details["ours"]["full"]
+    full_ratio = ours_at_full["tokens_per_second"] / theirs["tokens_per_second"]
     return (
-        f"`{details['compared']}`: {ours['tokens_per_second']:,.0f} tokens/s in "
+        f"`{mode}`: {ours['tokens_per_second']:,.0f} tokens/s in "
         f"{ours['peak_gb']:.1f} GB; transformers {details['transformers']}, compiled, with its "
         f"checkpointing, which recomputes all: {theirs['tokens_per_second']:,.0f} in "
-        f"{theirs['peak_gb']:.1f} GB; ours at `full`: {full:.2f} times"
+        f"{theirs['peak_gb']:.1f} GB; ours at `full`: {full_ratio:.2f} times"
     )
 
 
@@ -441,20 +454,16 @@ PROFILE_LABELS = {
 
 
 def profile() -> str:
+    """The seconds of a training step by kind of work, and the rates that the floors assume.
+
+    A floor is the least time that this GPU needs for a kind of work (see profile_step.floors).
+    """
     result = load_result("profile_18b_bf16", "h200")
     details = result["details"]
     what = f"a step of `18b` in bf16 on {machine_name(result)}: {result['value']:.2f} s"
     header = [what, "seconds", "share", "floor", "times the floor"]
-    rows = []
-    for kind, spent in sorted(details["seconds"].items(), key=lambda item: -item[1]):
-        floor = details["floor_seconds"].get(kind)
-        row = [
-            PROFILE_LABELS.get(kind, kind),
-            f"{spent:.2f}",
-            f"{100 * details['share'][kind]:.1f}%",
-        ]
-        row += [f"{floor:.2f}", f"{spent / floor:.2f}"] if floor else ["", ""]
-        rows.append(row)
+    longest_first = sorted(details["seconds"], key=details["seconds"].get, reverse=True)
+    rows = [_profile_row(details, kind) for kind in longest_first]
     rates = table(
         ["rate that the floor assumes", "measured on that GPU"],
         [
@@ -463,6 +472,16 @@ def profile() -> str:
         ],
     )
     return f"{table(header, rows)}\n\n{rates}"
+
+
+def _profile_row(details: dict, kind: str) -> list[str]:
+    spent = details["seconds"][kind]
+    percent = 100 * details["share"][kind]
+    row = [PROFILE_LABELS.get(kind, kind), f"{spent:.2f}", f"{percent:.1f}%"]
+    floor = details["floor_seconds"].get(kind)
+    if not floor:  # copies, routing and gaps have none
+        return [*row, "", ""]
+    return [*row, f"{floor:.2f}", f"{spent / floor:.2f}"]
 
 
 # ---------------------------------------------------------------- between the marks
@@ -485,18 +504,22 @@ def blocks() -> dict[str, Callable[[], str]]:
 
 
 def fill(text: str, made_by: dict[str, Callable[[], str]]) -> str:
-    """`text` with what stands between <!-- NAME --> and <!-- end --> made anew."""
+    """`text` with new tables between its marks <!-- NAME --> and <!-- end -->.
+
+    `made_by` holds the function that makes each table. Marks of other names stay as they are.
+    """
 
     def filled(match: re.Match) -> str:
-        if match["name"] not in made_by:
+        name = match["name"]
+        if name not in made_by:
             return match[0]
-        return f"<!-- {match['name']} -->\n{made_by[match['name']]()}\n<!-- end -->"
+        return f"<!-- {name} -->\n{made_by[name]()}\n<!-- end -->"
 
     return re.sub(r"<!-- (?P<name>[\w -]+) -->\n.*?<!-- end -->", filled, text, flags=re.S)
 
 
 def rewrite(made_by: dict[str, Callable[[], str]]) -> None:
-    """Writes every page whose tables are not those of the result files."""
+    """Writes every page whose tables have changed."""
     for page in pages():
         before = page.read_text()
         after = fill(before, made_by)
