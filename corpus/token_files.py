@@ -30,7 +30,7 @@ class ShardHeader(NamedTuple):
     magic: bytes
     version: int
     token_bytes: int  # bytes of one token
-    count: int  # tokens
+    num_tokens: int
     tokenizer: bytes  # sha256 of the tokenizer.json
 
 
@@ -112,7 +112,7 @@ def open_shard(path: Path, tokenizer_hash: str) -> np.ndarray:
     if problem:
         raise ExperimentError(f"{path} {problem}: delete the folder {path.parent} and run again")
     header = ShardHeader(*HEADER.unpack_from(head.header))
-    return map_tokens(path, f"<u{header.token_bytes}", HEADER_BYTES, header.count)
+    return map_tokens(path, f"<u{header.token_bytes}", HEADER_BYTES, header.num_tokens)
 
 
 def _shard_problem(head: FileHead, tokenizer_hash: str) -> str | None:
@@ -128,7 +128,7 @@ def _shard_problem(head: FileHead, tokenizer_hash: str) -> str | None:
         return f"has tokens of {header.token_bytes} bytes, not 2 or 4"
     if header.tokenizer.hex() != tokenizer_hash:
         return "belongs to another tokenizer"
-    expected = header.count * header.token_bytes
+    expected = header.num_tokens * header.token_bytes
     stored = head.size - HEADER_BYTES
     if stored != expected:
         return f"holds {stored:,} bytes of tokens, not {expected:,}"
