@@ -26,10 +26,10 @@ GB = 1e9
 class GPU:
     """A known GPU; the peaks are those of the vendors' datasheets."""
 
-    memory_gb: float  # that PyTorch sees
-    peak_tflops: float  # dense, 16 bits
+    memory_gb: float  # what PyTorch sees of it, in GB of 1e9 bytes
+    peak_tflops: float  # of dense matmuls in 16 bits
     host_memory_gb: float  # of a usual host
-    words: tuple[str, ...]  # in the driver's name for it
+    words: tuple[str, ...]  # all of them are in the driver's name for it
 
 
 GPUS = {
@@ -42,12 +42,14 @@ GPUS = {
     "rtx4090": GPU(25.3, 165, 64, ("RTX", "4090")),
 }
 
-# Words in the driver's name for cards with other peaks or less memory than those of the same name.
+# A card whose name has one of these words has another peak, or less memory, than the card of the
+# same name without it.
 OTHER_VARIANTS = {"NVL", "Laptop", "D", "MIG"}
 
 # CUDA context and library workspaces, outside PyTorch's allocator (assumed).
 CONTEXT_GB = 0.7
-# Share of the rest that is planned for: fragmentation, and what the prediction misses (assumed).
+# Share of the rest that is planned for. What remains is for fragmentation and for what the
+# prediction misses (assumed).
 USABLE = 0.97
 # The program and its libraries in a CPU run (measured).
 CPU_PROCESS_GB = 0.5
@@ -66,7 +68,7 @@ class Machine:
 
     @property
     def usable_gb(self) -> float:
-        """Memory to plan with, of the GPU, or on a CPU of the host."""
+        """Memory to plan with: of the GPU or, for a CPU run, of the host."""
         if self.name:
             return (self.memory_gb - CONTEXT_GB) * USABLE
         return max(0, self.host_memory_gb - CPU_PROCESS_GB) * HOST_SHARE
@@ -94,9 +96,11 @@ def known_gpu(driver_name: str) -> str | None:
 def find_machine(host_gb: float = 0, gpu: str | None = None, cpu: bool = False) -> Machine:
     """The machine to plan for, without torch.
 
-    With `gpu`, a name in GPUS: that GPU with a usual host. Else the first visible GPU that the
-    driver reports; with `cpu`, or without a GPU, this machine's CPU. `host_gb` is the host's
-    memory; 0 looks it up. Raises ConfigError for an unknown name.
+    - With `gpu`, a name in GPUS: that GPU with a usual host.
+    - With `cpu`: this machine's CPU.
+    - With neither: the first visible GPU that the driver reports, or the CPU if there is none.
+
+    `host_gb` is the host's memory; 0 looks it up. Raises ConfigError for an unknown name.
     """
     if gpu is not None:
         return _gpu_by_name(gpu.lower(), host_gb)
@@ -128,7 +132,7 @@ def _gpu_of_driver(host_gb: float) -> Machine | None:
     # A GPU that shares the host's memory reports no number.
     if answer.returncode != 0 or not mib.strip().isdigit():
         return None
-    # The driver's total holds 0.5% that PyTorch does not see.
+    # The driver counts in MiB, and PyTorch sees 0.5% less than the driver's total.
     memory_gb = float(mib) * 2**20 / GB * 0.995
     return Machine(name.strip(), memory_gb, host_gb, known_gpu(name))
 
@@ -173,22 +177,32 @@ def available_host_memory_gb() -> float:
 
 
 def _available_in_system() -> int:
+    """Bytes of memory that the operating system could give to this process.
+
+    Linux says it in /proc/meminfo: its estimate counts memory that cached files give back. Other
+    systems are not queried for it: there it is all memory that the machine has.
+    """
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024
+        lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        pass  # not Linux
+        lines = []
+    for line in lines:
+        # MemAvailable:   123456 kB (a kB here has 1024 bytes)
+        if line.startswith("MemAvailable"):
+            _, kib, _ = line.split()
+            return int(kib) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _left_in_container() -> int | None:
-    """What the control group's limit leaves, in bytes; None without a limit.
+    """Bytes that the limit of the container (control group) leaves; None without a limit.
 
-    Cached files count as used there, and make room when memory is needed: they are taken out.
+    The group counts cached files as used memory. They make room when memory is needed, so they are
+    subtracted.
     """
     group = Path("/sys/fs/cgroup")
     try:
+        # A group without a limit has the word "max" here, for which int raises ValueError.
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
@@ -212,12 +226,14 @@ def process_memory_gb() -> tuple[float, float]:
     """Memory of this process that is in RAM, now and at its peak, in GB."""
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GB
     if sys.platform != "darwin":
-        peak_gb *= 1024  # bytes on macOS, KiB elsewhere
+        peak_gb *= 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     try:
+        # The second number is the resident set, in pages.
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
+    except OSError:  # not Linux: the peak is all that is known
         return peak_gb, peak_gb
-    return pages * os.sysconf("SC_PAGE_SIZE") / GB, peak_gb
+    resident_gb = pages * os.sysconf("SC_PAGE_SIZE") / GB
+    return resident_gb, peak_gb
 
 
 M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
@@ -234,7 +250,7 @@ def release_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
-# PyTorch has several ways to say it.
+# How the errors of PyTorch and of the libraries under it say that memory ran out.
 OUT_OF_MEMORY_WORDS = (
     "out of memory",
     "not enough memory",

@@ -20,6 +20,10 @@ from config import (
 )
 from planner.machine import GB
 
+# Bytes of an element.
+FP32 = 4
+INT64 = 8
+
 # Norms and routers are fp32 in every precision.
 FP32_KINDS = ("norms", "router")
 
@@ -27,7 +31,8 @@ FP32_KINDS = ("norms", "router")
 LOW_BITS_BYTES = 2
 
 # Bytes of temporary fp32 and integer tensors for each element that the optimizer updates on a CPU,
-# by the weights' precision (measured). In fp16 the low bits take arithmetic, in bf16 only shifts.
+# by the weights' precision (measured). In fp16 the low bits take arithmetic, in bf16 only shifts of
+# bits.
 CPU_UPDATE_BYTES = {"fp32": 20, "bf16": 26, "fp16": 51}
 
 # What matmul libraries keep on a CPU and what the heap loses to fragments, by bytes of an element
@@ -59,7 +64,8 @@ def predict_memory(
 
 
 def checkpoint_gb(config: Config) -> float:
-    """Size of a checkpoint file: weights and optimizer state."""
+    """Size of a checkpoint file in GB: weights and optimizer state, wherever a run keeps them."""
+    # Neither depends on the mode or on the micro-batch. With offload the state would count as 0.
     sizes = predict_memory(config, "full", 1, offload=False)
     return sum(sizes[key] for key in ("weights", *optimizer_state(config)))
 
@@ -75,16 +81,21 @@ class MemoryPredictor:
         self.config = config
         self.cpu = cpu
         self.weights = weights(config)
+        # bytes of the low bits and of the optimizers' state, by key of the memory table
         self.state = optimizer_state(config)
         layers = range(config.n_layers)
+        # elements of each block's matrices
         self.matrices = [config.matrices_of(layer) for layer in layers]
-        self.kept = {}  # by mode, the activation bytes of a token in each block
+        # by mode: bytes that each block keeps for a token
+        self.kept = {}
         for mode in ("none", "selective", "full"):
             self.kept[mode] = [
                 activation_bytes_per_token(config, layer, mode, cpu) for layer in layers
             ]
-        self._backward: dict[int, list[int]] = {}  # by tokens, of each block
-        self._optimizer: dict[bool, float] = {}  # by offload
+        # What was computed before: `backward_bytes` of each block by the number of tokens, and
+        # `optimizer_bytes` by offload.
+        self._backward: dict[int, list[int]] = {}
+        self._optimizer: dict[bool, float] = {}
 
     def predict(
         self, checkpointing: str, batch_size: int, offload: bool, lighter_blocks: int = 0
@@ -95,11 +106,13 @@ class MemoryPredictor:
         host_gradients = self._host_gradients(offload)
         activations = self._activation_peak(modes, tokens, host_gradients)
 
-        sizes: dict[str, float] = dict(
-            weights=self.weights, gradients=self.weights - sum(host_gradients)
-        )
+        sizes: dict[str, float] = {}
+        sizes["weights"] = self.weights
+        sizes["gradients"] = self.weights - sum(host_gradients)
         for key, size in self.state.items():
-            sizes[key] = 0 if offload else size
+            sizes[key] = size
+            if offload:
+                sizes[key] = 0
         sizes["activations"] = activations
         if self.cpu:
             sizes["activations"] += CPU_LIBRARY_GB[compute_bytes(self.config)] * GB
@@ -111,17 +124,18 @@ class MemoryPredictor:
         return {key: size / GB for key, size in sizes.items()}
 
     def _host_gradients(self, offload: bool) -> list[int]:
-        """Bytes of the gradients in host memory, of each of the first blocks."""
+        """Bytes of the gradients in host memory, one number for each of the first blocks."""
         if not offload:
             return []
         in_host_memory = self.matrices[: self.config.host_gradient_blocks]
         return [weight_bytes(self.config) * numel for numel in in_host_memory]
 
     def _activation_peak(self, modes: list[str], tokens: int, host_gradients: list[int]) -> int:
-        """The most that forward and backward passes need at a time.
+        """The most bytes that forward and backward passes need at a time.
 
-        During the backward pass of a block, the blocks before it still have all that they kept, and
-        the blocks after it nothing any more.
+        The backward pass goes from the last block to the first. During that of a block, the blocks
+        before it still have all that they kept, and the blocks after it have nothing any more.
+        `modes` has one for each block.
         """
         backward = self._backward_bytes(tokens)
         kept_so_far = 0
@@ -131,12 +145,14 @@ class MemoryPredictor:
             kept_so_far += tokens * self.kept[mode][layer]
             if mode == "none":
                 kept_so_far += casts  # autograd keeps them with the activations
-            needed = kept_so_far + backward[layer]
-            needed += tokens * (self.kept["none"][layer] - self.kept[mode][layer])  # recomputed
+            # What the block did not keep it recomputes before its backward pass.
+            recomputed = tokens * (self.kept["none"][layer] - self.kept[mode][layer])
+            needed = kept_so_far + recomputed + backward[layer]
             needed += _gradients_under_way(layer, host_gradients)
             if mode != "none":
                 needed += casts  # made again with the recomputed activations
             peak = max(peak, needed)
+        # The loss comes between the two passes, when every block has all that it keeps.
         return max(peak, kept_so_far + loss_bytes(self.config, tokens, self.cpu))
 
     def _cast_bytes(self, layer: int) -> int:
@@ -150,6 +166,7 @@ class MemoryPredictor:
         return element * self.matrices[layer]
 
     def _backward_bytes(self, tokens: int) -> list[int]:
+        """`backward_bytes` of each block, for a micro-batch of `tokens` tokens."""
         if tokens not in self._backward:
             self._backward[tokens] = [
                 backward_bytes(self.config, layer, tokens, self.cpu)
@@ -167,13 +184,17 @@ class MemoryPredictor:
 
 
 def compute_bytes(config: Config) -> int:
-    """Of an element of activations and in matmuls."""
-    return 4 if config.precision == "fp32" else 2
+    """Bytes of an element of activations, and of an element in matmuls."""
+    if config.precision == "fp32":
+        return 4
+    return 2
 
 
 def weight_bytes(config: Config) -> int:
-    """Of an element of a weight or its gradient, FP32_KINDS apart."""
-    return 2 if config.split_masters else 4
+    """Bytes of an element of a weight or of its gradient, for all kinds but FP32_KINDS."""
+    if config.split_masters:  # 16-bit weights, with the low bits of their fp32 masters beside them
+        return 2
+    return 4
 
 
 # ---------------------------------------------------------------- what stays
@@ -183,7 +204,9 @@ def weights(config: Config) -> int:
     """Bytes of the model's weights, and of their gradients, which have the weights' dtypes."""
     total = 0
     for kind, numel in config.parameter_groups.items():
-        element = 4 if kind in FP32_KINDS else weight_bytes(config)
+        element = weight_bytes(config)
+        if kind in FP32_KINDS:
+            element = FP32
         total += numel * element
     return total
 
@@ -202,6 +225,7 @@ def optimizer_state(config: Config) -> dict[str, int]:
 
 
 def _numel(config: Config, group: OptimizerGroup) -> int:
+    """Elements of all parameters of a group."""
     table = parameter_table(config)
     return sum(table[name].numel for name in group.parameters)
 
@@ -227,7 +251,11 @@ def activation_bytes_per_token(
 
 
 def _kept_by_full(config: Config, layer: int, cpu: bool) -> int:
-    """The block's input, and which experts were chosen: a near tie could tip when recomputed."""
+    """The block's input, and which experts were chosen.
+
+    The choice is kept because recomputed logits may be rounded otherwise: where two experts nearly
+    tie, the backward pass could use another one than the forward pass.
+    """
     block_input = compute_bytes(config) * config.d_model
     return block_input + _chosen_experts(config, layer, cpu)
 
@@ -236,15 +264,16 @@ def _kept_by_selective(config: Config, layer: int, cpu: bool) -> int:
     """The outputs of attention and of most matmuls (see model.py for the choice)."""
     element = compute_bytes(config)
     d_model = config.d_model
-    # the block's input, queries and keys as projected, attention's output; values and the output
-    # projection are recomputed
+    # d_model wide, 3: the block's input, queries as projected, attention's output.
+    # kv_width wide, 1: keys as projected. Values and the output projection are recomputed.
     kept = element * (3 * d_model + _kv_width(config))
     kept += _log_sum_exp(config)
     kept += _chosen_experts(config, layer, cpu)
     if config.is_moe(layer):
-        kept += 4 * config.num_experts  # the router's logits, the output of an fp32 matmul
+        kept += FP32 * config.num_experts  # the router's logits, the output of an fp32 matmul
     for ffn in config.feed_forwards(layer):
-        kept += element * ffn.top_k * 2 * ffn.d_ff  # output of the gate and up matmul
+        gate_up = 2 * ffn.d_ff  # the output of the gate and up matmul
+        kept += element * ffn.top_k * gate_up
         if cpu:
             # The output of the down matmul, which nothing reads any more. The compiler drops it.
             kept += element * ffn.top_k * d_model
@@ -255,22 +284,27 @@ def _kept_by_none(config: Config, layer: int) -> int:
     """Everything that the compiled backward pass reads."""
     element = compute_bytes(config)
     d_model = config.d_model
-    # d_model wide: the block's input, normalised input, queries as projected and rotated,
-    # attention's output, output projection (with the input it gives the ffn's residual again)
-    kept = element * 6 * d_model
-    # keys as projected and rotated, values
-    kept += element * 3 * _kv_width(config)
-    kept += _log_sum_exp(config) + _norm_statistics(config)
+    # d_model wide, 6: the block's input, its normalised input, queries as projected and as rotated,
+    # attention's output, and the output projection. (The residual stream before the ffn is not
+    # kept: it is the block's input plus the output projection.)
+    # kv_width wide, 3: keys as projected and as rotated, and values.
+    kept = element * (6 * d_model + 3 * _kv_width(config))
+    kept += _log_sum_exp(config)
+    kept += _norm_statistics(config)
     for ffn in config.feed_forwards(layer):
-        # Each expert that a token is sent to has its own copy of: the input (normalised; routed
-        # rows are the copies), the gate and up matmul's output, the hidden row that down reads.
-        kept += element * ffn.top_k * (d_model + 2 * ffn.d_ff + ffn.d_ff)
+        # Each expert that a token is sent to has its own copy of three rows: the normalised input
+        # (the copies are what dispatch makes), the output of the gate and up matmul, and the hidden
+        # row that the down matmul reads.
+        gate_up = 2 * ffn.d_ff
+        hidden = ffn.d_ff
+        kept += element * ffn.top_k * (d_model + gate_up + hidden)
     if config.is_moe(layer):
         kept += _chosen_experts(config, layer, cpu=False)
-        # fp32 logits; their softmax's maximum and sum and the z-loss's log-sum-exp
-        kept += 4 * config.num_experts + 3 * 4
-        # of each chosen expert the weight (fp32), and the sort indices and their inverse (int64)
-        kept += config.top_k * (4 + 8 + 8)
+        # The router's logits; the maximum and the sum of their softmax, and the z-loss's
+        # log-sum-exp.
+        kept += FP32 * (config.num_experts + 3)
+        # Of each chosen expert: its weight, its entry of the sort indices and of their inverse.
+        kept += config.top_k * (FP32 + 2 * INT64)
     return kept
 
 
@@ -279,18 +313,20 @@ def _kept_by_none_on_cpu(config: Config, layer: int) -> int:
     element = compute_bytes(config)
     d_model = config.d_model
     kv_width = _kv_width(config)
-    # Each norm keeps its input and its normalised input in fp32: two of the residual stream, one
-    # of queries, one of keys.
-    kept = (4 + 4) * (3 * d_model + kv_width)
-    # d_model wide: normalised input of the projections, rotated queries, attention's output;
-    # kv_width wide: rotated keys, values
+    # Each norm keeps two tensors in fp32, its input and its normalised input. There are two norms
+    # of the residual stream and one of queries, d_model wide, and one of keys, kv_width wide.
+    kept = 2 * FP32 * (3 * d_model + kv_width)
+    # d_model wide, 3: the projections' normalised input, rotated queries, attention's output.
+    # kv_width wide, 2: rotated keys, values.
     kept += element * (3 * d_model + 2 * kv_width)
-    kept += _log_sum_exp(config) + _norm_statistics(config)
+    kept += _log_sum_exp(config)
+    kept += _norm_statistics(config)
     for ffn in config.feed_forwards(layer):
-        # d_ff wide: gate, up, silu(gate), and the hidden row that down reads
+        # d_ff wide: gate, up, silu(gate), and the hidden row that the down matmul reads.
         hidden_rows = 4
         if ffn.kind == "experts":
-            hidden_rows += 1  # before it is multiplied by the router's weight
+            hidden_rows += 1  # the hidden row before it is multiplied by the router's weight
+        # The ffn's normalised input is d_model wide.
         kept += element * ffn.top_k * (d_model + hidden_rows * ffn.d_ff)
     if config.is_moe(layer):
         kept += _routing_on_cpu(config)
@@ -298,53 +334,57 @@ def _kept_by_none_on_cpu(config: Config, layer: int) -> int:
 
 
 def _routing_on_cpu(config: Config) -> int:
-    # the router's input in fp32
-    kept = 4 * config.d_model
-    # fp32 logits and probabilities; a mask (bool) of all experts for each chosen one
-    kept += (4 + 4 + config.top_k) * config.num_experts
-    # of each chosen expert the weight twice, by token and sorted (fp32), and the sort indices and
-    # their inverse (int64)
-    kept += (2 * 4 + 2 * 8) * config.top_k
-    # the sum of the chosen probabilities and the z-loss's log-sum-exp, fp32
-    return kept + 2 * 4
+    """Bytes that eager autograd keeps of a token's routing."""
+    router_input = FP32 * config.d_model
+    # Logits and probabilities; for each chosen expert a mask of all experts, a byte (bool) each.
+    all_experts = config.num_experts * (2 * FP32 + config.top_k)
+    # Of each chosen expert: its weight twice, by token and sorted, and its entry of the sort
+    # indices and of their inverse.
+    chosen_experts = config.top_k * (2 * FP32 + 2 * INT64)
+    # The sum of the chosen probabilities, and the z-loss's log-sum-exp.
+    sums = 2 * FP32
+    return router_input + all_experts + chosen_experts + sums
 
 
 def _chosen_experts(config: Config, layer: int, cpu: bool) -> int:
-    """The router's top-k: indices (int64). On a CPU its values (fp32) are kept with them."""
+    """Bytes of the router's top-k: its indices (int64), and on a CPU its values (fp32) too."""
     if not config.is_moe(layer):
         return 0
-    each = 8 + 4 if cpu else 8
+    each = INT64
+    if cpu:
+        each += FP32
     return each * config.top_k
 
 
 def _kv_width(config: Config) -> int:
+    """The width of a token's keys, and of its values."""
     return config.n_kv_heads * config.head_dim
 
 
 def _log_sum_exp(config: Config) -> int:
-    """Of attention's softmax, one fp32 number a head."""
-    return 4 * config.n_heads
+    """The log-sum-exp of attention's softmax: one fp32 number for each head."""
+    return FP32 * config.n_heads
 
 
 def _norm_statistics(config: Config) -> int:
-    """1 / rms in fp32: of the two norms, and of each head of queries and keys."""
-    return 4 * (2 + config.n_heads + config.n_kv_heads)
+    """1 / rms in fp32: for each of the block's two norms, and each head of queries and keys."""
+    return FP32 * (2 + config.n_heads + config.n_kv_heads)
 
 
 # ---------------------------------------------------------------- what a backward pass needs
 
 
 def backward_bytes(config: Config, layer: int, tokens: int, cpu: bool) -> int:
-    """What the backward pass of a block needs beyond what is kept and recomputed.
+    """Bytes that the backward pass of a block needs beyond what is kept and recomputed.
 
     The peak lies in the feed-forward part, where the widest tensors and the largest weights are.
     Gradients of weights count here although they have room of their own: a micro-batch's gradient
     is a tensor by itself until it is added to the sum.
     """
-    row = compute_bytes(config) * config.d_model * tokens
-    # gradients of the residual stream: of the block's output, on its way through the ffn, and of
-    # the ffn's normalised input
-    residual_stream = 3 * row
+    stream = compute_bytes(config) * config.d_model * tokens  # one tensor, d_model wide
+    # Three gradients are as wide as the residual stream: that of the block's output, the one that
+    # is on its way through the ffn, and that of the ffn's normalised input.
+    residual_stream = 3 * stream
     if cpu:
         return residual_stream + _ffn_backward_on_cpu(config, layer, tokens)
     return residual_stream + _ffn_backward(config, layer, tokens)
@@ -353,57 +393,66 @@ def backward_bytes(config: Config, layer: int, tokens: int, cpu: bool) -> int:
 def _ffn_backward(config: Config, layer: int, tokens: int) -> int:
     """The larger of two moments, in a compiled graph, which holds its results to the end.
 
-    Early: gradients of a network's gate and up outputs (2 hidden), and down's weight gradient. In
-    16 bits a kernel does SwiGLU's backward pass, and the hidden rows' gradient is gone by then; in
-    fp32 it is there too (3 hidden).
+    Early: the gradients of gate and up (2 hidden) of the network that the pass is in, and the
+    gradient of its down weight. In 16 bits one kernel does SwiGLU's backward pass, and the hidden
+    rows' gradient is freed by then. In fp32 it is there too (3 hidden).
 
-    Late: all three weight gradients, and three rows of the attention's backward pass. The kept
-    outputs (gate, up, hidden) are used up by then, and their room counts against it.
+    Late: the gradients of all three weights, and three tensors of the attention's backward pass,
+    d_model wide. The kept gate, up and hidden rows have been freed by then, and count against
+    these.
     """
-    row = compute_bytes(config) * config.d_model * tokens
-    gradients_of_hidden = 2 if compute_bytes(config) == 2 else 3
+    stream = compute_bytes(config) * config.d_model * tokens
+    gradients_of_hidden = 3
+    if compute_bytes(config) == 2:
+        gradients_of_hidden = 2
     finished = 0
     peak = 0
     for ffn in reversed(config.feed_forwards(layer)):
         hidden = _hidden_bytes(config, ffn, tokens)
         weight = _ffn_weight_bytes(config, ffn)
-        peak = max(peak, finished + gradients_of_hidden * hidden + weight)
+        early = finished + gradients_of_hidden * hidden + weight
+        peak = max(peak, early)
         finished += 3 * weight - 3 * hidden
-    return max(peak, finished + 3 * row)
+    late = finished + 3 * stream
+    return max(peak, late)
 
 
 def _ffn_backward_on_cpu(config: Config, layer: int, tokens: int) -> int:
     """The larger of two moments. Eager autograd adds each weight's gradient to the sum at once.
 
     SwiGLU: the hidden rows' gradient and two that follow from it; in 16 bits two of them are also
-    there in fp32 (2 hidden in fp32, 5 in 16 bits, both measured).
-    Weights: the gradient of gate and up, which are one parameter.
+    there in fp32. Measured: 2 hidden in fp32, 5 in 16 bits.
+
+    Weights: the gradient of gate and up, which are one parameter (2 weights).
     """
-    gradients_of_hidden = 2 if compute_bytes(config) == 4 else 5
+    gradients_of_hidden = 5
+    if compute_bytes(config) == 4:
+        gradients_of_hidden = 2
     peak = 0
     for ffn in config.feed_forwards(layer):
-        hidden = _hidden_bytes(config, ffn, tokens)
-        weight = _ffn_weight_bytes(config, ffn)
-        peak = max(peak, gradients_of_hidden * hidden, 2 * weight)
+        swiglu = gradients_of_hidden * _hidden_bytes(config, ffn, tokens)
+        gate_and_up = 2 * _ffn_weight_bytes(config, ffn)
+        peak = max(peak, swiglu, gate_and_up)
     return peak
 
 
 def _hidden_bytes(config: Config, ffn: FeedForward, tokens: int) -> int:
-    """The hidden rows of a network, d_ff wide, of every expert that a token is sent to."""
+    """Bytes of a network's hidden rows, d_ff wide: one for each expert that a token is sent to."""
     return compute_bytes(config) * ffn.d_ff * ffn.top_k * tokens
 
 
 def _ffn_weight_bytes(config: Config, ffn: FeedForward) -> int:
-    """One of a network's three weights (gate, up, down), of all experts."""
+    """Bytes of one of a network's three weights (gate, up, down), of all experts."""
     return ffn.num_experts * ffn.d_ff * config.d_model * weight_bytes(config)
 
 
 def _gradients_under_way(layer: int, host_gradients: list[int]) -> int:
-    """Sums of gradients on their way between host and GPU, in the backward pass of `layer`.
+    """Bytes of gradients on their way between host and GPU, in the backward pass of `layer`.
 
+    Gradients are summed over micro-batches, and the sums of the first blocks lie in host memory.
     The backward pass goes from the last block to the first. The sums of this block and of the next
     one (layer - 1) have been fetched, and those of the two blocks before (layer + 1, layer + 2) may
-    still be leaving.
+    still be leaving: four blocks at most.
     """
     if layer >= len(host_gradients):
         return 0
@@ -414,37 +463,40 @@ def _gradients_under_way(layer: int, host_gradients: list[int]) -> int:
 
 
 def loss_bytes(config: Config, tokens: int, cpu: bool) -> int:
-    """Head and cross-entropy, a chunk of tokens at a time, with the gradients of both."""
+    """Bytes of head and cross-entropy with the gradients of both, a chunk of tokens at a time."""
     if cpu:
         return _loss_bytes_on_cpu(config, tokens)
     element = compute_bytes(config)
     head = config.vocab_size * config.d_model
-    # the last norm's output and its gradient
-    needed = 2 * element * tokens * config.d_model
-    # the head's gradient, summed over chunks in fp32, and a copy of the head in the compute dtype:
-    # the gradient that is handed on, or with fp32 weights the one that matmuls read
-    needed += (4 + element) * head
-    # Of a chunk's logits at most three tensors in fp32: the logits, and two of the softmax.
-    return needed + 3 * 4 * _chunk_logits(config, tokens)
+    # The last norm's output and its gradient.
+    norm_output = 2 * element * tokens * config.d_model
+    # The head's gradient is summed over chunks in fp32. There is also a copy in the compute dtype:
+    # of the sum, to be handed on, or with fp32 weights of the head, for the matmuls to read.
+    head_gradient = (FP32 + element) * head
+    # Three tensors at most: a chunk's logits, and two of the softmax.
+    logits = 3 * FP32 * _chunk_logits(config, tokens)
+    return norm_output + head_gradient + logits
 
 
 def _loss_bytes_on_cpu(config: Config, tokens: int) -> int:
     element = compute_bytes(config)
     head = config.vocab_size * config.d_model
-    logits = _chunk_logits(config, tokens)
-    # the last norm's input and normalised input in fp32, its output and the output's gradient
-    needed = (4 + 4 + 2 * element) * tokens * config.d_model
-    # the head's gradient, summed over chunks in fp32
-    needed += 4 * head
-    # logits in fp32; in 16 bits also as the matmul gives them
-    needed += 4 * logits
+    chunk_logits = _chunk_logits(config, tokens)
+    # The last norm's input and normalised input in fp32; its output and the output's gradient.
+    last_norm = (2 * FP32 + 2 * element) * tokens * config.d_model
+    # The head's gradient, summed over chunks.
+    head_gradient = FP32 * head
+    # A chunk's logits in fp32; in 16 bits also as the matmul gives them.
+    logits = FP32 * chunk_logits
     if element == 2:
-        needed += 2 * logits
-    # an fp32 temporary of the softmax, or afterwards the chunk's part of the head's gradient
-    return needed + 4 * max(logits, head)
+        logits += element * chunk_logits
+    # A temporary of the softmax or, afterwards, the chunk's part of the head's gradient.
+    temporary = FP32 * max(chunk_logits, head)
+    return last_norm + head_gradient + logits + temporary
 
 
 def _chunk_logits(config: Config, tokens: int) -> int:
+    """The number of logits that exist at a time."""
     return min(tokens, LOSS_CHUNK) * config.vocab_size
 
 
@@ -452,9 +504,9 @@ def _chunk_logits(config: Config, tokens: int) -> int:
 
 
 def optimizer_bytes(config: Config, offload: bool, cpu: bool) -> float:
-    """What the optimizer step needs beyond what stays: the most that one of the groups needs.
+    """Bytes that the optimizer step needs beyond what stays.
 
-    The groups are updated one after the other.
+    The groups are updated one after the other, so it is the most that one of them needs.
     """
     peak: float = 0
     for group in optimizer_groups(config).values():
@@ -467,11 +519,11 @@ def optimizer_bytes(config: Config, offload: bool, cpu: bool) -> float:
 
 
 def _matrix_group_bytes(config: Config, group: OptimizerGroup, offload: bool, cpu: bool) -> float:
-    """A bucket of whole matrices and the Gram matrices of their shorter sides (Muon).
+    """Bytes of a bucket of whole matrices and of the Gram matrices of their shorter sides (Muon).
 
-    Sizes are those of a feed-forward network's matrices. Of networks of several widths the widest
-    need not take the most: a bucket may hold one matrix of it, or several of a narrower one, each
-    with Gram matrices of its own.
+    The matrices of feed-forward networks are the largest. Of networks of several widths, the widest
+    need not take the most: a bucket may hold one matrix of the widest, or several of a narrower
+    one, each with Gram matrices of its own. So every width is tried.
     """
     needed: float = 0
     for d_ff in _ffn_widths(config):
@@ -482,46 +534,56 @@ def _matrix_group_bytes(config: Config, group: OptimizerGroup, offload: bool, cp
 def _matrix_bucket_bytes(
     config: Config, group: OptimizerGroup, d_ff: int, offload: bool, cpu: bool
 ) -> float:
-    """What a bucket of the matrices of a network of this width takes."""
+    """Bytes that a bucket of matrices [d_ff, d_model] takes."""
     d_model = config.d_model
+    # Elements of a matrix. A network narrower than d_model is not the largest: attention's matrices
+    # are [d_model, d_model].
     matrix = d_model * max(d_ff, d_model)
-    gram = min(d_model, d_ff) ** 2
-    bucket = min(max(OPTIMIZER_BUCKET // matrix, 1) * matrix, _numel(config, group))
+    matrices_at_once = max(OPTIMIZER_BUCKET // matrix, 1)
+    bucket = min(matrices_at_once * matrix, _numel(config, group))
+    # Elements of a Gram matrix for each element of its matrix.
+    gram_share = min(d_model, d_ff) ** 2 / matrix
     if cpu:
-        needed = _orthogonalization_on_cpu(config, group, bucket, matrix, gram)
+        needed = _orthogonalization_on_cpu(config, group, bucket, gram_share)
     elif config.split_masters:
-        # 16-bit: the matrices as they come and orthogonalised, and four Gram matrices of each
-        needed = bucket * (2 + 2 + 4 * 2 * gram / matrix)
+        # In fp16: the matrices as they come and orthogonalised, 2 bytes each, and about four Gram
+        # matrices of each (gram, polynomial, product of polynomials, the result of a matmul).
+        needed = bucket * (2 + 2 + 4 * 2 * gram_share)
     else:
-        # fp32, not fused: six copies of the matrices
-        needed = bucket * 6 * 4
+        # In fp32, not fused: six copies of the matrices.
+        needed = bucket * 6 * FP32
     if offload:
         needed += bucket * _bytes_under_way(config, group)
     return needed
 
 
 def _orthogonalization_on_cpu(
-    config: Config, group: OptimizerGroup, bucket: int, matrix: int, gram: int
+    config: Config, group: OptimizerGroup, bucket: int, gram_share: float
 ) -> float:
-    """The larger of two moments of the step; matrices of one shape are worked on together."""
+    """Bytes at the larger of two moments of the step, all in fp32.
+
+    `bucket` is in elements. `gram_share` is the elements of a Gram matrix for each element of its
+    matrix. Only matrices of one shape are worked on together.
+    """
     together = min(bucket, _most_of_a_shape(config, group))
-    # fp32: three copies of the matrices, and two and a half Gram matrices of each (measured)
-    orthogonalizing = together * (3 * 4 + 10 * gram / matrix)
-    # fp32: the matrices as they come and orthogonalised, while a parameter is updated
+    # Three copies of the matrices, and two and a half Gram matrices of each (measured).
+    orthogonalizing = together * FP32 * (3 + 2.5 * gram_share)
+    # The matrices as they come and orthogonalised, while one parameter after the other is updated.
     updated = min(together, _largest_parameter(config, group))
-    updating = 2 * 4 * together + _cpu_update_bytes(config) * updated
+    updating = 2 * FP32 * together + _cpu_update_bytes(config) * updated
     return max(orthogonalizing, updating)
 
 
 def _bytes_under_way(config: Config, group: OptimizerGroup) -> int:
-    """For each element of a bucket, the offloaded state that is on the GPU at the same time."""
+    """Bytes of offloaded state on the GPU at the same time, for each element of a bucket."""
     state = group.state_bytes_per_element
     if config.split_masters:
         state += LOW_BITS_BYTES
-    # this bucket's, those of two buckets on their way in, and of one on its way out
+    # The state of four buckets: the one that is updated, two on their way in, one on its way out.
     under_way = 4 * state
     if config.host_gradient_blocks:
-        # Gradients come with the state of this bucket and of two on their way in, and none leave.
+        # Gradients come in with the state, and none leave. So they are there for three buckets: the
+        # one that is updated, and two on their way in.
         under_way = max(under_way, 3 * (state + weight_bytes(config)))
     return under_way
 
@@ -529,7 +591,7 @@ def _bytes_under_way(config: Config, group: OptimizerGroup) -> int:
 def _elementwise_group_bytes(
     config: Config, group: OptimizerGroup, offload: bool, cpu: bool
 ) -> int:
-    """A bucket of elements that are updated one by one (AdamW)."""
+    """Bytes of a bucket of elements that are updated one by one (AdamW)."""
     numel = _numel(config, group)
     if cpu:
         updated = min(OPTIMIZER_BUCKET, _largest_parameter(config, group))
@@ -537,18 +599,23 @@ def _elementwise_group_bytes(
     elif config.split_masters:
         needed = 0  # one fused kernel, in place
     else:
-        needed = 4 * 4 * min(OPTIMIZER_BUCKET, numel)  # four temporaries in fp32
+        needed = 4 * FP32 * min(OPTIMIZER_BUCKET, numel)  # four temporaries
     if offload:
-        # Four buckets under way, as of matrices. The low bits are counted in fp32 too, where there
-        # are none: a little too much.
+        # Four buckets, as in _bytes_under_way. Low bits are counted in fp32 too, where there are
+        # none: the prediction is a little too high there.
         under_way = min(4 * OPTIMIZER_BUCKET, numel)
         needed += (group.state_bytes_per_element + LOW_BITS_BYTES) * under_way
     return needed
 
 
 def _cpu_update_bytes(config: Config) -> int:
-    """Every step of the update's arithmetic is a tensor, a parameter at a time."""
-    return CPU_UPDATE_BYTES[config.precision if config.split_masters else "fp32"]
+    """CPU_UPDATE_BYTES of this configuration.
+
+    Every step of the update's arithmetic makes a tensor as large as the parameter.
+    """
+    if config.split_masters:
+        return CPU_UPDATE_BYTES[config.precision]
+    return CPU_UPDATE_BYTES["fp32"]
 
 
 def _ffn_widths(config: Config) -> set[int]:
@@ -561,15 +628,17 @@ def _ffn_widths(config: Config) -> set[int]:
 
 
 def _largest_parameter(config: Config, group: OptimizerGroup) -> int:
+    """Elements of the group's largest parameter; 0 for an empty group."""
     table = parameter_table(config)
     return max((table[name].numel for name in group.parameters), default=0)
 
 
 def _most_of_a_shape(config: Config, group: OptimizerGroup) -> int:
-    """Elements of the matrices of one shape (rows, columns): of the shape that has the most."""
+    """Elements of all matrices of one shape (rows, columns), for the shape that has the most."""
     table = parameter_table(config)
-    elements: dict[tuple[int, ...], int] = {}
+    elements_of: dict[tuple[int, ...], int] = {}
     for name in group.parameters:
         rows_columns = table[name].shape[-2:]
-        elements[rows_columns] = elements.get(rows_columns, 0) + table[name].numel
-    return max(elements.values(), default=0)
+        elements_of.setdefault(rows_columns, 0)
+        elements_of[rows_columns] += table[name].numel
+    return max(elements_of.values(), default=0)
