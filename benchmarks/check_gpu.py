@@ -348,10 +348,10 @@ class FullWidth(NamedTuple):
 
 
 def run_full_width(precision: str, checkpointing: str) -> FullWidth:
-    """A dense and an MoE block of `18b` with the loss, compiled three times over, beside plain
-    ones.
+    """Compares compiled gradients with plain ones: a dense and an MoE block of `18b`, and the loss.
 
-    The kernels for large shapes are not those for small ones. It runs in a process of its own.
+    The compiled blocks compute them three times, and the largest error counts. The kernels for
+    large shapes are not those for small ones. It runs in a process of its own.
     """
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -529,7 +529,11 @@ def _output_and_gradients(
     layout: Callable[[Tensor], Tensor],
     upstream_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Of `function` for random gradients from above, rounded to `upstream_dtype` (the inputs')."""
+    """The output of `function`, and the gradient of each input.
+
+    The gradient that comes in from above is random. It is rounded to `upstream_dtype`, which is the
+    inputs' dtype unless given.
+    """
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     output = function(*leaves)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
@@ -592,7 +596,10 @@ def check_fused_optimizers(device: torch.device) -> Checks:
 def _optimizer_steps(
     kind: type[Muon | AdamW], dtype: torch.dtype, fused: bool, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Masters and moments after three steps, on weights of very different sizes."""
+    """The fp32 masters and the moments after three steps of an optimizer.
+
+    The weights are of very different sizes, from 1 down to 1e-7.
+    """
     torch.manual_seed(0)
     parameters = {}
     for name, shape in dict(wide=(256, 512), tall=(512, 256), bank=(2, 2, 256, 128)).items():

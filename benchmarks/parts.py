@@ -198,7 +198,11 @@ def _choices(config: Config, tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _send_tokens_to(chosen: tuple[Tensor, Tensor], x: Tensor, num_experts: int) -> Tensor:
-    """x with first features that make the router choose these experts for each token."""
+    """A copy of x whose first `num_experts` features make the router choose these experts.
+
+    The router of `_moe_layer` takes these features as its logits: 8 for a token's first expert, 7
+    for its second, and 0 for the others.
+    """
     routed = x.detach().clone().flatten(0, 1)
     routed[:, :num_experts] = 0
     position = torch.arange(len(routed))
