@@ -52,12 +52,13 @@ RESTART = 2
 
 
 def newton_schulz(x: Tensor) -> Tensor:
-    """Orthogonalizes each matrix of x [n, rows, columns], about: U S V^T becomes U V^T.
+    """Orthogonalizes each matrix of x [n, rows, columns] approximately: U S V^T becomes U V^T.
 
-    Singular values must not exceed 1. This holds for a matrix of Frobenius norm 1.
+    Singular values must not exceed 1. A matrix of Frobenius norm 1 has no larger ones.
     """
+    # Of x x^T and x^T x, the one on the shorter side of x is smaller.
     tall = x.shape[-2] > x.shape[-1]
-    if tall:  # the Gram matrix is cheapest on the shorter side
+    if tall:
         x = x.mT
     for a, b, c in NEWTON_SCHULZ:
         # gram = U S^2 U^T, so (a I + b gram + c gram^2) x = U (a S + b S^3 + c S^5) V^T
@@ -80,29 +81,38 @@ def gram_newton_schulz(x: Tensor) -> Tensor:
     All these matrices are polynomials of one symmetric matrix: they commute, and their products are
     symmetric. `symmetric_matmul` computes one triangle, which is half the work.
 
-    Rounding breaks this in the end. Its errors are relative to the largest eigenvalue of gram;
-    each step multiplies small eigenvalues, and the errors among them, by up to a^2 = 12. Once an
-    eigenvalue is negative, which no x x^T has, the steps drive it away from zero without bound.
-    So the product is applied after RESTART steps, and gram is computed from x again. With that,
-    fp16 is as exact here as bf16 in the standard form. bf16, with 8 bits instead of 11, is too
-    coarse for the Gram form. The range of fp16 is enough: no entry exceeds a^3 = 41, as the
-    singular values of x are at most 1.2.
+    Why x is multiplied, and gram computed from x again, after RESTART steps:
+
+    - The eigenvalues of an exact gram are squares of singular values, and not negative. Rounding
+      errors of the size of its largest eigenvalue, times the precision, may make small eigenvalues
+      negative.
+    - A step multiplies a small singular value by a, so it multiplies a small eigenvalue, and its
+      error, by a^2 = 3.4445^2 = 12. The steps drive a negative eigenvalue away from zero without
+      bound. Few steps in a row leave the errors small, and a gram computed from x has new ones.
+
+    Why fp16: with the restart it is as exact here as bf16 in the standard form. bf16, with 8 bits
+    of mantissa instead of 11, is too coarse for the Gram form. The range of fp16 is enough. At most
+    three steps run in a row, each P is at most about a, and so no entry of their product exceeds
+    a^3 = 41. The singular values of x are at most 1.2.
     """
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     for coefficients in (NEWTON_SCHULZ[:RESTART], NEWTON_SCHULZ[RESTART:]):
         gram = symmetric_matmul(x, x)
-        product = None
+        product_of_p = None
         for step, (a, b, c) in enumerate(coefficients):
-            polynomial = symmetric_matmul(gram, gram, alpha=c, add=gram, beta=b, diagonal=a)
-            if product is None:
-                product = polynomial
+            # P = a I + b gram + c gram gram
+            p = symmetric_matmul(gram, gram, alpha=c, add=gram, beta=b, diagonal=a)
+            if product_of_p is None:
+                product_of_p = p
             else:
-                product = symmetric_matmul(polynomial, product)
-            if step + 1 < len(coefficients):  # nobody reads the gram matrix after the last step
-                gram = symmetric_matmul(polynomial, symmetric_matmul(gram, polynomial))
-        x = torch.bmm(product, x)
+                product_of_p = symmetric_matmul(p, product_of_p)
+            # The gram of the last step would not be used.
+            if step + 1 < len(coefficients):
+                # One expression, so that gram P has no name and is freed at once
+                gram = symmetric_matmul(p, symmetric_matmul(gram, p))
+        x = torch.bmm(product_of_p, x)
     if tall:
         x = x.mT
     return x
@@ -125,15 +135,19 @@ def nesterov_direction(
 ) -> Tensor:
     """Updates the momentum and writes the Nesterov direction, divided by its norm, to `out`.
 
-    All are [..., rows, columns]. Returns whether each matrix has a gradient, [..., 1, 1]: one whose
-    gradient is exactly zero keeps its momentum.
+    gradient, momentum and out are [..., rows, columns]. Returns booleans [..., 1, 1]: whether a
+    matrix is active, which is that its gradient is not exactly zero. A matrix that is not active
+    keeps its momentum.
     """
     active = (gradient != 0).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
     gradient = gradient.float() * grad_scale
     new_momentum = gradient + mu * momentum
     direction = gradient + mu * new_momentum
-    # Divided in fp32, before the rounding to 16 bits, in which small gradients would vanish
-    norm = direction.square().sum(dim=-1, keepdim=True).sum(dim=-2, keepdim=True).sqrt()
+    # The Frobenius norm of each matrix. Divided in fp32, before `out` rounds to 16 bits: in 16 bits
+    # small gradients would vanish.
+    row_squares = direction.square().sum(dim=-1, keepdim=True)
+    norm = row_squares.sum(dim=-2, keepdim=True).sqrt()
+    # not 0 / 0 where the gradient and the momentum are zero
     out.copy_(direction / norm.clamp(min=1e-30))
     momentum.copy_(torch.where(active, new_momentum, momentum))
     return active
@@ -147,8 +161,12 @@ def muon_update(
     lr: Tensor,
     decay: Tensor,
 ) -> None:
-    """master <- (1 - decay) master - lr update, where `active`, on the fp32 masters of `weight`."""
+    """master <- (1 - decay) master - lr update, for the fp32 masters of the active matrices.
+
+    weight and update are [n, rows, columns], active [n, 1, 1].
+    """
     master = read_master(weight, state)
+    # `active` is 0 or 1: with 0 the master stays as it is.
     write_master(master * (1 - decay * active) - update.float() * (lr * active), weight, state)
 
 
@@ -245,17 +263,19 @@ def adamw_update(
     lr: Tensor,
     decay: Tensor,
 ) -> None:
-    """One AdamW step in fp32 on the masters of `weight`; `corrections` are 1 - beta^steps.
+    """One AdamW step in fp32 on the masters of `weight`. All tensors are flat.
 
-    The moments are running means of the gradient and of its square. They start at zero, so after t
-    steps their weights sum to 1 - beta^t only, which the corrections make up for.
+    The moments are running means of the gradient (beta 0) and of its square (beta 1). They start at
+    zero, so after t steps the weights of a mean add up to 1 - beta^t instead of 1. `corrections`
+    are these two sums: a moment is divided by its own.
     """
     gradient = gradient.float() * grad_scale
     state["exp_avg"].lerp_(gradient, 1 - betas[0])
     state["exp_avg_sq"].mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
     # eps is added after the root, as in PyTorch and the paper.
     denominator = (state["exp_avg_sq"] / corrections[1]).sqrt() + eps
-    # One expression, so that its temporaries are freed before the master is encoded
+    # (1 - decay) master - lr m / (sqrt(v) + eps), with the corrected moments m and v. One
+    # expression, so that its temporaries are freed before the master is encoded.
     master = read_master(weight, state) * (1 - decay) - lr / corrections[0] * (
         state["exp_avg"] / denominator
     )
@@ -306,7 +326,9 @@ class AdamW:
         lr = scalar(lr, device)
         for bucket in self.state.buckets():
             for weight, gradient, state in bucket:
-                decay = matrix_decay if weight.ndim > 1 else vector_decay
+                decay = vector_decay
+                if weight.ndim > 1:
+                    decay = matrix_decay
                 self.adamw_update(
                     weight.flatten(),
                     gradient.flatten(),
@@ -359,19 +381,26 @@ def build_optimizers(
 
 
 def scalar(value: float, device: torch.device) -> Tensor:
-    """A number as a tensor: a compiled function is compiled anew for each new Python number."""
+    """A number as a 0-d tensor.
+
+    torch.compile would compile a function again for each new value of a Python number.
+    """
     return torch.full((), value, device=device)
 
 
 def compile_elementwise(function, dynamic: bool = False):
-    """Fuses elementwise operations to one or two kernels: per shape, or with `dynamic` for all."""
+    """Compiles a function of elementwise operations: they become one or two kernels.
+
+    There is a set of kernels for each shape, or with `dynamic` one for all shapes.
+    """
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options=COMPILE_OPTIONS)
 
 
 def compile_for_any_number(function):
-    """`compile_elementwise` for tensors [n, rows, columns] with a kernel for each rows and columns.
+    """`compile_elementwise` for tensors [n, rows, columns], with one kernel for all n.
 
-    n may be any number: buckets hold different numbers of matrices. n = 1 has a kernel of its own.
+    Buckets hold different numbers n of matrices, and each rows and columns have their own kernel.
+    n = 1 has a kernel of its own: torch.compile does not make a dimension of 1 dynamic.
     """
     compiled = compile_elementwise(function)
 

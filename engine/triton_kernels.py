@@ -1,9 +1,10 @@
 """Triton kernels, each beside the reference version in plain PyTorch that it computes faster.
 
-A public function takes its kernel where one runs, and else the reference: on CPUs, in fp32, and
-without Triton. benchmarks/check_gpu.py holds the kernels against the references in float64.
+A public function calls its kernel where the kernel can run. Elsewhere it calls the reference: on
+CPUs, in fp32, and without Triton. benchmarks/check_gpu.py compares the kernels with the references
+in float64.
 
-Here too: the settings under which torch.compile makes kernels, and which attention is taken.
+It also has the settings of torch.compile, and the order in which attention kernels are tried.
 """
 
 import contextlib
@@ -89,7 +90,7 @@ def symmetric_matmul(
 def symmetric_matmul_reference(
     a: Tensor, b: Tensor, alpha: float, add: Tensor | None, beta: float, diagonal: float
 ) -> Tensor:
-    """`symmetric_matmul` in full, for any device and dtype."""
+    """`symmetric_matmul` for any device and dtype. It computes both triangles."""
     if add is None:
         out = torch.bmm(a, b.mT) * alpha
     else:
@@ -212,7 +213,7 @@ def qk_norm_rope_reference(x: Tensor, weight: Tensor, angles: Tensor, eps: float
 
 @torch.library.custom_op("engine::qk_norm_rope", mutates_args=())
 def _qk_norm_rope(x: Tensor, weight: Tensor, angles: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the result, and 1 / rms [B, S, H] for the backward pass."""
+    """Returns the result [B, S, H, hd], and 1 / rms [B, S, H] for the backward pass."""
     x = x.contiguous()
     out = torch.empty_like(x)
     inverse_rms = x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -307,8 +308,13 @@ if triton is not None:
         DIM: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        """A program computes ROWS rows [ROWS, DIM]. x is contiguous, [B, S, H, DIM]: row r is of
-        head r % H at position r // H % S."""
+        """A program computes ROWS rows of out.
+
+        x and out are contiguous, [B, S, H, DIM], with H `heads` and S `positions`. A row is one
+        head of one token, and there are B S H `rows`: row r is of head r % H, at position
+        (r // H) % S. angles are [S, DIM / 2, 2]: a position has DIM numbers, with cosine and sine
+        of each angle side by side.
+        """
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, DIM)
         row_exists = row < rows
@@ -319,9 +325,12 @@ if triton is not None:
         weight = tl.load(weight_ptr + column)[None, :]
         inverse_rms = tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)
         normal = x * inverse_rms[:, None] * weight
-        normal = normal.to(out_ptr.dtype.element_ty).to(tl.float32)  # rounded as by a module
+        # Rounded to 16 bits and back, as RMSNorm rounds its result before the rotation reads it.
+        normal = normal.to(out_ptr.dtype.element_ty).to(tl.float32)
 
+        # The columns 2 i and 2 i + 1 are a point, which is rotated by angle i of the position.
         even, odd = tl.split(normal.reshape(ROWS, DIM // 2, 2))
+        # (row // heads) % positions
         position = row // heads % positions
         angles = tl.load(angles_ptr + position[:, None] * DIM + column[None, :])
         cos, sin = tl.split(angles.reshape(ROWS, DIM // 2, 2))
@@ -348,8 +357,12 @@ if triton is not None:
         ROWS: tl.constexpr,
         REPEAT: tl.constexpr,
     ):
-        """A program computes REPEAT times ROWS rows of grad_x, and what they add to the weight's
-        gradient: row program_id of partial_grad_weight, [programs, DIM]."""
+        """A program computes REPEAT * ROWS rows of grad_x, ROWS at a time.
+
+        Their sum of the weight's gradient is row program_id of partial_grad_weight,
+        [programs, DIM]. Rows are those of `_qk_norm_rope_kernel`. grad may have any layout in which
+        a head is contiguous, so its strides are given.
+        """
         column = tl.arange(0, DIM)
         weight = tl.load(weight_ptr + column)[None, :]
         grad_weight = tl.zeros((DIM,), dtype=tl.float32)
@@ -369,14 +382,17 @@ if triton is not None:
             grad_offsets = grad_row[:, None] + column[None, :]
             grad = tl.load(grad_ptr + grad_offsets, mask=mask, other=0.0).to(tl.float32)
 
-            # of the rotation: by the opposite angle, then rounded as by a module
+            # The gradient of a rotation is the rotation by the opposite angle. It is rounded to 16
+            # bits, as the rotation's backward pass would return it to the norm's.
             even, odd = tl.split(grad.reshape(ROWS, DIM // 2, 2))
             angles = tl.load(angles_ptr + position[:, None] * DIM + column[None, :])
             cos, sin = tl.split(angles.reshape(ROWS, DIM // 2, 2))
             grad = tl.join(even * cos + odd * sin, odd * cos - even * sin).reshape(ROWS, DIM)
             grad = grad.to(grad_x_ptr.dtype.element_ty).to(tl.float32)
 
-            # of the norm
+            # The norm is y = normal * weight with normal = x / rms(x). With g = grad * weight:
+            # grad_weight = sum of grad * normal over all rows,
+            # grad_x = (g - normal * mean(g * normal)) / rms(x).
             inverse_rms = tl.load(inverse_rms_ptr + row, mask=row_exists, other=0.0)[:, None]
             x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             normal = x * inverse_rms
@@ -396,8 +412,9 @@ SWIGLU_BLOCK = 2048  # columns at a time
 def swiglu(gate_up: Tensor, weights: Tensor | None = None) -> Tensor:
     """silu(gate) * up (Shazeer 2020) of rows gate_up [N, 2 F], as [N, F].
 
-    If `weights` (fp32 [N]) are given, each row is multiplied by its weight. On a GPU the backward
-    pass is one kernel, which reads and writes everything once, the weights' gradients too.
+    The first F numbers of a row are gate, the others are up. If `weights` (fp32 [N]) are given,
+    each row is multiplied by its weight. On a GPU one kernel computes the backward pass, with the
+    gradients of the weights. It reads and writes every number once.
     """
     if triton is None or not gate_up.is_cuda or gate_up.dtype == torch.float32:
         return swiglu_reference(gate_up, weights)
@@ -469,9 +486,12 @@ def _save_for_swiglu(ctx, inputs, output):
 
 
 def _swiglu_gradients(ctx, grad):
-    gate_up, weights = ctx.saved_tensors  # read once: under checkpointing a second time is an error
+    # Read once: under checkpointing, to read saved_tensors a second time is an error.
+    gate_up, weights = ctx.saved_tensors
     grad_gate_up, grad_weights = _swiglu_backward(grad, gate_up, weights)
-    return grad_gate_up, None if weights is None else grad_weights
+    if weights is None:
+        return grad_gate_up, None
+    return grad_gate_up, grad_weights
 
 
 _swiglu.register_autograd(_swiglu_gradients, setup_context=_save_for_swiglu)
@@ -483,7 +503,10 @@ if triton is not None:
     def _swiglu_kernel(
         gate_up_ptr, weights_ptr, out_ptr, width, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
     ):
-        """Program (row, block) computes BLOCK columns of one row of the output [N, width]."""
+        """Program (row, block) computes BLOCK columns of one row of the output [N, width].
+
+        A row of gate_up [N, 2 width] is `width` numbers of gate, then `width` numbers of up.
+        """
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         mask = column < width
@@ -507,8 +530,10 @@ if triton is not None:
         WEIGHTED: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """A program computes one row of grad_gate_up [N, 2 width], and the gradient of its weight:
-        a sum over the whole row."""
+        """A program computes one row of grad_gate_up [N, 2 width].
+
+        It also computes the gradient of the row's weight, which is a sum over the whole row.
+        """
         row = tl.program_id(0).to(tl.int64)
         gate_row = row * 2 * width
         up_row = (row * 2 + 1) * width
@@ -549,9 +574,9 @@ GEMV_INPUTS = 256  # inputs at a time
 def grouped_gemv(x_RI: Tensor, weight_EOI: Tensor, offs_E: Tensor) -> Tensor:
     """`linear.grouped_linear` without gradients, for the few rows that generation has: [R, O].
 
-    Each row is multiplied by its expert's weight in fp32, which is read as it lies in memory. The
-    host need not know `offs`, in any dtype: that makes it possible to record a CUDA graph. For GPUs
-    with Triton. The reference is `linear.expert_loop`.
+    Each row is multiplied by its expert's weight, with sums in fp32. The host does not read `offs`,
+    whatever the dtype, so a CUDA graph can record the call. It needs a GPU with Triton. The
+    reference is `linear.expert_loop`.
     """
     assert weight_EOI.is_contiguous()
     x_RI = x_RI.contiguous()
@@ -619,22 +644,22 @@ COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
 
 @functools.cache
 def compile_with_barriers() -> None:
-    """Lets torch.compile's kernels wait before they read what they have written.
+    """Puts a barrier before each read of what the same kernel of torch.compile has written.
 
-    A reduction over rows that are longer than a block takes two loops. The second may read back
-    what the first wrote: other threads than those that wrote it, without a barrier (torch 2.11 to
-    2.13, pytorch/pytorch issue 191433). On an H100 an MoE block's gradients were garbage, other
-    garbage each time. benchmarks/check_gpu.py looks for such kernels.
+    A reduction over rows that are longer than a block takes two loops. The second loop may read
+    what the first has written. Other threads may read a number than the one that wrote it, and
+    torch.compile puts no barrier between (torch 2.11 to 2.13, pytorch/pytorch issue 191433). On an
+    H100 the gradients of an MoE block were wrong, and differently wrong each time.
+    benchmarks/check_gpu.py looks for such kernels.
     """
-    from torch._inductor.codegen.triton import (
-        TritonKernel,
-    )  # takes a second: only who compiles pays
+    # This import takes a second, so it is not at the top of the file.
+    from torch._inductor.codegen.triton import TritonKernel
 
     load = TritonKernel.load
 
     def load_after_barrier(kernel, name, index):
         if name in kernel.store_buffer_names:
-            kernel.body.writeline("tl.debug_barrier()")  # between the loops
+            kernel.body.writeline("tl.debug_barrier()")
         return load(kernel, name, index)
 
     TritonKernel.load = load_after_barrier
