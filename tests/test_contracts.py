@@ -76,6 +76,7 @@ def test_a_plan_has_its_keys(name):
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_files_with_their_keys(tmp_path):
     old, new = OLD["files"], contracts.files_of_a_run(tmp_path)
     assert missing(old["names"], new["names"]) == []

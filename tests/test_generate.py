@@ -274,6 +274,7 @@ def test_the_command_writes_as_it_goes(saved, capsys, monkeypatch):
     assert capsys.readouterr().out == whole
 
 
+@pytest.mark.slow
 def test_the_command_writes_several_texts(saved, capsys):
     def text(*options):
         always = ["--max_new_tokens", "12", "--top_p", "0.9"]

@@ -604,6 +604,7 @@ def test_all_layers_share_one_graph_for_dense_and_one_for_moe_blocks(
     assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_graph_break_is_an_error(graphs):
     """A block that cannot be compiled whole must fail, not fall back silently."""
     model = build(n_layers=2)

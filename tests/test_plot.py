@@ -195,6 +195,7 @@ def test_smoothing():
     )
 
 
+@pytest.mark.slow
 def test_a_redrawn_plot_is_a_new_file(tmp_path):
     path = tmp_path / "c.png"
     path.write_bytes(b"old")
@@ -279,6 +280,7 @@ def test_command_line_errors(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_script_ends_without_a_traceback_and_never_imports_pyplot(tmp_path):
     """pyplot looks for a display."""
     code = f"""

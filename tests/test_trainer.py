@@ -115,6 +115,7 @@ def test_a_branch_makes_its_checkpoint_the_latest(settings, tmp_path):
     assert branch.checkpoints.last_saved_step == 2
 
 
+@pytest.mark.slow
 def test_metrics_after_a_resume_with_another_micro_batch(settings, tmp_path):
     """The sums of a half-finished interval are weighted by sequences."""
     whole = settings(log_every=4, load_balancing_scope="sequence", max_steps=4, eval_every=100)
@@ -271,6 +272,7 @@ def test_a_dense_model_has_nothing_to_balance_with_a_bias(settings):
     assert trainer.step == 2
 
 
+@pytest.mark.slow
 def test_search_for_the_scale_does_not_stop_a_run(settings):
     trainer = build(settings(precision="fp16", loss_scale=2.0**40, max_steps=1, eval_every=100))
     trainer.run()
@@ -485,6 +487,7 @@ def test_validation_loss_is_the_mean_over_its_windows(finished):
     assert rows(config, "val_loss")[-1]["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_spike_of_the_gradient_norm_names_its_parameter(settings):
     trainer = build(settings(log_every=1, eval_every=100))
     poison(trainer, 1e4, when=lambda n: n == 2 * 12)
@@ -540,7 +543,9 @@ def test_saving_by_minutes_writes_latest_alone_and_zero_switches_off(settings, t
     assert not list((tmp_path / "off").glob("*.pt"))
 
 
-@pytest.mark.parametrize("form", ["fp32", "bf16-split", "fp16-split"])
+@pytest.mark.parametrize(
+    "form", ["fp32", pytest.param("bf16-split", marks=pytest.mark.slow), "fp16-split"]
+)
 def test_load_model_decodes_the_exact_masters(settings, form):
     trainer = build(settings(max_steps=3, save_every=3, eval_every=100, **FORMS[form]))
     trainer.run()

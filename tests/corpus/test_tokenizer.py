@@ -123,6 +123,7 @@ def slow(tokenizer, texts):
     ]
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(), max_size=3))
 @example(
     [

@@ -186,6 +186,7 @@ def test_what_could_fit_is_what_a_search_of_all_candidates_finds(preset, lighter
     assert could_fit(c, machine) == choose(c, machine, fixed_batch=False)[0].fits(machine)
 
 
+@pytest.mark.slow
 def test_advice_is_never_refused_for_gradients_on_the_host():
     """They need a streamed optimizer state: advice without one takes them back, and what goes on as asked has one."""
     c = config_of("small", host_gradient_blocks=12)

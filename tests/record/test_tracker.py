@@ -63,6 +63,7 @@ def test_tensorboard(run):
     assert json.loads(written.strip("`\n")) == dataclasses.asdict(config)
 
 
+@pytest.mark.slow
 def test_tensorboard_hides_rows_past_the_checkpoint(settings):  # noqa: F811
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

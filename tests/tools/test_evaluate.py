@@ -138,6 +138,7 @@ def losses_in_windows(model, ids: list[int], length: int = 16) -> tuple[torch.Te
     return torch.cat(losses), n_right
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_for_each_token(
     measure, corpus, tmp_path
 ):
@@ -156,6 +157,7 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_for_each_token(
     )
 
 
+@pytest.mark.slow
 def test_the_table(measure, corpus, tmp_path, monkeypatch):
     write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40))
     code, out, _ = measure("--data", corpus)
@@ -179,6 +181,7 @@ def test_the_table(measure, corpus, tmp_path, monkeypatch):
     assert f"(2 others) {others:,}" in " ".join(short[4].split())
 
 
+@pytest.mark.slow
 def test_a_limit_ends_each_domain(measure, corpus, tmp_path):
     write_checkpoint(tmp_path / "checkpoint.pt", tiny_config(batch_size=40))
     _, whole, _ = measure("--data", corpus, "--json")

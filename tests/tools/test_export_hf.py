@@ -71,16 +71,18 @@ def masters(state: dict) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(moe_every=1),
+        pytest.param(dict(moe_every=1), marks=pytest.mark.slow),
         dict(moe_every=2, n_kv_heads=2),
-        dict(moe_every=3, n_layers=7, top_k=4),
-        dict(moe_every=4, n_kv_heads=1),
+        pytest.param(dict(moe_every=3, n_layers=7, top_k=4), marks=pytest.mark.slow),
+        pytest.param(dict(moe_every=4, n_kv_heads=1), marks=pytest.mark.slow),
         dict(moe_every=1, tie_embeddings=True, top_k=3, norm_topk_prob=False),
-        dict(moe_every=2, top_k=1, n_kv_heads=2, tie_embeddings=True),
-        dict(num_experts=1, top_k=1),
+        pytest.param(
+            dict(moe_every=2, top_k=1, n_kv_heads=2, tie_embeddings=True), marks=pytest.mark.slow
+        ),
+        pytest.param(dict(num_experts=1, top_k=1), marks=pytest.mark.slow),
         dict(num_experts=0, n_kv_heads=2),
-        dict(num_experts=0, tie_embeddings=True, moe_every=9),
-        dict(n_heads=16, n_kv_heads=4, rope_theta=1e6),
+        pytest.param(dict(num_experts=0, tie_embeddings=True, moe_every=9), marks=pytest.mark.slow),
+        pytest.param(dict(n_heads=16, n_kv_heads=4, rope_theta=1e6), marks=pytest.mark.slow),
         dict(rms_norm_eps=1e-3, d_ff=8, n_layers=1, moe_every=1),
         dict(num_experts=12, top_k=5, vocab_size=300, max_seq_len=100),
     ],
@@ -131,7 +133,9 @@ def per_expert_names(c: Config) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize(
+    "precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow), "fp32"]
+)
 def test_weights_are_the_exact_masters_or_rounded_from_them(export, tmp_path, precision):
     config = tiny_config(precision=precision, num_experts=2)
     state = write_checkpoint(tmp_path / "checkpoint.pt", config)
