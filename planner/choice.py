@@ -40,26 +40,36 @@ class Choice:
     memory_gb: dict[str, float]
     lighter_blocks: int = 0
 
+    @property
+    def device_gb(self) -> float:
+        """Memory of the device that trains. What is offloaded to the host is not in it."""
+        return self.memory_gb["total"]
+
+    @property
+    def offloaded_gb(self) -> float:
+        """Host memory of what is offloaded; 0 without offload."""
+        return self.memory_gb["host"]
+
     def fits(self, machine: Machine) -> bool:
-        total = self.memory_gb["total"]
-        host = self.memory_gb["host"]
-        if machine.name is None:  # on a CPU all of it is host memory
-            return total + host <= machine.usable_gb
-        return total <= machine.usable_gb and host <= machine.usable_host_gb
+        """Whether the machine has room for the choice: on its GPU and, for offload, its host."""
+        if machine.name is None:  # a CPU: device and host are the same memory
+            return self.device_gb + self.offloaded_gb <= machine.usable_gb
+        on_gpu = self.device_gb <= machine.usable_gb
+        on_host = self.offloaded_gb <= machine.usable_host_gb
+        return on_gpu and on_host
 
     def shortage(self, machine: Machine) -> str:
         """What does not fit, in words; empty when everything does."""
         if self.fits(machine):
             return ""
-        total = self.memory_gb["total"]
-        host = self.memory_gb["host"]
         if machine.name is None:
-            return _needed_and_usable(total, machine.usable_gb)
+            return _needed_and_usable(self.device_gb, machine.usable_gb)
         short = []
-        if total > machine.usable_gb:
-            short.append("the GPU: " + _needed_and_usable(total, machine.usable_gb))
-        if host > machine.usable_host_gb:
-            short.append("the host: " + _needed_and_usable(host, machine.usable_host_gb))
+        if self.device_gb > machine.usable_gb:
+            short.append("the GPU: " + _needed_and_usable(self.device_gb, machine.usable_gb))
+        if self.offloaded_gb > machine.usable_host_gb:
+            needed = _needed_and_usable(self.offloaded_gb, machine.usable_host_gb)
+            short.append("the host: " + needed)
         return "; ".join(short)
 
     def options(self, config: Config) -> str:

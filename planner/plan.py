@@ -101,18 +101,19 @@ def memory_table(
     labels = COMPONENTS | {group.memory_key: group.label for group in groups.values()}
     digits = 2 if predicted["total"] >= 10 else 3
 
-    def cell(sizes: dict[str, float], key: str) -> str:
-        return f"{sizes[key]:.{digits}f}" if key in sizes else "-"
-
-    def row(label: str, key: str) -> list[str]:
-        cells = [label, cell(predicted, key)]
-        if measured:
-            cells.append(cell(measured, key))
-        return cells
-
     header = ["Component", "Predicted (GB)"]
+    columns = [predicted]
     if measured:
         header.append("Measured (GB)")
+        columns.append(measured)
+
+    def row(label: str, key: str) -> list[str]:
+        """The cells of a line: its label, then the size `key` of each column; "-" if unknown."""
+        cells = [label]
+        for sizes in columns:
+            cells.append(f"{sizes[key]:.{digits}f}" if key in sizes else "-")
+        return cells
+
     rows = [header]
     for key in predicted:
         if key not in ("total", "host"):
@@ -120,9 +121,6 @@ def memory_table(
     rows.append(row("Total", "total"))
 
     # A CPU's measured sizes have no total: only what stays is known exactly.
-    columns = [predicted]
-    if measured:
-        columns.append(measured)
     if capacity_gb and "total" in columns[-1]:
         left = [f"{capacity_gb - sizes['total']:.{digits}f}" for sizes in columns]
         rows.append(["Headroom", *left])
