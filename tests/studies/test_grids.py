@@ -273,7 +273,7 @@ def test_the_weight_of_one_expert_is_not_normalised():
         grids.runs(BASE, "two", TOKENS, [1], top_k=2)[0],
     )
     assert one.changes["norm_topk_prob"] is False and "norm_topk_prob" not in two.changes
-    with pytest.raises(ConfigError, match="never learns"):
+    with pytest.raises(ConfigError, match="would never learn"):
         grids.runs(BASE, "one", TOKENS, [1], top_k=1, norm_topk_prob=True)
 
 
