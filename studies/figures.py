@@ -43,7 +43,7 @@ from studies.grids import ADAMW_RATES, EQUAL_TIME, LONG_WARMUPS, QUARTER, WEIGHT
 
 LOSS = "validation loss (nats per token)"
 # Colour and marker of each mode of activation checkpointing
-MODES = dict(none=(BLUE, "o"), selective=(GREEN, "^"), full=(ORANGE, "s"))
+MODE_STYLES = dict(none=(BLUE, "o"), selective=(GREEN, "^"), full=(ORANGE, "s"))
 # Label, colour and marker of each kind of model in the scaling study
 DENSE_AND_MOE = dict(dense=("dense", ORANGE, "s"), moe=("top-2 of 8", BLUE, "o"))
 
@@ -65,10 +65,19 @@ def draw(results: dict, path: Path) -> None:
     draw_panels(figure, results)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        _, labels = axes.get_legend_handles_labels()
-        if labels:
-            axes.legend(frameon=False, fontsize=7 if len(labels) > 4 else 8)
+        _add_legend(axes)
     write_figure(figure, path)
+
+
+def _add_legend(axes: Axes) -> None:
+    """Adds a legend if the axes have labels, in a smaller font if they have many."""
+    _, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return
+    fontsize = 8
+    if len(labels) > 4:
+        fontsize = 7
+    axes.legend(frameon=False, fontsize=fontsize)
 
 
 def _missing_groups(results: dict) -> set[str]:
@@ -80,29 +89,32 @@ def _missing_groups(results: dict) -> set[str]:
             failed_runs.append(run)
         else:
             finished.add(run["group"])
-    # Groups of which no run finished
-    failed = {run["group"] for run in failed_runs} - finished
+    failed = {run["group"] for run in failed_runs}
+    without_result = failed - finished  # groups of which no run finished
 
     study = results["study"]
     if study in ("routing", "scaling"):
-        # All groups are needed, and of the speeds both measurements.
-        return failed | {run["group"] for run in failed_runs if run["group"].startswith(SPEED)}
+        # All groups are needed. A speed needs both of its measurements.
+        failed_speeds = {group for group in failed if group.startswith(SPEED)}
+        return without_result | failed_speeds
     if study == "checkpointing":
-        # That something does not fit is a result.
+        # That a run does not fit is a result. That it diverged is not.
         return {run["group"] for run in failed_runs if run["failed"] == "diverged"}
     if study == "optimizer":
         # A learning rate of a sweep may diverge, as long as others of its optimizer do not.
-        speed_failed = any(group.startswith(SPEED) for group in failed)
-        both_finished = _any_of(finished, "muon") and _any_of(finished, "adamw")
-        if speed_failed or not both_finished:
-            return failed
-        return set()
+        speed_failed = any(group.startswith(SPEED) for group in without_result)
+        muon_finished = _any_of(finished, "muon")
+        adamw_finished = _any_of(finished, "adamw")
+        if muon_finished and adamw_finished and not speed_failed:
+            return set()
+        return without_result
     if finished:
         return set()
-    return failed
+    return without_result
 
 
 def _any_of(groups: set[str], optimizer: str) -> bool:
+    """Whether one of the groups is of the optimizer."""
     return any(group.startswith(f"{optimizer}, ") for group in groups)
 
 
@@ -132,7 +144,8 @@ def _points(
 ) -> None:
     """Single runs as points, and a line through their means.
 
-    `runs_at` has the runs by x. An x without runs, or with runs that have no value, is left out.
+    `runs_at` has the runs by x; `key` names their value. An x without runs, or with runs that have
+    no such value, is left out.
     """
     x_of_means = []
     means = []
@@ -159,12 +172,14 @@ def _shade(span: Callable, low: float, high: float, label: str) -> None:
 def _shade_undecided_from_lowest(span: Callable, found: Groups, label: str) -> None:
     """Shades the means that do not differ significantly from the lowest mean."""
     resolution = typical_resolution(found)
-    if resolution < math.inf:
-        lowest = min(mean(runs) for runs in found.values())
-        _shade(span, lowest, lowest + resolution, label)
+    if resolution == math.inf:
+        return
+    lowest = min(mean(runs) for runs in found.values())
+    _shade(span, lowest, lowest + resolution, label)
 
 
 def _grid(axes: Axes) -> None:
+    """Light grid lines behind the points."""
     axes.grid(color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
 
@@ -172,7 +187,8 @@ def _grid(axes: Axes) -> None:
 def _room_above(axes: Axes, share: float) -> None:
     """Makes room for the legend: `share` of the present height is added at the top."""
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + share * (high - low))
+    height = high - low
+    axes.set_ylim(low, high + share * height)
 
 
 def _without_legend(several: Sequence[Axes]) -> None:
@@ -198,13 +214,16 @@ def _losses(figure: Figure, results: dict) -> None:
         axes.set_xlabel("tokens/s")
 
     for row, runs in enumerate(found.values()):
-        _scatter(axes, [run[key] for run in runs], [row] * len(runs), BLUE)
+        values = [run[key] for run in runs]
+        rows = [row] * len(runs)
+        _scatter(axes, values, rows, BLUE)
         axes.plot(mean(runs, key), row, "|", color=BLUE, markersize=14)
     if key == "val_loss":
         _shade_undecided_from_lowest(axes.axvspan, found, "means not told from the lowest")
-    axes.set_yticks(range(len(found)), list(found))
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    figure.set_size_inches(8, 1.2 + 0.3 * len(found))
+    num_rows = len(found)
+    axes.set_yticks(range(num_rows), list(found))
+    axes.set_ylim(num_rows - 0.5, -0.5)  # the first row at the top
+    figure.set_size_inches(8, 1.2 + 0.3 * num_rows)
     _grid(axes)
 
 
@@ -223,45 +242,60 @@ def _draw_sweeps(axes: Axes, results: dict) -> None:
     """Final loss over the peak learning rate that a sweep varied."""
     found = groups(results)
     sweeps = swept(found, "muon") + swept(found, "adamw")
-
-    def line(same: dict, field: str, label: str, colour: str, marker: str) -> None:
-        """Draws the groups that have the changes `same`, over their learning rate `field`.
-
-        A value of None stands for a field that the groups do not change.
-        """
-        runs_at = {}
-        for runs in sweeps:
-            changes = runs[0]["changes"]
-            if all(changes.get(key) == value for key, value in same.items()):
-                runs_at[changes[field]] = runs
-        _points(axes, dict(sorted(runs_at.items())), "val_loss", label, colour, marker)
-
-    warmups = (None, *LONG_WARMUPS)  # None is the base's
-    styles = [(ORANGE, "s"), (RED, "D"), (PINK, "v"), (SKY, "P")]
-    for warmup, (colour, marker) in zip(warmups, styles):
-        same = dict(optimizer="adamw", warmup_fraction=warmup)
-        shown = warmup
-        if warmup is None:
-            shown = base_config(results).warmup_fraction
-        line(same, "adamw_lr", f"AdamW alone, warm-up {shown:.0%}", colour, marker)
+    _draw_adamw_sweeps(axes, sweeps, base_config(results).warmup_fraction)
 
     adamw_lr = ADAMW_RATES[1]  # that of AdamW beside Muon while Muon's is swept
-    same = dict(optimizer="muon", adamw_lr=adamw_lr)
-    line(same, "muon_lr", f"Muon's rate, its AdamW's {adamw_lr:g}", BLUE, "o")
+    runs_at = _by_rate(sweeps, "muon_lr", dict(optimizer="muon", adamw_lr=adamw_lr))
+    label = f"Muon's rate, its AdamW's {adamw_lr:g}"
+    _points(axes, runs_at, "val_loss", label, BLUE, "o")
 
     best_muon_lr = best_runs(found, "muon")[0]["changes"]["muon_lr"]
-    same = dict(optimizer="muon", muon_lr=best_muon_lr)
-    line(same, "adamw_lr", f"its AdamW's rate, Muon's {best_muon_lr:g}", GREEN, "^")
+    runs_at = _by_rate(sweeps, "adamw_lr", dict(optimizer="muon", muon_lr=best_muon_lr))
+    label = f"its AdamW's rate, Muon's {best_muon_lr:g}"
+    _points(axes, runs_at, "val_loss", label, GREEN, "^")
 
-    axes.set(xscale="log", xlabel="peak learning rate", ylabel="final loss (nats per token)")
-    every_second = _rates_tried(sweeps)[::2]
-    axes.set_xticks(every_second, [f"{rate:g}" for rate in every_second], fontsize=7)
+    axes.set(
+        xscale="log",
+        xlabel="peak learning rate",
+        ylabel="final loss (nats per token)",
+    )
+    every_second = _rates_tried(sweeps)[::2]  # labels of all rates would overlap
+    names = [f"{rate:g}" for rate in every_second]
+    axes.set_xticks(every_second, names, fontsize=7)
     axes.xaxis.set_minor_locator(NullLocator())
     losses = []
     for runs in sweeps:
         losses += [run["val_loss"] for run in runs]
-    room_for_legend = 0.6 * (max(losses) - min(losses))
-    axes.set_ylim(top=max(losses) + room_for_legend)
+    highest = max(losses)
+    room_for_legend = 0.6 * (highest - min(losses))
+    axes.set_ylim(top=highest + room_for_legend)
+
+
+def _draw_adamw_sweeps(axes: Axes, sweeps: list[Runs], base_warmup: float) -> None:
+    """A line for each warm-up that AdamW alone was tried with, `base_warmup` first."""
+    styles = [(ORANGE, "s"), (RED, "D"), (PINK, "v"), (SKY, "P")]
+    warmups = [None, *LONG_WARMUPS]  # None: these groups do not change the base's warm-up
+    for warmup, (colour, marker) in zip(warmups, styles):
+        same = dict(optimizer="adamw", warmup_fraction=warmup)
+        runs_at = _by_rate(sweeps, "adamw_lr", same)
+        shown = warmup
+        if warmup is None:
+            shown = base_warmup
+        label = f"AdamW alone, warm-up {shown:.0%}"
+        _points(axes, runs_at, "val_loss", label, colour, marker)
+
+
+def _by_rate(sweeps: list[Runs], field: str, same: dict) -> dict[float, Runs]:
+    """The groups that have the changes `same`, by their learning rate `field`, ascending.
+
+    A value of None in `same` stands for a field that the groups do not change.
+    """
+    runs_at = {}
+    for runs in sweeps:
+        changes = runs[0]["changes"]
+        if all(changes.get(key) == value for key, value in same.items()):
+            runs_at[changes[field]] = runs
+    return dict(sorted(runs_at.items()))
 
 
 def _rates_tried(sweeps: list[Runs]) -> list[float]:
@@ -281,20 +315,34 @@ def _draw_best_curves(axes: Axes, found: Groups) -> None:
         ("muon", "Muon with AdamW", BLUE),
         ("adamw", "AdamW alone", ORANGE),
     ):
-        for seed, run in enumerate(best_runs(found, name)):
+        label_once = f"{label}, best rates"
+        for run in best_runs(found, name):
             tokens, losses = np.array(run["validation"]).T
-            label_once = f"{label}, best rates" if seed == 0 else None
             axes.plot(tokens, losses, color=colour, linewidth=1.1, label=label_once)
+            label_once = None  # the legend names the first seed only
     target = mean(best_runs(found, "adamw"))
-    axes.axhline(target, color="0.5", linewidth=0.8, linestyle="--", label="where AdamW alone ends")
+    axes.axhline(
+        target,
+        color="0.5",
+        linewidth=0.8,
+        linestyle="--",
+        label="where AdamW alone ends",
+    )
     if shorter(found):
         _draw_shorter_runs(axes, found)
     _draw_smaller_steps(axes, found)
 
-    lowest = min(run["val_loss"] for runs in found.values() for run in runs)
+    losses = []
+    for runs in found.values():
+        losses += [run["val_loss"] for run in runs]
+    lowest = min(losses)
     # The curves begin far above their ends: most of that is cut off, so that the ends show.
-    top = target + 2.5 * max(0.4, target - lowest)
-    axes.set(xlabel="tokens", ylabel=LOSS, ylim=(lowest - 0.1, top))
+    shown_above_target = 2.5 * max(0.4, target - lowest)
+    axes.set(
+        xlabel="tokens",
+        ylabel=LOSS,
+        ylim=(lowest - 0.1, target + shown_above_target),
+    )
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
@@ -305,9 +353,7 @@ def _draw_shorter_runs(axes: Axes, found: Groups) -> None:
     is linear in the logarithm of the tokens.
     """
     for runs in shorter(found):
-        tokens = [run["tokens"] for run in runs]
-        losses = [run["val_loss"] for run in runs]
-        _scatter(axes, tokens, losses, BLUE)
+        _draw_ends(axes, runs, BLUE, "o", alpha=0.8, markersize=4.5)
     of_all_lengths = [*shorter(found), best_runs(found, "muon")]
     lengths = [runs[0]["tokens"] for runs in of_all_lengths]
     means = [mean(runs) for runs in of_all_lengths]
@@ -321,17 +367,24 @@ def _draw_shorter_runs(axes: Axes, found: Groups) -> None:
 
 def _draw_smaller_steps(axes: Axes, found: Groups) -> None:
     """The ends of the runs with a quarter of the batch, at their best learning rates."""
-    label = "either's end in 4 times the steps"
     drawn = False
     for name, colour in (("muon", BLUE), ("adamw", ORANGE)):
-        if swept(found, QUARTER + name):
-            runs = best_runs(found, QUARTER + name)
-            tokens = [run["tokens"] for run in runs]
-            losses = [run["val_loss"] for run in runs]
-            axes.plot(tokens, losses, "x", color=colour, markersize=5)
-            drawn = True
+        if not swept(found, QUARTER + name):
+            continue
+        runs = best_runs(found, QUARTER + name)
+        _draw_ends(axes, runs, colour, "x", markersize=5)
+        drawn = True
     if drawn:
+        # An empty line gives both optimizers one row of the legend.
+        label = "either's end in 4 times the steps"
         axes.plot([], [], "x", color="0.4", markersize=5, label=label)
+
+
+def _draw_ends(axes: Axes, runs: Runs, colour: str, marker: str, **style) -> None:
+    """The final loss of each run over its tokens."""
+    tokens = [run["tokens"] for run in runs]
+    losses = [run["val_loss"] for run in runs]
+    axes.plot(tokens, losses, marker, color=colour, **style)
 
 
 # ---------------------------------------------------------------- routing
@@ -346,7 +399,11 @@ def _routing(figure: Figure, results: dict) -> None:
         # Equal FLOPs are those of top-2, so its runs at equal tokens stand in both lines.
         runs_at[2] = found.get("top-2, equal tokens", [])
         _points(loss, runs_at, "val_loss", kind, colour, marker)
-    loss.set(xlabel="experts a token, of 8", ylabel=LOSS, xticks=top_ks)
+    loss.set(
+        xlabel="experts a token, of 8",
+        ylabel=LOSS,
+        xticks=top_ks,
+    )
     resolution = typical_resolution(found)
     if resolution < math.inf:
         _draw_resolution(loss, resolution)
@@ -354,7 +411,11 @@ def _routing(figure: Figure, results: dict) -> None:
     speeds = timed(results)
     speed_at = {k: speeds[f"top-{k}"] for k in top_ks}
     _points(speed, speed_at, "tokens_per_second", None, GREEN)
-    speed.set(xlabel="experts a token, of 8", ylabel="tokens/s", xticks=top_ks)
+    speed.set(
+        xlabel="experts a token, of 8",
+        ylabel="tokens/s",
+        xticks=top_ks,
+    )
     speed.set_ylim(0, 1.08 * speed.dataLim.ymax)
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (loss, speed):
@@ -381,8 +442,11 @@ def _draw_resolution(axes: Axes, resolution: float) -> None:
 def _balance(figure: Figure, results: dict) -> None:
     found = {}
     for name, runs in groups(results).items():
-        # load_entropy is near 1, so its distance from 1 is what a logarithmic axis can show.
-        found[name] = [run | dict(unevenness=1 - run["load_entropy"]) for run in runs]
+        found[name] = []
+        for run in runs:
+            # load_entropy is near 1, so its distance from 1 is what a logarithmic axis can show.
+            unevenness = 1 - run["load_entropy"]
+            found[name].append(run | dict(unevenness=unevenness))
     loss, unevenness, share = figure.subplots(1, 3)
     _draw_balancing(loss, found, "val_loss", LOSS)
     _draw_balancing(unevenness, found, "unevenness", "1 - load entropy (0: even)")
@@ -408,19 +472,21 @@ def _draw_balancing(axes: Axes, found: Groups, key: str, label: str) -> None:
         for x, weight in enumerate(WEIGHTS, 1):
             runs_at[x] = found.get(f"{scope}, weight {weight:g}", [])
         _points(axes, runs_at, key, f"loss, scope {scope}", colour, marker)
+    x_of_bias = len(WEIGHTS) + 1
     for name, x, words, colour, marker in (
         ("none", 0, "no balancing", RED, "v"),
-        ("bias", len(WEIGHTS) + 1, "bias instead of a loss", GREEN, "D"),
+        ("bias", x_of_bias, "bias instead of a loss", GREEN, "D"),
     ):
         values = [run[key] for run in found.get(name, [])]
         _scatter(axes, [x] * len(values), values, colour, marker, words, size=5)
 
     axes.set(xlabel="weight of the balancing loss", ylabel=label)
-    powers = []
+    names = ["none"]
     for weight in WEIGHTS:
         exponent = round(math.log10(weight))
-        powers.append(f"$10^{{{exponent}}}$")
-    axes.set_xticks(range(len(WEIGHTS) + 2), ["none", *powers, "bias"], fontsize=8)
+        names.append(f"$10^{{{exponent}}}$")  # such as $10^{-4}$, which matplotlib typesets
+    names.append("bias")
+    axes.set_xticks(range(len(names)), names, fontsize=8)
     _grid(axes)
 
 
@@ -482,8 +548,10 @@ def _draw_differences(axes: Axes, results: dict) -> None:
 
     axes.axhline(0, color="0.4", linewidth=0.8)
     if resolution < math.inf:
-        _shade(axes.axhspan, -resolution, resolution, "means undecided at equal tokens")
-    axes.set_xticks(range(len(sizes)), [size.replace(" x ", "\n× ") for size in sizes])
+        label = "means undecided at equal tokens"
+        _shade(axes.axhspan, -resolution, resolution, label)
+    names = [size.replace(" x ", "\n× ") for size in sizes]
+    axes.set_xticks(range(len(sizes)), names)
     _room_above(axes, 0.55)
     axes.set(xlabel="layers × width", ylabel="loss of the MoE - dense (nats)")
 
@@ -493,7 +561,8 @@ def _differences_by_seed(a: Runs, b: Runs) -> list[float]:
     differences = []
     for run in a:
         for other in b:
-            if run["changes"]["seed"] == other["changes"]["seed"]:
+            same_seed = run["changes"]["seed"] == other["changes"]["seed"]
+            if same_seed:
                 differences.append(run["val_loss"] - other["val_loss"])
     return differences
 
@@ -503,24 +572,26 @@ def _differences_by_seed(a: Runs, b: Runs) -> list[float]:
 
 def _checkpointing(figure: Figure, results: dict) -> None:
     """A row for each number of layers: peak memory and speed, over the micro-batch."""
-    fitted, _ = micro_batches(results)
+    fitted = micro_batches(results).fitted
     depths = sorted({layers for layers, _ in fitted})
     batches = set()
     for runs_at in fitted.values():
         batches |= runs_at.keys()
-    x_limits = (0.8 * min(batches), 1.25 * max(batches))
+    smallest = min(batches)
+    x_limits = (0.8 * smallest, 1.25 * max(batches))  # the same in all rows
     rows = figure.subplots(len(depths), 2, squeeze=False)
     for (memory, speed), depth in zip(rows, depths):
-        by_mode = {mode: fitted.get((depth, mode), {}) for mode in MODES}
-        ticks = _marked_batches(list(by_mode.values()), smallest=min(batches))
+        by_mode = {mode: fitted.get((depth, mode), {}) for mode in MODE_STYLES}
+        ticks = _marked_batches(list(by_mode.values()), smallest)
+        names = [str(batch) for batch in ticks]
         _draw_modes(memory, by_mode, "peak_gb", f"{depth} layers: peak memory (GB)")
         _draw_modes(speed, by_mode, "tokens_per_second", f"{depth} layers: tokens/s")
         speed.yaxis.set_major_formatter(EngFormatter(sep=""))
         for axes in (memory, speed):
             axes.set_xlim(x_limits)
-            axes.set_xticks(ticks, [str(batch) for batch in ticks])
+            axes.set_xticks(ticks, names)
             axes.xaxis.set_minor_locator(NullLocator())
-    for axes in figure.axes[-2:]:
+    for axes in figure.axes[-2:]:  # the lowest row
         axes.set_xlabel("sequences in a micro-batch")
     _without_legend(figure.axes[1:])
     figure.set_size_inches(8, 2.8 * len(depths))
@@ -529,7 +600,7 @@ def _checkpointing(figure: Figure, results: dict) -> None:
 def _draw_modes(axes: Axes, by_mode: dict[str, dict[int, Runs]], key: str, label: str) -> None:
     """The value `key` over the micro-batch, a line for each mode."""
     for mode, runs_at in by_mode.items():
-        colour, marker = MODES[mode]
+        colour, marker = MODE_STYLES[mode]
         _points(axes, dict(sorted(runs_at.items())), key, mode, colour, marker)
     axes.set(xscale="log", ylabel=label)
     axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
@@ -537,15 +608,18 @@ def _draw_modes(axes: Axes, by_mode: dict[str, dict[int, Runs]], key: str, label
 
 
 def _marked_batches(of_modes: list[dict[int, Runs]], smallest: int) -> list[int]:
-    """The micro-batches that the axis names.
+    """The micro-batches that the axis names, ascending. `of_modes` has each mode's runs by them.
 
-    These are the smallest and the largest one that fit with all modes, where the modes are
-    compared, and the largest one that fits with any mode. If none fits with all modes, `smallest`
-    stands in for the first two.
+    The modes are compared at the smallest and at the largest micro-batch that fit with all of them,
+    so both are named; `smallest` is named if none fits with all. The largest micro-batch that fits
+    with any mode is named too.
     """
-    common = set.intersection(*(set(runs_at) for runs_at in of_modes)) or {smallest}
-    largest = max(max(runs_at) for runs_at in of_modes if runs_at)
-    return sorted({min(common), max(common), largest})
+    fitting = [set(runs_at) for runs_at in of_modes]
+    with_all = set.intersection(*fitting)
+    with_any = set.union(*fitting)
+    if not with_all:
+        with_all = {smallest}
+    return sorted({min(with_all), max(with_all), max(with_any)})
 
 
 # ---------------------------------------------------------------- specialization
@@ -567,13 +641,15 @@ def _draw_information_by_layer(axes: Axes, analyses: list[dict]) -> None:
     `analyses` has one analysis for each seed; all but the first are dotted.
     """
     first = analyses[0]
+    other_seeds = analyses[1:]
     layers = np.array(first["layers"]) + 1
     last = len(first["steps"]) - 1
+    colour_map = colormaps["viridis"]
     for number, step in enumerate(first["steps"]):
+        colour = colour_map(0.9 * number / last)  # the map's last tenth is too light
         bits = step["kind"]["bits"]
-        colour = colormaps["viridis"](0.9 * number / last)  # its last tenth is too light
         axes.plot(layers, bits, color=colour, linewidth=1.1, label=_moment(step))
-        for other in analyses[1:]:
+        for other in other_seeds:
             bits = other["steps"][number]["kind"]["bits"]
             axes.plot(layers, bits, ":", color=colour, linewidth=1.1)
     chance = first["steps"][last]["kind"]["shuffled_most"]
@@ -584,9 +660,13 @@ def _draw_information_by_layer(axes: Axes, analyses: list[dict]) -> None:
         for step in analysis["steps"]:
             most_bits = max(most_bits, *step["kind"]["bits"])
     title = "By layer"
-    if len(analyses) > 1:
+    if other_seeds:
         title += " (dotted: the second seed)"
-    axes.set(xlabel="layer", ylabel="bits that the expert says of the kind", title=title)
+    axes.set(
+        xlabel="layer",
+        ylabel="bits that the expert says of the kind",
+        title=title,
+    )
     axes.set_ylim(0, 1.6 * most_bits)  # with room for the legend
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _grid(axes)
@@ -603,10 +683,12 @@ def _moment(step: dict) -> str:
 def _draw_information_by_kind(axes: Axes, experts: dict) -> None:
     """How much the experts of each token kind differ from those of all tokens, by layer."""
     occurring = _occurring(experts["kind_tokens"])
-    columns = []
+    by_layer = []
     for counts in experts["kind_table"]:
-        columns.append(divergence_from_average(counts)[occurring])
-    image = axes.imshow(np.array(columns).T, cmap="cividis", vmin=0, aspect="auto")
+        divergences = divergence_from_average(counts)
+        by_layer.append(divergences[occurring])
+    bits = np.array(by_layer).T  # [kinds, layers]
+    image = axes.imshow(bits, cmap="cividis", vmin=0, aspect="auto")
     names = [experts["kinds"][kind] for kind in occurring]
     layers = [layer + 1 for layer in experts["layers"]]
     _label_map(axes, image, names, layers, "bits that the kind says of the expert")
@@ -620,24 +702,42 @@ def _draw_experts_of(axes: Axes, experts: dict, label: str) -> None:
     from a quarter to four times. `label` is "kind" or "domain".
     """
     layer = sharpest_layer(experts, label)
-    counts = np.array(experts[f"{label}_table"][layer], float)
+    counts = np.array(experts[f"{label}_table"][layer], float)  # [experts, labels]
     occurring = _occurring(experts[f"{label}_tokens"])
-    share = expert_shares(counts)[occurring]
-    share_of_all_tokens = counts.sum(1) / counts.sum()
+    share = expert_shares(counts)[occurring]  # [labels that occur, experts]
+    share_of_all_tokens = counts.sum(1) / counts.sum()  # [experts]
     with np.errstate(divide="ignore"):  # a share of 0 gives -inf, which clip makes -2
         doublings = np.log2(share / share_of_all_tokens).clip(-2, 2)
     image = axes.imshow(doublings, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
-    for (row, column), part in np.ndenumerate(share):
-        is_dark = abs(doublings[row, column]) > 1.4
-        colour = "white" if is_dark else "black"
-        percent = f"{100 * part:.0f}"
-        axes.text(column, row, percent, ha="center", va="center", fontsize=7, color=colour)
+    _write_percentages(axes, share, doublings)
     names = [experts[f"{label}s"][index] for index in occurring]
-    numbers = range(1, share.shape[1] + 1)
+    num_experts = share.shape[1]
+    numbers = range(1, num_experts + 1)
     bar = _label_map(axes, image, names, numbers, "times the expert's share of all choices")
-    bar.set_ticks(range(-2, 3), labels=["≤ ¼", "½", "1", "2", "≥ 4"])
-    title = f"{label.capitalize()}s in layer {experts['layers'][layer] + 1}"
-    axes.set(xlabel="expert (in the cells: % of the row)", title=title)
+    bar.set_ticks(range(-2, 3), labels=["≤ ¼", "½", "1", "2", "≥ 4"])  # 2 to the power of each
+    layer_number = experts["layers"][layer] + 1
+    axes.set(
+        xlabel="expert (in the cells: % of the row)",
+        title=f"{label.capitalize()}s in layer {layer_number}",
+    )
+
+
+def _write_percentages(axes: Axes, share: np.ndarray, doublings: np.ndarray) -> None:
+    """Writes each share into its cell of the heat map, whose colours are `doublings`."""
+    for (row, column), part in np.ndenumerate(share):
+        # The colours at both ends of the map are dark.
+        colour = "black"
+        if abs(doublings[row, column]) > 1.4:
+            colour = "white"
+        axes.text(
+            column,
+            row,
+            f"{100 * part:.0f}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=colour,
+        )
 
 
 def _occurring(tokens: list[int]) -> list[int]:
@@ -650,8 +750,9 @@ def _label_map(axes: Axes, image, rows: Sequence[str], columns: Sequence[int], l
 
     `image` is what imshow returned; `label` says what the colours mean.
     """
+    column_names = [str(column) for column in columns]
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    axes.set_xticks(range(len(columns)), [str(column) for column in columns], fontsize=8)
+    axes.set_xticks(range(len(column_names)), column_names, fontsize=8)
     axes.tick_params(length=0)
     bar = axes.figure.colorbar(image, ax=axes, label=label, fraction=0.06, pad=0.02)
     bar.outline.set_visible(False)

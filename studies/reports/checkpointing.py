@@ -2,7 +2,7 @@
 
 from benchmarks.tables import table
 from studies.analysis import Runs, mean, mean_and_spread, micro_batches, speed_ratios
-from studies.figures import MODES
+from studies.grids import MODES
 from studies.reports.shared import UNKNOWN, value
 
 
