@@ -193,16 +193,20 @@ class _Sweeps:
 
     def losses(self, tried: Iterable[dict], prefix: str = "") -> list[float] | None:
         """The final validation loss with each of the changes; inf where the run diverged."""
-        found = []
+        labels = []
         for changes in tried:
             group = prefix + _optimizer_name(changes)
             (run,) = runs(self.base, group, self.tokens, [self.seed], **changes)
+            labels.append(run.label)
             if run not in self.wanted:
                 self.wanted.append(run)
-            found.append(self.found.get(run.label))
-        if any(result is None for result in found):
-            return None
-        return [result.get("val_loss", math.inf) for result in found]
+        losses = []
+        for label in labels:
+            if label not in self.found:
+                return None
+            result = self.found[label]
+            losses.append(result.get("val_loss", math.inf))
+        return losses
 
     def best_rate(self, field: str, rates: Sequence[float], **changes) -> dict | None:
         """`changes` together with the best value of the learning rate `field`.
@@ -259,20 +263,25 @@ class _Sweeps:
     def best_in_smaller_steps(self, best: dict) -> dict | None:
         """The best changes with a quarter of the batch; `best` are those of the whole batch.
 
-        All learning rates are multiplied by the same factor. None if the batch has no quarter.
+        All learning rates are multiplied by the same factor: a sweep over each of them would take
+        too many runs. None also if the batch has no quarter.
         """
         quarter_batch = quarter(self.base)
         if not quarter_batch:
             return None
-        warmups: list[dict] = [{}]
+        warmups: list[dict] = [{}]  # the base's warm-up, which is not changed
         if "warmup_fraction" in best:
+            # With 4 times as many steps a shorter warm-up may suffice, so the shortest of the long
+            # ones is tried beside the best one.
             fractions = sorted({LONG_WARMUPS[0], best["warmup_fraction"]})
             warmups = [dict(warmup_fraction=fraction) for fraction in fractions]
-        fields = [field for field in ("muon_lr", "adamw_lr") if field in best]
         tried = []
         for warmup in warmups:
             for factor in QUARTER_RATES:
-                rates = {field: factor * best[field] for field in fields}
+                rates = {}
+                for field in ("muon_lr", "adamw_lr"):
+                    if field in best:
+                        rates[field] = factor * best[field]
                 tried.append(best | quarter_batch | warmup | rates)
         losses = self.losses(tried, QUARTER)
         if losses is None:
@@ -283,22 +292,27 @@ class _Sweeps:
 def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
     """Is Muon worth it here?
 
-    Muon with AdamW is compared with AdamW alone. The learning rates of each are swept with one
-    seed: Muon's first, then that of the AdamW beside it. A sweep continues past its three rates
-    if the best is the lowest or the highest. A short warm-up may hold AdamW back, so AdamW
-    alone is tried with longer ones too, as long as they help. The best of each gets the other
-    seeds. Muon also runs for a quarter and for half of the tokens, each with a whole schedule:
-    with how many tokens does it reach AdamW's loss? And both run in 4 times as many steps of a
-    quarter of the batch, at these rates and at lower and higher ones, AdamW also with the
-    shortest of the long warm-ups: is Muon better because the steps are few?
+    Muon with AdamW is compared with AdamW alone.
+
+    The learning rates of each are swept with one seed: Muon's first, then that of the AdamW beside
+    it. A sweep continues past its three rates if the best is the lowest or the highest. A short
+    warm-up may hold AdamW back, so AdamW alone is tried with longer ones too, as long as they help.
+    The best of each gets the other seeds.
+
+    With how many tokens does Muon reach AdamW's loss? It also runs for a quarter and for half of
+    the tokens, each with a whole schedule.
+
+    Is Muon better because the steps are few? Both also run in 4 times as many steps of a quarter of
+    the batch. There the best rates are multiplied by several factors, and AdamW is tried with the
+    shortest of the long warm-ups too.
     """
     sweeps = _Sweeps(base, tokens, seeds[0], found)
     adamw = sweeps.best_adamw()
     muon = sweeps.best_muon()
-    wanted = sweeps.wanted
+    wanted = sweeps.wanted  # the sweeps add to this list too
     other_seeds = seeds[1:]
     for best in (adamw, muon):
-        if best is None:
+        if best is None:  # its sweep has not finished
             continue
         wanted += runs(base, _optimizer_name(best), tokens, other_seeds, **best)
         best_of_quarter = sweeps.best_in_smaller_steps(best)
@@ -331,7 +345,8 @@ def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     timed = []
     wanted = []
     for k in (1, 2, 3, 4):
-        # The base has a norm_topk_prob already, which was derived from its own top_k.
+        # The base's norm_topk_prob was derived from its own top_k, so it is derived again. With
+        # top_k=1 the only weight, divided by itself, would be 1, and the router would not learn.
         changes = size | dict(top_k=k, norm_topk_prob=k > 1)
         timed += speeds(base, f"top-{k}", tokens, **changes)
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
@@ -549,17 +564,23 @@ class _MicroBatches:
         return self.fits(mode, batch)
 
     def _largest_above(self, mode: str, index: int) -> int | None:
-        """`largest`, if the micro-batch at this index fits."""
+        """The last of `sizes` before the first that does not fit; the one at `index` fits.
+
+        None as long as it is not known.
+        """
         for larger in range(index + 1, len(self.sizes)):
             fits = self._try(mode, larger)
             if fits is None:
                 return None
             if not fits:
                 return self.sizes[larger - 1]
-        return self.sizes[-1]
+        return self.sizes[-1]  # all fit
 
     def _largest_below(self, mode: str, index: int) -> int | None:
-        """`largest`, if the micro-batch at this index does not fit."""
+        """The largest of `sizes` before `index` that fits; the one at `index` does not.
+
+        0 if none fits, None as long as it is not known.
+        """
         for smaller in reversed(range(index)):
             fits = self._try(mode, smaller)
             if fits is None:

@@ -192,6 +192,7 @@ class _Scheduler:
     def work(self) -> bool:
         """Performs the runs. Returns whether the study is finished."""
         workers = len(self.gpus) * self.jobs
+        # When an error ends the block, _signals tells the runs to save and then the pool waits.
         with (
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
             _signals(self.stop) as signals,
@@ -480,8 +481,8 @@ def _without_cache(options: list[str]) -> list[str]:
 def _refuse_another(path: Path, identity: dict) -> None:
     """Raises ConfigError when the results at `path` are of a study with another identity.
 
-    `identity` has the study's name, tokens and options. The corpus is compared if it is there too:
-    it is not known before the text is tokenized.
+    `identity` has the study's name, tokens and options, and its corpus once the text is tokenized.
+    Without a corpus only the others are compared.
     """
     if not path.exists():
         return
@@ -601,22 +602,13 @@ def _parser() -> Parser:
 
 
 def _check_arguments(args, given: dict) -> None:
-    """Raises ConfigError for arguments that make no study."""
+    """Raises ConfigError for arguments that make no study. `given` are the options of Config."""
     if args.name not in STUDIES:
         known = ", ".join(STUDIES)
         raise ConfigError(
             f"unknown study {args.name!r}.{nearest(args.name, STUDIES)} Studies: {known}"
         )
-    wrong = []
-    for name in ("tokens", "seeds", "jobs", "minutes"):
-        number = getattr(args, name)
-        if number is None:
-            continue
-        endless = number == math.inf and name != "minutes"
-        if not number > 0 or endless:
-            wrong.append(f"--{name} {number:g}")
-    if wrong:
-        raise ConfigError(f"{', '.join(wrong)}: must be a positive number")
+    _check_numbers(args)
     set_by_the_study = dict(
         save_dir="each run has a folder of its own; the study's is --out",
         max_steps="the study sets it, by --tokens",
@@ -625,6 +617,21 @@ def _check_arguments(args, given: dict) -> None:
     for name, instead in set_by_the_study.items():
         if name in given:
             raise ConfigError(f"--{name}: {instead}")
+
+
+def _check_numbers(args) -> None:
+    """Raises ConfigError unless the numbers of a study are positive. Only --minutes may be inf."""
+    wrong = []
+    for name in ("tokens", "seeds", "jobs", "minutes"):
+        number = getattr(args, name)
+        if number is None:  # not given
+            continue
+        is_positive = number > 0  # false for NaN too
+        is_endless = number == math.inf and name != "minutes"
+        if is_endless or not is_positive:
+            wrong.append(f"--{name} {number:g}")
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: must be a positive number")
 
 
 def _warn_of_a_slow_machine(gpus: tuple[str, ...], preset: str) -> None:

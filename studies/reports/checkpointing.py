@@ -1,18 +1,19 @@
 """The tables of the checkpointing study: memory and time of each mode."""
 
 from benchmarks.tables import table
-from studies.analysis import Runs, mean, mean_and_spread, micro_batches, speed_ratios
+from studies.analysis import MicroBatches, Runs, mean, mean_and_spread, micro_batches, speed_ratios
 from studies.grids import MODES
 from studies.reports.shared import UNKNOWN, value
 
 
 def checkpointing(results: dict) -> str:
     """Memory and time of each checkpointing mode, at the micro-batches that fit with all modes."""
-    fitted, too_large = micro_batches(results)
-    depths = {layers for layers, _ in fitted.keys() | too_large.keys()}
+    batches = micro_batches(results)
+    layers_and_modes = batches.fitted.keys() | batches.too_large.keys()
+    depths = {layers for layers, _ in layers_and_modes}
     rows: list[list[str]] = []
     for layers in sorted(depths):
-        rows += _checkpointing_rows(layers, fitted, too_large)
+        rows += _checkpointing_rows(layers, batches)
     header = [
         "layers",
         "checkpointing",
@@ -26,17 +27,12 @@ def checkpointing(results: dict) -> str:
     return table(header, rows)
 
 
-def _checkpointing_rows(layers: int, fitted: dict, too_large: dict) -> list[list[str]]:
-    """The rows of one depth. `fitted` and `too_large` are those of analysis.micro_batches."""
-    runs_of = {mode: fitted.get((layers, mode), {}) for mode in MODES}
-    largest = {}
-    for mode in MODES:
-        most = max(runs_of[mode], default=0)
-        largest[mode] = f"at least {most}"
-        if (layers, mode) in too_large:
-            largest[mode] = f"{most}, not {too_large[layers, mode]}"
-
-    fit_with_all = set.intersection(*(set(runs_at) for runs_at in runs_of.values()))
+def _checkpointing_rows(layers: int, batches: MicroBatches) -> list[list[str]]:
+    """The rows of one depth: for each micro-batch that fits with all modes, a row for each mode."""
+    runs_of = {mode: batches.fitted.get((layers, mode), {}) for mode in MODES}
+    largest = {mode: _largest_that_fits(batches, layers, mode) for mode in MODES}
+    fitting = [set(runs_at) for runs_at in runs_of.values()]
+    fit_with_all = set.intersection(*fitting)
     if not fit_with_all:
         unknown = [UNKNOWN] * 5
         return [[str(layers), mode, *unknown, largest[mode]] for mode in MODES]
@@ -61,6 +57,15 @@ def _checkpointing_rows(layers: int, fitted: dict, too_large: dict) -> list[list
                 ]
             )
     return rows
+
+
+def _largest_that_fits(batches: MicroBatches, layers: int, mode: str) -> str:
+    """The largest micro-batch that fits, with the smallest that does not if one was tried."""
+    key = (layers, mode)
+    largest = max(batches.fitted.get(key, {}), default=0)
+    if key in batches.too_large:
+        return f"{largest}, not {batches.too_large[key]}"
+    return f"at least {largest}"
 
 
 def _activations_saved(without: Runs, runs: Runs) -> str:

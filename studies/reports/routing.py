@@ -22,8 +22,10 @@ def routing(results: dict) -> str:
     by_flops = {}
     for k in (1, 2, 3, 4):
         by_tokens[f"top-{k}"] = study.runs[f"top-{k}, equal tokens"]
-        # Equal FLOPs are those of top-2, so it has no other runs for them.
-        kind = "equal tokens" if k == 2 else "equal FLOPs"
+        # The equal FLOPs are those of top-2 at equal tokens, so top-2 has no other runs for them.
+        kind = "equal FLOPs"
+        if k == 2:
+            kind = "equal tokens"
         by_flops[f"top-{k}"] = study.runs[f"top-{k}, {kind}"]
     header = [
         "experts a token",

@@ -32,9 +32,9 @@ def undecided(
 ) -> bool:
     """Whether the difference between the means of two groups is not significant.
 
-    It is not when a group has one seed only. Otherwise the difference must exceed the spread over
-    the seeds of either group and the limit of Tukey's test, where `resolution` is tukey_hsd of the
-    study. `more` is another uncertainty, by which it must exceed these limits.
+    A difference from a group with a single seed never is. Others must exceed the limit of Tukey's
+    test, where `resolution` is tukey_hsd of the study, and the spread over the seeds of either
+    group. `more` is added to these limits: another uncertainty of the difference, in its unit.
     """
     if min(len(a), len(b)) < 2:
         return True
@@ -53,11 +53,16 @@ def against(a: Runs, b: Runs, resolution: float, more: float = 0.0) -> str:
 
 
 def lowest(found: Groups, resolution: float) -> tuple[str, str]:
-    """(the group with the lowest mean loss, which other groups it is decided against).
+    """(the group with the lowest mean loss, a verdict on the other groups in words).
 
-    The words name the groups of the shorter list: of the undecided or of the decided ones.
+    The verdict names the groups whose difference from the lowest is undecided, or those whose
+    difference is decided, whichever are fewer.
     """
-    best = min(found, key=lambda name: mean(found[name]))
+
+    def mean_loss(name: str) -> float:
+        return mean(found[name])
+
+    best = min(found, key=mean_loss)
     alike = []
     different = []
     for name, runs in found.items():
@@ -114,9 +119,11 @@ class Outcome:
 
 
 def outcome(results: dict) -> Outcome:
+    """What a report reads of what results.json holds."""
     found = groups(results)
     return Outcome(results, found, timed(results), tukey_hsd(found))
 
 
 def flops_per_token(runs: Runs) -> float:
+    """Training FLOPs per token, which are the same for all runs of a group."""
     return runs[0]["flops"] / runs[0]["tokens"]

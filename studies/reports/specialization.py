@@ -95,6 +95,7 @@ def _experts_table(analysis: dict, layer: int, where: str) -> str:
     routed_by_kind = routed.sum(0).clip(1)  # clip: a kind without tokens has shares of 0, not NaN
 
     def two_largest(shares: np.ndarray) -> str:
+        """The kinds with the two largest of `shares` [kinds], as words."""
         words = []
         for kind in np.argsort(-shares)[:2]:
             words.append(f"{analysis['kinds'][kind]} ({shares[kind]:.0%})")
@@ -141,10 +142,14 @@ def most_bits(analysis: dict) -> float:
 
 def code(token: str) -> str:
     """A token as Markdown code in a cell of a table, with visible spaces and line ends."""
-    text = json.dumps(token, ensure_ascii=False)[1:-1]  # line ends as \\n, without the quotes
-    # JSON also escapes quotes and backslashes, which need no escape here. A bar would end the cell.
-    for written, shown in (('\\"', '"'), ("\\\\", "\\"), (" ", "␣"), ("|", "\\|")):
-        text = text.replace(written, shown)
+    # JSON writes a line end as a backslash and n. The slice takes away its quotation marks.
+    text = json.dumps(token, ensure_ascii=False)[1:-1]
+    # JSON also escapes quotes and backslashes, which need no escape here.
+    text = text.replace('\\"', '"')
+    text = text.replace("\\\\", "\\")
+    text = text.replace(" ", "␣")
+    # A bar would end the cell. Last, so that its own backslash stays.
+    text = text.replace("|", "\\|")
     if "`" in text:  # code that holds a backtick stands between two of them
         return f"`` {text} ``"
     return f"`{text}`"
