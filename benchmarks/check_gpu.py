@@ -81,6 +81,7 @@ BASE = Config(
 )
 STEPS = 4
 MICRO_BATCHES = 2
+LEARNING_RATES = {"muon": 0.01, "adamw": 0.001}
 LOSS_SCALES = {"fp16": 1024.0, "bf16": 1.0, "fp32": 1.0}
 SMALL_BUCKET = 2**19  # elements: many buckets, so that copies and computation overlap
 PROCESSES = 8  # that run models at the same time
@@ -102,7 +103,8 @@ class Check(NamedTuple):
         verdict = "ok  " if self.holds else "FAIL"
         line = f"{verdict} {self.name:68s} {self.error:.2e} (at most {self.bound:.1e})"
         if not self.holds and self.largest:
-            line += "\n     " + ", ".join(f"{name} {error:.1e}" for name, error in self.largest)
+            tensors = [f"{name} {error:.1e}" for name, error in self.largest]
+            line += "\n     " + ", ".join(tensors)
         return line
 
 
@@ -114,13 +116,17 @@ Checks = Iterator[Check]
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of `expected`, in its dtype; inf for NaN."""
-    error = (found.to(expected.dtype) - expected).norm() / expected.norm()
+    difference = found.to(expected.dtype) - expected
+    error = difference.norm() / expected.norm()
     return error.nan_to_num(nan=torch.inf).item()
 
 
 def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Each tensor's relative error, in fp32: the banks of `18b` are too large for more."""
-    return {name: relative_error(found[name], tensor.float()) for name, tensor in expected.items()}
+    relative_errors = {}
+    for name, tensor in expected.items():
+        relative_errors[name] = relative_error(found[name], tensor.float())
+    return relative_errors
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -129,11 +135,20 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def check_tensors(
-    name: str, found: dict[str, Tensor], expected: dict[str, Tensor], bound: float
+    name: str,
+    found: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    bound: float,
 ) -> Check:
-    """Bounds the largest relative error of a tensor; a failure names the three largest."""
-    largest = sorted(errors(found, expected).items(), key=lambda item: item[1], reverse=True)[:3]
-    return Check(name, largest[0][1], bound, tuple(largest))
+    """Bounds the relative error of every tensor.
+
+    A check that fails also names the three tensors with the largest errors.
+    """
+    relative_errors = errors(found, expected)
+    worst_first = sorted(relative_errors, key=relative_errors.get, reverse=True)
+    largest = tuple((tensor, relative_errors[tensor]) for tensor in worst_first[:3])
+    _, largest_error = largest[0]
+    return Check(name, largest_error, bound, largest)
 
 
 # ---------------------------------------------------------------- whole steps
@@ -150,18 +165,22 @@ class Steps(NamedTuple):
 def poison(device: torch.device) -> None:
     """Fills the memory that the allocator will hand out next with NaN.
 
-    So a read of memory that nothing has written shows.
+    A kernel that reads memory which nothing has written then computes NaN, and its check fails.
     """
-    blocks = [
-        torch.full((size,), torch.nan, device=device)
-        for size in (2**6, 2**10, 2**14, 2**18, 2**22)
-        for _ in range(50)
-    ]
+    blocks = []
+    for numel in (2**6, 2**10, 2**14, 2**18, 2**22):
+        for _ in range(50):
+            block = torch.full((numel,), torch.nan, device=device)
+            blocks.append(block)
+    # All blocks are freed together, so that they are different memory.
     del blocks
 
 
 def take_steps(changes: dict) -> Steps:
-    """Trains BASE with `changes` for STEPS steps. It runs in a process of its own."""
+    """Trains BASE with `changes` for STEPS steps.
+
+    It runs in a process of its own: it changes the size of buckets for the whole process.
+    """
     warnings.simplefilter("ignore")
     OptimizerState.BUCKET = SMALL_BUCKET
     config = dataclasses.replace(BASE, **changes)
@@ -180,58 +199,78 @@ def take_steps(changes: dict) -> Steps:
             fused=compiling and device.type == "cuda",
             gradient_offload=gradient_offload,
         )
-        draw = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         losses = []
         gradients = {}
         for step in range(STEPS):
-            losses.append(_accumulate_gradients(model, gradient_offload, draw))
+            loss = _accumulate_gradients(model, gradient_offload, generator)
+            losses.append(loss)
             if step == 0:
                 gradients = _unscaled_gradients(parameters, gradient_offload, config)
             norms = gradient_norms(list(parameters.values()), gradient_offload.norms)
             norm = norms.norm().item()
-            for name, lr in (("muon", 0.01), ("adamw", 0.001)):
-                optimizers[name].step(lr, grad_scale=1 / norm)
+            # Gradients of norm 1, as after clipping. It also undoes the loss scale.
+            grad_scale = 1 / norm
+            for name, optimizer in optimizers.items():
+                optimizer.step(LEARNING_RATES[name], grad_scale=grad_scale)
             model.zero_grad(set_to_none=True)
     return Steps(losses, gradients, _masters(parameters, optimizers))
 
 
 def _accumulate_gradients(
-    model: MoETransformer, gradient_offload: GradientOffload, draw: torch.Generator
+    model: MoETransformer,
+    gradient_offload: GradientOffload,
+    generator: torch.Generator,
 ) -> float:
     """Forward and backward of a step's micro-batches of random tokens; the last one's loss."""
     config = model.config
     device = model.norm.weight.device
     shape = (config.batch_size, config.max_seq_len + 1)
+    # The gradients of the micro-batches add up to those of the scaled mean loss.
+    loss_scale = LOSS_SCALES[config.precision] / MICRO_BATCHES
     for i in range(MICRO_BATCHES):
-        tokens = torch.randint(config.vocab_size, shape, generator=draw).to(device)
+        tokens = torch.randint(config.vocab_size, shape, generator=generator)
+        tokens = tokens.to(device)
+        inputs = tokens[:, :-1]
+        targets = tokens[:, 1:]
         poison(device)
-        loss, _ = model(tokens[:, :-1], tokens[:, 1:])
+        loss, _ = model(inputs, targets)
         gradient_offload.micro_batch(i, MICRO_BATCHES)
-        (loss * (LOSS_SCALES[config.precision] / MICRO_BATCHES)).backward()
+        scaled_loss = loss * loss_scale
+        scaled_loss.backward()
     gradient_offload.wait()
     return loss.item()
 
 
 def _unscaled_gradients(
-    parameters: dict[str, Tensor], gradient_offload: GradientOffload, config: Config
+    parameters: dict[str, Tensor],
+    gradient_offload: GradientOffload,
+    config: Config,
 ) -> dict[str, Tensor]:
+    """Each parameter's gradient without the loss scale: fp32, on the CPU."""
+    loss_scale = LOSS_SCALES[config.precision]
     gradients = {}
     for name, p in parameters.items():
         gradient = p.grad
         if gradient is None:
-            gradient = gradient_offload.tensors[name].to(p.device)  # after the copies on p's device
-        gradients[name] = gradient.float().cpu() / LOSS_SCALES[config.precision]
+            # This gradient is in host memory. The copies that write it may still run on the GPU. A
+            # copy back to the GPU comes after them.
+            gradient = gradient_offload.tensors[name].to(p.device)
+        gradients[name] = gradient.float().cpu() / loss_scale
     return gradients
 
 
 def _masters(
-    parameters: dict[str, Tensor], optimizers: dict[str, Muon | AdamW]
+    parameters: dict[str, Tensor],
+    optimizers: dict[str, Muon | AdamW],
 ) -> dict[str, Tensor]:
+    """Each parameter's fp32 master, on the CPU."""
     masters = {}
     for optimizer in optimizers.values():
         for name, state in optimizer.state.state_dict().items():
-            state = {key: tensor.cpu() for key, tensor in state.items()}
-            masters[name] = read_master(parameters[name].detach().cpu(), state)
+            weight = parameters[name].detach().cpu()
+            state_on_cpu = {key: tensor.cpu() for key, tensor in state.items()}
+            masters[name] = read_master(weight, state_on_cpu)
     return masters
 
 
@@ -269,8 +308,9 @@ def step_jobs() -> dict[Job, dict]:
             "plain": {},
             "fp32 masters": dict(master_weights="fp32"),
             **SAME_BITS,
-            **{what: COMPILED[what] for what in COMPILED_IN[precision]},
         }
+        for what in COMPILED_IN[precision]:
+            configurations[what] = COMPILED[what]
         for what, changes in configurations.items():
             jobs[precision, what] = dict(changes, precision=precision)
     return jobs
@@ -288,17 +328,23 @@ def model_runs() -> tuple[dict[Job, Steps], dict[Job, "FullWidth"]]:
     on_gpu = find_device(BASE).type == "cuda"
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(PROCESSES, context) as pool:
-        running = {pool.submit(take_steps, jobs[job]): job for job in in_order}
+        running = {}
+        for job in in_order:
+            future = pool.submit(take_steps, jobs[job])
+            running[future] = job
         wide = {}
         if on_gpu:
-            wide = {pool.submit(run_full_width, *job): job for job in FULL_WIDTH}
+            for job in FULL_WIDTH:
+                future = pool.submit(run_full_width, *job)
+                wide[future] = job
         steps = {}
         for done in concurrent.futures.as_completed(running):
             job = running[done]
             steps[job] = done.result()
             seconds = time.monotonic() - start
             print(f"{seconds:4.0f} s: ran {', '.join(job)}", file=sys.stderr, flush=True)
-        return steps, {job: done.result() for done, job in wide.items()}
+        full_width = {job: future.result() for future, job in wide.items()}
+        return steps, full_width
 
 
 def check_whole_steps(device: torch.device) -> Checks:
@@ -309,7 +355,10 @@ def check_whole_steps(device: torch.device) -> Checks:
         rounding = distance(plain.gradients, exact.gradients)
         yield check_losses(f"{precision} against fp32: loss", plain, exact, 2e-2)
         yield check_tensors(
-            f"{precision} against fp32: gradients", plain.gradients, exact.gradients, 0.25
+            f"{precision} against fp32: gradients",
+            plain.gradients,
+            exact.gradients,
+            0.25,
         )
         for what in SAME_BITS:
             name = f"{precision}, {what}"
@@ -335,7 +384,10 @@ def check_whole_steps(device: torch.device) -> Checks:
 
 
 def check_losses(name: str, found: Steps, expected: Steps, bound: float) -> Check:
-    differences = [abs(a - b) for a, b in zip(found.losses, expected.losses)]
+    """Bounds the difference of the losses of every step, in nats."""
+    differences = []
+    for found_loss, expected_loss in zip(found.losses, expected.losses):
+        differences.append(abs(found_loss - expected_loss))
     return Check(name, max(differences), bound)
 
 
@@ -348,10 +400,11 @@ class FullWidth(NamedTuple):
 
 
 def run_full_width(precision: str, checkpointing: str) -> FullWidth:
-    """Compares compiled gradients with plain ones: a dense and an MoE block of `18b`, and the loss.
+    """Compares compiled gradients with those of the same model without torch.compile.
 
-    The compiled blocks compute them three times, and the largest error counts. The kernels for
-    large shapes are not those for small ones. It runs in a process of its own.
+    The model is a dense and an MoE block of `18b`: torch.compile makes other kernels for large
+    shapes than for small ones. The compiled gradients are computed three times, because a race
+    shows only sometimes, and the largest error counts. It runs in a process of its own.
     """
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
@@ -373,34 +426,50 @@ def run_full_width(precision: str, checkpointing: str) -> FullWidth:
             model.zero_grad(set_to_none=True)
             poison(device)
             loss, _ = model(tokens[:, :-1], tokens[:, 1:])
-            (loss * LOSS_SCALES[precision]).backward()
+            scaled_loss = loss * LOSS_SCALES[precision]
+            scaled_loss.backward()
             return {name: p.grad for name, p in model.named_parameters()}
 
         plain = gradients()
         model.compile_blocks()
         first, codes = run_and_get_code(gradients)
-        found = (first, gradients(), gradients())
-        error = max(distance(compiled, plain) for compiled in found)
+        compiled = [first, gradients(), gradients()]
+        error = max(distance(found, plain) for found in compiled)
     return FullWidth(error, rereading_kernels(codes))
 
 
+# A kernel in the Python code that inductor writes: its name, and its body. The kernel's source is a
+# string in triple quotes, which end the body.
+TRITON_KERNEL = re.compile(
+    r"def (?P<name>triton_\w+)\(.*?\):\n"
+    r"(?P<body>.*?)\n'''",
+    re.DOTALL,
+)
+# A read, a write or a barrier in a kernel. The pointer is the first name between the parentheses:
+# out_ptr0 in `tl.store(out_ptr0 + (x0), tmp1, xmask)`. A barrier has none.
+MEMORY_ACCESS = re.compile(r"tl\.(?P<operation>store|load|debug_barrier)\((?P<pointer>\w*)")
+
+
 def rereading_kernels(codes: list[str]) -> list[str]:
-    """Names of the Triton kernels in inductor's output that read what they have written.
+    """Names of the Triton kernels that read what they have written; `codes` is inductor's output.
 
     Such a kernel loads from a pointer after a store to it, without a barrier in between. Its
-    threads do not wait for each other, so what a thread loads may not be written yet.
+    threads do not wait for each other, so what a thread loads may not be written yet. A name is
+    listed once for each such load.
     """
     found = []
     for code in codes:
-        for name, body in re.findall(r"def (triton_\w+)\(.*?\):\n(.*?)\n'''", code, re.DOTALL):
-            written = set()
-            for access, pointer in re.findall(r"tl\.(store|load|debug_barrier)\((\w*)", body):
-                if access == "debug_barrier":
-                    written.clear()
-                elif access == "store":
-                    written.add(pointer)
-                elif pointer in written:
-                    found.append(name)
+        for kernel in TRITON_KERNEL.finditer(code):
+            written_since_barrier = set()
+            for access in MEMORY_ACCESS.finditer(kernel["body"]):
+                operation = access["operation"]
+                pointer = access["pointer"]
+                if operation == "debug_barrier":
+                    written_since_barrier.clear()
+                elif operation == "store":
+                    written_since_barrier.add(pointer)
+                elif pointer in written_since_barrier:
+                    found.append(kernel["name"])
     return found
 
 
@@ -412,7 +481,8 @@ def check_full_width(device: torch.device) -> Checks:
         # tenth.
         yield Check(f"{name}, compiled: gradients", found.error, 0.2)
         kernels = found.rereading_kernels
-        yield Check(f"{name}: kernels that read what they wrote {kernels or ''}", len(kernels), 0)
+        name = f"{name}: kernels that read what they wrote {kernels or ''}"
+        yield Check(name, len(kernels), 0)
 
 
 # ---------------------------------------------------------------- kernels
@@ -437,9 +507,13 @@ def check_grouped_linear(device: torch.device) -> Checks:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = f"grouped linear {dtype}"
         found = outputs(grouped_linear, dtype)
-        for what, a, b in zip(("output", "input gradient", "weight gradient"), found, exact):
-            yield Check(f"{name}, {what}", relative_error(a, b), 1e-2)
-        idle = found[2][1].abs().max().item()
+        names = ("output", "input gradient", "weight gradient")
+        for what, found_tensor, exact_tensor in zip(names, found, exact):
+            error = relative_error(found_tensor, exact_tensor)
+            yield Check(f"{name}, {what}", error, 1e-2)
+        _, _, weight_gradient_EOI = found
+        # Expert 1 has no rows: offs_E[0] is offs_E[1].
+        idle = weight_gradient_EOI[1].abs().max().item()
         yield Check(f"{name}, an idle expert's gradient", idle, 0)
 
         few = x_RI[:7].to(dtype)
@@ -451,28 +525,52 @@ def check_grouped_linear(device: torch.device) -> Checks:
 
 
 def check_newton_schulz(device: torch.device) -> Checks:
-    """Both forms, wide, tall and square; against the standard form in float64."""
+    """The standard and the Gram form, each in the dtype in which Muon computes it on this device.
+
+    Wide, tall and square matrices, against the standard form in float64.
+    """
+    on_gpu = device.type == "cuda"
+    # `fused` optimizers use the Gram form in fp16, and they need a GPU.
+    dtypes = {
+        newton_schulz: newton_schulz_dtype(device, fused=False),
+        gram_newton_schulz: newton_schulz_dtype(device, fused=on_gpu),
+    }
     for shape in ((2, 512, 1024), (2, 1024, 512), (1, 768, 768)):
-        g = torch.randn(shape, device=device, dtype=torch.float64)
-        g /= g.norm(dim=(-2, -1), keepdim=True)
-        exact = _newton_schulz_in_float64(g)
-        for form, fused in ((newton_schulz, False), (gram_newton_schulz, True)):
-            dtype = newton_schulz_dtype(device, fused and device.type == "cuda")
-            error = relative_error(form(g.to(dtype)), exact)
-            yield Check(f"{form.__name__} in {dtype}, {shape[1]} x {shape[2]}", error, 5e-2)
+        _, rows, columns = shape
+        x = torch.randn(shape, device=device, dtype=torch.float64)
+        # With a Frobenius norm of 1 no singular value exceeds 1: the iteration converges.
+        x /= x.norm(dim=(-2, -1), keepdim=True)
+        exact = _newton_schulz_in_float64(x)
+        for orthogonalize, dtype in dtypes.items():
+            found = orthogonalize(x.to(dtype))
+            name = f"{orthogonalize.__name__} in {dtype}, {rows} x {columns}"
+            yield Check(name, relative_error(found, exact), 5e-2)
 
 
-def _newton_schulz_in_float64(g: Tensor) -> Tensor:
-    tall = g.shape[1] > g.shape[2]
-    x = g.mT if tall else g
+def _newton_schulz_in_float64(x: Tensor) -> Tensor:
+    """x [n, rows, columns] in float64, orthogonalized by the steps of the standard form."""
+    # The shorter side comes first, which makes the Gram matrix small.
+    tall = x.shape[1] > x.shape[2]
+    if tall:
+        x = x.mT
     for a, b, c in NEWTON_SCHULZ:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        polynomial = b * gram + c * gram @ gram
+        x = a * x + polynomial @ x
+    if tall:
+        x = x.mT
+    return x
 
 
 def check_symmetric_matmul(device: torch.device) -> Checks:
-    """Wide and tall operands, sizes that no tile divides, every term; against float64."""
+    """alpha a a^T + beta add + diagonal I, against float64.
+
+    a is wide or tall, and of sizes that no tile of the kernel divides.
+    """
+    # Any numbers: an error in one term is then not hidden by another.
+    alpha = 0.7
+    beta = -1.3
+    diagonal = 0.4
     for m, k, tall in (
         (512, 1024, False),
         (512, 1024, True),
@@ -480,16 +578,19 @@ def check_symmetric_matmul(device: torch.device) -> Checks:
         (72, 40, True),
         (1000, 1000, False),
     ):
+        # Over sqrt(k), so that the entries of a a^T do not grow with k
         a = torch.randn(3, m, k, device=device).half() / k**0.5
         name = f"symmetric matmul {m} x {k}"
         if tall:
+            # The same numbers in the memory of a tall matrix, [k, m]: a is its transpose.
             a = a.mT.contiguous().mT
             name += ", tall"
         add = torch.randn(3, m, m, device=device).half()
         add = add + add.mT
-        found = symmetric_matmul(a, a, 0.7, add, -1.3, 0.4).double()
+        found = symmetric_matmul(a, a, alpha, add, beta, diagonal).double()
+        wide_a = a.double()
         identity = torch.eye(m, device=device, dtype=torch.float64)
-        exact = 0.7 * a.double() @ a.double().mT - 1.3 * add.double() + 0.4 * identity
+        exact = alpha * wide_a @ wide_a.mT + beta * add.double() + diagonal * identity
         yield Check(name, relative_error(found, exact), 1e-3)
         asymmetry = ((found - found.mT).norm() / exact.norm()).item()
         yield Check(f"{name}: symmetric", asymmetry, 1e-3)
@@ -519,8 +620,9 @@ def compare_gradients(
     in_float64 = tuple(t.double() for t in inputs)
     exact = _output_and_gradients(reference, in_float64, layout, inputs[0].dtype)
     names = ["output"] + [f"gradient {i}" for i in range(len(inputs))]
-    for what, a, b in zip(names, found, exact):
-        yield Check(f"{name}, {what}", relative_error(a, b), 1e-2)
+    for what, found_tensor, exact_tensor in zip(names, found, exact):
+        error = relative_error(found_tensor, exact_tensor)
+        yield Check(f"{name}, {what}", error, 1e-2)
 
 
 def _output_and_gradients(
@@ -536,39 +638,60 @@ def _output_and_gradients(
     """
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     output = function(*leaves)
-    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    # The same numbers each time, so that two calls can be compared
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(output.shape, generator=generator)
     upstream = upstream.to(output.device, upstream_dtype or inputs[0].dtype)
-    output.backward(layout(upstream).to(output.dtype))
-    return [output.detach(), *(leaf.grad for leaf in leaves)]
+    upstream = layout(upstream)
+    output.backward(upstream.to(output.dtype))
+    gradients = [leaf.grad for leaf in leaves]
+    return [output.detach(), *gradients]
 
 
 def check_qk_norm_rope(device: torch.device) -> Checks:
-    turns = torch.randn(128, 64, device=device)
-    angles = torch.stack([turns.cos(), turns.sin()], dim=-1)
+    """Output and gradients against float64, for both layouts of the gradient from above."""
+    sequences = 2
+    positions = 100
+    heads = 6
+    head_dim = 128
+    eps = 1e-6
+    # More positions than x has: the table is made for the longest sequence. Any angles do.
+    table_positions = 128
+    angles = torch.randn(table_positions, head_dim // 2, device=device)
+    cos_sin = torch.stack([angles.cos(), angles.sin()], dim=-1)
 
     def fast(x: Tensor, weight: Tensor) -> Tensor:
-        return qk_norm_rope(x, weight, angles, 1e-6)
+        return qk_norm_rope(x, weight, cos_sin, eps)
 
     def reference(x: Tensor, weight: Tensor) -> Tensor:
-        return qk_norm_rope_reference(x, weight, angles.double(), 1e-6)
+        return qk_norm_rope_reference(x, weight, cos_sin.double(), eps)
 
+    shape = (sequences, positions, heads, head_dim)
     for dtype in (torch.bfloat16, torch.float16):
-        x = torch.randn(2, 100, 6, 128, device=device, dtype=dtype)
-        weight = torch.rand(128, device=device) + 0.5
+        x = torch.randn(shape, device=device, dtype=dtype)
+        weight = torch.rand(head_dim, device=device) + 0.5
         for layout in (as_attention_returns_it, contiguous):
             name = f"QK-norm and RoPE {dtype}"
             yield from compare_gradients(name, fast, reference, (x, weight), layout)
 
 
 def check_swiglu(device: torch.device) -> Checks:
+    """Output and gradients against float64, without and with the router's weights."""
+
+    rows = 77
+    d_ff = 11008
+
     def reference(gate_up: Tensor) -> Tensor:
         return swiglu_reference(gate_up, None)
 
     for dtype in (torch.bfloat16, torch.float16):
-        gate_up = torch.randn(77, 2 * 11008, device=device, dtype=dtype)
-        yield from compare_gradients(f"SwiGLU {dtype}", swiglu, reference, (gate_up,))
-        inputs = (gate_up, torch.rand(77, device=device))
-        yield from compare_gradients(f"SwiGLU {dtype}, weighted", swiglu, swiglu_reference, inputs)
+        gate_up = torch.randn(rows, 2 * d_ff, device=device, dtype=dtype)
+        name = f"SwiGLU {dtype}"
+        yield from compare_gradients(name, swiglu, reference, (gate_up,))
+        name = f"SwiGLU {dtype}, weighted"
+        weights = torch.rand(rows, device=device)
+        inputs = (gate_up, weights)
+        yield from compare_gradients(name, swiglu, swiglu_reference, inputs)
 
 
 # ---------------------------------------------------------------- optimizers, checkpoints, sampling
@@ -578,13 +701,15 @@ def check_fused_optimizers(device: torch.device) -> Checks:
     """Compiled elementwise work: state and masters as the plain functions give them."""
     for dtype in (torch.bfloat16, torch.float16):
         for kind in (Muon, AdamW):
-            masters, moments = _optimizer_steps(kind, dtype, False, device)
-            fused_masters, fused_moments = _optimizer_steps(kind, dtype, True, device)
+            masters, moments = _optimizer_steps(kind, dtype, fused=False, device=device)
+            fused_masters, fused_moments = _optimizer_steps(kind, dtype, fused=True, device=device)
             name = f"{kind.__name__}, {dtype}, fused"
             yield check_tensors(f"{name}: masters", fused_masters, masters, 1e-5)
             yield check_tensors(f"{name}: moments", fused_moments, moments, 5e-3)
             # Without its low bits a master would be rounded to 16 bits.
-            rounded = {n: master.to(dtype).float() for n, master in masters.items()}
+            rounded = {}
+            for tensor_name, master in masters.items():
+                rounded[tensor_name] = master.to(dtype).float()
             yield check_tensors(
                 f"{name}: far closer than a 16-bit master",
                 fused_masters,
@@ -594,17 +719,25 @@ def check_fused_optimizers(device: torch.device) -> Checks:
 
 
 def _optimizer_steps(
-    kind: type[Muon | AdamW], dtype: torch.dtype, fused: bool, device: torch.device
+    kind: type[Muon | AdamW],
+    dtype: torch.dtype,
+    fused: bool,
+    device: torch.device,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The fp32 masters and the moments after three steps of an optimizer.
 
     The weights are of very different sizes, from 1 down to 1e-7.
     """
     torch.manual_seed(0)
+    shapes = dict(
+        wide=(256, 512),
+        tall=(512, 256),
+        bank=(2, 2, 256, 128),
+    )
     parameters = {}
-    for name, shape in dict(wide=(256, 512), tall=(512, 256), bank=(2, 2, 256, 128)).items():
-        sizes = 10 ** (torch.rand(shape, device=device) * -7)
-        weight = torch.randn(shape, device=device) * sizes
+    for name, shape in shapes.items():
+        exponents = torch.rand(shape, device=device) * -7
+        weight = torch.randn(shape, device=device) * 10**exponents
         parameters[name] = weight.to(dtype).requires_grad_()
     optimizer = kind(parameters, BASE, BASE.weight_decay, fused=fused)
     # The same matmuls in both, so that only the elementwise work differs
@@ -612,12 +745,14 @@ def _optimizer_steps(
     optimizer.dtype = torch.bfloat16
     for _ in range(3):
         for p in parameters.values():
-            p.grad = torch.randn(p.shape, device=device).to(dtype)
+            gradient = torch.randn(p.shape, device=device)
+            p.grad = gradient.to(dtype)
         optimizer.step(1e-3, grad_scale=0.5)
     masters = {}
     moments = {}
     for name, state in optimizer.state.state_dict().items():
-        masters[name] = decode_master(parameters[name].detach(), state["residual"])
+        weight = parameters[name].detach()
+        masters[name] = decode_master(weight, state["residual"])
         for key, tensor in state.items():
             if key != "residual":
                 moments[f"{name} {key}"] = tensor.float()
@@ -625,42 +760,55 @@ def _optimizer_steps(
 
 
 def check_checkpoint(device: torch.device) -> Checks:
-    """What a checkpoint gives back of tensors on the GPU: the very bytes."""
+    """A checkpoint of tensors on this device holds their very bytes."""
     state = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        # A prime number of elements, which no size of a buffer divides
         state[str(dtype)] = torch.randn(5_000_011, device=device).to(dtype)
+    # A tensor in the memory of another one, and one that is not contiguous
     state["view"] = state["torch.float32"][7:1000]
     state["turned"] = torch.randn(300, 200, device=device).mT
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/c.pt"
         checkpoint.save(path, dict(model=state))
         loaded = checkpoint.load(path)["model"]
-        different = sum(not torch.equal(loaded[name], t.cpu()) for name, t in state.items())
+        different = 0
+        for name, tensor in state.items():
+            if not torch.equal(loaded[name], tensor.cpu()):
+                different += 1
     yield Check("a checkpoint's tensors that differ", different, 0)
 
 
 def check_sampling(device: torch.device) -> Checks:
-    """Greedy texts with a cache (on a GPU with a CUDA graph), beside one pass over the whole text.
+    """Texts that `generate` writes, against the logits of one forward pass over the whole text.
 
-    The pass gives the logits of each position. The error is how far the logit of a chosen token is
-    below the largest, in standard deviations of the logits.
+    `generate` reads keys and values from a cache (on a GPU in a CUDA graph), and the pass does not.
+    Texts are greedy, so each token should have the largest logit of its position. The error is how
+    far its logit is below the largest, in standard deviations of the logits.
     """
+    num_texts = 3
     for precision, bound in (("fp32", 1e-4), ("bf16", 0.3), ("fp16", 0.05)):
         config = dataclasses.replace(BASE, precision=precision, init_std=0.1)
         model = MoETransformer(config).to(device).eval()
-        draw = torch.Generator().manual_seed(0)
-        prompt = torch.randint(config.vocab_size, (5,), generator=draw).tolist()
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(config.vocab_size, (5,), generator=generator).tolist()
         with torch.no_grad():
-            texts = torch.tensor(generate(model, prompt, 40, temperature=0, n=3), device=device)
-            prompts = torch.tensor([prompt] * 3, device=device)
+            written = generate(model, prompt, 40, temperature=0, n=num_texts)
+            texts = torch.tensor(written, device=device)
+            prompts = torch.tensor([prompt] * num_texts, device=device)
+            whole_texts = torch.cat([prompts, texts], dim=1)
             with attention_backends(device):
-                logits = model(torch.cat([prompts, texts], dim=1))
-        logits = logits[:, len(prompt) - 1 : -1]  # those that chose the tokens of `texts`
+                logits = model(whole_texts)
+        # The logits at a position choose the next token. So those of the prompt's last token chose
+        # the first token of `texts`, and those of the last token of `texts` chose none.
+        logits = logits[:, len(prompt) - 1 : -1]
+        largest = logits.max(dim=-1).values
         chosen = logits.gather(2, texts[..., None]).squeeze(2)
-        below = (logits.max(dim=-1).values - chosen) / logits.std(dim=-1)
+        below = (largest - chosen) / logits.std(dim=-1)
+        error = below.max().item()
         name = f"{precision}, greedy text"
-        yield Check(f"{name} with a cache: below the best logit", below.max().item(), bound)
-        # A text of few different tokens would prove little.
+        yield Check(f"{name} with a cache: below the best logit", error, bound)
+        # A text of few different tokens would prove little. With 10 or more the error is at most 1.
         different = len(texts.unique())
         yield Check(f"{name}: different tokens, at least 10", 10 / different, 1)
 
