@@ -159,8 +159,10 @@ def floors(c: Config, matmul_rate: float, bandwidth: float) -> dict[str, float]:
     if c.precision == "fp32":
         width = 4
     # Causal attention's share of config.flops_per_token, for T = max_seq_len and d = d_model.
-    # Scores and their product with the values take 2 T d FLOPs each for a token. Causality leaves
-    # half of both: 2 T d. The backward pass takes twice as many: 6 T d in all, in each layer.
+    # The forward pass has two matmuls, queries with keys and probabilities with values. Each takes
+    # 2 T d FLOPs for a token, of which causality leaves half: T d each. The backward pass has four,
+    # the gradients of queries, keys, probabilities and values: 4 T d. That is 6 T d in each layer.
+    # Fused attention multiplies queries with keys again in the backward pass, which is not counted.
     attention_flops = 6 * c.n_layers * c.max_seq_len * c.d_model * tokens
     matmul_flops = c.flops_per_token * tokens - attention_flops
     elements_per_token = sum(_elementwise_per_token(c, layer) for layer in range(c.n_layers))
@@ -185,10 +187,21 @@ def _elementwise_per_token(c: Config, layer: int) -> int:
     networks = c.feed_forwards(layer)
     # The hidden elements of all networks that a token passes through.
     hidden = sum(ffn.top_k * ffn.d_ff for ffn in networks)
-    # Forward: the rotation reads and writes queries and keys. Two residual sums with their norms
-    # take 7 d. SwiGLU reads gate and up, and writes their product.
+    # Forward:
+    # - QK-norm and the rotation read and write queries and keys.
+    # - The first residual sum and the norm after it are one pass. It reads the residual stream and
+    #   attention's output, and writes the sum and its norm: 4 d. The second sum reads two rows and
+    #   writes one: 3 d. The norm at the beginning of the block, 2 d more, is not counted.
+    # - SwiGLU reads gate and up, and writes the hidden row.
     forward = 2 * queries_and_keys + 7 * d + 3 * hidden
-    # Backward: the gradients of these three, which also read saved inputs.
+    # Backward:
+    # - The rotation with its norm reads the gradient and the saved input, and writes a gradient.
+    # - Each of the two norms reads its gradient, its saved input and the gradient of the residual
+    #   stream, and writes the sum of the two gradients: 4 d.
+    # - SwiGLU reads the gradient of the hidden row, gate and up, and writes the gradients of gate
+    #   and up: 5 rows. The sixth is the hidden row, written again for the gradient of `down`. That
+    #   is needed only where the forward pass has not kept it: with nothing recomputed, the floor is
+    #   too high by this row.
     backward = 3 * queries_and_keys + 8 * d + 6 * hidden
     # The second residual sum reads one more row for each network after the first. So does the sum
     # of the gradients in the backward pass.
