@@ -183,8 +183,10 @@ def write_descriptions(folder: Path, state: dict, config: Config, dtype: str) ->
     """Writes the JSON files beside the weights: the model's shape, how to sample, the tokenizer."""
     tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
     token = tokenizer.id_to_token(end_of_text)
-    # transformers wants a token for padding. Our tokenizers have none, and end-of-text does as
-    # well: padded positions are masked.
+    # transformers wants a token for padding. Our tokenizers have none, and any token does. Padding
+    # after a text changes nothing, as attention is causal. Padding before a text is masked by the
+    # attention mask that transformers' tokenizer returns. `generate` must be given that mask: it
+    # cannot tell padding by itself when the padding token is also end-of-text.
     generation = dict(
         eos_token_id=end_of_text,
         pad_token_id=end_of_text,
