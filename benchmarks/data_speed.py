@@ -139,14 +139,22 @@ def map_table(table, tokenizer, processes: int | None) -> None:
 
 
 def loading(folder: Path) -> dict:
-    """Median batches/s and tokens/s by "PRESET, WORKERS workers, warm or cold"."""
+    """Median batches/s and tokens/s by "PRESET, WORKERS workers, warm or cold".
+
+    Warm: the system's cache holds the whole file of tokens. Cold: it holds none, and the loader
+    reads the disk.
+    """
     shard = folder / "shard.bin"
     write_shard(shard)
     found = {}
-    for preset, workers, state in itertools.product(("small", "tiny"), (0, 1), ("warm", "cold")):
+    presets = ("small", "tiny")
+    worker_counts = (0, 1)
+    states = ("warm", "cold")
+    for preset, workers, state in itertools.product(presets, worker_counts, states):
         speeds = []
         for _ in range(REPETITIONS):
-            speeds.append(batches_per_second_of_new_process(shard, preset, workers, state))
+            speed = batches_per_second_of_new_process(shard, preset, workers, state)
+            speeds.append(speed)
         speed = statistics.median(speeds)
         config = Config(**PRESETS[preset])
         tokens_per_batch = config.batch_size * config.max_seq_len
@@ -175,6 +183,7 @@ def loader_command(shard: Path, preset: str, workers: int, state: str) -> list[s
 
 
 def batches_per_second_of_new_process(shard: Path, preset: str, workers: int, state: str) -> float:
+    """Batches/s of the loader in a process that has not mapped the file yet."""
     command = loader_command(shard, preset, workers, state)
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return float(done.stdout)

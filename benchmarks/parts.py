@@ -11,7 +11,7 @@ import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import data
 from benchmarks.result_files import CACHE, write
 from config import PRESETS, Config, resolve
-from engine.offload import OptimizerState
+from engine.offload import OptimizerState, Part
 from engine.triton_kernels import COMPILE_OPTIONS, attention_backends, compile_with_barriers
 from model import MoETransformer
 from moe import MoE, SwiGLU
@@ -71,17 +71,21 @@ def build_model(config: Config, device: torch.device) -> MoETransformer:
 
 
 class StateMadeOnTheGPU(OptimizerState):
-    """Zeros in place of each bucket's state: what offload would cost if copies took no time."""
+    """OptimizerState whose state is not copied from host memory: zeros on the GPU stand for it.
 
-    def buckets(self):
+    The optimizer takes the same buckets as with offload, and no time for copies. The difference of
+    the two times is what the copies cost.
+    """
+
+    def buckets(self) -> Iterator[list[Part]]:
         for bucket in self._cut_into_buckets():
             parts = []
-            for name, cut in bucket:
-                state = {
-                    key: torch.zeros_like(self._view(tensor)[cut], device=self.device)
-                    for key, tensor in self.tensors[name].items()
-                }
-                parts.append(self._part(name, cut, state))
+            for name, rows in bucket:
+                state_on_gpu = {}
+                for key, tensor in self.tensors[name].items():
+                    slice_on_host = self._view(tensor)[rows]
+                    state_on_gpu[key] = torch.zeros_like(slice_on_host, device=self.device)
+                parts.append(self._part(name, rows, state_on_gpu))
             yield parts
 
 
@@ -105,6 +109,7 @@ def muon_step_18b(_: Path) -> None:
     offloaded = muon_seconds()
     adamw_seconds = seconds(lambda: adamw.step(0.001, grad_scale=1e-3), repeats=5, warmup=2)
     peak = torch.cuda.max_memory_allocated() / GB
+    # The class changes in place: a second state would take as much host memory again.
     muon.state.__class__ = StateMadeOnTheGPU
     without_copies = muon_seconds()
 
@@ -184,16 +189,23 @@ def _moe_layer(config: Config) -> MoE:
 
 
 def _choices(config: Config, tokens: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The first and second expert of every token, by the name of the result."""
+    """The first and second expert of every token, [tokens] each, by the name of the result."""
     position = torch.arange(tokens)
-    others = config.num_experts - 1
+    num_others = config.num_experts - 1
+
+    # Balanced: the first experts are 0, 1, 2 ... and 0 again. The second expert is `distance`
+    # experts further on. The distance is 1 for num_experts tokens in a row, then 2, and so on to
+    # num_others. So the second is never the first one, and all experts are equally busy.
     first = position % config.num_experts
-    # Another expert than the first, and all pairs of experts equally often
-    second = (first + 1 + position // config.num_experts % others) % config.num_experts
+    distance = 1 + position // config.num_experts % num_others
+    second = (first + distance) % config.num_experts
+
+    # Skewed: expert 0 has every token, and the others share the second choices.
     always_0 = torch.zeros(tokens, dtype=torch.long)
+    one_of_the_others = 1 + position % num_others
     return {
         "moe_vs_dense": (first, second),
-        "moe_vs_dense_skewed": (always_0, 1 + position % others),
+        "moe_vs_dense_skewed": (always_0, one_of_the_others),
     }
 
 
@@ -288,7 +300,11 @@ def vs_transformers(_: Path) -> None:
 
 
 def _qwen3_moe(config: Config, device: torch.device) -> nn.Module:
-    """The same shapes in transformers, set up to train as fast as it can."""
+    """transformers' model of the same shapes, in bf16.
+
+    It trains as fast as transformers can: fused attention, grouped matmuls for the experts, and
+    torch.compile. Its own checkpointing recomputes whole blocks.
+    """
     import transformers
 
     theirs = transformers.Qwen3MoeConfig(
@@ -309,6 +325,7 @@ def _qwen3_moe(config: Config, device: torch.device) -> nn.Module:
         use_cache=False,
         attn_implementation="sdpa",
     )
+    # The parameters are made in bf16: in fp32 they would first take twice the memory.
     torch.set_default_dtype(torch.bfloat16)
     with device:
         model = transformers.Qwen3MoeForCausalLM(theirs)
@@ -326,14 +343,17 @@ def _qwen3_moe(config: Config, device: torch.device) -> nn.Module:
 def checkpoint_io(folder: Path) -> None:
     """Saves and loads `5b` with checksums, beside dd writing and reading a file of that size."""
     gb = checkpoint_gb(Config(**PRESETS["5b"]))
-    disk_bytes, disk_write, disk_read = _dd_seconds(folder / "dd", gb)
+    disk_bytes, disk_write_seconds, disk_read_seconds = _dd_seconds(folder / "dd", gb)
 
+    # A run with whole training state, which has not trained: only sizes matter here.
     options = dict(save_dir=str(folder / "run"), keep_checkpoints=1, cache_dir=str(CACHE))
     config, _, _ = resolve(options, "5b", None)
     trainer = Trainer(config, data.prepare(config))
     path = folder / "checkpoint_step_1.pt"
+
+    # By how much saving raises the peak of this process's memory
     host_bytes_before = _peak_host_bytes()
-    saving = timed(lambda: checkpoint.save(path, trainer.state_dict()))
+    save_seconds = timed(lambda: checkpoint.save(path, trainer.state_dict()))
     overhead_gb = (_peak_host_bytes() - host_bytes_before) / GB
     saved_bytes = path.stat().st_size
 
@@ -341,14 +361,19 @@ def checkpoint_io(folder: Path) -> None:
         trainer.load_state_dict(checkpoint.load(path))
         torch.cuda.synchronize()
 
+    # What was just written is still in the system's cache, and would be read from there.
     forget_file(path)
-    loading = timed(load)
+    load_seconds = timed(load)
 
-    save_gb_s = saved_bytes / saving / GB
-    load_gb_s = saved_bytes / loading / GB
-    disk_write_gb_s = disk_bytes / disk_write / GB
-    disk_read_gb_s = disk_bytes / disk_read / GB
-    share = dict(save=save_gb_s / disk_write_gb_s, load=load_gb_s / disk_read_gb_s)
+    save_gb_s = saved_bytes / save_seconds / GB
+    load_gb_s = saved_bytes / load_seconds / GB
+    disk_write_gb_s = disk_bytes / disk_write_seconds / GB
+    disk_read_gb_s = disk_bytes / disk_read_seconds / GB
+    # The share of the disk's own speed that each reaches
+    share = dict(
+        save=save_gb_s / disk_write_gb_s,
+        load=load_gb_s / disk_read_gb_s,
+    )
     write(
         "checkpoint_io",
         100 * min(share.values()),

@@ -422,10 +422,10 @@ def curve_18b_fp16(folder: Path) -> None:
 
 
 def resume_18b(folder: Path) -> None:
-    """Six steps with a checkpoint after the third, and twice the last three again from it.
+    """Compares the losses of a run of six steps with those of the run resumed after its third.
 
-    Some kernels of the GPU add in no fixed order. So the two resumed runs differ too, and their
-    difference is what the first one is compared with.
+    Some kernels of the GPU add in no fixed order, so equal runs differ a little. To show by how
+    much, steps 4 to 6 are resumed twice from the same checkpoint, and the two are compared too.
     """
     common = [*option_words(precision="fp16", max_steps=6), *SHORT]
     size = option_words(preset="18b", n_layers=8)

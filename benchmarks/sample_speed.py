@@ -46,12 +46,18 @@ def models(config: Config, device: torch.device):
     """Our model and transformers', with the same random weights."""
     fp32 = MoETransformer(dataclasses.replace(config, precision="fp32"))
     ours = MoETransformer(config)
+    # This rounds them where our parameters have 16 bits, as the export does for theirs.
     ours.load_state_dict(fp32.state_dict())
-    return ours.to(device).eval(), exported(fp32, config).to(device).eval()
+    theirs = exported(fp32, config)
+    return ours.to(device).eval(), theirs.to(device).eval()
 
 
 def exported(model: MoETransformer, config: Config):
-    """The model as transformers loads it from our export."""
+    """The model as transformers loads it from our export.
+
+    The state of the optimizers, which would hold the low bits of 16-bit weights, is empty: the
+    weights are fp32.
+    """
     from transformers import AutoModelForCausalLM
 
     state = dict(
@@ -86,9 +92,13 @@ def measure(config: Config, device: torch.device) -> dict:
     found = {}
     for texts in TEXTS_AT_A_TIME:
         speeds = speeds_in_turn(writers, texts, device)
-        medians = {name: statistics.median(values) for name, values in speeds.items()}
+        medians = {}
+        for name, values in speeds.items():
+            medians[name] = statistics.median(values)
         found[f"{texts} at a time"] = dict(**medians, all=speeds)
-        shown = [f"{name} {speed:,.1f} tokens/s" for name, speed in medians.items()]
+        shown = []
+        for name, speed in medians.items():
+            shown.append(f"{name} {speed:,.1f} tokens/s")
         print(f"{texts} at a time: {', '.join(shown)}", flush=True)
     return found
 
@@ -125,7 +135,8 @@ def speeds_in_turn(
     speeds = {name: [] for name in writers}
     for _ in range(1 + REPETITIONS):
         for name, writer in writers.items():
-            speeds[name].append(tokens_per_second(writer, texts, device))
+            speed = tokens_per_second(writer, texts, device)
+            speeds[name].append(speed)
     return {name: values[1:] for name, values in speeds.items()}
 
 
@@ -146,19 +157,26 @@ def tokens_per_second(writer: Callable[[int], int], texts: int, device: torch.de
 
 def main(argv: list[str]) -> None:
     usage = "python -m benchmarks.sample_speed [--preset NAME] [--device cpu|cuda]"
-    found_device = "cuda" if torch.cuda.is_available() else "cpu"
+    found_device = "cpu"
+    if torch.cuda.is_available():
+        found_device = "cuda"
     parser = new_parser(usage, __doc__)
     parser.add_argument("--preset", default="small", help="a preset of config.py")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=found_device)
     args = parser.parse(argv)
 
-    precision = "bf16" if args.device == "cuda" else "fp32"
-    changes = dict(precision=precision, activation_checkpointing="none")
-    config = Config(**preset_values(args.preset) | changes)
+    precision = "fp32"
+    if args.device == "cuda":
+        precision = "bf16"
+    values = dict(preset_values(args.preset))
+    values["precision"] = precision
+    # The default, "auto", is for the planner to resolve. Nothing is trained here.
+    values["activation_checkpointing"] = "none"
+    config = Config(**values)
+    import transformers  # only now: it takes seconds, and --help does not need it
+
     device = torch.device(args.device)
     speeds = measure(config, device)
-    import transformers
-
     write(
         "sampling",
         speeds["1 at a time"]["ours"],

@@ -186,13 +186,14 @@ def _option_value(value) -> str:
     return str(value)
 
 
-def brief_memory() -> str:
-    """The memory that the planner predicts for `18b` on a B200."""
+def predicted_memory_18b() -> str:
+    """The memory that the planner predicts for `18b` on a B200, as a block of text."""
     machine = find_machine(gpu="b200")
     config = Config(**PRESETS["18b"])
     choice, _ = choose(config, machine, fixed_batch=False)
     groups = optimizer_groups(config)
-    return f"```\n{memory_table(choice.memory_gb, groups, capacity_gb=machine.memory_gb)}\n```"
+    text = memory_table(choice.memory_gb, groups, capacity_gb=machine.memory_gb)
+    return f"```\n{text}\n```"
 
 
 # ---------------------------------------------------------------- docs/data.md, docs/models.md
@@ -286,12 +287,24 @@ def _domains_table(evaluated: dict) -> str:
 
 
 def _lm_eval_table(details: dict) -> str:
+    """A row for each task of lm_eval: its number of questions, and accuracy with standard error."""
+    version = details["lm_eval"]
+    header = [f"task of `lm_eval` {version}", "questions", "accuracy"]
     rows = []
     for task, found in details["results"].items():
-        questions = f"{details['n_samples'][task]['effective']} of 4 choices"
-        accuracy = f"{found['acc,none']:.3f} ± {found['acc_stderr,none']:.3f}"
-        rows.append([f"`{task}`", questions, accuracy])
-    return table([f"task of `lm_eval` {details['lm_eval']}", "questions", "accuracy"], rows)
+        # "effective" is how many questions were put, "original" how many the task has.
+        num_questions = details["n_samples"][task]["effective"]
+        # lm_eval's keys are a metric and a filter of answers. "none" is no filter.
+        accuracy = found["acc,none"]
+        standard_error = found["acc_stderr,none"]
+        rows.append(
+            [
+                f"`{task}`",
+                f"{num_questions} of 4 choices",
+                f"{accuracy:.3f} ± {standard_error:.3f}",
+            ]
+        )
+    return table(header, rows)
 
 
 # ---------------------------------------------------------------- docs/figures.md
@@ -494,7 +507,7 @@ def blocks() -> dict[str, Callable[[], str]]:
         default_run=default_run,
         presets=presets,
         options=options,
-        memory_table=brief_memory,
+        memory_table=predicted_memory_18b,
         data_speed=data_speed,
         sampling=sampling,
         lm_eval=lm_eval,
