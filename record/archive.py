@@ -28,8 +28,11 @@ PLAIN = "plain values"
 # ---------------------------------------------------------------- what a state consists of
 
 
-# Address of a storage and its size in bytes
-StorageKey = tuple[int, int]
+# Storages by their address and their size in bytes
+Storages = dict[tuple[int, int], torch.UntypedStorage]
+
+# Tensors by key path: the keys of the nested dicts joined by /, such as "model/norm.weight"
+NamedTensors = dict[str, Tensor]
 
 
 def compact(state: dict) -> dict:
@@ -41,22 +44,25 @@ def compact(state: dict) -> dict:
 
     Raises TypeError for a tensor without bytes in memory (sparse, or on the meta device).
     """
-    storages: dict[StorageKey, torch.UntypedStorage] = {}
+    storages: Storages = {}
     dtypes: dict[int, torch.dtype] = {}
 
     def visit(node):
-        if isinstance(node, dict):
-            return {key: visit(value) for key, value in node.items()}
         if isinstance(node, Tensor):
             return _compact_tensor(node, storages, dtypes)
-        return node
+        if not isinstance(node, dict):
+            return node
+        copy = {}
+        for key, value in node.items():
+            copy[key] = visit(value)
+        return copy
 
     return visit(state)
 
 
 def _compact_tensor(
     tensor: Tensor,
-    storages: dict[StorageKey, torch.UntypedStorage],
+    storages: Storages,
     dtypes: dict[int, torch.dtype],
 ) -> Tensor:
     """The tensor with a storage of its own bytes.
@@ -64,7 +70,9 @@ def _compact_tensor(
     `storages` are those made for earlier views. `dtypes` are those of earlier tensors, by the
     address of their storage.
     """
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+    is_sparse = tensor.layout is not torch.strided
+    is_meta = tensor.device.type == "meta"
+    if is_sparse or is_meta:
         raise TypeError(
             f"checkpoint: cannot store a tensor of layout {tensor.layout} on device {tensor.device}"
         )
@@ -77,37 +85,44 @@ def _compact_tensor(
 
     # torch.save refuses the same bytes under two dtypes: the second dtype gets a copy.
     address = tensor.untyped_storage().data_ptr()
-    if dtypes.setdefault(address, tensor.dtype) != tensor.dtype:
+    stored_dtype = dtypes.setdefault(address, tensor.dtype)
+    if stored_dtype != tensor.dtype:
         tensor = tensor.to("cpu", copy=True)
     return tensor
 
 
-def _with_own_storage(tensor: Tensor, storages: dict[StorageKey, torch.UntypedStorage]) -> Tensor:
+def _with_own_storage(tensor: Tensor, storages: Storages) -> Tensor:
     """The contiguous view `tensor`, on a storage that begins and ends where the view does."""
     storage = tensor.untyped_storage()
-    start = int(tensor.storage_offset()) * tensor.element_size()
+    first_element = int(tensor.storage_offset())
+    start = first_element * tensor.element_size()  # in bytes
+    end = start + tensor.nbytes
     # A slice of a storage lies on the same memory and keeps it alive.
-    own_storage = storage[start : start + tensor.nbytes]
+    own_storage = storage[start:end]
     # torch.save recognises shared bytes by the storage, so views of the same bytes must get the
     # same storage.
-    key = (storage.data_ptr() + start, tensor.nbytes)
-    own_storage = storages.setdefault(key, own_storage)
-    return tensor.new_empty(0).set_(own_storage, 0, tensor.shape, tensor.stride())
+    address = storage.data_ptr() + start
+    own_storage = storages.setdefault((address, tensor.nbytes), own_storage)
+    compacted = tensor.new_empty(0)
+    return compacted.set_(own_storage, 0, tensor.shape, tensor.stride())
 
 
-def split(state: dict) -> tuple[dict[str, Tensor], dict]:
+def split(state: dict) -> tuple[NamedTensors, dict]:
     """(the tensors by key path, a copy of the nested dicts without the tensors).
 
-    A key path joins the keys of nested dicts, such as "model/norm.weight". Raises TypeError for a
-    key or a leaf of a type that is not allowed, and for two tensors with the same key path.
+    Raises TypeError for a key or a leaf of a type that is not allowed, and for two tensors with
+    the same key path.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors: NamedTensors = {}
     plain = _take_tensors(state, "", tensors)
     return tensors, plain
 
 
-def _take_tensors(node: dict, path: str, tensors: dict[str, Tensor]) -> dict:
-    """Moves the tensors of `node`, a dict at this path, into `tensors`; returns what is left."""
+def _take_tensors(node: dict, path: str, tensors: NamedTensors) -> dict:
+    """Adds the tensors of `node`, the dict at this key path, to `tensors`.
+
+    Returns a copy of the other values. `node` itself is not changed.
+    """
     plain: dict = {}
     for key, value in node.items():
         name = _key_path(path, key)
@@ -125,12 +140,15 @@ def _take_tensors(node: dict, path: str, tensors: dict[str, Tensor]) -> dict:
 def _plain_value(value, path: str):
     """A copy of a plain value.
 
-    Raises TypeError for any other value. A tensor in a list is one: it would have no key path.
+    Raises TypeError for any other value, such as a tensor in a list, which has no key path.
     """
     if type(value) is list:
         return [_plain_value(item, path) for item in value]
     if isinstance(value, dict):
-        return {key: _plain_value(item, _key_path(path, key)) for key, item in value.items()}
+        copy = {}
+        for key, item in value.items():
+            copy[key] = _plain_value(item, _key_path(path, key))
+        return copy
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise TypeError(
@@ -141,7 +159,8 @@ def _plain_value(value, path: str):
 
 def _key_path(path: str, key) -> str:
     if type(key) is not str:
-        raise TypeError(f"checkpoint: key {key!r} in {path or 'the state'} is not a str")
+        place = path or "the state"
+        raise TypeError(f"checkpoint: key {key!r} in {place} is not a str")
     if not path:
         return key
     return f"{path}/{key}"
@@ -150,7 +169,7 @@ def _key_path(path: str, key) -> str:
 # ---------------------------------------------------------------- checksums
 
 
-def checksums(tensors: dict[str, Tensor], plain: dict) -> dict[str, int]:
+def checksums(tensors: NamedTensors, plain: dict) -> dict[str, int]:
     """CRC-32 of each compact tensor under its key path, and of the plain values under PLAIN."""
     crcs = _in_threads(_checksum, tensors.values())
     found = dict(zip(tensors, crcs))
@@ -166,9 +185,11 @@ def checksums(tensors: dict[str, Tensor], plain: dict) -> dict[str, int]:
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of a compact tensor's description and of its bytes in the order of memory."""
     # The description guards what the bytes do not show, such as the shape of an empty tensor.
-    description = f"{tensor.dtype} {list(tensor.shape)} {tensor.stride()} {tensor.requires_grad}"
+    shape = list(tensor.shape)
+    description = f"{tensor.dtype} {shape} {tensor.stride()} {tensor.requires_grad}"
     crc = zlib.crc32(description.encode())
-    if tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() != tensor.nbytes:
+    storage_bytes = tensor.untyped_storage().nbytes()
+    if tensor.storage_offset() != 0 or storage_bytes != tensor.nbytes:
         raise ValueError("a tensor and its storage differ in size")
     for _, chunk in _chunks(tensor):
         crc = zlib.crc32(chunk, crc)
@@ -178,7 +199,7 @@ def _checksum(tensor: Tensor) -> int:
 # ---------------------------------------------------------------- to the disk
 
 
-def write_tensors(tensors: dict[str, Tensor], handle: int, path: Path) -> None:
+def write_tensors(tensors: NamedTensors, handle: int, path: Path) -> None:
     """Writes the bytes of the tensors into the gaps that torch.save left for them under skip_data.
 
     `handle` is the descriptor of the open file at `path`.
@@ -192,10 +213,12 @@ def write_tensors(tensors: dict[str, Tensor], handle: int, path: Path) -> None:
     tensor_at: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.nbytes:
-            tensor_at[offsets[name]] = tensor
+            offset = offsets[name]
+            tensor_at[offset] = tensor
 
     def write(offset: int) -> None:
-        for start, chunk in _chunks(tensor_at[offset]):
+        tensor = tensor_at[offset]
+        for start, chunk in _chunks(tensor):
             _write_chunk(handle, chunk, offset + start)
 
     _in_threads(write, tensor_at)
@@ -216,10 +239,11 @@ def _offsets_in_file(path: Path) -> dict[str, int]:
 
 def _write_chunk(handle: int, chunk: memoryview, offset: int) -> None:
     """Writes the whole chunk at an offset (bytes) of the file."""
-    written = 0
+    written = 0  # bytes
     # pwrite may write only the beginning of what it is given.
     while written < len(chunk):
-        written += os.pwrite(handle, chunk[written:], offset + written)
+        rest = chunk[written:]
+        written += os.pwrite(handle, rest, offset + written)
     # The disk begins to write now, and not only when the page cache is full. Not every system has
     # this call.
     with contextlib.suppress(AttributeError, OSError):
@@ -240,7 +264,8 @@ def _chunks(tensor: Tensor) -> Iterator[tuple[int, memoryview]]:
         size = min(CHUNK, len(data))
         buffer = torch.empty(size, dtype=torch.uint8, pin_memory=data.is_cuda)
     for start in range(0, len(data), CHUNK):
-        chunk = data[start : start + CHUNK]
+        end = start + CHUNK
+        chunk = data[start:end]
         if buffer is not None:
             on_host = buffer[: len(chunk)]
             chunk = on_host.copy_(chunk)
@@ -252,7 +277,8 @@ def _in_threads(function: Callable, items: Iterable) -> list:
 
     Threads are enough: copies, zlib and writing release the interpreter's lock while they work.
     """
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    cpus = os.cpu_count() or 1
+    with ThreadPoolExecutor(max_workers=min(8, cpus)) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             return [future.result() for future in futures]

@@ -248,19 +248,24 @@ def _load_error(path: Path, text: str) -> CheckpointError:
 
 def _other_checkpoints(path: Path) -> list[Path]:
     """The checkpoints in the folder of `path` that are other files than `path`, newest first."""
-
-    def age(other: Path) -> tuple[int, int]:
-        number = re.fullmatch(r"checkpoint_step_(\d+)\.pt", other.name)
-        step = int(number[1]) if number else -1
-        return other.stat().st_mtime_ns, step
-
     found = []
     for other in path.parent.glob("checkpoint_*.pt"):
         # checkpoint_latest.pt may be a link to nothing, or to the very file that is damaged.
-        same = path.exists() and other.exists() and path.samefile(other)
-        if other.exists() and not same:
-            found.append(other)
-    return sorted(found, key=age, reverse=True)
+        if not other.exists():
+            continue
+        if path.exists() and path.samefile(other):
+            continue
+        found.append(other)
+    return sorted(found, key=_time_and_step, reverse=True)
+
+
+def _time_and_step(path: Path) -> tuple[int, int]:
+    """Sort key: when the file was written (ns), and its step where two were written at once."""
+    step = -1  # of checkpoint_latest.pt, whose name has no step
+    numbered = re.fullmatch(r"checkpoint_step_(\d+)\.pt", path.name)
+    if numbered:
+        step = int(numbered[1])
+    return path.stat().st_mtime_ns, step
 
 
 # ---------------------------------------------------------------- opening a model
@@ -288,11 +293,15 @@ def open_model(path: str, device: str, precision: str | None):
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: PyTorch finds no GPU; use --device cpu")
-    if device != "cpu":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto" and torch.cuda.is_available():
+        device = "cuda"
+    elif device == "auto":
+        device = "cpu"
     state = load_option(path)
     if precision is None:
-        precision = state["config"]["precision"] if device == "cuda" else "fp32"
+        precision = "fp32"
+        if device == "cuda":
+            precision = state["config"]["precision"]
     model, config = model_from_state(state, device, precision)
     return model, config, state
 
@@ -386,7 +395,9 @@ def prune(folder, steps, keep: int) -> list[int]:
     assert keep >= 1
     steps = [step for step in sorted(set(steps)) if step_path(folder, step).exists()]
     latest = latest_path(folder)
-    pinned = latest.resolve() if latest.is_symlink() else None
+    pinned = None
+    if latest.is_symlink():
+        pinned = latest.resolve()
     for step in steps[:-keep]:
         path = step_path(folder, step)
         if path.resolve() != pinned:
@@ -424,7 +435,9 @@ def files_to_come(config: Config, step: int, numbered_files: int, own_latest: bo
 
     new_files = 0
     if saves_by_step:
-        new_files = config.max_steps // config.save_every - step // config.save_every
+        saves_in_all = config.max_steps // config.save_every
+        saves_so_far = step // config.save_every
+        new_files = saves_in_all - saves_so_far
         # The last step is saved even where save_every does not divide it.
         if config.max_steps % config.save_every > 0:
             new_files += 1
@@ -435,7 +448,9 @@ def files_to_come(config: Config, step: int, numbered_files: int, own_latest: bo
     # A file saved by time is checkpoint_latest.pt itself, one more than the numbered ones. Without
     # numbered ones, each is written while the one before it still exists.
     if saves_by_time:
-        most += 1 if saves_by_step else 2
+        most += 1
+    if saves_by_time and not saves_by_step:
+        most += 1
     return max(1, most - numbered_files - own_latest)
 
 
@@ -483,11 +498,12 @@ def _reason(error: BaseException) -> str:
 
 def random_states(device: torch.device) -> dict:
     """Every generator's state in tensors and plain types, as torch.load needs for weights_only."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = typing.cast(tuple, numpy.random.get_state())
+    version, words, next_gauss = random.getstate()
+    numpy_state = typing.cast(tuple, numpy.random.get_state())
+    name, keys, position, has_gauss, cached_gauss = numpy_state
     states = dict(
-        python=[version, list(words), gauss],
-        numpy=[name, keys.tolist(), float(position), float(has_gauss), float(cached)],
+        python=[version, list(words), next_gauss],
+        numpy=[name, keys.tolist(), float(position), float(has_gauss), float(cached_gauss)],
         torch=torch.get_rng_state(),
     )
     if device.type == "cuda":
@@ -496,11 +512,17 @@ def random_states(device: torch.device) -> dict:
 
 
 def restore_random_states(state: dict, device: torch.device) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    words = numpy.array(keys, dtype=numpy.uint32)
-    numpy.random.set_state((name, words, int(position), int(has_gauss), cached))
+    """Sets every generator to a state that `random_states` returned.
+
+    A run that continues on another kind of device leaves the GPU's generator as it is.
+    """
+    version, words, next_gauss = state["python"]
+    random.setstate((version, tuple(words), next_gauss))
+
+    name, keys, position, has_gauss, cached_gauss = state["numpy"]
+    keys = numpy.array(keys, dtype=numpy.uint32)
+    numpy.random.set_state((name, keys, int(position), int(has_gauss), cached_gauss))
+
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

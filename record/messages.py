@@ -24,7 +24,7 @@ def memory_plan(config: Config, predicted: dict, machine: Machine) -> str:
     """The resolved choices that cost memory, and the table of what is predicted."""
     mode: str = config.activation_checkpointing
     last_mode = config.checkpointing_of(config.n_layers - 1)
-    if last_mode != mode:
+    if last_mode != mode:  # the last blocks recompute less than the others
         mode = f"{mode} ({last_mode} in the last {config.lighter_blocks} blocks)"
     state = "on the device"
     if config.offload_optimizer == "true":
@@ -114,13 +114,13 @@ def progress(row: dict) -> dict[str, str]:
         ppl=f"{row['train_perplexity']:.1f}",
         acc=f"{row['train_accuracy']:.3f}",
         norm=f"{row['grad_norm']:.2f}",
-        lr=f"{lrs[0]:.1e}",
+        lr=f"{lrs[0]:.1e}",  # of the first optimizer
         tok_s=f"{row['tokens_per_second']:,.0f}",
     )
     if "expert_load" in row:
-        largest_share = max(max(layer) for layer in row["expert_load"])
+        shares = [share for layer in row["expert_load"] for share in layer]
         shown["aux"] = f"{row['load_balancing_loss']:.3f}"
-        shown["top_load"] = f"{largest_share:.2f}"
+        shown["top_load"] = f"{max(shares):.2f}"
     if row["mfu"]:
         shown["mfu"] = f"{row['mfu']:.3f}"
     shown["gb"] = f"{row['memory_peak_gb']:.1f}"
@@ -223,28 +223,36 @@ def last_checkpoint(latest) -> str:
 
 
 def out_of_memory(config: Config, machine: Machine, step: int, last_checkpoint: str) -> str:
-    """With the fastest choice that needs less memory, at the same number of tokens a step."""
-    cpu = machine.name is None
+    """What the machine has, what was predicted, and what to try.
+
+    It names the options of the fastest choice that needs less memory than the run's own, at the
+    same number of tokens per step. `config` is resolved: no field of it is auto.
+    """
+    on_cpu = machine.name is None
+    device = machine.name or "the CPU"
+    memory_gb = machine.memory_gb or machine.host_memory_gb
+    # With one value for each field there is one candidate: the choice that the run uses.
     [used] = candidates(
         config,
-        [config.activation_checkpointing],
-        [config.offload_optimizer == "true"],
-        [config.batch_size],
-        cpu,
+        modes=[config.activation_checkpointing],
+        offloads=[config.offload_optimizer == "true"],
+        batches=[config.batch_size],
+        cpu=on_cpu,
     )
-    smaller = next_smaller(config, used, cpu)
-    remedy = (
-        "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset."
-    )
-    if smaller:
+    predicted_gb = used.memory_gb["total"]
+    smaller = next_smaller(config, used, on_cpu)
+    if smaller is None:
+        remedy = (
+            "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset."
+        )
+    else:
         remedy = (
             "Next smaller choice, at the same tokens per step "
             f"({smaller.memory_gb['total']:.1f} GB): {smaller.options(config)}"
         )
-    memory_gb = machine.memory_gb or machine.host_memory_gb
     return (
-        f"out of memory at step {step} on {machine.name or 'the CPU'} ({memory_gb:.1f} GB; "
-        f"predicted {used.memory_gb['total']:.1f} GB).\n  {remedy}\n  {last_checkpoint}"
+        f"out of memory at step {step} on {device} ({memory_gb:.1f} GB; "
+        f"predicted {predicted_gb:.1f} GB).\n  {remedy}\n  {last_checkpoint}"
     )
 
 

@@ -79,15 +79,22 @@ class MemoryMeter:
         The gradients must not have been freed yet. On a CPU there is no allocator to query, so
         activations, workspace and total are left out.
         """
-        weights = sum(p.nbytes for p in self.parameters.values())
-        gradients = sum(p.grad.nbytes for p in self.parameters.values() if p.grad is not None)
+        weights = 0
+        gradients = 0
+        for parameter in self.parameters.values():
+            weights += parameter.nbytes
+            if parameter.grad is not None:
+                gradients += parameter.grad.nbytes
         host_gradients = sum(tensor.nbytes for tensor in self.host_gradients.values())
         state = self._state_bytes()
         offloaded = any(optimizer.state.offload for optimizer in self.optimizers.values())
 
         sizes = dict(weights=weights / GB, gradients=gradients / GB)
         for key, size in state.items():
-            sizes[key] = 0.0 if offloaded else size / GB
+            if offloaded:
+                sizes[key] = 0.0
+            else:
+                sizes[key] = size / GB
         if self.gpu:
             stays = sum(sizes.values())
             sizes["activations"] = self.phase_gb["backward"] - stays
@@ -109,8 +116,10 @@ class MemoryMeter:
             for tensors in self.optimizers[name].state.tensors.values():
                 for key, tensor in tensors.items():
                     # The low bits of the fp32 masters belong to the masters, not to the moments.
-                    part = "master" if key == "residual" else group.memory_key
-                    sizes[part] += tensor.nbytes
+                    component = group.memory_key
+                    if key == "residual":
+                        component = "master"
+                    sizes[component] += tensor.nbytes
         return sizes
 
     def table(self) -> str:

@@ -2,7 +2,7 @@
 
 import math
 
-import torch
+from torch import Tensor
 
 from config import Config
 from planner.machine import GPUS, Machine
@@ -11,10 +11,14 @@ from planner.machine import GPUS, Machine
 # stays a number.
 LARGEST_EXPONENT = 700.0
 
+# Metrics of a micro-batch that count tokens. All others are means over the micro-batch.
+COUNTS = ("correct", "expert_counts")
+
 
 def perplexity(loss: float) -> float:
     """exp of a loss in nats per token."""
-    return math.exp(min(loss, LARGEST_EXPONENT))
+    exponent = min(loss, LARGEST_EXPONENT)
+    return math.exp(exponent)
 
 
 def mfu(config: Config, machine: Machine, tokens_per_second: float) -> float | None:
@@ -25,8 +29,9 @@ def mfu(config: Config, machine: Machine, tokens_per_second: float) -> float | N
     """
     if machine.key is None or config.precision == "fp32":
         return None
+    gpu = GPUS[machine.key]
+    peak_flops_per_second = gpu.peak_tflops * 1e12
     flops_per_second = config.flops_per_token * tokens_per_second
-    peak_flops_per_second = GPUS[machine.key].peak_tflops * 1e12
     return flops_per_second / peak_flops_per_second
 
 
@@ -37,20 +42,20 @@ class Interval:
     reads them. Means are weighted by sequences and not by micro-batches, because a run may be
     resumed in the middle of an interval with another micro-batch.
 
-    `sums` goes into checkpoints as it is. Its keys are those of the model's metrics, and
-    `sequences` and `seconds`. `grad_norm` is not a sum but the gradient norm of the last step, and
-    `spike` has facts about it if it was unusually large.
+    `sums` goes into checkpoints as it is. It holds the model's metrics under their own keys,
+    `sequences` and `seconds`. Two of its values are no sums: `grad_norm` is the gradient norm of
+    the last step, and `spike` has facts about the last norm that was unusually large.
     """
 
     def __init__(self, sums: dict | None = None):
-        self.sums = sums or {}
+        self.sums: dict = {}
+        if sums is not None:
+            self.sums = sums
 
-    def add_micro_batch(self, metrics: dict[str, torch.Tensor], sequences: int) -> None:
+    def add_micro_batch(self, metrics: dict[str, Tensor], sequences: int) -> None:
         """Adds the metrics that the model returned for a micro-batch of `sequences` sequences."""
         for key, value in metrics.items():
-            # These two are counts of tokens. The others are means over the micro-batch.
-            is_count = key in ("correct", "expert_counts")
-            if not is_count:
+            if key not in COUNTS:
                 value = value * sequences
             self._add(key, value)
         self._add("sequences", sequences)
@@ -70,32 +75,41 @@ class Interval:
         self.sums[key] = value
 
     def tokens_per_second(self, config: Config) -> float:
-        return self.sums["sequences"] * config.max_seq_len / self.sums["seconds"]
+        seconds = self.sums["seconds"]
+        return self._tokens(config) / seconds
+
+    def _tokens(self, config: Config) -> int:
+        return self.sums["sequences"] * config.max_seq_len
 
     def training_row(self, config: Config) -> dict:
         """The means of the interval, as the first columns of a row of metrics. Waits for the GPU.
 
         Losses are in nats per token; the accuracy is a share of the tokens.
         """
-        sequences = self.sums["sequences"]
-        tokens = sequences * config.max_seq_len
-        loss = float(self.sums["cross_entropy"]) / sequences
+        loss = self._mean("cross_entropy")
+        correct = float(self.sums["correct"])
         row = dict(
             train_loss=loss,
             train_perplexity=perplexity(loss),
-            train_accuracy=float(self.sums["correct"]) / tokens,
+            train_accuracy=correct / self._tokens(config),
         )
         if config.n_moe_layers:
-            row["load_balancing_loss"] = float(self.sums["load_balancing_loss"]) / sequences
-            row["router_z_loss"] = float(self.sums["router_z_loss"]) / sequences
+            row["load_balancing_loss"] = self._mean("load_balancing_loss")
+            row["router_z_loss"] = self._mean("router_z_loss")
             row["expert_load"] = self._expert_load()
         return row
+
+    def _mean(self, key: str) -> float:
+        """The mean over sequences of a metric that is no count."""
+        total = float(self.sums[key])
+        return total / self.sums["sequences"]
 
     def _expert_load(self) -> list[list[float]]:
         """The share of a layer's routed tokens that each expert received: [MoE layers, experts]."""
         counts = self.sums["expert_counts"].double()
-        shares = counts / counts.sum(1, keepdim=True)
+        tokens_of_layer = counts.sum(1, keepdim=True)
+        shares = counts / tokens_of_layer
         rounded = []
-        for layer in shares.tolist():
-            rounded.append([round(share, 5) for share in layer])
+        for shares_of_layer in shares.tolist():
+            rounded.append([round(share, 5) for share in shares_of_layer])
         return rounded

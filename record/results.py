@@ -34,21 +34,23 @@ RESULTS_MINUTES = 5
 CURVES_SECONDS = 60
 LONGEST_DIFF = 1_000_000  # characters of a diff that are kept
 
-# Values of a row that are no single number, or a text: `latest` leaves them out.
+# Keys of a row whose value is a list, a dict or a text, and no number: `latest` leaves them out.
 NOT_A_METRIC = ("expert_load", "grad_norm_spike", "sample")
 
 
 class Record:
-    """The rows of metrics.jsonl, in memory (`history`) and in the run's folder, and what is made
-    of them.
+    """The metrics of one run: keeps their rows, and writes the three files that show them.
 
-    `track` is called with every new row; trackers hang on it.
+    metrics.jsonl has the rows, one a line. training_results.json and training_curves.png are made
+    from all rows. `history` holds the rows, the oldest first. `track` is called with every new
+    row: it sends the row to a tracker.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.history: list[dict] = []
         self.track: Callable[[dict], None] = lambda row: None
+        # When the two files were last written; at the start there is nothing to write yet.
         self.last_results = time.monotonic()
         self.last_curves = time.monotonic()
 

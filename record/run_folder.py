@@ -17,8 +17,9 @@ class RunCheckpoints:
     checkpoint_latest.pt   the newest checkpoint: a link to a numbered one, or a file of its own
                            that save_minutes or a signal wrote
 
-    `saved_steps` are the numbered ones that this run wrote and kept. It goes into checkpoints, so
-    that a resumed run does not delete those of another run in the same folder.
+    `saved_steps` are the steps of the numbered ones that this run wrote and kept. A checkpoint
+    holds the list, so that a resumed run deletes its own old ones and none of another run in the
+    same folder.
     `resumed_from` is the file that the run continues from.
     """
 
