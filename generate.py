@@ -60,37 +60,20 @@ def stream(
 
     On a GPU run one stream at a time: CUDA graphs share the libraries' workspace.
     """
-    max_seq_len = model.config.max_seq_len
-    device = model.norm.weight.device
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
-    longest = min(max_seq_len, len(prompt) + max_new_tokens)
-    cache = _empty_cache(model, n, longest)
-    read_next = _reader_of_next_tokens(model, cache, n)
-
-    # The prompt has one row, whatever n: it is read once, for all texts.
-    tokens_BS = torch.tensor([prompt[-max_seq_len:]], device=device)
-    unread_BS = tokens_BS
-    position = 0  # of the first unread token
+    generators = []
+    for i in range(n):
+        generator = torch.Generator()
+        generators.append(generator.manual_seed(seed + i))
+    texts = _Texts(model, prompt, n, max_new_tokens)
     ended = [False] * n
     for _ in range(max_new_tokens):
-        if position + unread_BS.shape[1] > max_seq_len:
-            # The cache is full: the last max_seq_len tokens are read again, from position 0.
-            unread_BS = tokens_BS
-            position = 0
-        if position == 0:
-            logits_BV = _read(model, cache, unread_BS).expand(n, -1)
-        else:
-            logits_BV = read_next(unread_BS, torch.tensor([position], device=device))
-        position += unread_BS.shape[1]
-
+        logits_BV = texts.next_logits()
         if temperature == 0:
             chosen_B = logits_BV.argmax(dim=-1)
         else:
-            draws_B = _draws(generators).to(device)
+            draws_B = _draws(generators).to(logits_BV.device)
             chosen_B = choose(logits_BV, draws_B, temperature, top_k, top_p)
-        unread_BS = chosen_B[:, None]
-        tokens_BS = torch.cat([tokens_BS.expand(n, -1), unread_BS], dim=1)
-        tokens_BS = tokens_BS[:, -max_seq_len:]
+        texts.append(chosen_B)
 
         step: list[int | None] = []
         for i, token in enumerate(chosen_B.tolist()):  # the one wait for the GPU
@@ -114,7 +97,10 @@ def _draws(generators: list[torch.Generator]) -> Tensor:
 
 
 def generate(
-    model: MoETransformer, prompt: list[int], max_new_tokens: int, **choices
+    model: MoETransformer,
+    prompt: list[int],
+    max_new_tokens: int,
+    **choices,
 ) -> list[list[int]]:
     """The token ids of the n texts that `stream` yields, each up to and with its `stop`.
 
@@ -127,7 +113,10 @@ def generate(
     return texts
 
 
-def finished_texts(steps: Iterator[list[int | None]], stop: int) -> Iterator[tuple[int, list[int]]]:
+def finished_texts(
+    steps: Iterator[list[int | None]],
+    stop: int,
+) -> Iterator[tuple[int, list[int]]]:
     """Yields (i, token ids) of each text i of `stream`, as soon as the text has ended.
 
     `steps` is what `stream` returned. Texts that never reach `stop` come last.
@@ -146,7 +135,11 @@ def finished_texts(steps: Iterator[list[int | None]], stop: int) -> Iterator[tup
 
 
 def choose(
-    logits_BV: Tensor, draws_B: Tensor, temperature: float, top_k: int, top_p: float
+    logits_BV: Tensor,
+    draws_B: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
 ) -> Tensor:
     """Draws a token id for each row of logits. `draws_B` are uniform numbers in [0, 1).
 
@@ -167,7 +160,8 @@ def choose(
 
     # top-p keeps a token if those before it sum to less than top_p: always the first one.
     before_BV = cumulative_BV - probs_BV
-    num_kept_B1 = (before_BV < top_p).sum(dim=-1, keepdim=True)
+    kept_BV = before_BV < top_p
+    num_kept_B1 = kept_BV.sum(dim=-1, keepdim=True)
     last_kept_B1 = (num_kept_B1 - 1).clamp(min=0)  # none is kept where the logits are nan
 
     # The draw is a share of the probability that is kept.
@@ -207,20 +201,74 @@ def text_chunks(tokens: Iterator[int], tokenizer: Tokenizer) -> Iterator[str]:
 # ---------------------------------------------------------------- reading tokens with a cache
 
 
+class _Texts:
+    """The last max_seq_len tokens of n texts that begin alike, and the cache of what was read.
+
+    The prompt has one row, whatever n: it is read once, for all texts. So `tokens_BS` and
+    `unread_BS` have one row at first, and n rows after the first `append`.
+    """
+
+    def __init__(
+        self,
+        model: MoETransformer,
+        prompt: list[int],
+        n: int,
+        max_new_tokens: int,
+    ):
+        self.model = model
+        self.n = n
+        self.max_seq_len = model.config.max_seq_len
+        self.device = model.norm.weight.device
+        longest = min(self.max_seq_len, len(prompt) + max_new_tokens)
+        self.cache = _empty_cache(model, n, longest)
+        self.read_next = _reader_of_next_tokens(model, self.cache, n)
+
+        window = prompt[-self.max_seq_len :]
+        self.tokens_BS = torch.tensor([window], device=self.device)
+        self.unread_BS = self.tokens_BS
+        self.position = 0  # of the first unread token
+
+    def next_logits(self) -> Tensor:
+        """Reads the tokens not read yet. Returns the logits [B, V] of each text's next token."""
+        num_unread = self.unread_BS.shape[1]
+        if self.position + num_unread > self.max_seq_len:
+            # The cache is full: the last max_seq_len tokens are read again, from position 0.
+            self.unread_BS = self.tokens_BS
+            self.position = 0
+        if self.position == 0:
+            logits_BV = _read(self.model, self.cache, self.unread_BS)
+            logits_BV = logits_BV.expand(self.n, -1)
+        else:
+            position_1 = torch.tensor([self.position], device=self.device)
+            logits_BV = self.read_next(self.unread_BS, position_1)
+        self.position += self.unread_BS.shape[1]
+        return logits_BV
+
+    def append(self, token_ids_B: Tensor) -> None:
+        """Adds one token to each text."""
+        self.unread_BS = token_ids_B[:, None]
+        earlier_BS = self.tokens_BS.expand(self.n, -1)
+        tokens_BS = torch.cat([earlier_BS, self.unread_BS], dim=1)
+        self.tokens_BS = tokens_BS[:, -self.max_seq_len :]
+
+
 def _empty_cache(model: MoETransformer, n: int, length: int) -> Cache:
     """A cache for n texts of up to `length` tokens."""
     config = model.config
-    zeros = functools.partial(
-        torch.zeros,
-        (n, config.n_kv_heads, length, config.head_dim),
-        device=model.norm.weight.device,
-        dtype=model.compute_dtype,
-    )
-    return [(zeros(), zeros()) for _ in model.blocks]
+    shape = (n, config.n_kv_heads, length, config.head_dim)
+    options = dict(device=model.norm.weight.device, dtype=model.compute_dtype)
+    cache = []
+    for _ in model.blocks:
+        keys = torch.zeros(shape, **options)
+        values = torch.zeros(shape, **options)
+        cache.append((keys, values))
+    return cache
 
 
 def _reader_of_next_tokens(
-    model: MoETransformer, cache: Cache, n: int
+    model: MoETransformer,
+    cache: Cache,
+    n: int,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The function that reads one more token of each of n texts: (tokens, position) to logits.
 
@@ -231,13 +279,17 @@ def _reader_of_next_tokens(
     # The kernel for few rows never does. Each of the n tokens is one row for each of its experts.
     routed_rows = n * config.top_k
     takes_gemv = triton is not None and routed_rows <= GEMV_MAX_ROWS
-    if model.norm.weight.is_cuda and (takes_gemv or config.n_moe_layers == 0):
+    stays_on_gpu = takes_gemv or config.n_moe_layers == 0
+    if model.norm.weight.is_cuda and stays_on_gpu:
         return _GraphedRead(model, cache)
     return functools.partial(_read, model, cache)
 
 
 def _read(
-    model: MoETransformer, cache: Cache, tokens_BS: Tensor, position_1: Tensor | None = None
+    model: MoETransformer,
+    cache: Cache,
+    tokens_BS: Tensor,
+    position_1: Tensor | None = None,
 ) -> Tensor:
     """Runs the model on tokens, and writes their keys and values into the cache.
 
@@ -248,7 +300,8 @@ def _read(
     Returns the logits [B, V] of the next token.
     """
     if position_1 is None:
-        positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        length = tokens_BS.shape[1]
+        positions_S = torch.arange(length, device=tokens_BS.device)
         visible_T = None
     else:
         positions_S = position_1
@@ -258,19 +311,23 @@ def _read(
     with model.autocast(), sdpa_kernel(ATTENTION):
         x_BSD = model.embedding(tokens_BS).to(model.compute_dtype)
         for block, (cached_keys, cached_values) in zip(model.blocks, cache):
-            q, k, v = block.attention.project(block.attention_norm(x_BSD), positions_S)
+            attention_in_BSD = block.attention_norm(x_BSD)
+            q, k, v = block.attention.project(attention_in_BSD, positions_S)
             cached_keys[:, :, positions_S] = k
             cached_values[:, :, positions_S] = v
             if position_1 is not None:
                 k = cached_keys
                 v = cached_values
-            x_BSD = x_BSD + block.attention.attend(q, k, v, visible_T)
-            out = block.ffn(block.ffn_norm(x_BSD))
+            attention_out_BSD = block.attention.attend(q, k, v, visible_T)
+            x_BSD = x_BSD + attention_out_BSD
+            ffn_in_BSD = block.ffn_norm(x_BSD)
+            ffn_out = block.ffn(ffn_in_BSD)
             if block.moe:
-                out, _routing = out
-            x_BSD = x_BSD + out
+                ffn_out, _routing = ffn_out
+            x_BSD = x_BSD + ffn_out
         last_x_BD = model.norm(x_BSD[:, -1])
-        return F.linear(last_x_BD, model.head_weight).float()
+        logits_BV = F.linear(last_x_BD, model.head_weight)
+        return logits_BV.float()
 
 
 class _GraphedRead:
