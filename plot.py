@@ -55,7 +55,10 @@ Rows = list[dict]  # of metrics.jsonl
 
 
 def plot_training_curves(
-    history: Rows, path, title: str = "", unigram_entropy: float | None = None
+    history: Rows,
+    path,
+    title: str = "",
+    unigram_entropy: float | None = None,
 ) -> None:
     """Draws the rows of metrics.jsonl into a PNG of 1800 x 1500 pixels at `path`.
 
@@ -87,7 +90,12 @@ def plot_training_curves(
     write_figure(figure, Path(path))
 
 
-def draw_loss(axes: Axes, train: Rows, validation: Rows, unigram_entropy: float | None) -> None:
+def draw_loss(
+    axes: Axes,
+    train: Rows,
+    validation: Rows,
+    unigram_entropy: float | None,
+) -> None:
     """The training loss of each row, the same smoothed, and the validation loss."""
     axes.set_title("Loss (nats per token)")
     steps, loss = _series(train, "train_loss")
@@ -156,25 +164,37 @@ def draw_expert_load(axes: Axes, train: Rows) -> None:
         if train:
             _say(axes, "dense model: no experts")
         return
-    steps = np.array([row["step"] for row in rows])
-    load = np.array([row["expert_load"] for row in rows], float)  # [rows, layers, experts]
+    # [rows], and [rows, layers, experts]
+    steps, load = _series(rows, "expert_load")
     n_experts = load.shape[-1]
-    _draw_layers(axes, steps, load.max(axis=-1), "busiest expert, median layer", RED)
-    _draw_layers(axes, steps, load.min(axis=-1), "idlest expert, median layer", BLUE)
+    busiest = load.max(axis=-1)
+    idlest = load.min(axis=-1)
+    _draw_layers(axes, steps, busiest, "busiest expert, median layer", RED)
+    _draw_layers(axes, steps, idlest, "idlest expert, median layer", BLUE)
     even = 1 / n_experts
     _reference_line(axes, even, f"even share, 1/{n_experts}", color="black")
     # Room above for the legend: matplotlib places it clear of lines, but not of bands.
+    # A float of Python: where it overflows it becomes inf, without numpy's warning.
     largest = float(np.nan_to_num(load).max())
     top = max(2.5 * even, 1.5 * largest)
-    axes.set_ylim(0, min(1.5, top))
+    top = min(1.5, top)
+    axes.set_ylim(0, top)
 
 
-def _draw_layers(axes: Axes, steps: np.ndarray, values: np.ndarray, label: str, color: str) -> None:
+def _draw_layers(
+    axes: Axes,
+    steps: np.ndarray,
+    values: np.ndarray,
+    label: str,
+    color: str,
+) -> None:
     """The median over the layers as a line, and a band over all layers; values [rows, layers]."""
     lowest = values.min(axis=1)
+    median = np.median(values, axis=1)
     highest = values.max(axis=1)
-    axes.fill_between(steps, lowest, highest, color=color, alpha=0.2, linewidth=0)
-    _line(axes, steps, np.median(values, axis=1), label, color)
+    band = dict(color=color, alpha=0.2, linewidth=0)
+    axes.fill_between(steps, lowest, highest, **band)
+    _line(axes, steps, median, label, color)
 
 
 def draw_memory(axes: Axes, train: Rows) -> None:
@@ -196,8 +216,15 @@ def draw_memory(axes: Axes, train: Rows) -> None:
     _from_zero(axes)
 
 
-def _draw_training(axes: Axes, steps: np.ndarray, values: np.ndarray, smooth: np.ndarray) -> None:
-    _line(axes, steps, values, None, BLUE, alpha=0.35, linewidth=0.8)
+def _draw_training(
+    axes: Axes,
+    steps: np.ndarray,
+    values: np.ndarray,
+    smooth: np.ndarray,
+) -> None:
+    """The training values as a pale thin line, and the same smoothed as a thick one."""
+    pale = dict(alpha=0.35, linewidth=0.8)
+    _line(axes, steps, values, None, BLUE, **pale)
     _line(axes, steps, smooth, "training, smoothed", BLUE, linewidth=1.8)
 
 
@@ -241,8 +268,9 @@ def plot_comparison(runs: dict[str, Rows], path, title: str = "") -> None:
         train = _rows_with(history, "train_loss")
         validation = _rows_with(history, "val_loss")
         steps, loss = _series(train, "train_loss")
+        smooth = _smoothed(loss)
         line = dict(linewidth=1.5, linestyle=dashes)
-        _line(axes, steps, _smoothed(loss), _as_label(label), color, **line)
+        _line(axes, steps, smooth, _as_label(label), color, **line)
         points = dict(marker="o", markersize=4, linestyle="")
         _draw_metric(axes, validation, "val_loss", None, color, **points)
     axes.set_title(title)
@@ -259,7 +287,8 @@ def plot_comparison(runs: dict[str, Rows], path, title: str = "") -> None:
 
 def _as_label(text: str) -> str:
     """The text as matplotlib shows it in a legend, whatever it holds."""
-    text = "\n".join(textwrap.wrap(text, 60))
+    lines = textwrap.wrap(text, 60)
+    text = "\n".join(lines)
     text = text.replace("$", r"\$")  # between two of them a formula would be set
     if text.startswith("_"):
         text = f" {text}"  # a label that begins with _ stays out of legends
@@ -269,16 +298,30 @@ def _as_label(text: str) -> str:
 # ---------------------------------------------------------------- drawing
 
 
-def _draw_metric(axes: Axes, rows: Rows, name: str, label: str | None, color: str, **style) -> None:
+def _draw_metric(
+    axes: Axes,
+    rows: Rows,
+    name: str,
+    label: str | None,
+    color: str,
+    **style,
+) -> None:
     """The metric `name` of the rows as a line over the steps."""
     steps, values = _series(rows, name)
     _line(axes, steps, values, label, color, **style)
 
 
-def _line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str | None, color: str, **style) -> None:
+def _line(
+    axes: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    label: str | None,
+    color: str,
+    **style,
+) -> None:
     """A line, unless it has no points. Few points get markers: the line might not be seen."""
     points = np.isfinite(y).sum()
-    if not points:
+    if points == 0:
         return
     if points <= 3:
         style.setdefault("marker", "o")
@@ -288,13 +331,21 @@ def _line(axes: Axes, x: np.ndarray, y: np.ndarray, label: str | None, color: st
 
 def _reference_line(axes: Axes, y: float, label: str, color: str) -> None:
     """A thin dashed line across the panel, at height y."""
-    axes.axhline(y, color=color, linewidth=1, linestyle="--", label=label)
+    style = dict(color=color, linewidth=1, linestyle="--")
+    axes.axhline(y, label=label, **style)
 
 
 def _say(axes: Axes, text: str) -> None:
     """Writes a text in the middle of the panel, in grey."""
-    middle = dict(transform=axes.transAxes, ha="center", va="center")
-    axes.text(0.5, 0.5, text, color="0.4", **middle)
+    axes.text(
+        0.5,
+        0.5,
+        text,
+        color="0.4",
+        transform=axes.transAxes,  # 0.5 is then half of the panel
+        ha="center",
+        va="center",
+    )
 
 
 def _hide_scale(axes: Axes) -> None:
@@ -310,11 +361,11 @@ def _plain_frame(axes: Axes) -> None:
 
 def _from_zero(axes: Axes) -> None:
     """Lets the y axis begin at 0, with some room above the largest value."""
-    top = axes.dataLim.ymax
-    if 0 < top < np.inf:
-        axes.set_ylim(0, 1.1 * top)
-    else:
-        axes.set_ylim(0, 1)
+    top = 1.0
+    largest = axes.dataLim.ymax
+    if 0 < largest < np.inf:
+        top = 1.1 * largest
+    axes.set_ylim(0, top)
 
 
 def _log_axis(axes: Axes) -> None:
@@ -336,9 +387,12 @@ def _rows_with(history: Rows, name: str) -> Rows:
 
 def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one metric. None becomes nan; nan and inf leave a gap in a line."""
-    steps = np.array([row["step"] for row in rows], float)
-    values = np.array([row.get(name) for row in rows], float)
-    return steps, values
+    steps = []
+    values = []
+    for row in rows:
+        steps.append(row["step"])
+        values.append(row.get(name))
+    return np.array(steps, float), np.array(values, float)
 
 
 def _smoothed(y: np.ndarray) -> np.ndarray:
@@ -353,12 +407,14 @@ def _smoothed(y: np.ndarray) -> np.ndarray:
     widest = max(2, n_points // 50)
     half_width = np.minimum(widest, index)
     first = index - half_width
-    end = np.minimum(index + half_width + 1, n_points)
+    end = index + half_width + 1
+    end = np.minimum(end, n_points)
 
     # The sum over a window is a difference of two cumulative sums: its cost does not grow with the
     # window.
     finite = np.isfinite(y)
-    sum_before = _cumulative_sum(np.where(finite, y, 0.0))
+    summands = np.where(finite, y, 0.0)
+    sum_before = _cumulative_sum(summands)
     count_before = _cumulative_sum(finite)
     window_sum = sum_before[end] - sum_before[first]
     window_count = count_before[end] - count_before[first]
@@ -368,7 +424,8 @@ def _smoothed(y: np.ndarray) -> np.ndarray:
 
 def _cumulative_sum(values: np.ndarray) -> np.ndarray:
     """Element i is the sum of the values before i, so that there is one element more."""
-    return np.concatenate([[0], np.cumsum(values)])
+    sums = np.cumsum(values)
+    return np.concatenate([[0], sums])
 
 
 def write_figure(figure: Figure, path: Path) -> None:
@@ -423,7 +480,9 @@ def read_metrics(path) -> Rows:
 
 def _row(line: bytes) -> dict:
     row = json.loads(line)
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if not isinstance(row, dict):
+        raise ValueError("no row with a step")
+    if type(row.get("step")) is not int:
         raise ValueError("no row with a step")
     return row
 
@@ -435,7 +494,9 @@ def read_config(run: Path) -> dict:
     """
     for name in ("run.json", "training_results.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return dict(json.loads((run / name).read_bytes())["config"])
+            text = (run / name).read_bytes()
+            content = json.loads(text)
+            return dict(content["config"])
     return {}
 
 
@@ -465,7 +526,7 @@ def _fields_that_differ(configs: list[dict]) -> list[str]:
     """The fields in which the runs differ, without those that say where a run is kept."""
     fields = {}  # a dict keeps the order in which the fields first come
     for config in configs:
-        fields |= dict.fromkeys(config)
+        fields |= config
     found = []
     for name in fields:
         if name in PLACES:
@@ -483,7 +544,8 @@ def _value(config: dict, name: str):
     """
     if not config:
         return None
-    return config.get(name, defaults().get(name))
+    default = defaults().get(name)
+    return config.get(name, default)
 
 
 # ---------------------------------------------------------------- command line
@@ -509,7 +571,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Draws a run's training curves, or several runs' losses, from metrics.jsonl."
     )
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="folder of a run, with metrics.jsonl"
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="folder of a run, with metrics.jsonl",
     )
     parser.add_argument(
         "--out",
@@ -540,7 +606,8 @@ def draw_runs(runs: list[Path], out: Path | None) -> Path:
         plot_training_curves(histories[0], out)
         return out
     out = out or runs[0].resolve().parent / "comparison.png"
-    names = labels(runs, [read_config(run) for run in runs])
+    configs = [read_config(run) for run in runs]
+    names = labels(runs, configs)
     plot_comparison(dict(zip(names, histories)), out)
     return out
 
