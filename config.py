@@ -708,6 +708,7 @@ def resolve(
     else:
         values = preset_values(name)
         source = f"preset {name} in config.py"
+    # Only --preset replaces edited defaults: with them, no preset is chosen by GPU memory.
     replaced = [field for field in edited_defaults() if field in values and field not in options]
     if replaced:
         why += _replaced_defaults_message(replaced, values)

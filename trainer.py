@@ -171,9 +171,10 @@ class Trainer:
     def _resolve(self, config: Config) -> Config:
         """Resolves the fields that are auto, and prints the predicted memory."""
         check_fits(config, self.machine)
+        # `fitting` is a choice that fits, when the requested one is not expected to; else None.
         config, self.predicted, fitting = resolve_autos(config, self.machine)
         if fitting is not None:
-            # The prediction is no law: the run starts as requested, with a warning.
+            # The prediction may be wrong: the run starts as requested, with a warning.
             advice, _ = advise(fitting, config, self.machine)
             print(messages.not_expected_to_fit(self.machine, advice), file=sys.stderr)
         print(messages.memory_plan(config, self.predicted, self.machine))
@@ -196,10 +197,11 @@ class Trainer:
             self._check_host_memory()
             print(messages.reserving_host_memory(self.predicted["host"]), flush=True)
         compiling = config.compile == "true" or (config.compile == "auto" and on_gpu)
+        fused = compiling and on_gpu
         self.gradient_offload = GradientOffload(self.model, config.host_gradient_blocks)
         self.optimizer_groups = optimizer_groups(config)
         self.optimizers = build_optimizers(
-            config, self.parameters, offload, compiling and on_gpu, self.gradient_offload
+            config, self.parameters, offload, fused, self.gradient_offload
         )
         self.scaler = LossScaler(
             config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16"
@@ -241,7 +243,7 @@ class Trainer:
                 tokens = tokens.to(self.device, non_blocking=True)
                 targets = targets.to(self.device, non_blocking=True)
                 loss, metrics = self.model(tokens, targets)
-                # Gradients that live in host memory leave as the backward pass makes them.
+                # Gradients kept in host memory are copied there during the backward pass.
                 self.gradient_offload.micro_batch(i, micro_batches)
                 # A step's gradient is the mean over its micro-batches, times the loss scale.
                 (loss * (self.scaler.scale / micro_batches)).backward()
@@ -468,7 +470,10 @@ class Trainer:
     # ------------------------------------------------------------ what is written down
 
     def log(self) -> None:
-        """Appends a row of training metrics. Only here does the host wait for them."""
+        """Appends a row of training metrics.
+
+        The metrics since the last row are summed on the GPU. Only here does the CPU wait for them.
+        """
         c = self.config
         speed = self.interval.tokens_per_second(c)
         lr_share = lr_schedule(self.step - 1, c)  # of the latest update: `step` counts it already

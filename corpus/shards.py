@@ -400,7 +400,8 @@ class _BatchFacts(NamedTuple):
     """The part of a batch that stays in this process, and is written together with its tokens."""
 
     records: np.ndarray  # one CHUNK record for each chunk
-    position: dict | None  # where a later build continues after this batch; None: not after this
+    # Where a later build continues after this batch. None: it cannot continue at this point.
+    position: dict | None
 
     @property
     def characters(self) -> int:

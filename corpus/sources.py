@@ -586,8 +586,12 @@ def _glob(pattern: str) -> list[str]:
 
 
 def _made_by_a_run(path: str, cache: str) -> bool:
-    """Whether this program wrote the file: metrics of a run, or a file of the folder `cache`."""
+    """Whether this program wrote the file: metrics of a run, or a file of the corpus cache.
+
+    `cache` is the real path of the cache's folder.
+    """
     folder, name = os.path.split(path)
     if name == "metrics.jsonl" and os.path.exists(os.path.join(folder, "run.json")):
         return True
-    return os.path.commonpath([cache, os.path.realpath(path)]) == cache
+    real_path = os.path.realpath(path)
+    return os.path.commonpath([cache, real_path]) == cache

@@ -192,6 +192,7 @@ def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice,
 
 
 def _configured_modes(config: Config) -> list[str] | None:
+    """The modes of activation checkpointing to search over. None: all of them."""
     if config.activation_checkpointing == "auto":
         return None
     return [config.activation_checkpointing]

@@ -56,8 +56,8 @@ def predict_memory(
     offloaded components are 0 then).
 
     activations: the peak of the forward and backward passes beyond what stays.
-    workspace: what the optimizer step needs beyond that. The two phases do not meet, so it is 0
-    when the activations' room is enough. On a `cpu` nothing is compiled, and both are larger.
+    workspace: by how much the optimizer step's own buffers exceed the activations, or 0. The step
+    begins after the activations are freed. On a `cpu` nothing is compiled, and both are larger.
     """
     predictor = MemoryPredictor(config, cpu)
     return predictor.predict(checkpointing, batch_size, offload, lighter_blocks)
