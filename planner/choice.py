@@ -6,11 +6,12 @@ The fastest that fits is taken. Where none fits, the advice names the nearest th
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from config import LIGHTER, PRESETS, Config, OutOfMemory
+from config import LIGHTER, PRESETS, Config, ConfigError, OutOfMemory
 from planner.machine import HOST_SHARE, Machine
 from planner.sizes import MemoryPredictor
 
@@ -25,8 +26,10 @@ HALVED_BATCH_TIME = 1.02
 # ... and relative to that with the optimizer's state on the GPU.
 OFFLOAD_TIME = 1.02
 
-# What has to be saved for a choice to count as smaller than one that ran out of memory.
-SMALLER = 0.95
+# What a choice may take of the memory of one that ran out of it: 5% less, or 1% less where nothing
+# takes so little. The optimizer's workspace may leave no more than that to save.
+MUCH_SMALLER = 0.95
+SMALLER = 0.99
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,32 @@ def _true_or_false(value: bool) -> str:
 
 # ---------------------------------------------------------------- search
 
+# How much is recomputed: a mode, and the number of last blocks that recompute less.
+Level = tuple[str, int]
+
+
+def all_levels(config: Config) -> list[Level]:
+    """Every level, from the one that recomputes most. Each takes no less memory than the last."""
+    levels = []
+    for mode in ("full", "selective"):
+        for lighter in range(config.n_layers):  # all of them would be the next mode
+            levels.append((mode, lighter))
+    levels.append(("none", 0))
+    return levels
+
+
+def _configured_levels(config: Config) -> list[Level]:
+    mode = config.activation_checkpointing
+    if mode == "auto":
+        return all_levels(config)
+    return [(mode, _configured_lighter_blocks(config, mode))]
+
+
+def _configured_lighter_blocks(config: Config, mode: str) -> int:
+    if mode == "none":  # nothing recomputes less
+        return 0
+    return config.lighter_blocks
+
 
 def candidates(
     config: Config,
@@ -109,38 +138,25 @@ def candidates(
     """Every choice with the same tokens a step, the fastest first.
 
     None leaves a field free. With the mode free, any number of the last blocks may recompute less;
-    with the mode fixed, as many as the configuration says.
+    with the mode fixed, as many as the configuration says. These may be thousands: `choose` finds
+    the same without looking at all of them.
     """
-    return list(_fastest_first(config, modes, offloads, batches, cpu))
-
-
-def _fastest_first(
-    config: Config,
-    modes: Sequence[str] | None = None,
-    offloads: Sequence[bool] | None = None,
-    batches: Sequence[int] | None = None,
-    cpu: bool = False,
-) -> Iterator[Choice]:
-    """`candidates` one at a time: a search that stops at the first fit predicts no further."""
     if batches is None:
         batches = _possible_batches(config)
     if offloads is None:
         offloads = (False, True)
+    if modes is None:
+        levels = all_levels(config)
+    else:
+        levels = [(mode, _configured_lighter_blocks(config, mode)) for mode in modes]
 
-    ordered = []
+    search = _Search(config, cpu)
+    found = []
     for batch in batches:
-        for mode in modes or RECOMPUTATION_TIME:
-            for lighter in _possible_lighter_blocks(config, mode, fixed=modes is not None):
-                for offload in offloads:
-                    time = _relative_time(config, batch, mode, lighter, offload)
-                    ordered.append((time, batch, mode, lighter, offload))
-    ordered.sort(key=lambda item: item[0])
-
-    predictor = MemoryPredictor(config, cpu)
-    for _, batch, mode, lighter, offload in ordered:
-        memory_gb = predictor.predict(mode, batch, offload, lighter)
-        accumulation = config.sequences_per_step // batch
-        yield Choice(batch, accumulation, mode, offload, memory_gb, lighter)
+        for level in levels:
+            for offload in offloads:
+                found.append(search.choice(level, batch, offload))
+    return sorted(found, key=search.speed_key)
 
 
 def _possible_batches(config: Config) -> list[int]:
@@ -149,21 +165,74 @@ def _possible_batches(config: Config) -> list[int]:
     return [size for size in sizes if config.sequences_per_step % size == 0]
 
 
-def _possible_lighter_blocks(config: Config, mode: str, fixed: bool) -> Sequence[int]:
-    if mode == "none":
-        return [0]
-    if fixed:
-        return [config.lighter_blocks]
-    return range(config.n_layers)  # all of them would be the next mode
+class _Search:
+    """Finds choices for a configuration without predicting the memory of all of them.
+
+    At a micro-batch, and with or without offload, a level of recomputation that takes more memory
+    takes less time. So the fastest that fits is the last level that fits, and bisection finds it.
+    """
+
+    def __init__(self, config: Config, cpu: bool):
+        self.config = config
+        self.predictor = MemoryPredictor(config, cpu)
+
+    def choice(self, level: Level, batch: int, offload: bool) -> Choice:
+        mode, lighter = level
+        memory_gb = self.predictor.predict(mode, batch, offload, lighter)
+        accumulation = self.config.sequences_per_step // batch
+        return Choice(batch, accumulation, mode, offload, memory_gb, lighter)
+
+    def speed_key(self, choice: Choice) -> tuple:
+        """Sorts choices: the fastest first. Of equally fast ones the one with the smaller
+        micro-batch, which takes less memory."""
+        return relative_time(self.config, choice), choice.batch_size, choice.offload_optimizer
+
+    def fastest(
+        self,
+        fits: Callable[[Choice], bool],
+        levels: Sequence[Level],
+        batches: Iterable[int],
+        offloads: Sequence[bool],
+    ) -> Choice | None:
+        """The fastest choice that `fits`; None when none does.
+
+        `levels` are sorted by the memory that they take, and what `fits` must fit with less too.
+        """
+        found = []
+        for batch in batches:
+            for offload in offloads:
+                choice = self._last_that_fits(fits, levels, batch, offload)
+                if choice:
+                    found.append(choice)
+        return min(found, key=self.speed_key, default=None)
+
+    def _last_that_fits(
+        self, fits: Callable[[Choice], bool], levels: Sequence[Level], batch: int, offload: bool
+    ) -> Choice | None:
+        def too_large(level: Level) -> bool:
+            return not fits(self.choice(level, batch, offload))
+
+        number_that_fit = bisect_left(levels, True, key=too_large)
+        if number_that_fit == 0:
+            return None
+        return self.choice(levels[number_that_fit - 1], batch, offload)
+
+    def smallest(self, offloads: Sequence[bool]) -> list[Choice]:
+        """The choice that takes the least memory, for each value of offload."""
+        most_recomputation = all_levels(self.config)[0]
+        return [self.choice(most_recomputation, 1, offload) for offload in offloads]
 
 
-def _relative_time(config: Config, batch: int, mode: str, lighter: int, offload: bool) -> float:
+def relative_time(config: Config, choice: Choice) -> float:
+    """Time of a step, relative to that at the configuration's micro-batch with nothing recomputed
+    and nothing offloaded."""
+    mode = choice.activation_checkpointing
     time = RECOMPUTATION_TIME[mode]
     lighter_time = RECOMPUTATION_TIME[LIGHTER.get(mode, mode)]
-    time += (lighter_time - time) * lighter / config.n_layers
-    if offload:
+    time += (lighter_time - time) * choice.lighter_blocks / config.n_layers
+    if choice.offload_optimizer:
         time *= OFFLOAD_TIME
-    return time * (1 + (HALVED_BATCH_TIME - 1) * (config.batch_size / batch - 1))
+    return time * (1 + (HALVED_BATCH_TIME - 1) * (config.batch_size / choice.batch_size - 1))
 
 
 def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool]:
@@ -174,59 +243,77 @@ def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice,
     `fixed_batch` keeps the micro-batch too.
     """
     cpu = machine.name is None
-    batches = [config.batch_size] if fixed_batch else None
-    as_configured = _fastest_first(
-        config, _configured_modes(config), _configured_offloads(config), batches, cpu
+    search = _Search(config, cpu)
+
+    def fits(choice: Choice) -> bool:
+        return choice.fits(machine)
+
+    batches = [config.batch_size] if fixed_batch else _possible_batches(config)
+    levels = _configured_levels(config)
+    choice = search.fastest(fits, levels, batches, _configured_offloads(config))
+    if choice:
+        return choice, True
+    choice = fastest(config, machine) or _smallest(search, _sensible_offloads(cpu))
+    return choice, False
+
+
+def fastest(config: Config, machine: Machine) -> Choice | None:
+    """The fastest choice that fits, with all fields free, `none` among them; None if none fits."""
+    cpu = machine.name is None
+    return _Search(config, cpu).fastest(
+        lambda choice: choice.fits(machine),
+        all_levels(config),
+        _possible_batches(config),
+        _sensible_offloads(cpu),
     )
-    for choice in as_configured:
-        if choice.fits(machine):
-            return choice, True
-
-    free = []
-    for choice in _fastest_first(config, offloads=_sensible_offloads(cpu), cpu=cpu):
-        if choice.fits(machine):
-            return choice, False
-        free.append(choice)
-    # Of equal ones the plainest.
-    return min(free, key=lambda choice: (choice.memory_gb["total"], choice.lighter_blocks)), False
 
 
-def _configured_modes(config: Config) -> list[str] | None:
-    """The modes of activation checkpointing to search over. None: all of them."""
-    if config.activation_checkpointing == "auto":
-        return None
-    return [config.activation_checkpointing]
+def _smallest(search: _Search, offloads: Sequence[bool]) -> Choice:
+    """The choice that takes the least memory. Of equal ones the fastest without mixed modes."""
+    least_gb = min(choice.device_gb for choice in search.smallest(offloads))
+    unmixed = [(mode, lighter) for mode, lighter in all_levels(search.config) if lighter == 0]
+    choice = search.fastest(
+        lambda choice: choice.device_gb <= least_gb,
+        unmixed,
+        _possible_batches(search.config),
+        offloads,
+    )
+    assert choice is not None  # one of `search.smallest` is among those searched
+    return choice
 
 
-def _configured_offloads(config: Config) -> list[bool] | None:
+def _configured_offloads(config: Config) -> list[bool]:
     if config.offload_optimizer != "auto":
         return [config.offload_optimizer == "true"]
     if config.host_gradient_blocks:
         return [True]  # the optimizer reads these gradients in host memory, with its state
-    return None
+    return [False, True]
 
 
-def _sensible_offloads(cpu: bool) -> list[bool] | None:
+def _sensible_offloads(cpu: bool) -> list[bool]:
     """On a CPU there is nothing to offload from."""
-    return [False] if cpu else None
+    return [False] if cpu else [False, True]
 
 
 def next_smaller(config: Config, used: Choice, cpu: bool = False) -> Choice | None:
-    """What to try after `used` ran out of memory: the fastest choice that needs 5% less."""
-    for choice in _fastest_first(config, offloads=_sensible_offloads(cpu), cpu=cpu):
-        if choice.memory_gb["total"] < SMALLER * used.memory_gb["total"]:
-            return choice
-    return None
+    """What to try after `used` ran out of memory: the fastest choice that needs 5% less, or 1%."""
+    search = _Search(config, cpu)
+    least_gb = min(choice.device_gb for choice in search.smallest(_sensible_offloads(cpu)))
+    share = MUCH_SMALLER
+    if least_gb >= MUCH_SMALLER * used.device_gb:
+        share = SMALLER
+    return search.fastest(
+        lambda choice: choice.device_gb < share * used.device_gb,
+        all_levels(config),
+        _possible_batches(config),
+        _sensible_offloads(cpu),
+    )
 
 
 def could_fit(config: Config, machine: Machine) -> bool:
-    """Whether any choice fits. Looks only at those of one sequence at a time, and no mixed modes.
-
-    They are the smallest: where none of them fits, no other does.
-    """
-    unmixed = dataclasses.replace(config, lighter_blocks=0)
+    """Whether any choice fits. Looks only at the smallest: where they do not fit, no other does."""
     cpu = machine.name is None
-    smallest = _fastest_first(unmixed, tuple(RECOMPUTATION_TIME), batches=[1], cpu=cpu)
+    smallest = _Search(config, cpu).smallest((False, True))
     return any(choice.fits(machine) for choice in smallest)
 
 
@@ -286,45 +373,53 @@ def advise(choice: Choice, config: Config, machine: Machine) -> tuple[str, Choic
         found = _with_more_gradients_on_host(config, machine)
         if found:
             choice, options = found
-            return f"This would fit: {options}", choice
-
-        any_host = dataclasses.replace(machine, host_memory_gb=math.inf)
-        found = _with_more_gradients_on_host(config, any_host)
-        if found:
-            choice, options = found
-            host_gb = math.ceil(choice.memory_gb["host"] / HOST_SHARE)
+            if choice.fits(machine):
+                return f"This would fit: {options}", choice
+            host_gb = math.ceil(choice.offloaded_gb / HOST_SHARE)
             return f"With {host_gb:,} GB of host memory this would fit: {options}", None
     return _use_a_smaller_preset(machine), None
 
 
 def _with_more_gradients_on_host(config: Config, machine: Machine) -> tuple[Choice, str] | None:
-    """A choice that fits, with as few additional blocks' gradients in host memory as possible.
+    """A choice that fits the GPU, with as few blocks' gradients in host memory as possible.
 
-    Returns the choice and its command-line options; None if nothing fits.
+    No fewer than the configuration has there. Returns the choice and its command-line options; None
+    if nothing fits. The host may lack memory for the choice: then it lacks it for all others too,
+    since the GPU has no room for a choice with less in host memory.
     """
-    for blocks in range(config.host_gradient_blocks, config.n_layers + 1):
-        changed = config
-        options = ""
-        if blocks > config.host_gradient_blocks:
-            changed = dataclasses.replace(
-                config, host_gradient_blocks=blocks, offload_optimizer="true"
-            )
-            options = f"--host_gradient_blocks {blocks} "
-        if could_fit(changed, machine):
-            choice, _ = choose(changed, machine, fixed_batch=False)
-            return choice, options + choice.options(changed)
-    return None
+    any_host = dataclasses.replace(machine, host_memory_gb=math.inf)
+    if could_fit(config, any_host):
+        choice, _ = choose(config, any_host, fixed_batch=False)
+        return choice, choice.options(config)
+
+    def changed(blocks: int) -> Config:
+        return dataclasses.replace(config, host_gradient_blocks=blocks, offload_optimizer="true")
+
+    # Each block more takes memory from the GPU, or at least adds none, so bisection finds the
+    # fewest.
+    more = range(config.host_gradient_blocks + 1, config.n_layers + 1)
+    index = bisect_left(more, True, key=lambda blocks: could_fit(changed(blocks), any_host))
+    if index == len(more):
+        return None
+    blocks = more[index]
+    choice, _ = choose(changed(blocks), any_host, fixed_batch=False)
+    return choice, f"--host_gradient_blocks {blocks} {choice.options(changed(blocks))}"
 
 
 def _use_a_smaller_preset(machine: Machine) -> str:
     advice = "No choice for this model would fit: use a smaller --preset"
-    fitting = []
-    for name, preset in PRESETS.items():
-        if could_fit(Config(**preset), machine):
-            fitting.append(name)
+    fitting = [name for name in PRESETS if _preset_could_fit(name, machine)]
     if fitting:
         advice += f"; these fit: {' '.join(fitting)}"
     return advice
+
+
+def _preset_could_fit(name: str, machine: Machine) -> bool:
+    try:
+        config = Config(**PRESETS[name])
+    except ConfigError:  # with a default that was edited in config.py, such as lighter_blocks
+        return False
+    return could_fit(config, machine)
 
 
 def check_fits(config: Config, machine: Machine) -> None:

@@ -8,13 +8,17 @@ of what is alive at the same time; tests hold them to measured ones.
 Change this file together with model.py, moe.py, muon.py and engine/offload.py.
 """
 
+import itertools
+import math
+from collections.abc import Callable
+
 from config import (
+    LIGHTER,
     LOSS_CHUNK,
     OPTIMIZER_BUCKET,
     Config,
     FeedForward,
     OptimizerGroup,
-    block_modes,
     optimizer_groups,
     parameter_table,
 )
@@ -73,8 +77,8 @@ def checkpoint_gb(config: Config) -> float:
 class MemoryPredictor:
     """`predict_memory` for many choices of one configuration.
 
-    A search predicts hundreds of choices. What they share is computed once: bytes of each block by
-    checkpointing mode, and peaks of the backward pass and of the optimizer.
+    A search predicts hundreds of choices. What they share is computed once, so that a prediction
+    takes the same short time for any number of blocks.
     """
 
     def __init__(self, config: Config, cpu: bool = False):
@@ -83,32 +87,38 @@ class MemoryPredictor:
         self.weights = weights(config)
         # bytes of the low bits and of the optimizers' state, by key of the memory table
         self.state = optimizer_state(config)
-        layers = range(config.n_layers)
-        # elements of each block's matrices
-        self.matrices = [config.matrices_of(layer) for layer in layers]
-        # by mode: bytes that each block keeps for a token
-        self.kept = {}
+        # The kind of each block, as the number of the first block of that kind: blocks of a kind
+        # have the same sizes.
+        self.kinds = _first_blocks_of_a_kind(config)
+        # by mode, then by block: bytes that all blocks before it keep for a token
+        self.kept_before = {}
         for mode in ("none", "selective", "full"):
-            self.kept[mode] = [
-                activation_bytes_per_token(config, layer, mode, cpu) for layer in layers
-            ]
-        # What was computed before: `backward_bytes` of each block by the number of tokens, and
-        # `optimizer_bytes` by offload.
-        self._backward: dict[int, list[int]] = {}
+            kept = {}
+            for layer in set(self.kinds):
+                kept[layer] = activation_bytes_per_token(config, layer, mode, cpu)
+            self.kept_before[mode] = _sums_before([kept[kind] for kind in self.kinds])
+            if mode == "none":
+                self.kept_by_none = kept  # by kind
+        # bytes of the weights that matmuls cast, by block, and of all blocks before it
+        self.casts = [self._cast_bytes(layer) for layer in range(config.n_layers)]
+        self.casts_before = _sums_before(self.casts)
+        # What was computed before: `backward_bytes` of each kind of block by the number of tokens,
+        # `optimizer_bytes` and `_peaks` by offload.
+        self._backward: dict[int, dict[int, int]] = {}
         self._optimizer: dict[bool, float] = {}
+        self._peaks: dict[bool, list[tuple[int, int]]] = {}
 
     def predict(
         self, checkpointing: str, batch_size: int, offload: bool, lighter_blocks: int = 0
     ) -> dict[str, float]:
         """The sizes of a choice in GB, as `predict_memory` returns them."""
-        modes = block_modes(checkpointing, self.config.n_layers, lighter_blocks)
         tokens = batch_size * self.config.max_seq_len
-        host_gradients = self._host_gradients(offload)
-        activations = self._activation_peak(modes, tokens, host_gradients)
+        host_gradients = sum(self._host_gradients(offload))
+        activations = self._activation_peak(checkpointing, lighter_blocks, tokens, offload)
 
         sizes: dict[str, float] = {}
         sizes["weights"] = self.weights
-        sizes["gradients"] = self.weights - sum(host_gradients)
+        sizes["gradients"] = self.weights - host_gradients
         for key, size in self.state.items():
             sizes[key] = size
             if offload:
@@ -120,40 +130,73 @@ class MemoryPredictor:
         sizes["total"] = sum(sizes.values())
         sizes["host"] = 0
         if offload:
-            sizes["host"] = sum(self.state.values()) + sum(host_gradients)
+            sizes["host"] = sum(self.state.values()) + host_gradients
         return {key: size / GB for key, size in sizes.items()}
 
     def _host_gradients(self, offload: bool) -> list[int]:
         """Bytes of the gradients in host memory, one number for each of the first blocks."""
         if not offload:
             return []
-        in_host_memory = self.matrices[: self.config.host_gradient_blocks]
-        return [weight_bytes(self.config) * numel for numel in in_host_memory]
+        in_host_memory = range(self.config.host_gradient_blocks)
+        element = weight_bytes(self.config)
+        return [element * self.config.matrices_of(layer) for layer in in_host_memory]
 
-    def _activation_peak(self, modes: list[str], tokens: int, host_gradients: list[int]) -> int:
+    def _activation_peak(
+        self, checkpointing: str, lighter_blocks: int, tokens: int, offload: bool
+    ) -> int:
         """The most bytes that forward and backward passes need at a time.
 
         The backward pass goes from the last block to the first. During that of a block, the blocks
-        before it still have all that they kept, and the blocks after it have nothing any more.
-        `modes` has one for each block.
+        before it still have all that they kept, and the blocks after it have nothing any more. The
+        block itself has what mode "none" would keep, whatever its own mode: what it did not keep
+        it recomputes before its backward pass. The same holds for the weights that it casts.
         """
+        n_layers = self.config.n_layers
+        kept_before = self._kept_before(checkpointing, lighter_blocks, tokens)
         backward = self._backward_bytes(tokens)
-        kept_so_far = 0
-        peak = 0
-        for layer, mode in enumerate(modes):
-            casts = self._cast_bytes(layer)
-            kept_so_far += tokens * self.kept[mode][layer]
-            if mode == "none":
-                kept_so_far += casts  # autograd keeps them with the activations
-            # What the block did not keep it recomputes before its backward pass.
-            recomputed = tokens * (self.kept["none"][layer] - self.kept[mode][layer])
-            needed = kept_so_far + recomputed + backward[layer]
-            needed += _gradients_under_way(layer, host_gradients)
-            if mode != "none":
-                needed += casts  # made again with the recomputed activations
-            peak = max(peak, needed)
         # The loss comes between the two passes, when every block has all that it keeps.
-        return max(peak, kept_so_far + loss_bytes(self.config, tokens, self.cpu))
+        peak = kept_before(n_layers) + loss_bytes(self.config, tokens, self.cpu)
+        for layer, gradients_under_way in self._possible_peaks(offload):
+            kind = self.kinds[layer]
+            block = tokens * self.kept_by_none[kind] + self.casts[layer]
+            needed = kept_before(layer) + block + backward[kind] + gradients_under_way
+            peak = max(peak, needed)
+        return peak
+
+    def _kept_before(
+        self, checkpointing: str, lighter_blocks: int, tokens: int
+    ) -> Callable[[int], int]:
+        """A function of a block's number: bytes that all blocks before this one keep."""
+        lighter = LIGHTER.get(checkpointing, checkpointing)
+        first_lighter = self.config.n_layers - lighter_blocks
+
+        def in_mode(mode: str, start: int, stop: int) -> int:
+            """Bytes that the blocks from `start` to before `stop` keep in this mode."""
+            kept = self.kept_before[mode]
+            total = tokens * (kept[stop] - kept[start])
+            if mode == "none":  # autograd keeps the casts with the activations
+                total += self.casts_before[stop] - self.casts_before[start]
+            return total
+
+        def kept_before(layer: int) -> int:
+            boundary = min(layer, first_lighter)
+            return in_mode(checkpointing, 0, boundary) + in_mode(lighter, boundary, layer)
+
+        return kept_before
+
+    def _possible_peaks(self, offload: bool) -> list[tuple[int, int]]:
+        """Blocks at which the backward pass can peak, with the bytes of gradients under way there.
+
+        Of blocks that are alike only the last one can: the most is kept before it.
+        """
+        if offload not in self._peaks:
+            host_gradients = self._host_gradients(offload)
+            last = {}
+            for layer, kind in enumerate(self.kinds):
+                under_way = _gradients_under_way(layer, host_gradients)
+                last[kind, under_way] = (layer, under_way)
+            self._peaks[offload] = list(last.values())
+        return self._peaks[offload]
 
     def _cast_bytes(self, layer: int) -> int:
         """16-bit copies of a block's fp32 weights, which matmuls keep.
@@ -163,21 +206,36 @@ class MemoryPredictor:
         element = compute_bytes(self.config)
         if not self.cpu or element == weight_bytes(self.config):
             return 0
-        return element * self.matrices[layer]
+        return element * self.config.matrices_of(layer)
 
-    def _backward_bytes(self, tokens: int) -> list[int]:
-        """`backward_bytes` of each block, for a micro-batch of `tokens` tokens."""
+    def _backward_bytes(self, tokens: int) -> dict[int, int]:
+        """`backward_bytes` of each kind of block, for a micro-batch of `tokens` tokens."""
         if tokens not in self._backward:
-            self._backward[tokens] = [
-                backward_bytes(self.config, layer, tokens, self.cpu)
-                for layer in range(self.config.n_layers)
-            ]
+            self._backward[tokens] = {
+                kind: backward_bytes(self.config, kind, tokens, self.cpu)
+                for kind in set(self.kinds)
+            }
         return self._backward[tokens]
 
     def _optimizer_peak(self, offload: bool) -> float:
         if offload not in self._optimizer:
             self._optimizer[offload] = optimizer_bytes(self.config, offload, self.cpu)
         return self._optimizer[offload]
+
+
+def _first_blocks_of_a_kind(config: Config) -> list[int]:
+    """For each block the first one that has the same networks; it may be the block itself."""
+    first: dict[tuple, int] = {}
+    blocks = []
+    for layer in range(config.n_layers):
+        networks = (config.is_moe(layer), *config.feed_forwards(layer))
+        blocks.append(first.setdefault(networks, layer))
+    return blocks
+
+
+def _sums_before(sizes: list[int]) -> list[int]:
+    """The sum of all sizes before each one, and at the end the sum of all."""
+    return list(itertools.accumulate(sizes, initial=0))
 
 
 # ---------------------------------------------------------------- elements
@@ -521,64 +579,85 @@ def optimizer_bytes(config: Config, offload: bool, cpu: bool) -> float:
 def _matrix_group_bytes(config: Config, group: OptimizerGroup, offload: bool, cpu: bool) -> float:
     """Bytes of a bucket of whole matrices and of the Gram matrices of their shorter sides (Muon).
 
-    The matrices of feed-forward networks are the largest. Of networks of several widths, the widest
-    need not take the most: a bucket may hold one matrix of the widest, or several of a narrower
-    one, each with Gram matrices of its own. So every width is tried.
+    The matrices of a bucket have one shape. Those of feed-forward networks are the largest, but
+    attention's square ones have the largest Gram matrices for their size. So every shape is tried.
     """
-    needed: float = 0
-    for d_ff in _ffn_widths(config):
-        needed = max(needed, _matrix_bucket_bytes(config, group, d_ff, offload, cpu))
-    return needed
-
-
-def _matrix_bucket_bytes(
-    config: Config, group: OptimizerGroup, d_ff: int, offload: bool, cpu: bool
-) -> float:
-    """Bytes that a bucket of matrices [d_ff, d_model] takes."""
-    d_model = config.d_model
-    # Elements of a matrix. A network narrower than d_model is not the largest: attention's matrices
-    # are [d_model, d_model].
-    matrix = d_model * max(d_ff, d_model)
-    matrices_at_once = max(OPTIMIZER_BUCKET // matrix, 1)
-    bucket = min(matrices_at_once * matrix, _numel(config, group))
-    # Elements of a Gram matrix for each element of its matrix.
-    gram_share = min(d_model, d_ff) ** 2 / matrix
-    if cpu:
-        needed = _orthogonalization_on_cpu(config, group, bucket, gram_share)
-    elif config.split_masters:
-        # In fp16: the matrices as they come and orthogonalised, 2 bytes each, and about four Gram
-        # matrices of each (gram, polynomial, product of polynomials, the result of a matmul).
-        needed = bucket * (2 + 2 + 4 * 2 * gram_share)
-    else:
-        # In fp32, not fused: six copies of the matrices.
-        needed = bucket * 6 * FP32
+    worked_on: float = 0
+    largest_bucket = 0
+    for shape, parameters in _parameters_by_matrix_shape(config, group).items():
+        bucket = _bucket_of_matrices(shape, parameters)
+        worked_on = max(worked_on, _orthogonalization(config, shape, bucket, parameters, cpu))
+        largest_bucket = max(largest_bucket, bucket)
+    needed = worked_on
     if offload:
-        needed += bucket * _bytes_under_way(config, group)
+        needed += largest_bucket * _bytes_under_way(config, group)
     return needed
+
+
+def _parameters_by_matrix_shape(
+    config: Config, group: OptimizerGroup
+) -> dict[tuple[int, ...], list[int]]:
+    """The elements of each parameter, by the shape (rows, columns) of its matrices."""
+    table = parameter_table(config)
+    elements_of: dict[tuple[int, ...], list[int]] = {}
+    for name in group.parameters:
+        spec = table[name]
+        elements_of.setdefault(spec.shape[-2:], []).append(spec.numel)
+    return elements_of
+
+
+def _bucket_of_matrices(shape: tuple[int, ...], parameters: list[int]) -> int:
+    """Elements of the largest bucket of matrices of this shape (see engine/offload.py)."""
+    matrix = math.prod(shape)
+    matrices_at_once = max(OPTIMIZER_BUCKET // matrix, 1)
+    return min(matrices_at_once * matrix, sum(parameters))
+
+
+def _orthogonalization(
+    config: Config, shape: tuple[int, ...], bucket: int, parameters: list[int], cpu: bool
+) -> float:
+    """Bytes to update a bucket of `bucket` elements, of matrices of this shape.
+
+    `parameters` are the elements of each parameter that has such matrices.
+    """
+    # Elements of a Gram matrix for each element of its matrix.
+    gram_share = min(shape) / max(shape)
+    if cpu:
+        return _orthogonalization_on_cpu(config, bucket, gram_share, max(parameters))
+    if not config.split_masters:
+        # In fp32, not fused: six copies of the matrices.
+        return bucket * 6 * FP32
+    # In fp16, 2 bytes. The larger of two moments in the second half of `gram_newton_schulz`; on an
+    # H200 18b's step was measured to take 8.16 GB with offload, and this and the bytes under way
+    # make 8.05.
+    # - It computes the next Gram matrix: the matrices as they come and after the first half, and
+    #   five Gram matrices (gram, p, product_of_p, gram P, and the next gram).
+    # - It multiplies the matrices at the end: as they come, after the first half, and the result,
+    #   with three Gram matrices (gram, p, product_of_p).
+    next_gram = 2 + 5 * gram_share
+    at_the_end = 3 + 3 * gram_share
+    return bucket * 2 * max(next_gram, at_the_end)
 
 
 def _orthogonalization_on_cpu(
-    config: Config, group: OptimizerGroup, bucket: int, gram_share: float
+    config: Config, bucket: int, gram_share: float, largest_parameter: int
 ) -> float:
     """Bytes at the larger of two moments of the step, all in fp32.
 
     `bucket` is in elements. `gram_share` is the elements of a Gram matrix for each element of its
-    matrix. Only matrices of one shape are worked on together.
+    matrix.
     """
-    together = min(bucket, _most_of_a_shape(config, group))
     # Three copies of the matrices, and two and a half Gram matrices of each (measured).
-    orthogonalizing = together * FP32 * (3 + 2.5 * gram_share)
+    orthogonalizing = bucket * FP32 * (3 + 2.5 * gram_share)
     # The matrices as they come and orthogonalised, while one parameter after the other is updated.
-    updated = min(together, _largest_parameter(config, group))
-    updating = 2 * FP32 * together + _cpu_update_bytes(config) * updated
+    updated = min(bucket, largest_parameter)
+    updating = 2 * FP32 * bucket + _cpu_update_bytes(config) * updated
     return max(orthogonalizing, updating)
 
 
 def _bytes_under_way(config: Config, group: OptimizerGroup) -> int:
     """Bytes of offloaded state on the GPU at the same time, for each element of a bucket."""
-    state = group.state_bytes_per_element
-    if config.split_masters:
-        state += LOW_BITS_BYTES
+    state = _state_bytes(config, group)
     # The state of four buckets: the one that is updated, two on their way in, one on its way out.
     under_way = 4 * state
     if config.host_gradient_blocks:
@@ -586,6 +665,16 @@ def _bytes_under_way(config: Config, group: OptimizerGroup) -> int:
         # one that is updated, and two on their way in.
         under_way = max(under_way, 3 * (state + weight_bytes(config)))
     return under_way
+
+
+def _state_bytes(config: Config, group: OptimizerGroup) -> int:
+    """Bytes of an element's state: the optimizer's, and the low bits of its master if it has any.
+
+    Norms and routers have none in any precision. They are too small to be told apart here.
+    """
+    if config.split_masters:
+        return group.state_bytes_per_element + LOW_BITS_BYTES
+    return group.state_bytes_per_element
 
 
 def _elementwise_group_bytes(
@@ -601,10 +690,9 @@ def _elementwise_group_bytes(
     else:
         needed = 4 * FP32 * min(OPTIMIZER_BUCKET, numel)  # four temporaries
     if offload:
-        # Four buckets, as in _bytes_under_way. Low bits are counted in fp32 too, where there are
-        # none: the prediction is a little too high there.
+        # Four buckets, as in _bytes_under_way.
         under_way = min(4 * OPTIMIZER_BUCKET, numel)
-        needed += (group.state_bytes_per_element + LOW_BITS_BYTES) * under_way
+        needed += _state_bytes(config, group) * under_way
     return needed
 
 
@@ -618,27 +706,7 @@ def _cpu_update_bytes(config: Config) -> int:
     return CPU_UPDATE_BYTES["fp32"]
 
 
-def _ffn_widths(config: Config) -> set[int]:
-    """The widths (d_ff) of the model's feed-forward networks."""
-    widths = set()
-    for layer in range(config.n_layers):
-        for ffn in config.feed_forwards(layer):
-            widths.add(ffn.d_ff)
-    return widths
-
-
 def _largest_parameter(config: Config, group: OptimizerGroup) -> int:
     """Elements of the group's largest parameter; 0 for an empty group."""
     table = parameter_table(config)
     return max((table[name].numel for name in group.parameters), default=0)
-
-
-def _most_of_a_shape(config: Config, group: OptimizerGroup) -> int:
-    """Elements of all matrices of one shape (rows, columns), for the shape that has the most."""
-    table = parameter_table(config)
-    elements_of: dict[tuple[int, ...], int] = {}
-    for name in group.parameters:
-        rows_columns = table[name].shape[-2:]
-        elements_of.setdefault(rows_columns, 0)
-        elements_of[rows_columns] += table[name].numel
-    return max(elements_of.values(), default=0)

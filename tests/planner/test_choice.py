@@ -16,7 +16,7 @@ from planner.choice import (
     next_smaller,
 )
 from planner.machine import CONTEXT_GB, GPUS, USABLE, Machine, find_machine
-from planner.sizes import predict_memory
+from planner.sizes import MemoryPredictor, predict_memory
 
 MACHINES = {name: find_machine(gpu=name) for name in GPUS}
 MODES = ("none", "selective", "full")
@@ -59,7 +59,8 @@ def test_every_preset_has_a_sane_choice_on_every_gpu(preset, gpu):
             "18b",
             "rtx4090",
             False,
-            dict(batch_size=1, offload_optimizer=True, activation_checkpointing="full"),
+            # in micro-batches of 1 the optimizer's workspace would take as much
+            dict(batch_size=2, offload_optimizer=True, activation_checkpointing="full"),
         ),
         ("25b", "h200", True, dict(offload_optimizer=True)),
         ("5b", "h100", True, dict(batch_size=4, offload_optimizer=False)),
@@ -145,7 +146,7 @@ def test_advice_takes_back_lighter_blocks_that_do_not_fit():
     )
     assert kept and choice.lighter_blocks > 0
     less = next_smaller(apply_choice(config_of("18b"), choice), choice)
-    assert less.memory_gb["total"] < 0.95 * choice.memory_gb["total"]
+    assert less.memory_gb["total"] < 0.99 * choice.memory_gb["total"]
     choice, kept = choose(
         config_of("18b", activation_checkpointing="selective", lighter_blocks=38),
         machine,
@@ -242,8 +243,92 @@ def test_candidates_keep_the_tokens_of_a_step_and_smaller_needs_less(preset):
     smallest = min(x.memory_gb["total"] for x in everything)
     for used in everything[::17] + everything[-1:]:
         less = next_smaller(c, used)
+        used_gb = used.memory_gb["total"]
         if less is None:
-            assert smallest >= 0.95 * used.memory_gb["total"]
+            assert smallest >= 0.99 * used_gb
         else:
-            assert less.memory_gb["total"] < 0.95 * used.memory_gb["total"]
+            assert less.memory_gb["total"] < (0.95 if smallest < 0.95 * used_gb else 0.99) * used_gb
             assert less.batch_size * less.gradient_accumulation_steps == c.sequences_per_step
+
+
+SHORT = dict(n_layers=6, moe_every=2)
+
+CASES = [
+    ("18b", dict(), "full", 60, 128),
+    ("18b", dict(), "auto", 30, 128),
+    ("5b", dict(), "selective", 8, 64),
+    ("5b", dict(offload_optimizer="false"), "auto", 12, 64),
+    ("18b", dict(host_gradient_blocks=2), "auto", 16, 500),
+    ("18b", dict(), "none", 24, 16),
+    ("18b", dict(), "full", 8, 500),
+    ("2b", dict(lighter_blocks=3), "full", 6, 64),
+]
+
+
+@pytest.mark.parametrize("preset, changes, mode, gpu_gb, host_gb", CASES)
+def test_the_search_finds_what_a_look_at_every_choice_finds(preset, changes, mode, gpu_gb, host_gb):
+    c = config_of(preset, **SHORT | changes, activation_checkpointing=mode)
+    machine = Machine("a GPU", gpu_gb, host_gb)
+    choice, kept = choose(c, machine, fixed_batch=False)
+    everything = candidates(c)
+    fitting = [x for x in everything if x.fits(machine)]
+    if not kept:
+        expected = (
+            fitting[0]
+            if fitting
+            else min(everything, key=lambda x: (x.memory_gb["total"], x.lighter_blocks))
+        )
+        assert choice == expected
+    assert could_fit(c, machine) == bool(fitting)
+    used_gb = choice.memory_gb["total"]
+    less = [x for x in everything if x.memory_gb["total"] < 0.95 * used_gb]
+    if less:
+        assert next_smaller(c, choice) == less[0]
+
+
+@pytest.mark.parametrize("gpu_gb", [6, 10, 14, 18, 22])
+def test_as_few_gradients_go_to_the_host_as_a_look_at_every_number_finds(gpu_gb):
+    c = config_of("18b", **SHORT)
+    machine = Machine("a GPU", gpu_gb, 500)
+    fitting = [
+        blocks
+        for blocks in range(c.n_layers + 1)
+        if could_fit(
+            dataclasses.replace(c, host_gradient_blocks=blocks, offload_optimizer="true"), machine
+        )
+    ]
+    advice, _ = advise(choose(c, machine, fixed_batch=False)[0], c, machine)
+    if not fitting:
+        assert "smaller --preset" in advice
+    elif fitting[0] > 0:
+        assert f"--host_gradient_blocks {fitting[0]} " in advice
+    else:
+        assert "host_gradient_blocks" not in advice
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(batch_size=55_440, max_seq_len=16)])
+def test_a_plan_of_a_thousand_blocks_predicts_few_choices(monkeypatch, changes):
+    """An answer within 3 seconds is held by the number of predictions, whatever the machine."""
+    c = config_of("18b", n_layers=1000, activation_checkpointing="auto", **changes)
+    predictions = []
+    predict = MemoryPredictor.predict
+
+    def counted(*arguments):
+        predictions.append(1)
+        return predict(*arguments)
+
+    monkeypatch.setattr(MemoryPredictor, "predict", counted)
+    machine = Machine("a GPU", 80, 10_000)
+    choice, _ = choose(c, machine, fixed_batch=False)
+    advise(choice, c, machine)
+    possible = len([b for b in range(1, c.batch_size + 1) if c.sequences_per_step % b == 0])
+    assert len(predictions) < 400 + 100 * possible
+
+
+def test_advice_needs_no_preset_that_an_edited_default_makes_impossible(monkeypatch):
+    """lighter_blocks=30 suits 18b's 40 blocks, and is refused for the 4 of tiny."""
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | dict(lighter_blocks=30))
+    machine = MACHINES["rtx4090"]
+    c = config_of("18b")
+    advice, _ = advise(choose(c, machine, fixed_batch=False)[0], c, machine)
+    assert advice.endswith("these fit: 2b small")
