@@ -254,7 +254,7 @@ def test_plan_of_every_preset_on_every_gpu(cli, preset):
         pytest.param("b200", True, False, 4, marks=pytest.mark.slow),
         ("h200", True, True, 4),
         pytest.param("h100", True, True, 2, marks=pytest.mark.slow),
-        ("rtx4090", False, True, 1),
+        ("rtx4090", False, True, 2),
     ],
 )
 def test_plan_of_18b(cli, gpu, fits, offload, at_most):
