@@ -22,6 +22,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+DATA_RULES = 1
+"""The version of the rules of data that new runs use: what is held out, where windows begin.
+
+Version 1 splits chunk by chunk, and every epoch has the same windows. Version 2 splits by document,
+and windows begin at another offset in each epoch. Caches and checkpoints hold the version, and a
+resumed run keeps that of its checkpoint.
+"""
+
+KNOWN_DATA_RULES = (1, 2)
+
 # ---------------------------------------------------------------- errors
 
 

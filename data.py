@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from config import Config
+from config import DATA_RULES, Config
 from corpus.cache import Corpus, prepare
 from corpus.external import Joined
 from corpus.workers import die_with_parent
@@ -43,18 +43,20 @@ def sequences(
     seed: int,
     position: int,  # of the first sequence
     count: int,
+    rules: int = DATA_RULES,
 ) -> np.ndarray:
     """The `count` training sequences from data position `position` on.
 
     A data position counts the sequences since the beginning of the run. Returns int64
     [count, seq_len + 1]: seq_len inputs, and one more token as the target of the last input.
 
-    The corpus is cut into windows: window i is tokens[i * seq_len : (i + 1) * seq_len + 1]. Each
-    epoch takes every window once, in its own random order. The result depends on nothing but the
-    arguments. `tokens` must hold at least one window.
+    The corpus is cut into windows: window i begins at token offset + i * seq_len. Each epoch takes
+    every window once, in its own random order. The offset is 0 in version 1 of the `rules` of data.
+    In version 2 each epoch has its own, so that the corpus is cut in other places. The result
+    depends on nothing but the arguments. `tokens` must hold at least one window.
     """
     rows = np.empty((count, seq_len + 1), np.int64)
-    windows = _windows(tokens, seq_len, seed, position, count)
+    windows = _windows(tokens, seq_len, seed, position, count, rules)
     for row, window in zip(rows, windows):
         row[:] = window
     return rows
@@ -66,14 +68,28 @@ def _windows(
     seed: int,
     position: int,
     count: int,
+    rules: int,
 ) -> Iterator[np.ndarray]:
     """The windows of `sequences` as slices. A slice of a mapped array is not read from the disk."""
-    n_windows = _number_of_windows(tokens, seq_len)
+    n_windows = _windows_of_an_epoch(tokens, seq_len, rules)
+    offsets = 1  # how many offsets an epoch may have
+    if rules >= 2:
+        # The largest offset is that with which the last window ends with the corpus, so that no
+        # token is left out of all epochs: seq_len - 1 or more, except in a very short corpus.
+        offsets = len(tokens) - n_windows * seq_len
     for index in range(position, position + count):
         epoch, index_in_epoch = divmod(index, n_windows)
-        order = _order_of_windows(seed, epoch, n_windows)
-        start = int(order[index_in_epoch]) * seq_len
+        order, offset = _order_of_windows(seed, epoch, n_windows, offsets)
+        start = offset + int(order[index_in_epoch]) * seq_len
         yield tokens[start : start + seq_len + 1]
+
+
+def _windows_of_an_epoch(tokens: Tokens, seq_len: int, rules: int) -> int:
+    """How many windows an epoch has: the same number for every offset."""
+    if rules == 1:
+        return _number_of_windows(tokens, seq_len)
+    # One window less than without an offset: what is left over is seq_len tokens at least.
+    return max(1, (len(tokens) - seq_len) // seq_len)
 
 
 def _number_of_windows(tokens: Tokens, seq_len: int) -> int:
@@ -83,12 +99,21 @@ def _number_of_windows(tokens: Tokens, seq_len: int) -> int:
 
 # Reading ahead begins the next epoch before this one has ended, so two orders are used in turn.
 @functools.lru_cache(maxsize=4)
-def _order_of_windows(seed: int, epoch: int, n_windows: int) -> np.ndarray:
-    """The windows 0 ... n_windows - 1 in the order in which an epoch takes them."""
-    # This order must never change: a checkpoint stores only the position in it.
-    order = np.random.default_rng([seed, epoch]).permutation(n_windows)
+def _order_of_windows(
+    seed: int,
+    epoch: int,
+    n_windows: int,
+    offsets: int,
+) -> tuple[np.ndarray, int]:
+    """(the order in which an epoch takes the windows 0 ... n_windows - 1, its offset in tokens).
+
+    The offset is one of 0 ... offsets - 1.
+    """
+    # Neither may ever change: a checkpoint stores only the position.
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(n_windows)
     order.flags.writeable = False  # the cache shares it among callers
-    return order
+    return order, int(rng.integers(offsets))
 
 
 # ---------------------------------------------------------------- training batches
@@ -99,6 +124,7 @@ def batches(
     config: Config,
     position: int,
     pin_memory: bool = False,
+    rules: int = DATA_RULES,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (inputs, targets) without end, int64 [batch_size, max_seq_len] each.
 
@@ -111,7 +137,7 @@ def batches(
         start_method = "fork"  # the other methods would copy the mapped tokens to the workers
     first_sequences = range(position, 2**62, config.batch_size)  # of each micro-batch, endless
     yield from DataLoader(
-        _TrainingBatches(tokens, config),
+        _TrainingBatches(tokens, config, rules),
         sampler=first_sequences,
         batch_size=None,  # an item is a whole micro-batch already
         num_workers=config.num_workers,
@@ -130,18 +156,21 @@ class _TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     that, reads in random order would wait for the disk one after the other.
     """
 
-    def __init__(self, tokens: Tokens, config: Config):
+    def __init__(self, tokens: Tokens, config: Config, rules: int):
         self.tokens = tokens
+        self.rules = rules
         self.seq_len = config.max_seq_len
         self.seed = config.seed
         self.batch_size = config.batch_size
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         later = position + READ_AHEAD * self.batch_size
-        windows = _windows(self.tokens, self.seq_len, self.seed, later, self.batch_size)
+        windows = _windows(self.tokens, self.seq_len, self.seed, later, self.batch_size, self.rules)
         for window in windows:
             _read_ahead(window)
-        rows = sequences(self.tokens, self.seq_len, self.seed, position, self.batch_size)
+        rows = sequences(
+            self.tokens, self.seq_len, self.seed, position, self.batch_size, self.rules
+        )
         return _inputs_and_targets(rows)
 
 

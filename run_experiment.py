@@ -25,6 +25,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 from cli import Parser, add_config_options, config_options, exit_code, locked, new_parser
 from config import (
+    DATA_RULES,
     PRESETS,
     Config,
     ConfigError,
@@ -145,7 +146,10 @@ def open_run(
     # What cannot start is refused before minutes of tokenizing.
     tracker.require(config.tracker)
     check_fits(config, machine_of_device(find_device(config), config.host_memory_gb))
-    corpus = data.prepare(config)
+    rules = DATA_RULES
+    if state is not None:
+        rules = checkpoint.data_rules(state)
+    corpus = data.prepare(config, rules)
     # The state is mapped from the checkpoint's file. It must not outlive this function: the disk
     # space of a checkpoint that is deleted would stay taken.
     run = trainer.Trainer(config, corpus, state, path, LAUNCHED)

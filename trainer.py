@@ -136,6 +136,7 @@ class Trainer:
         self.corpus = corpus
         self.folder = Path(config.save_dir)
         if state is not None:
+            _check_same_rules(state, corpus)
             _check_same_data(state["data"], corpus)
         self.device = find_device(config)
         self.machine = machine_of_device(self.device, config.host_memory_gb)
@@ -339,7 +340,13 @@ class Trainer:
         with self._watched():
             self._begin()
             pin_memory = self.device.type == "cuda"
-            batches = data.batches(self.corpus.train, c, self.data_position, pin_memory=pin_memory)
+            batches = data.batches(
+                self.corpus.train,
+                c,
+                self.data_position,
+                pin_memory=pin_memory,
+                rules=self.corpus.rules,
+            )
             with self._progress_bar() as self.bar:
                 while self.step < c.max_steps and not self.stop.requested:
                     if not self._timed_step(batches):
@@ -701,6 +708,16 @@ class Trainer:
                 self.config, self.machine, self.step + 1, self._last_checkpoint()
             )
             raise OutOfMemory(message) from error
+
+
+def _check_same_rules(state: dict, corpus: data.Corpus) -> None:
+    """Raises ExperimentError when a checkpoint was trained under another version of the rules.
+
+    Otherwise the run would train on text that it held out before, and nothing would show it.
+    """
+    rules = checkpoint.data_rules(state)
+    if rules != corpus.rules:
+        raise ExperimentError(messages.other_rules(rules, corpus.rules))
 
 
 def _check_same_data(saved: dict, corpus: data.Corpus) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from config import Config, ConfigError, ExperimentError
+from config import DATA_RULES, KNOWN_DATA_RULES, Config, ConfigError, ExperimentError
 from corpus import sources
 from corpus.external import Joined, cut_shards, import_shards, open_external_shard
 from corpus.shards import (
@@ -37,6 +38,10 @@ from corpus.sources import Source
 from corpus.token_files import open_shard, replace_file
 from corpus.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer, sha256, trained_size
 
+# Between these multiples of validation_fraction, the held-out share is as wanted.
+SHARE_TOO_SMALL = 0.5
+SHARE_TOO_LARGE = 2
+REPEATED_SHARE = 0.01  # of the held-out characters; beyond it there is a warning
 UNFINISHED_DAYS = 7  # after so many days what a killed build left is deleted
 
 
@@ -58,31 +63,39 @@ class Corpus:
     characters: int  # of both splits; of external shards, what their tokens decode to one by one
     documents: int  # of both splits; each chunk of a long document counts as one
     unigram_entropy: float  # nats per token: the loss of the best model that ignores the context
+    rules: int  # the version of the rules of data that made it: see config.DATA_RULES
+    held_out_characters: int | None  # of validation; None if not known
+    # Of these, how many stand in chunks of text that are trained on too
+    repeated_characters: int | None
 
 
-def prepare(config: Config) -> Corpus:
+def prepare(config: Config, rules: int = DATA_RULES) -> Corpus:
     """Opens the tokenized corpus that `config` describes.
 
-    The first time it is built in config.cache_dir.
+    The first time it is built in config.cache_dir. `rules` is the version of the rules of data:
+    DATA_RULES for a new run, that of its checkpoint for a resumed one.
     Raises ExperimentError when the text, the tokenizer or the cache folder cannot be used, or when
     the corpus is too small to give each split one window of max_seq_len + 1 tokens.
     """
     _check_num_workers(config)
-    source = sources.open_source(config)
+    if rules not in KNOWN_DATA_RULES:
+        raise ExperimentError(_unknown_rules_message(rules))
+    source = sources.open_text(config, rules)
     if source.token_shards and trained_size(config):
         raise ExperimentError(_unknown_tokenizer_message(config))
     cache = Path(config.cache_dir).expanduser()
     tokenizer_json = _local_tokenizer(config)
-    folder = cache / _cache_key(config, source, tokenizer_json)
+    folder = cache / _cache_key(config, source, tokenizer_json, rules)
     try:
         corpus = _open_or_discard(folder)
         if corpus is None:
-            _build_folder(config, source, tokenizer_json, folder)
+            _build_folder(config, source, tokenizer_json, folder, rules)
             corpus = _open(folder)
     except OSError as error:
         raise ExperimentError(_cannot_keep_message(cache, error)) from error
     check_vocabulary(corpus.tokenizer, config)
     _check_size(corpus, config)
+    _check_held_out(corpus, config)
     return corpus
 
 
@@ -106,6 +119,48 @@ def _check_size(corpus: Corpus, config: Config) -> None:
         )
 
 
+def _check_held_out(corpus: Corpus, config: Config) -> None:
+    """Warns when the validation loss says little, each time that a corpus is opened.
+
+    Raises ExperimentError when most of the text would be held out.
+    """
+    held_out = corpus.held_out_characters
+    repeated = corpus.repeated_characters
+    if corpus.rules == 1 or not held_out or repeated is None:
+        return
+    share = held_out / corpus.characters
+    wanted = config.validation_fraction
+    if share > max(0.5, SHARE_TOO_LARGE * wanted):
+        raise ExperimentError(_far_share_message(corpus, share, wanted))
+    if not wanted * SHARE_TOO_SMALL <= share <= wanted * SHARE_TOO_LARGE:
+        print(f"warning: {_far_share_message(corpus, share, wanted)}", file=sys.stderr)
+    if repeated > REPEATED_SHARE * held_out:
+        print(f"warning: {_repeated_message(repeated / held_out)}", file=sys.stderr)
+
+
+def _far_share_message(corpus: Corpus, share: float, wanted: float) -> str:
+    return (
+        f"{share:.2%} of the text is held out for validation, not {wanted:.2%} "
+        f"(validation_fraction): its {corpus.documents:,} documents are too few or too different "
+        "in length. Give more text, documents in smaller parts, or another --validation_fraction"
+    )
+
+
+def _repeated_message(share: float) -> str:
+    return (
+        f"{share:.1%} of the text that is held out for validation is in the training text too, "
+        "word for word: the validation loss will be too low. Take repeated text out of --data"
+    )
+
+
+def _unknown_rules_message(rules: int) -> str:
+    known = " and ".join(str(version) for version in KNOWN_DATA_RULES)
+    return (
+        f"the checkpoint was made with version {rules} of the rules of data (split and windows), "
+        f"and this program knows versions {known}. Resume it with the newer program that made it"
+    )
+
+
 def _unknown_tokenizer_message(config: Config) -> str:
     return (
         f"{config.data}: token shards do not say which tokenizer made them. Name it with "
@@ -124,12 +179,12 @@ def _cannot_keep_message(cache: Path, error: OSError) -> str:
 # --- the key and the tokenizer
 
 
-def _cache_key(config: Config, source: Source, tokenizer_json: str | None) -> str:
+def _cache_key(config: Config, source: Source, tokenizer_json: str | None, rules: int) -> str:
     """The name of the corpus's folder in the cache: a hash that depends on text and build key.
 
     Caches on disk are found by it, so it must not change for the same shards.
     """
-    parts = [build_key(config, tokenizer_json), source.identity()]
+    parts = [build_key(config, tokenizer_json, rules), source.identity()]
     return sha256(json.dumps(parts))[:16]
 
 
@@ -196,13 +251,18 @@ def _open_files(folder: Path) -> Corpus:
         characters=facts["characters"],
         documents=facts["documents"],
         unigram_entropy=facts["unigram_entropy"],
+        rules=facts.get("rules", 1),
+        held_out_characters=facts.get("held_out_characters"),
+        repeated_characters=facts.get("repeated_characters"),
     )
 
 
 # --- building
 
 
-def _build_folder(config: Config, source: Source, tokenizer_json: str | None, folder: Path) -> None:
+def _build_folder(
+    config: Config, source: Source, tokenizer_json: str | None, folder: Path, rules: int
+) -> None:
     """Builds the corpus beside its folder, then renames what was built."""
     if config.tokenizer.startswith("hf:"):
         tokenizer_json = read_tokenizer(config)
@@ -210,9 +270,9 @@ def _build_folder(config: Config, source: Source, tokenizer_json: str | None, fo
     with _unfinished(folder.parent, folder.name) as unfinished:
         if source.token_shards:
             assert tokenizer_json is not None  # `prepare` refuses to train one on token shards
-            import_shards(config, source.token_shards, tokenizer_json, unfinished)
+            import_shards(config, source.token_shards, tokenizer_json, unfinished, rules)
         else:
-            _build_or_link(config, source, tokenizer_json, unfinished)
+            _build_or_link(config, source, tokenizer_json, unfinished, rules)
         try:
             unfinished.rename(folder)
         except OSError:
@@ -222,7 +282,7 @@ def _build_folder(config: Config, source: Source, tokenizer_json: str | None, fo
 
 
 def _build_or_link(
-    config: Config, source: Source, tokenizer_json: str | None, folder: Path
+    config: Config, source: Source, tokenizer_json: str | None, folder: Path, rules: int
 ) -> None:
     """Makes the shards, unless the cache has those of the same text with the same build key.
 
@@ -234,20 +294,23 @@ def _build_or_link(
             f"data: {found.bad:,} of {found.rows:,} lines or rows cannot be read and are left out: "
             f"{found.bad_rows}"
         )
-    if not _link_same_text(config, found, tokenizer_json, folder):
-        build(config, source, found, tokenizer_json, folder)
+    key = build_key(config, tokenizer_json, rules)
+    # Groups may split the same text otherwise; version 1 does not know them.
+    may_link = rules == 1 or not found.grouped
+    if not (may_link and _link_same_text(config, found, key, folder)):
+        build(config, source, found, tokenizer_json, folder, rules)
     for name in TEMPORARY_FILES:
         (folder / name).unlink(missing_ok=True)
 
 
-def _link_same_text(config: Config, found: Scan, tokenizer_json: str | None, folder: Path) -> bool:
+def _link_same_text(config: Config, found: Scan, key: str, folder: Path) -> bool:
     """Links the shards of another cache folder into `folder`. Returns whether it has done so.
 
-    The other folder must have the same text (data hash) and the same build key.
+    The other folder must have the same text (data hash) and the same build key, `key`.
     """
     if not found.whole:
         return False  # the hash of the whole text is not known
-    same = dict(data_hash=data_hash(found.chunks), recipe=build_key(config, tokenizer_json))
+    same = dict(data_hash=data_hash(found.chunks), recipe=key)
     for facts_file in folder.parent.glob("*/corpus.json"):
         other = facts_file.parent
         # The file system may have no links, or the other folder may be damaged or just deleted.

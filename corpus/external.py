@@ -167,7 +167,9 @@ def _join(parts: list[np.ndarray]) -> np.ndarray | Joined:
     return Joined(filled or [np.empty(0, np.uint16)])
 
 
-def import_shards(config: Config, files: list[str], tokenizer_json: str, folder: Path) -> None:
+def import_shards(
+    config: Config, files: list[str], tokenizer_json: str, folder: Path, rules: int
+) -> None:
     """Checks and counts external shards; writes tokenizer.json and corpus.json into `folder`.
 
     The tokens of files named val or validation are held out. If no file or every file has such a
@@ -201,6 +203,7 @@ def import_shards(config: Config, files: list[str], tokenizer_json: str, folder:
         tokenizer_hash=sha256(tokenizer_json),
         unigram_entropy=entropy(train_counts),
         left_out=0,  # shards hold no lines or rows that could be bad
+        rules=rules,  # they decide where windows begin; the split is the same in all versions
     )
     replace_file(folder / "tokenizer.json", tokenizer_json)
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")

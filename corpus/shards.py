@@ -19,7 +19,7 @@ import signal
 import time
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -28,7 +28,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from config import Config, ExperimentError
+from corpus import split
 from corpus.sources import Source
+from corpus.split import CHUNKS_AT_ONCE, Split
 from corpus.token_files import (
     FORMAT_VERSION,
     HEADER_BYTES,
@@ -54,7 +56,6 @@ from planner.plan import format_duration
 TOKENIZER_SAMPLE = 20_000_000
 TOKENIZE_CHARACTERS = 1_000_000  # characters that one core tokenizes at a time
 SHARD_CHARACTERS = 64_000_000  # characters after which the tokens outlive a kill
-CHUNKS_AT_ONCE = 2**20  # chunks whose hashes are hashed at a time
 
 TOKEN_FILES = ("train.bin", "validation.bin")
 CHUNK_FILE = "pieces.bin"
@@ -73,9 +74,11 @@ CHUNK = np.dtype([("hash", "<u8"), ("length", "<u4"), ("last", "?")])
 
 @dataclass(frozen=True)
 class Scan:
-    """What one reading of a text found. The fields but the first are keys of the scan's file."""
+    """What one reading of a text found. All fields but `chunks` are keys of the scan's file."""
 
     chunks: np.ndarray  # CHUNK records, in reading order
+    keys: np.ndarray  # uint64 [chunks], by which version 2 of the rules splits the text
+    grouped: bool  # whether the source keeps groups of documents on one side
     whole: bool  # whether these are all chunks of the text
     rows: int  # lines and rows that were read
     bad: int  # of these, how many cannot be read and are left out
@@ -95,28 +98,42 @@ def scan(source: Source, folder: Path) -> Scan:
     path = folder / SCAN_FILE
     if path.exists():
         return _load_scan(path)
-    found = _read_text(source)
+    found = read_text(source, to_end=source.scan_to_end)
     _save_scan(found, path)
     return found
 
 
-def _read_text(source: Source) -> Scan:
-    """Reads the text of a source and notes hash, length and end of every chunk."""
-    # These arrays take 17 bytes a chunk; lists of Python's numbers would take five times as much.
+def read_text(source: Source, to_end: bool) -> Scan:
+    """Reads the text of a source and notes hash, length and end of every chunk.
+
+    Unless `to_end`, it stops after the first document that brings the characters to
+    TOKENIZER_SAMPLE. Raises ExperimentError when there is no text.
+    """
+    # These arrays take 25 bytes a chunk; lists of Python's numbers would take five times as much.
     hashes = array("Q")
+    keys = array("Q")
     lengths = array("L")
     ends = bytearray()
     characters = 0
     whole = True
+    grouped = False
+    group_of_latest = getattr(source, "group", _no_group)
+    first = True  # whether the next chunk is the first one of its document
     with ProgressBar("reading the corpus") as bar:
         for text, last in source.chunks():
             hashes.append(text_hash(text))
+            if first:
+                group = group_of_latest()
+                grouped |= group is not None
+                key = document_key(hashes[-1], group)
+            keys.append(key)
             lengths.append(len(text))
             ends.append(last)
+            first = last
             characters += len(text)
             bar.add(len(text), last)
-            # `scanned` cuts a list of all chunks at the same chunk: change both together.
-            if not source.scan_to_end and last and characters >= TOKENIZER_SAMPLE:
+            # `_beginning` cuts a whole scan at the same chunk: change both together.
+            if not to_end and last and characters >= TOKENIZER_SAMPLE:
                 whole = False
                 break
     if not hashes:
@@ -126,7 +143,30 @@ def _read_text(source: Source) -> Scan:
     chunks["length"] = lengths
     chunks["last"] = np.frombuffer(ends, bool)
     rows = source.rows
-    return Scan(chunks, whole, rows.read, rows.bad, "; ".join(rows.problems))
+    return Scan(
+        chunks=chunks,
+        keys=np.frombuffer(keys, np.uint64),
+        grouped=grouped,
+        whole=whole,
+        rows=rows.read,
+        bad=rows.bad,
+        bad_rows="; ".join(rows.problems),
+    )
+
+
+def _no_group() -> None:
+    return None
+
+
+def document_key(first_hash: int, group: str | None) -> int:
+    """What version 2 of the rules splits a text by: the hash of a document's group.
+
+    Where it has no group, it is the hash of its first chunk. So the side of a document is known
+    when it begins.
+    """
+    if group is None:
+        return first_hash
+    return text_hash(f"group {group}")
 
 
 def _save_scan(found: Scan, path: Path) -> None:
@@ -134,6 +174,8 @@ def _save_scan(found: Scan, path: Path) -> None:
     np.savez(
         temporary,
         pieces=found.chunks,
+        keys=found.keys,
+        grouped=found.grouped,
         whole=found.whole,
         rows=found.rows,
         bad=found.bad,
@@ -144,8 +186,17 @@ def _save_scan(found: Scan, path: Path) -> None:
 
 def _load_scan(path: Path) -> Scan:
     with np.load(path) as saved:
+        chunks = saved["pieces"]
+        # Scans of version 1 that an older program saved have neither keys nor groups.
+        keys = chunks["hash"]
+        grouped = False
+        if "keys" in saved:
+            keys = saved["keys"]
+            grouped = saved["grouped"].item()
         return Scan(
-            chunks=saved["pieces"],
+            chunks=chunks,
+            keys=keys,
+            grouped=grouped,
             whole=saved["whole"].item(),
             rows=saved["rows"].item(),
             bad=saved["bad"].item(),
@@ -171,47 +222,34 @@ def data_hash(chunks: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def scanned(chunks: np.ndarray) -> np.ndarray:
-    """The chunks that `scan` reads, of all chunks of a source that is not scanned to its end.
+def split_of(found: Scan, validation_fraction: float, rules: int) -> Split:
+    """What is held out of the text of a scan."""
+    return split.decide(found.chunks, found.keys, found.whole, validation_fraction, rules)
 
-    They end with the first document that brings the characters to TOKENIZER_SAMPLE.
+
+def held_out_chunks(
+    source: Source, found: Scan, validation_fraction: float, rules: int
+) -> np.ndarray:
+    """Which chunks a build holds out, bool [chunks]. `found` is a scan of the text to its end."""
+    chunks = found.chunks
+    if not source.scan_to_end:
+        # The build knew the beginning only.
+        found = _beginning(found)
+    decided = split_of(found, validation_fraction, rules)
+    return np.concatenate([held_out for _, held_out in decided.blocks(chunks)])
+
+
+def _beginning(found: Scan) -> Scan:
+    """The scan of a text that is not scanned to its end, of one that was scanned to its end.
+
+    It ends with the first document that brings the characters to TOKENIZER_SAMPLE.
     """
-    characters = np.cumsum(chunks["length"], dtype=np.int64)
-    enough = (characters >= TOKENIZER_SAMPLE) & chunks["last"]
+    characters = np.cumsum(found.lengths)
+    enough = (characters >= TOKENIZER_SAMPLE) & found.chunks["last"]
     if not enough.any():
-        return chunks
-    return chunks[: enough.argmax() + 1]
-
-
-# --- the split
-
-
-def split(hashes: np.ndarray, lengths: np.ndarray, validation_fraction: float) -> np.ndarray:
-    """Which documents are held out, bool [documents].
-
-    They are the documents of the lowest hashes, until these hold validation_fraction of all
-    characters. Equal documents have equal hashes, so they stay on one side. Two different documents
-    or more give two sides that are not empty.
-
-    `lengths` are in characters.
-    """
-    by_hash = np.argsort(hashes, kind="stable")
-    characters = np.cumsum(lengths[by_hash])
-    wanted = validation_fraction * characters[-1]
-    last = by_hash[np.searchsorted(characters, wanted)]
-    held_out = hashes <= hashes[last]
-    if held_out.all():
-        return hashes < hashes.max()  # the document of the highest hash is left to train on
-    return held_out
-
-
-def last_held_out(chunks: np.ndarray, validation_fraction: float) -> int:
-    """The highest hash that is held out of a text with these chunks (CHUNK records), or -1."""
-    lengths = chunks["length"].astype(np.int64)
-    held_out = split(chunks["hash"], lengths, validation_fraction)
-    if not held_out.any():
-        return -1
-    return int(chunks["hash"][held_out].max())
+        return found
+    count = enough.argmax() + 1
+    return replace(found, chunks=found.chunks[:count], keys=found.keys[:count], whole=False)
 
 
 # --- the build
@@ -224,7 +262,7 @@ def token_dtype(config: Config) -> np.dtype:
     return np.dtype("<u4")
 
 
-def build_key(config: Config, tokenizer_json: str | None) -> str:
+def build_key(config: Config, tokenizer_json: str | None, rules: int) -> str:
     """Changes with whatever changes the shards of a text, apart from the text.
 
     A tokenizer that is trained is known by its sample and size; a given one by its tokenizer.json
@@ -239,11 +277,18 @@ def build_key(config: Config, tokenizer_json: str | None) -> str:
     else:
         tokenizer = sha256(tokenizer_json)
     parts = [FORMAT_VERSION, tokenizer, token_dtype(config).str, config.validation_fraction]
+    if rules > 1:  # the caches of version 1 are older than the rules' version
+        parts.append(rules)
     return sha256(json.dumps(parts))[:16]
 
 
 def build(
-    config: Config, source: Source, found: Scan, tokenizer_json: str | None, folder: Path
+    config: Config,
+    source: Source,
+    found: Scan,
+    tokenizer_json: str | None,
+    folder: Path,
+    rules: int,
 ) -> None:
     """Writes train.bin, validation.bin, tokenizer.json and the facts in corpus.json.
 
@@ -252,31 +297,31 @@ def build(
     Raises ExperimentError when the text has changed since the scan or cannot be tokenized.
     """
     start = time.perf_counter()
-    limit = last_held_out(found.chunks, config.validation_fraction)
-    held_out = found.chunks["hash"] <= limit
-    print(_scan_message(source, found, held_out))
+    decided = split_of(found, config.validation_fraction, rules)
+    print(_scan_message(source, found, decided.held_out))
 
     if tokenizer_json is None:
-        tokenizer_json = _train_or_read_tokenizer(config, source, found, ~held_out, folder)
+        tokenizer_json = _train_or_read_tokenizer(config, source, found, ~decided.held_out, folder)
     replace_file(folder / "tokenizer.json", tokenizer_json)
     tokenizer, end_of_text = load_tokenizer(tokenizer_json)
     tokenizer_hash = sha256(tokenizer_json)
     dtype = token_dtype(config)
     # The key of the build, by which corpus.cache finds these shards for the same text from another
-    # place. It has none when a beginning decided the split: the same text from files is split
-    # otherwise.
+    # place. It has none when a beginning or groups decided the split: the same text from files is
+    # split otherwise.
     key = None
-    if found.whole:
-        key = build_key(config, tokenizer_json)
+    if found.whole and not (rules > 1 and found.grouped):
+        key = build_key(config, tokenizer_json, rules)
 
     batch_encoder = _BatchEncoder(encoder(tokenizer), end_of_text, dtype)
-    done = _write_shards(folder, source, found, limit, batch_encoder)
+    done = _write_shards(folder, source, found, decided, batch_encoder)
     for name, count in zip(TOKEN_FILES, done.tokens):
         write_header(folder / name, dtype, count, tokenizer_hash)
 
     train_tokens, validation_tokens = done.tokens
     vocabulary_size = vocabulary(tokenizer)
     chunks = np.memmap(folder / CHUNK_FILE, CHUNK, mode="r")
+    held_out, repeated = split.held_out_characters(decided, chunks)
     facts = dict(
         data=config.data,
         documents=len(chunks),
@@ -289,6 +334,9 @@ def build(
         unigram_entropy=_unigram_entropy(folder / "train.bin", dtype, vocabulary_size),
         left_out=found.bad,
         recipe=key,
+        rules=rules,
+        held_out_characters=held_out,
+        repeated_characters=repeated,  # of these, how many stand in chunks that are trained on too
     )
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
     seconds = time.perf_counter() - start
@@ -412,18 +460,32 @@ class _BatchFacts(NamedTuple):
         return int(self.records["last"].sum())
 
 
-def _marked_chunks(source: Source, start: dict | None, limit: int) -> Iterator[_MarkedChunk]:
-    """The chunks after `start`, a position of the source. A hash up to `limit` is held out.
+def _marked_chunks(source: Source, start: dict | None, decided: Split) -> Iterator[_MarkedChunk]:
+    """The chunks after `start`, a position of the source.
 
-    End-of-text follows the last chunk of a document. It also follows a chunk whose successor goes
-    into the other file, so a chunk is yielded when its successor is known.
+    End-of-text follows the last chunk of a document. In version 1 of the rules, it also follows a
+    chunk whose successor goes into the other file. So a chunk is yielded when its successor is
+    known.
     """
+    number = 0  # of the chunk, counted from the beginning of the text
+    if start:
+        number = start["pieces"]
     previous = None
+    key = None  # of the document, once it has begun
     for text, last in source.chunks(start):
         digest = text_hash(text)
-        held_out = digest <= limit
+        if key is None or not decided.by_document:
+            key = digest
+        if number < len(decided.held_out):
+            held_out = bool(decided.held_out[number])
+        else:
+            held_out = decided.holds_out(key)
+        number += 1
+        if last:
+            key = None
         if previous is not None:
-            yield previous._replace(separated=previous.held_out != held_out)
+            changes_side = previous.held_out != held_out
+            yield previous._replace(separated=changes_side and not decided.by_document)
         chunk = _MarkedChunk(text, digest, last, held_out, separated=True)
         if last:
             yield chunk
@@ -433,7 +495,7 @@ def _marked_chunks(source: Source, start: dict | None, limit: int) -> Iterator[_
 
 
 def _batches(
-    source: Source, found: Scan, limit: int, start: dict | None
+    source: Source, found: Scan, decided: Split, start: dict | None
 ) -> Iterator[tuple[_EncoderInput, _BatchFacts]]:
     """Cuts the text after `start` into batches of about TOKENIZE_CHARACTERS characters.
 
@@ -446,7 +508,7 @@ def _batches(
     chunks: list[_MarkedChunk] = []
     characters = 0
     characters_since_position = 0
-    for chunk in _marked_chunks(source, start, limit):
+    for chunk in _marked_chunks(source, start, decided):
         if count < len(expected) and chunk.hash != expected[count]:
             raise _changed(source)
         chunks.append(chunk)
@@ -588,14 +650,14 @@ def _read_progress(folder: Path, token_bytes: int) -> _Progress | None:
 
 
 def _write_shards(
-    folder: Path, source: Source, found: Scan, limit: int, batch_encoder: _BatchEncoder
+    folder: Path, source: Source, found: Scan, decided: Split, batch_encoder: _BatchEncoder
 ) -> _Progress:
     """Appends the tokens of the text to the TOKEN_FILES, and its chunks' records to CHUNK_FILE.
 
     Returns the progress at the end. Raises ExperimentError when the text cannot be tokenized.
     """
     done = _resume(folder, batch_encoder.dtype.itemsize)
-    batches = _batches(source, found, limit, done.position)
+    batches = _batches(source, found, decided, done.position)
     workers = _worker_count(found)
     total = _expected_characters(source, found)
     try:

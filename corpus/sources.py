@@ -28,6 +28,7 @@ from corpus.formats import (
     no_field,
     value_chunks,
 )
+from corpus.near_duplicates import without_near_duplicates
 
 BUILT_IN = ("python", "installed")
 INSTALLED_SUFFIXES = (
@@ -43,6 +44,8 @@ INSTALLED_SUFFIXES = (
     ".md",
     ".rst",
 )
+# Folders in which a package keeps copies of other packages.
+VENDOR_FOLDERS = ("_vendor", "vendor", "_vendored", "vendored", "extern", "third_party")
 SHARD_SUFFIX = ".bin"
 # A long document is cut at the first line end after so many characters: least and most. A small
 # corpus is cut into about CHUNKS_OF_A_CORPUS chunks, because whole chunks are held out.
@@ -114,6 +117,22 @@ class Source(Protocol):
 
         tools.evaluate reports a loss for each domain.
         """
+
+    def group(self) -> str | None:
+        """What the latest document belongs to, such as a package; None if to nothing.
+
+        Documents of one group stay on one side of the split. Only a source that is scanned to its
+        end may have groups. Version 1 of the rules of data does not know groups. A source may lack
+        this member: then it has no groups.
+        """
+
+
+def open_text(config: Config, rules: int) -> Source:
+    """`open_source` under a version of the rules of data: what it leaves out is left out."""
+    source = open_source(config)
+    if rules > 1 and isinstance(source, BuiltIn):
+        source.near_duplicates_left_out = True
+    return source
 
 
 def open_source(config: Config) -> Source:
@@ -221,6 +240,9 @@ class TextSource:
     def domain(self) -> str:
         return self.name
 
+    def group(self) -> str | None:
+        return None
+
 
 class Files(TextSource):
     """Text files, in the order of the list.
@@ -247,9 +269,12 @@ class Files(TextSource):
         return itertools.islice(self._counted(self._all_chunks()), skipped, None)
 
     def _all_chunks(self) -> Iterator[Chunk]:
-        for path in self.files:
+        for path in self._files_to_read():
             self.path = path
             yield from self._chunks_of(path)
+
+    def _files_to_read(self) -> list[str]:
+        return self.files
 
     def _chunks_of(self, path: str) -> Iterator[Chunk]:
         return file_chunks(path, self.config.text_field, self.chunk_characters, self.rows)
@@ -279,13 +304,42 @@ class BuiltIn(Files):
 
     `python` is the source of the standard library. `installed` is that and the source, the headers
     and the text of the installed packages.
+
+    From version 2 of the rules of data on, near duplicates are left out. Packages hold copies of
+    each other and of themselves, and what is held out would stand in the training text too.
     """
+
+    near_duplicates_left_out = False
 
     def __init__(self, config: Config):
         super().__init__(config, _built_in_files(config.data))
 
     def identity(self) -> list:
         return self._identity(True, self.files)
+
+    def _files_to_read(self) -> list[str]:
+        if self.near_duplicates_left_out:
+            return self._distinct_files
+        return self.files
+
+    @functools.cached_property
+    def _distinct_files(self) -> list[str]:
+        kept = without_near_duplicates(self.files)
+        self.description += (
+            f" without {kept.dropped_files:,} near duplicates ({kept.dropped_share:.1%} of the "
+            "text)"
+        )
+        return kept.files
+
+    def group(self) -> str | None:
+        """The package or module that the latest file belongs to."""
+        if self.path is None:
+            return None
+        return package_of(self.path, self._roots)
+
+    @functools.cached_property
+    def _roots(self) -> list[str]:
+        return [*_package_folders(), sysconfig.get_path("stdlib")]
 
     def _chunks_of(self, path: str) -> Iterator[Chunk]:
         try:
@@ -507,14 +561,37 @@ def _built_in_files(name: str) -> list[str]:
     not_library = ("site-packages", "dist-packages", "__pycache__")
     files = walk(sysconfig.get_path("stdlib"), (".py",), not_library)
     if name == "installed":
-        packages = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-        for root in dict.fromkeys(packages):  # usually both are the same folder
+        for root in _package_folders():
             files += walk(root, INSTALLED_SUFFIXES)
     if not files:
         raise ExperimentError(
             "this Python comes without its library's source files; give --data a file or folder"
         )
     return files
+
+
+def _package_folders() -> list[str]:
+    """The folders that hold the installed packages. Usually there is one."""
+    return list(dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
+
+
+def package_of(path: str, roots: list[str]) -> str:
+    """The package or module that a file under one of the folders `roots` belongs to.
+
+    It is the name of the topmost folder or file. A copy of a package within another one belongs to
+    the package that it is a copy of, whose version may differ: pip/_vendor/rich/box.py to rich.
+    """
+    # The longest first: the packages are usually in a folder of the standard library.
+    root = max((root for root in roots if path.startswith(root + os.sep)), key=len)
+    parts = Path(os.path.relpath(path, root)).parts
+    for index, folder in enumerate(parts[:-1]):
+        if folder in VENDOR_FOLDERS:
+            parts = parts[index + 1 :]
+            break
+    top = parts[0]
+    if top.endswith((".dist-info", ".egg-info")):
+        top = top.split("-")[0]
+    return top.split(".")[0].lower()
 
 
 def find_files(config: Config) -> list[str]:

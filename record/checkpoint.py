@@ -24,7 +24,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from config import Config, ConfigError, ExperimentError, resumed_config
+from config import DATA_RULES, Config, ConfigError, ExperimentError, resumed_config
 from record import archive
 
 FORMAT = 1
@@ -304,6 +304,18 @@ def open_model(path: str, device: str, precision: str | None):
             precision = state["config"]["precision"]
     model, config = model_from_state(state, device, precision)
     return model, config, state
+
+
+def data_rules(state: dict) -> int:
+    """The version of the rules of data by which a run of this state continues.
+
+    Older checkpoints hold none: they are of version 1. An imported model that was not trained on
+    any text here has none to keep.
+    """
+    facts = state["data"]
+    if facts["data_hash"] is None:
+        return DATA_RULES
+    return facts.get("rules", 1)
 
 
 def load_option(path: str) -> dict:

@@ -256,6 +256,15 @@ def out_of_memory(config: Config, machine: Machine, step: int, last_checkpoint: 
     )
 
 
+def other_rules(saved: int, found: int) -> str:
+    return (
+        f"the checkpoint was trained under version {saved} of the rules of data (split and "
+        f"windows), and this corpus was made under version {found}: the run would train on text "
+        f"that it held out. Prepare the corpus under version {saved}, as --resume does, or start a "
+        "new run with another --save_dir."
+    )
+
+
 def other_data(key: str, trained: str, option: str, saved: str, found: str) -> str:
     """`trained` is "on other text" or "with another tokenizer"; `saved` and `found` are hashes."""
     return (

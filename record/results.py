@@ -203,8 +203,10 @@ def parameter_facts(config: Config) -> dict[str, int]:
 
 
 def data_identity(corpus) -> dict:
-    """What a run that is resumed must find again: hashes of the text and of the tokenizer."""
-    return dict(data_hash=corpus.data_hash, tokenizer_hash=corpus.tokenizer_hash)
+    """What a run that is resumed must find again: text, tokenizer, and version of the rules."""
+    return dict(
+        data_hash=corpus.data_hash, tokenizer_hash=corpus.tokenizer_hash, rules=corpus.rules
+    )
 
 
 def data_facts(corpus) -> dict:

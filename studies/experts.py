@@ -208,25 +208,25 @@ def domain(source: sources.Source, data_name: str) -> str:
     return "Python's library"
 
 
-def _located_chunks(config: Config) -> Iterator[Located]:
-    source = sources.open_source(config)
+def _located_chunks(source: sources.Source, config: Config) -> Iterator[Located]:
     for text, last in source.chunks():
         yield Located(source.path, domain(source, config.data), text, last)
 
 
-def _file_jobs(config: Config, held: np.ndarray) -> Iterator[FileJob]:
+def _file_jobs(source: sources.Source, config: Config, held: np.ndarray) -> Iterator[FileJob]:
     """The files of which at least one chunk is held out.
 
     `held` [chunks of the corpus] says which chunks are held out.
     """
     first = 0
-    for (path, name), group in itertools.groupby(_located_chunks(config), _path_and_domain):
+    for (path, name), group in itertools.groupby(_located_chunks(source, config), _path_and_domain):
         chunks = list(group)
         held_of_file = held[first : first + len(chunks)].tolist()
         first += len(chunks)
         if not any(held_of_file):
             continue
-        # End-of-text also follows a held-out chunk whose next chunk is not held out.
+        # In version 1 of the rules of data, end-of-text also follows a held-out chunk whose next
+        # chunk is not held out. In version 2 there is no such chunk within a document.
         next_is_held = [*held_of_file[1:], False]
         yield FileJob(
             suffix=Path(path or "").suffix.lower(),
@@ -276,10 +276,12 @@ def label(config: Config, corpus: data.Corpus) -> Labels:
     The text is tokenized again, because the cache has no offsets of tokens in the text. Raises
     ExperimentError when the text is no longer the one that was tokenized.
     """
-    held = held_out(config, corpus.data_hash, "Train it again on this text")
+    source = sources.open_text(config, corpus.rules)
+    remedy = "Train it again on this text"
+    held = held_out(source, config, corpus.data_hash, remedy, corpus.rules)
     context = multiprocessing.get_context("fork")
     with context.Pool(cpu_cores(), _start_worker, (corpus.tokenizer_json,)) as pool:
-        files = list(pool.imap(_label_file, _file_jobs(config, held), chunksize=4))
+        files = list(pool.imap(_label_file, _file_jobs(source, config, held), chunksize=4))
     # An empty array first: concatenate needs at least one.
     tokens = np.concatenate([np.empty(0, int), *(file.tokens for file in files)])
     kinds = np.concatenate([np.empty(0, np.uint8), *(file.kinds for file in files)])
@@ -469,9 +471,10 @@ def analyse(checkpoints: list[Path]) -> dict:
     checkpoint. `checkpoints` are those of the run, the oldest first. Raises
     ExperimentError when the model is dense, or the text is no longer the one that was tokenized.
     """
-    config, _ = resumed_config(checkpoint.load(checkpoints[-1])["config"], {})
+    state = checkpoint.load(checkpoints[-1])
+    config, _ = resumed_config(state["config"], {})
     _check_has_experts(config, checkpoints[-1])
-    corpus = data.prepare(config)
+    corpus = data.prepare(config, checkpoint.data_rules(state))
     labels = label(config, corpus)
     positions = _sampled_positions(len(labels.tokens), config.max_seq_len)
     windows = labels.tokens[positions]

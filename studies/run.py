@@ -504,7 +504,17 @@ def _differences(before: dict, now: dict) -> list[str]:
         new = settings_now.get(name, "not given")
         if old != new:
             found.append(f"{name} was {old} and is {new}")
-    if "corpus" in now and before["corpus"] != now["corpus"]:
+    if "corpus" not in now:
+        return found
+    # Results that are older than the versions of the rules are of version 1.
+    corpus_before = dict(rules=1) | before["corpus"]
+    corpus_now = dict(rules=1) | now["corpus"]
+    if corpus_before["rules"] != corpus_now["rules"]:
+        found.append(
+            f"its runs follow version {corpus_before['rules']} of the rules of data (split and "
+            f"windows), new ones version {corpus_now['rules']}"
+        )
+    elif corpus_before != corpus_now:
         difference = "the text or its tokenizer is another"
         if before["corpus"]["data"] == "installed":
             difference += ", as `installed` is what a machine has"
@@ -656,6 +666,7 @@ def _corpus_facts(base: Config) -> dict:
         data=base.data,
         data_hash=corpus.data_hash,
         tokenizer_hash=corpus.tokenizer_hash,
+        rules=corpus.rules,
         train_tokens=len(corpus.train),
         validation_tokens=len(corpus.validation),
         unigram_entropy=corpus.unigram_entropy,

@@ -93,6 +93,61 @@ def test_sequences_depend_on_the_position_alone(position, count, cut, seed):
     assert np.array_equal(whole, np.concatenate(parts))
 
 
+# --- the windows of version 2
+
+
+@given(
+    length=st.integers(9, 400),
+    seed=st.integers(0, 2**63),
+    epoch=st.integers(0, 3),
+)
+@settings(max_examples=100, deadline=None)
+def test_windows_of_version_2_begin_at_an_offset(length, seed, epoch):
+    """Every window once an epoch, all with the epoch's offset, and the same number in each epoch."""
+    seq_len = 8
+    tokens = np.arange(length, dtype=np.uint16)
+    windows = max(1, (length - seq_len) // seq_len)
+    rows = data.sequences(tokens, seq_len, seed, epoch * windows, windows, rules=2)
+    assert (np.diff(rows) == 1).all(), "a window is cut short, or is not of the corpus"
+    starts = np.sort(rows[:, 0])
+    assert starts[0] < 2 * seq_len
+    assert starts.tolist() == [starts[0] + i * seq_len for i in range(windows)]
+
+
+def test_every_offset_of_version_2_occurs_and_every_token_is_read():
+    for length in (9, 12, 17, 23, 40):
+        tokens = np.arange(length, dtype=np.uint16)
+        windows = max(1, (length - 8) // 8)
+        rows = data.sequences(tokens, 8, 1, 0, 200 * windows, rules=2)
+        offsets = {rows[i * windows : (i + 1) * windows, 0].min() for i in range(200)}
+        assert offsets == set(range(length - 8 * windows))
+        assert set(rows.ravel().tolist()) == set(range(length))
+
+
+def test_order_of_version_2_is_pinned():
+    tokens = np.arange(97, dtype=np.uint16)
+    assert data.sequences(tokens, 8, 1234, 9, 6, rules=2)[:, 0].tolist() == [25, 81, 79, 7, 15, 47]
+
+
+@given(position=st.integers(0, 10**6), count=st.integers(1, 20), first=st.integers(0, 20))
+@settings(max_examples=50, deadline=None)
+def test_sequences_of_version_2_depend_on_the_position_alone(position, count, first):
+    tokens = np.arange(100, dtype=np.uint16)
+    first = min(first, count)
+    whole = data.sequences(tokens, 7, 5, position, count, rules=2)
+    before = data.sequences(tokens, 7, 5, position, first, rules=2)
+    after = data.sequences(tokens, 7, 5, position + first, count - first, rules=2)
+    assert np.array_equal(whole, np.concatenate([before, after]))
+
+
+def test_batches_follow_the_version(tmp_path):
+    tokens, config = np.arange(1000, dtype=np.uint16), config_for(tmp_path, batch_size=4)
+    for rules in (1, 2):
+        got = take(data.batches(tokens, config, 60, rules=rules), 20)
+        expected = data.sequences(tokens, 16, config.seed, 60, 80, rules=rules)
+        assert torch.equal(torch.cat([i for i, _ in got]), torch.from_numpy(expected[:, :-1]))
+
+
 # --- training batches
 
 

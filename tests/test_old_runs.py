@@ -101,7 +101,8 @@ def test_every_tensor_is_read_as_it_was_written(case, places, tmp_path):
 
     # The same tensors arrive in the model and in the optimizers.
     config, _ = resumed_config(state["config"], places | dict(save_dir=str(tmp_path)))
-    run = trainer.Trainer(config, data.prepare(config), state, path)
+    corpus = data.prepare(config, checkpoint.data_rules(state))
+    run = trainer.Trainer(config, corpus, state, path)
     model = run.parameters | run.model.balancing_biases()
     found = described(
         dict(model=model, optimizer={k: o.state_dict() for k, o in run.optimizers.items()})
@@ -169,6 +170,7 @@ def config_and_position(places):
     """The configuration of an old run, and how many training sequences it had read."""
     state = checkpoint.load(saved_checkpoint(OLD / "fp32"))
     config, _ = resumed_config(state["config"], places)
+    assert checkpoint.data_rules(state) == 1
     return config, state["data_position"]
 
 
@@ -176,7 +178,7 @@ def test_the_next_sequences_and_the_held_out_text_are_the_same(config_and_positi
     config, position = config_and_position
     expected = EXPECTED["text"]
     # Tokenized anew, in an empty cache.
-    corpus = data.prepare(dataclasses.replace(config, cache_dir=str(tmp_path / "cache")))
+    corpus = data.prepare(dataclasses.replace(config, cache_dir=str(tmp_path / "cache")), rules=1)
     for name in ("data_hash", "tokenizer_hash"):
         assert getattr(corpus, name) == expected[name], name
     assert corpus.unigram_entropy == pytest.approx(expected["unigram_entropy"], rel=1e-12)
@@ -185,7 +187,7 @@ def test_the_next_sequences_and_the_held_out_text_are_the_same(config_and_positi
     assert hash_of(corpus.train) == expected["train_sha256"]
     assert hash_of(corpus.validation) == expected["validation_sha256"]
 
-    following = data.sequences(corpus.train, config.max_seq_len, config.seed, position, 4)
+    following = data.sequences(corpus.train, config.max_seq_len, config.seed, position, 4, rules=1)
     assert following[:, :16].tolist() == expected["next_sequences"]
     inputs, _ = next(iter(data.validation_batches(corpus.validation, config)))
     assert inputs[:2, :16].tolist() == expected["validation_windows"]
@@ -195,7 +197,7 @@ def test_an_old_cache_is_used(config_and_position, places):
     """The tokens that are opened are those of the old files, or a link to them, and no new ones."""
     config, _ = config_and_position
     [old] = (OLD / "cache").iterdir()
-    corpus = data.prepare(config)
+    corpus = data.prepare(config, rules=1)
     for name in ("train", "validation"):
         shard = Path(places["cache_dir"]) / old.name / f"{name}.bin"
         assert Path(getattr(corpus, name).filename).samefile(shard), "it was tokenized again"

@@ -32,12 +32,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import exit_code, new_parser
-from config import Config, ConfigError, ExperimentError, resumed_config
+from config import DATA_RULES, Config, ConfigError, ExperimentError, resumed_config
 from corpus import shards, sources
 from corpus.tokenizer import encode, load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
-from record.checkpoint import open_model
+from record.checkpoint import data_rules, open_model
 
 # The largest domains have a row of the table each. The others share one row.
 SHOWN = 20
@@ -95,17 +95,19 @@ class DomainChunk(NamedTuple):
     last: bool
 
 
-def texts(config: Config) -> Iterator[DomainChunk]:
-    """The chunks of the text that config.data names."""
-    source = sources.open_source(config)
+def texts(source: sources.Source) -> Iterator[DomainChunk]:
+    """The chunks of a source's text."""
     for text, last in source.chunks():
         yield DomainChunk(source.domain(), text, last)
 
 
-def held_out_texts(config: Config, data_hash: str | None) -> Iterator[DomainChunk]:
+def held_out_texts(
+    config: Config, data_hash: str | None, rules: int = DATA_RULES
+) -> Iterator[DomainChunk]:
     """The chunks that a run of this Config holds out for validation.
 
-    `data_hash` is the hash of the text that the run was trained on. Raises ExperimentError when
+    `data_hash` is the hash of the text that the run was trained on, `rules` the version of the
+    rules of data that the run follows. Raises ExperimentError when
     config.data is no longer that text, or when there was no training here (data_hash None).
     """
     if data_hash is None:
@@ -114,37 +116,34 @@ def held_out_texts(config: Config, data_hash: str | None) -> Iterator[DomainChun
             "held out. Give the text to measure with --data"
         )
     remedy = "Give the text to measure with --data, all of which is read"
-    chosen = held_out(config, data_hash, remedy)
+    source = sources.open_text(config, rules)
+    chosen = held_out(source, config, data_hash, remedy, rules)
     next_is_chosen = [*chosen[1:], False]
-    for chunk, is_chosen, next_too in zip(texts(config), chosen, next_is_chosen):
+    for chunk, is_chosen, next_too in zip(texts(source), chosen, next_is_chosen):
         if not is_chosen:
             continue
-        # A document may be held out in part. Its held-out part then ends with this chunk, and the
-        # next chunk that is yielded belongs to another document or to another part.
+        # In version 1 of the rules, a document may be held out in part. Its held-out part then
+        # ends with this chunk, and the next chunk that is yielded belongs to another document or
+        # to another part.
         yield chunk._replace(last=chunk.last or not next_too)
 
 
-def held_out(config: Config, data_hash: str, remedy: str) -> numpy.ndarray:
-    """Which chunks of `texts(config)` the run held out: bool [number of chunks].
+def held_out(
+    source: sources.Source, config: Config, data_hash: str, remedy: str, rules: int
+) -> numpy.ndarray:
+    """Which chunks of the source a run held out: bool [number of chunks].
+
+    The source is that of `config` under this version of the `rules` of data.
 
     Raises ExperimentError, which ends with `remedy`, when the hash of the text is another one.
     """
-    rows = []
-    for _, text, last in texts(config):
-        rows.append((shards.text_hash(text), len(text), last))
-    chunks = numpy.array(rows, shards.CHUNK)
-    if shards.data_hash(chunks) != data_hash:
+    found = shards.read_text(source, to_end=True)
+    if shards.data_hash(found.chunks) != data_hash:
         raise ExperimentError(
             f"{config.data} is not the text that the checkpoint was trained on, so what was held "
             f"out is not known. {remedy}"
         )
-    # The chunks with the smallest hashes are held out, up to a limit that the scanned chunks gave.
-    # Of a source that is downloaded, only the beginning was scanned.
-    scanned = chunks
-    if not sources.open_source(config).scan_to_end:
-        scanned = shards.scanned(chunks)
-    largest_held_out = shards.last_held_out(scanned, config.validation_fraction)
-    return chunks["hash"] <= largest_held_out
+    return shards.held_out_chunks(source, found, config.validation_fraction, rules)
 
 
 # ---------------------------------------------------------------- the measurement
@@ -316,9 +315,9 @@ def main(argv: list[str]) -> None:
     config = measured_config(state["config"], args)
     held_out_only = args.data is None
     if held_out_only:
-        chunks = held_out_texts(config, state["data"]["data_hash"])
+        chunks = held_out_texts(config, state["data"]["data_hash"], data_rules(state))
     else:
-        chunks = texts(config)
+        chunks = texts(sources.open_source(config))
     tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
     with attention_backends(model.norm.weight.device):
         domains = evaluate(model, chunks, tokenizer, end_of_text, args.limit)

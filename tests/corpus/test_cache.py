@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import data
-from config import ConfigError, ExperimentError
+from config import DATA_RULES, ConfigError, ExperimentError
 from corpus import cache, shards, sources
 from corpus.cache import _cache_key, _lock, _unfinished
 from corpus.token_files import open_shard
@@ -267,7 +267,8 @@ def test_the_loser_of_a_race_uses_the_winners_cache(tmp_path, folder, monkeypatc
 
 
 def test_a_build_of_another_process_is_not_taken_from_it(tmp_path, folder):
-    key = _cache_key(config_for(tmp_path), sources.open_source(config_for(tmp_path)), None)
+    config = config_for(tmp_path)
+    key = _cache_key(config, sources.open_source(config), None, DATA_RULES)
     with _unfinished(tmp_path / "cache", key) as first:
         (first / "progress.json").write_text("{}")
         with _unfinished(tmp_path / "cache", key) as second:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import data
 from config import ExperimentError
-from corpus import shards, sources
+from corpus import shards, sources, split
 from corpus.tokenizer import train_tokenizer
 from tests.corpus.stories import (
     STORIES,
@@ -46,9 +46,9 @@ def small_shards(monkeypatch):
 
 def test_split_takes_lowest_hashes_up_to_the_fraction():
     hashes, lengths = np.array([5, 1, 4, 2, 3], np.uint64), np.array([10, 10, 10, 10, 10])
-    assert shards.split(hashes, lengths, 0.2).tolist() == [False, True, False, False, False]
-    assert shards.split(hashes, lengths, 0.21).tolist() == [False, True, False, True, False]
-    assert shards.split(hashes, np.array([10, 1000, 10, 10, 10]), 0.2).tolist() == [
+    assert split.split_chunks(hashes, lengths, 0.2).tolist() == [False, True, False, False, False]
+    assert split.split_chunks(hashes, lengths, 0.21).tolist() == [False, True, False, True, False]
+    assert split.split_chunks(hashes, np.array([10, 1000, 10, 10, 10]), 0.2).tolist() == [
         False,
         True,
         False,
@@ -67,7 +67,7 @@ def test_split_keeps_equal_documents_together_and_fills_both_sides(documents, fr
         np.array([h for h, _ in documents], np.uint64),
         np.array([n for _, n in documents]),
     )
-    validation = shards.split(hashes, lengths, fraction)
+    validation = split.split_chunks(hashes, lengths, fraction)
     sides = [set(hashes[validation].tolist()), set(hashes[~validation].tolist())]
     assert not sides[0] & sides[1]
     assert sides[1] and (sides[0] or len(set(hashes.tolist())) == 1)

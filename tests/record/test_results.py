@@ -88,7 +88,12 @@ def test_run_json_keeps_the_earlier_starts(tmp_path):
 
 def test_results_are_written_whole(tmp_path):
     corpus = types.SimpleNamespace(
-        data_hash="d", tokenizer_hash="t", train=[0] * 9, validation=[0], unigram_entropy=3.0
+        data_hash="d",
+        tokenizer_hash="t",
+        train=[0] * 9,
+        validation=[0],
+        unigram_entropy=3.0,
+        rules=1,
     )
     record = Record(tmp_path)
     record.append(dict(step=1, train_loss=3.0))

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy
 import pytest
 import torch
 from tokenizers import Tokenizer, models
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer, models
 import run_experiment
 from cli import exit_code
 from config import PRESETS, Config
-from corpus import shards
+from corpus import shards, sources, split
 from corpus.tokenizer import load_tokenizer
 from record import checkpoint, results
 from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
@@ -266,21 +265,23 @@ def test_without_data_the_text_is_what_the_run_held_out(measure, run, checkpoint
 
 
 def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_path, monkeypatch):
-    chunks = list(evaluate.texts(Config(**PRESETS["tiny"] | dict(data=str(corpus)))))
-    rows = [(shards.text_hash(text), len(text), last) for _, text, last in chunks]
-    record = numpy.array(rows, shards.CHUNK)
-    characters = int(record["length"].sum())
-    config = Config(**PRESETS["tiny"] | dict(data=f"hf:{tmp_path}", validation_fraction=0.3))
-    monkeypatch.setattr(evaluate, "texts", lambda config: iter(chunks))
+    config = Config(**PRESETS["tiny"] | dict(data=str(corpus), validation_fraction=0.3))
+    source = sources.open_source(config)
+    source.scan_to_end = False
+    chunks = list(evaluate.texts(source))
+    whole = shards.read_text(source, to_end=True)
+    characters = int(whole.lengths.sum())
+    monkeypatch.setattr(sources, "open_source", lambda config: source)
     sizes = set()
     for sample in (characters // 3, 10**9):
         monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sample)
-        found = [text for _, text, _ in evaluate.held_out_texts(config, shards.data_hash(record))]
-        beginning = shards.scanned(record)
-        assert (len(beginning) < len(record)) == (sample < 10**9)
-        assert beginning["length"].sum() >= min(sample, characters)
-        chosen = shards.split(beginning["hash"], beginning["length"].astype(int), 0.3)
-        limit = beginning["hash"][chosen].max()
+        data_hash = shards.data_hash(whole.chunks)
+        found = [text for _, text, _ in evaluate.held_out_texts(config, data_hash, rules=1)]
+        beginning = shards.read_text(source, to_end=False)
+        assert (len(beginning.chunks) < len(whole.chunks)) == (sample < 10**9)
+        assert beginning.lengths.sum() >= min(sample, characters)
+        chosen = split.split_chunks(beginning.chunks["hash"], beginning.lengths, 0.3)
+        limit = beginning.chunks["hash"][chosen].max()
         assert found == [text for _, text, _ in chunks if shards.text_hash(text) <= limit]
         sizes.add(len(found))
     assert len(sizes) == 2
