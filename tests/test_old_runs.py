@@ -204,6 +204,26 @@ def test_an_old_cache_is_used(config_and_position, places):
         assert hash_of(getattr(corpus, name)) == EXPECTED["text"][f"{name}_sha256"]
 
 
+@pytest.mark.slow
+def test_a_deleted_cache_is_made_again_under_the_old_rules(
+    places, tmp_path, no_pictures, monkeypatch
+):
+    """Also by a program whose new runs follow other rules."""
+    monkeypatch.setattr(run_experiment, "DATA_RULES", 2)
+    empty = dict(places, cache_dir=str(tmp_path / "cache"))
+    rows = resume("fp32", tmp_path / "run", empty)
+    expected = EXPECTED["runs"]["fp32"]
+    losses = [row["train_loss"] for row in rows if row["step"] > SAVED_STEP and "train_loss" in row]
+    assert losses == pytest.approx(expected["train_losses"], rel=TOLERANCE["fp32"])
+    assert rows[-1]["val_loss"] == pytest.approx(expected["validation_loss"], rel=1e-5)
+    [new] = (tmp_path / "cache").iterdir()
+    [old] = (OLD / "cache").iterdir()
+    for name in ("train.bin", "validation.bin"):
+        assert (new / name).read_bytes() == (old / name).read_bytes()
+    last = checkpoint.load(tmp_path / "run" / "checkpoint_latest.pt")
+    assert last["data"]["rules"] == 1
+
+
 # ---------------------------------------------------------------- export and curves
 
 

@@ -29,6 +29,7 @@ from config import PRESETS, Config, ConfigError, defaults, field_docs
 from planner.machine import GPUS
 from record import checkpoint, results
 from tests.helpers import shared_experts_by_seed
+from tools import evaluate
 
 ROOT = Path(run_experiment.__file__).parent
 SMALL = dict(
@@ -755,6 +756,36 @@ def test_resume_from_elsewhere_takes_the_history_along(cli, finished, tmp_path):
     assert steps_of(folder, "train_loss") == [2, 4, 6, 8]
     losses = [[row["train_loss"] for row in rows(run, "train_loss")] for run in (folder, finished)]
     assert losses[0] == losses[1]
+
+
+def test_a_run_keeps_the_version_of_its_rules_of_data(cli, base, tmp_path, monkeypatch, capsys):
+    """Also when the cache is gone and new runs follow another version."""
+    folder = tmp_path / "run"
+    options = dict(save_dir=folder, cache_dir=tmp_path / "cache", max_steps=4)
+    monkeypatch.setattr(run_experiment, "DATA_RULES", 2)
+    assert cli(*arguments(base, **options))[0] == 0
+    monkeypatch.setattr(run_experiment, "DATA_RULES", 1)
+    [first] = (tmp_path / "cache").iterdir()
+    content = contents(first)
+    shutil.rmtree(first)
+    code, _, err = cli("--resume", "latest", "--save_dir", folder, "--max_steps", 8)
+    assert code == 0, err
+    [second] = (tmp_path / "cache").iterdir()
+    assert second == first and contents(second) == content
+    assert json.loads((folder / "run.json").read_text())["data"]["rules"] == 2
+
+    # The text that is evaluated is what this version holds out.
+    results = json.loads((folder / "training_results.json").read_text())
+    capsys.readouterr()
+    evaluate.main(["--checkpoint", str(folder / "checkpoint_latest.pt"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == results["data"]["validation_tokens"]
+
+    state = checkpoint.load(folder / "checkpoint_latest.pt")
+    state["data"]["rules"] = 3
+    checkpoint.save(folder / "checkpoint_latest.pt", state)
+    result = cli("--resume", "latest", "--save_dir", folder, "--max_steps", 12)
+    assert_refused(result, 1, "version 3 of the rules", "knows versions 1 and 2")
 
 
 def test_resume_latest_without_a_checkpoint_is_a_fresh_start(cli, base, tmp_path, run):

@@ -12,6 +12,7 @@ import torch
 
 import data
 from config import (
+    DATA_RULES,
     PRESETS,
     Config,
     ConfigError,
@@ -171,6 +172,20 @@ def test_resume_refuses_other_data_and_other_tokenizer(two_steps, tmp_path):
     state["data"]["tokenizer_hash"] = "0" * 64
     with pytest.raises(ExperimentError, match="with another tokenizer.*--tokenizer"):
         build(config, state, Path(config.save_dir))
+
+
+def test_resume_refuses_a_corpus_of_another_version_of_the_rules(two_steps):
+    """Also one that has the same text and the same tokenizer: it is split otherwise."""
+    config = two_steps
+    state = checkpoint.load(checkpoint.latest_path(config.save_dir))
+    assert state["data"]["rules"] == checkpoint.data_rules(state) == DATA_RULES
+    other = dataclasses.replace(data.prepare(config, DATA_RULES), rules=3 - DATA_RULES)
+    message = f"under version {DATA_RULES} of.*made under version {3 - DATA_RULES}"
+    with pytest.raises(ExperimentError, match=message):
+        Trainer(config, other, state, Path(config.save_dir))
+    del state["data"]["rules"]  # an older checkpoint: version 1
+    with pytest.raises(ExperimentError, match="under version 1 of.*made under version 2"):
+        Trainer(config, dataclasses.replace(other, rules=2), state, Path(config.save_dir))
 
 
 def test_resume_refuses_a_state_that_does_not_fit_the_model(two_steps):

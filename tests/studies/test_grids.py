@@ -23,6 +23,7 @@ def test_a_study_knows_what_it_sets_for_its_runs(monkeypatch, tmp_path):
         train=range(10**7),
         validation=range(1000),
         unigram_entropy=7.0,
+        rules=1,
     )
     monkeypatch.setattr(data, "prepare", lambda config: corpus)
     seen = []

@@ -473,6 +473,11 @@ def test_a_study_of_something_else_is_not_gone_on_with(performed, tmp_path):
             tmp_path,
             CORPUS | dict(data_hash="e"),
         )
+    with pytest.raises(ConfigError, match="version 1 of the rules of data.*new ones version 2"):
+        corpus = CORPUS | dict(data_hash="e", rules=2)
+        runner.study("routing", BASE, ["--preset", "tiny"], TOKENS, [1], tmp_path, corpus)
+    corpus = CORPUS | dict(rules=1)
+    runner.study("routing", BASE, ["--preset", "tiny"], TOKENS, [1], tmp_path, corpus)
 
 
 def test_no_run_passes_over_its_corpus_too_often(performed, tmp_path):
@@ -642,6 +647,7 @@ def test_the_command_that_the_report_prints_goes_on(performed, monkeypatch, tmp_
         train=range(10**7),
         validation=range(1000),
         unigram_entropy=7.0,
+        rules=1,
     )
     monkeypatch.setattr(data, "prepare", lambda config: corpus)
     whole, folder = runner.perform, tmp_path / name
