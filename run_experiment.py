@@ -32,13 +32,13 @@ from config import (
     defaults,
     nearest,
     optimizer_groups,
-    parameter_table,
     resolve,
     resumed_config,
 )
 from planner.choice import check_fits
 from planner.machine import GB, GPUS, Machine, find_device, find_machine, machine_of_device
 from planner.plan import build_plan, format_count, format_duration, memory_table
+from planner.speed import MeasuredRun
 
 # torch takes seconds to import: --help and `plan` answer without it, so that what needs it is
 # imported in the functions that use it.
@@ -258,10 +258,12 @@ def plan(argv: list[str]) -> None:
     args = _plan_parser().parse(argv)
     options = config_options(args)
     host_memory_gb = options.get("host_memory_gb", 0)
-    machine = find_machine(host_memory_gb, args.gpu, cpu=options.get("device") == "cpu")
+    on_cpu = options.get("device") == "cpu"
+    machine = find_machine(host_memory_gb, args.gpu, on_cpu, _checked_gpu_memory(args))
     config, name, why = resolve(options, args.preset, machine.memory_gb or None)
-    facts = build_plan(config, name, machine, measured_speed(config, name, machine.key))
-    facts["host_memory_assumed"] = bool(args.gpu and not host_memory_gb)
+    facts = build_plan(config, name, machine, measured_runs())
+    other_machine = args.gpu or args.gpu_memory_gb
+    facts["host_memory_assumed"] = bool(other_machine and not host_memory_gb)
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
@@ -272,8 +274,8 @@ def plan(argv: list[str]) -> None:
 
 def _plan_parser() -> Parser:
     parser = new_parser(
-        "run_experiment.py plan [--preset NAME] [--gpu NAME] [--host_memory_gb N] [--json] "
-        "[--FIELD VALUE ...]",
+        "run_experiment.py plan [--preset NAME] [--gpu NAME] [--gpu_memory_gb N] "
+        "[--host_memory_gb N] [--json] [--FIELD VALUE ...]",
         __doc__,
     )
     _add_preset_option(parser)
@@ -282,41 +284,51 @@ def _plan_parser() -> Parser:
         help=f"plan for this GPU instead of the one found: {' '.join(GPUS)}; "
         "the program uses one GPU by design",
     )
+    parser.add_argument(
+        "--gpu_memory_gb",
+        type=float,
+        metavar="N",
+        help="plan for a GPU with this memory in GB of 1e9 bytes, known or not; --gpu may name it",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_options(parser)
     return parser
 
 
-# A speed holds for a configuration that has the preset's values of these fields, and its table of
-# parameters: their shapes, and how many of them a token uses.
-SPEED_FIELDS = ("max_seq_len", "optimizer", "master_weights")
+# In GB. No GPU has as much.
+MOST_GPU_MEMORY_GB = 100_000
 
 
-def measured_speed(config: Config, preset: str, gpu: str | None) -> tuple[float, str] | None:
-    """(median training speed in tokens/s, the options it was measured with), or None.
+def _checked_gpu_memory(args: argparse.Namespace) -> float | None:
+    memory_gb = args.gpu_memory_gb
+    if memory_gb is not None and not 0 < memory_gb <= MOST_GPU_MEMORY_GB:
+        raise ConfigError(
+            f"--gpu_memory_gb {memory_gb:g}: must be greater than 0 and at most "
+            f"{MOST_GPU_MEMORY_GB:,}"
+        )
+    return memory_gb
 
-    It comes from benchmarks/results, which hold speeds by preset, precision and GPU.
-    """
+
+def measured_runs() -> list[MeasuredRun]:
+    """The training speeds in benchmarks/results."""
     results = Path(__file__).parent / "benchmarks" / "results"
-    path = results / f"train_{preset}_{config.precision}_{gpu}.json"
-    if not path.exists():
-        return None
-    measured = Config(**PRESETS[preset])
-    if not _as_fast(config, measured):
-        return None
+    runs = []
+    for path in sorted(results.glob("train_*.json")):
+        # train_PRESET_PRECISION_GPU.json
+        preset, precision, gpu = path.stem.removeprefix("train_").rsplit("_", 2)
+        runs.append(_measured_run(path, preset, precision, gpu))
+    for path in sorted(results.glob("first_command_*.json")):
+        details = json.loads(path.read_text())["details"]
+        gpu = path.stem.removeprefix("first_command_")
+        runs.append(_measured_run(path, details["preset"], details["precision"], gpu))
+    return [run for run in runs if run.preset in PRESETS]
+
+
+def _measured_run(path: Path, preset: str, precision: str, gpu: str) -> MeasuredRun:
     result = json.loads(path.read_text())
     command = result.get("details", {}).get("options", "")
     options = re.search(r"--batch_size .*--offload_optimizer \w+", command)
-    if options is None:
-        return result["value"], "options that its file does not name"
-    return result["value"], options[0]
-
-
-def _as_fast(config: Config, measured: Config) -> bool:
-    """Whether a step of `config` computes what a step of `measured` does."""
-    if parameter_table(config) != parameter_table(measured):
-        return False
-    return all(getattr(config, name) == getattr(measured, name) for name in SPEED_FIELDS)
+    return MeasuredRun(preset, precision, gpu, result["value"], options and options[0])
 
 
 def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:
@@ -345,23 +357,34 @@ def _count(parameters: int) -> str:
 
 
 def _training_time(facts: dict) -> str:
-    if not facts["hours"]:
+    """The time of a whole run: measured, predicted from what was measured elsewhere, or both."""
+    indent = "\n" + " " * 18
+    lines = []
+    if facts["hours"]:
+        lines.append(_time_at(facts["hours"], facts["tokens_per_second"]) + ", measured with")
+        lines.append(facts["measured_with"])
+        if facts["measured_with"] == facts["options"]:
+            return indent.join(lines)
+        lines[0] = "not measured for the setup below; " + lines[0]
+    if facts["predicted_hours"]:
+        time_needed = _time_at(facts["predicted_hours"], facts["predicted_tokens_per_second"])
+        lines.append(f"predicted for the setup below: {time_needed},")
+        lines.append(f"from the measured speed of {facts['predicted_from']}")
+    if not lines:
         return "not measured; training prints it after its first steps"
-    time_needed = format_duration(3600 * facts["hours"])
-    message = (
-        f"{time_needed} at {facts['tokens_per_second']:,.0f} tokens/s, measured with\n"
-        f"                  {facts['measured_with']}"
-    )
-    if facts["measured_with"] == facts["options"]:
-        return message
-    return "not measured for the setup below; " + message
+    return indent.join(lines)
+
+
+def _time_at(hours: float, tokens_per_second: float) -> str:
+    return f"{format_duration(3600 * hours)} at {tokens_per_second:,.0f} tokens/s"
 
 
 def _place(facts: dict) -> str:
     """The machine that the plan is for."""
     place = "this machine's CPU"
     if facts["gpu"]:
-        place = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB)"
+        untested = "" if facts["gpu_tested"] else ", untested"
+        place = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB{untested})"
     place += f", host with {facts['host_memory_gb']:.0f} GB"
     if facts["host_memory_assumed"]:
         place += " (assumed; --host_memory_gb N says what it has)"
@@ -381,7 +404,12 @@ def _verdict(config: Config, facts: dict) -> str:
         verdict += ", but not as configured"
     elif batch_size < config.batch_size:
         verdict += f", in micro-batches of {batch_size} instead of {config.batch_size}"
-    return f"{verdict}\n  {facts['options']}"
+    verdict += f"\n  {facts['options']}"
+    if facts["fastest_options"] != facts["options"]:
+        verdict += (
+            f"\nthe fastest by prediction, if every choice is free:\n  {facts['fastest_options']}"
+        )
+    return verdict
 
 
 # ---------------------------------------------------------------- sample

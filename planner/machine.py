@@ -26,21 +26,34 @@ GB = 1e9
 class GPU:
     """A known GPU; the peaks are those of the vendors' datasheets."""
 
-    memory_gb: float  # what PyTorch sees of it, in GB of 1e9 bytes
-    peak_tflops: float  # of dense matmuls in 16 bits
+    memory_gb: float  # what PyTorch sees of it, in GB of 1e9 bytes: less than its label says
+    peak_tflops: float  # of dense matmuls in 16 bits with fp32 sums, without sparsity
+    peak_fp32_tflops: float  # of matmuls in fp32, without tensor cores
     host_memory_gb: float  # of a usual host
     words: tuple[str, ...]  # all of them are in the driver's name for it
+    tested: bool = False  # whether this program has run on one
 
 
 GPUS = {
-    "b200": GPU(191.5, 2250, 256, ("B200",)),
-    "h200": GPU(150.1, 989, 128, ("H200",)),
+    "b300": GPU(287.0, 2250, 75, 256, ("B300",)),
+    "mi300x": GPU(206.1, 1307, 163, 256, ("MI300X",)),
+    "b200": GPU(191.5, 2250, 75, 256, ("B200",)),
+    "h200": GPU(150.1, 989, 67, 128, ("H200",), tested=True),
+    "gh200": GPU(101.5, 989, 67, 256, ("GH200", "480GB")),
     # the SXM card; PCIe and NVL cards have other peaks
-    "h100": GPU(84.9, 989, 128, ("H100", "HBM3")),
-    "a100-80": GPU(85.1, 312, 128, ("A100", "80GB")),
-    "a100-40": GPU(42.3, 312, 128, ("A100", "40GB")),
-    "rtx4090": GPU(25.3, 165, 64, ("RTX", "4090")),
+    "h100": GPU(84.9, 989, 67, 128, ("H100", "HBM3"), tested=True),
+    "a100-80": GPU(85.1, 312, 19.5, 128, ("A100", "80GB")),
+    "a6000": GPU(51.0, 155, 38.7, 128, ("RTX", "A6000")),
+    "l40s": GPU(47.7, 362, 91.6, 128, ("L40S",)),
+    "a100-40": GPU(42.3, 312, 19.5, 128, ("A100", "40GB")),
+    "rtx5090": GPU(33.7, 209, 105, 64, ("RTX", "5090")),
+    "rtx4090": GPU(25.3, 165, 82.6, 64, ("RTX", "4090")),
+    "l4": GPU(23.7, 121, 30.3, 64, ("L4",)),
 }
+
+# Host memory of a usual host, for a GPU that is not known: cards of up to 40 GB are in desktops.
+DESKTOP_HOST_GB = 64
+SERVER_HOST_GB = 128
 
 # A card whose name has one of these words has another peak, or less memory, than the card of the
 # same name without it.
@@ -93,15 +106,23 @@ def known_gpu(driver_name: str) -> str | None:
     return None
 
 
-def find_machine(host_gb: float = 0, gpu: str | None = None, cpu: bool = False) -> Machine:
+def find_machine(
+    host_gb: float = 0,
+    gpu: str | None = None,
+    cpu: bool = False,
+    gpu_memory_gb: float | None = None,
+) -> Machine:
     """The machine to plan for, without torch.
 
     - With `gpu`, a name in GPUS: that GPU with a usual host.
+    - With `gpu_memory_gb`: a GPU with that memory, called `gpu` if that is given, and a usual host.
     - With `cpu`: this machine's CPU.
-    - With neither: the first visible GPU that the driver reports, or the CPU if there is none.
+    - With none: the first visible GPU that the driver reports, or the CPU if there is none.
 
     `host_gb` is the host's memory; 0 looks it up. Raises ConfigError for an unknown name.
     """
+    if gpu_memory_gb is not None:
+        return _gpu_with_memory(gpu, gpu_memory_gb, host_gb)
     if gpu is not None:
         return _gpu_by_name(gpu.lower(), host_gb)
     host_gb = host_gb or available_host_memory_gb()
@@ -113,9 +134,24 @@ def find_machine(host_gb: float = 0, gpu: str | None = None, cpu: bool = False) 
 
 def _gpu_by_name(name: str, host_gb: float) -> Machine:
     if name not in GPUS:
-        raise ConfigError(f"unknown GPU {name!r}.{nearest(name, GPUS)} Known: {', '.join(GPUS)}")
+        raise ConfigError(
+            f"unknown GPU {name!r}.{nearest(name, GPUS)} Known: {', '.join(GPUS)}. "
+            "Plan for another one with --gpu_memory_gb N"
+        )
     gpu = GPUS[name]
     return Machine(name, gpu.memory_gb, host_gb or gpu.host_memory_gb, name)
+
+
+def _gpu_with_memory(name: str | None, memory_gb: float, host_gb: float) -> Machine:
+    """A GPU that need not be known; a known one keeps its peak and its usual host."""
+    key = None
+    usual_host_gb = SERVER_HOST_GB
+    if memory_gb <= 40:
+        usual_host_gb = DESKTOP_HOST_GB
+    if name is not None and name.lower() in GPUS:
+        key = name.lower()
+        usual_host_gb = GPUS[key].host_memory_gb
+    return Machine(key or name or "a GPU", memory_gb, host_gb or usual_host_gb, key)
 
 
 def _gpu_of_driver(host_gb: float) -> Machine | None:

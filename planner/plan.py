@@ -1,11 +1,13 @@
 """What the command `plan` reports: the facts as plain types, and the table of memory."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from config import Config, OptimizerGroup
-from planner.choice import Choice, advise, choose
-from planner.machine import Machine
+from planner.choice import Choice, advise, choose, fastest
+from planner.machine import GPUS, Machine
 from planner.sizes import checkpoint_gb
+from planner.speed import MeasuredRun, PredictedSpeed, predict_speed, runs_of
 
 # Labels of the memory table's rows, by key. Those of optimizer state are the groups' own.
 COMPONENTS = dict(
@@ -21,32 +23,34 @@ def build_plan(
     config: Config,
     preset: str,
     machine: Machine,
-    measured: tuple[float, str] | None = None,
+    runs: Sequence[MeasuredRun] = (),
 ) -> dict:
     """Everything that `plan` prints, as plain types. Sizes are in GB of 1e9 bytes.
 
-    `measured` is a training speed in tokens/s and the options that it was measured with.
+    `runs` are all measured speeds. `tokens_per_second` and `hours` are those of a run of this
+    configuration on this GPU, with the options in `measured_with`. `predicted_tokens_per_second`
+    and `predicted_hours` are for the options of this plan, from the run in `predicted_from`.
 
-    `choice`, `options` and `memory_gb` are the fastest choice that fits, or else the smallest one;
-    `advice` then says what would fit, and `advised_memory_gb` what that takes.
+    `choice`, `options` and `memory_gb` are what a run chooses, or else the smallest choice;
+    `advice` then says what would fit, and `advised_memory_gb` what that takes. `fastest_options`
+    are those of the fastest choice that fits, with every field free.
     """
     choice, kept = choose(config, machine, fixed_batch=False)
     fits = choice.fits(machine)
-    tokens_per_run = config.tokens_per_step * config.max_steps
 
-    speed = None
-    hours = None
-    measured_with = None
-    if measured:
-        speed, measured_with = measured
-        hours = tokens_per_run / speed / 3600
-
+    planned: Choice | None = choice  # what the prediction of speed is for
     advice = None
     advised_memory_gb = None
     if not fits:
-        advice, advised = advise(choice, config, machine)
-        if advised:
-            advised_memory_gb = _rounded(advised.memory_gb)
+        advice, planned = advise(choice, config, machine)
+        if planned:
+            advised_memory_gb = _rounded(planned.memory_gb)
+
+    free = fastest(config, machine)
+    measured = _measured_run(runs_of(config, preset, machine, runs), choice.options(config))
+    predicted = None
+    if planned:
+        predicted = predict_speed(config, planned, machine, runs)
 
     return dict(
         preset=preset,
@@ -58,18 +62,53 @@ def build_plan(
         fits=fits,
         as_configured=kept,
         tokens_per_step=config.tokens_per_step,
-        tokens_per_run=tokens_per_run,
+        tokens_per_run=config.tokens_per_step * config.max_steps,
         checkpoint_gb=round(checkpoint_gb(config), 3),
-        tokens_per_second=speed,
-        hours=hours,
-        measured_with=measured_with,
+        **_measured_speed(config, measured),
+        **_predicted_speed(config, predicted),
         memory_gb=_rounded(choice.memory_gb),
         shortage=choice.shortage(machine),
         advice=advice,
         advised_memory_gb=advised_memory_gb,
         choice=_chosen_values(choice),
         options=choice.options(config),
+        fastest_options=free.options(config) if free else None,
+        gpu_tested=machine.key is not None and GPUS[machine.key].tested,
     )
+
+
+def _measured_run(runs: Sequence[MeasuredRun], options: str) -> MeasuredRun | None:
+    """The run with these options; where there is none, any run of the configuration."""
+    for run in runs:
+        if run.options == options:
+            return run
+    return runs[0] if runs else None
+
+
+def _measured_speed(config: Config, run: MeasuredRun | None) -> dict:
+    if run is None:
+        return dict(tokens_per_second=None, hours=None, measured_with=None)
+    return dict(
+        tokens_per_second=run.tokens_per_second,
+        hours=_hours(config, run.tokens_per_second),
+        measured_with=run.options or "options that its file does not name",
+    )
+
+
+def _predicted_speed(config: Config, predicted: PredictedSpeed | None) -> dict:
+    if predicted is None:
+        return dict(predicted_tokens_per_second=None, predicted_hours=None, predicted_from=None)
+    run = predicted.source
+    return dict(
+        predicted_tokens_per_second=round(predicted.tokens_per_second, 1),
+        predicted_hours=_hours(config, predicted.tokens_per_second),
+        predicted_from=f"{run.preset} in {run.precision} on {run.gpu}",
+    )
+
+
+def _hours(config: Config, tokens_per_second: float) -> float:
+    """Hours of a whole run."""
+    return config.tokens_per_step * config.max_steps / tokens_per_second / 3600
 
 
 def _rounded(memory_gb: dict[str, float]) -> dict[str, float]:

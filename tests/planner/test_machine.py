@@ -30,11 +30,21 @@ from planner.machine import (
         ("NVIDIA A100 80GB PCIe", "a100-80"),
         ("NVIDIA A100-SXM4-40GB", "a100-40"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA B300 SXM6 AC", "b300"),
+        ("AMD Instinct MI300X", "mi300x"),
         # other peaks or another memory than their namesakes
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX 6000 Ada Generation", None),
+        ("NVIDIA GeForce RTX 5090 D", None),
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA H100 NVL", None),
         ("NVIDIA H200 NVL", None),
-        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GH200 144G HBM3e", None),
         ("NVIDIA GB200", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 4090 D", None),
@@ -100,6 +110,18 @@ def test_a_gpu_by_name():
     )
     with pytest.raises(ConfigError, match="unknown GPU 'h10'.*Did you mean h100.*b200"):
         find_machine(gpu="h10")
+
+
+def test_a_gpu_that_is_not_known_is_described_by_its_memory():
+    assert find_machine(gpu_memory_gb=24) == Machine("a GPU", 24, 64)
+    assert find_machine(gpu="rtx3090", gpu_memory_gb=25) == Machine("rtx3090", 25, 64)
+    assert find_machine(32, "RTX3090", gpu_memory_gb=48) == Machine("RTX3090", 48, 32)
+    # a known card with another memory keeps its peak and its usual host
+    assert find_machine(gpu="H100", gpu_memory_gb=93) == Machine("h100", 93, 128, "h100")
+
+
+def test_cards_that_nobody_has_run_on_are_marked():
+    assert [name for name, gpu in GPUS.items() if gpu.tested] == ["h200", "h100"]
 
 
 def test_an_allocation_that_fails_is_known_by_its_words():

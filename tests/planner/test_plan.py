@@ -3,6 +3,7 @@
 from config import PRESETS, Config, optimizer_groups
 from planner.machine import find_machine
 from planner.plan import build_plan, format_count, format_duration, memory_table
+from planner.speed import MeasuredRun
 
 COMPONENTS = ("weights", "gradients", "master", "momentum", "adamw", "activations", "workspace")
 GROUPS = optimizer_groups(Config())
@@ -58,7 +59,24 @@ def test_the_measured_speed_is_what_the_caller_gives():
     machine = find_machine(gpu="h200")
     without = build_plan(config, "18b", machine)
     assert without["tokens_per_second"] is None and without["hours"] is None
-    plan = build_plan(config, "18b", machine, measured=(10_000.0, "--batch_size 4"))
+    assert without["predicted_tokens_per_second"] is without["predicted_hours"] is None
+
+    of_other_options = MeasuredRun("18b", "fp16", "h200", 10_000.0, None)
+    plan = build_plan(config, "18b", machine, [of_other_options])
     tokens = config.tokens_per_step * config.max_steps
     assert plan["hours"] == tokens / 10_000 / 3600
-    assert plan["measured_with"] == "--batch_size 4"
+    assert plan["measured_with"] == "options that its file does not name"
+
+    # of several runs the one with the planned options counts
+    same = MeasuredRun("18b", "fp16", "h200", 9_000.0, plan["options"])
+    plan = build_plan(config, "18b", machine, [of_other_options, same])
+    assert (plan["tokens_per_second"], plan["measured_with"]) == (9_000.0, plan["options"])
+
+
+def test_a_plan_names_the_fastest_options_too():
+    plan = build_plan(Config(**PRESETS["18b"]), "18b", find_machine(gpu="h200"))
+    assert "--activation_checkpointing selective" in plan["options"]
+    assert "--activation_checkpointing none" in plan["fastest_options"]
+    assert plan["gpu_tested"]
+    nowhere = build_plan(Config(**PRESETS["18b"]), "18b", find_machine(gpu="l4"))
+    assert nowhere["fastest_options"] is None and not nowhere["gpu_tested"]

@@ -1,0 +1,123 @@
+"""Speeds of training: those that were measured, and predictions for other models and GPUs.
+
+A prediction scales a measured rate of model FLOPs by the peaks of the two GPUs. It is an estimate:
+good to a tenth for a preset and a GPU like those measured, and to a factor of two far from them.
+The caller reads the result files; nothing here does.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from config import PRESETS, Config, parameter_table
+from planner.choice import Choice, relative_time
+from planner.machine import GPUS, Machine
+
+# Seconds that a micro-batch takes in a block at least, however small both are: the CPU has to
+# launch the kernels of forward and backward pass, and the optimizer's. Measured: 0.51 s for a step
+# of `small` on an H100, which passes its 12 blocks 4 times
+# (benchmarks/results/profile_small_bf16_h100.json).
+LEAST_SECONDS_OF_A_BLOCK = 0.51 / (4 * 12)
+
+# A speed holds for a configuration that has the preset's values of these fields, and its table of
+# parameters: their shapes, and how many of them a token uses.
+SPEED_FIELDS = ("max_seq_len", "optimizer", "master_weights")
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """The measured speed of a preset."""
+
+    preset: str
+    precision: str
+    gpu: str  # its name in GPUS
+    tokens_per_second: float
+    options: str | None  # that choose micro-batch, recomputation and offload; None if unknown
+
+    def choice(self) -> Choice | None:
+        """The choice that the options name; None for a run that names none."""
+        if self.options is None:
+            return None
+        words = self.options.split()
+        values = dict(zip(words[::2], words[1::2]))
+        return Choice(
+            batch_size=int(values["--batch_size"]),
+            gradient_accumulation_steps=int(values["--gradient_accumulation_steps"]),
+            activation_checkpointing=values["--activation_checkpointing"],
+            lighter_blocks=int(values.get("--lighter_blocks", 0)),
+            offload_optimizer=values["--offload_optimizer"] == "true",
+            memory_gb={},
+        )
+
+
+@dataclass(frozen=True)
+class PredictedSpeed:
+    tokens_per_second: float
+    source: MeasuredRun  # whose rate it scales
+
+
+def runs_of(
+    config: Config, preset: str, machine: Machine, runs: Sequence[MeasuredRun]
+) -> list[MeasuredRun]:
+    """The runs on this GPU that computed what `config` does in a step."""
+    found = []
+    for run in runs:
+        same = (run.preset, run.precision, run.gpu) == (preset, config.precision, machine.key)
+        if same and _as_fast(config, Config(**PRESETS[preset])):
+            found.append(run)
+    return found
+
+
+def _as_fast(config: Config, measured: Config) -> bool:
+    """Whether a step of `config` computes what a step of `measured` does."""
+    if parameter_table(config) != parameter_table(measured):
+        return False
+    return all(getattr(config, name) == getattr(measured, name) for name in SPEED_FIELDS)
+
+
+def predict_speed(
+    config: Config, choice: Choice, machine: Machine, runs: Sequence[MeasuredRun]
+) -> PredictedSpeed | None:
+    """The speed of `config` with this choice, from the nearest of the measured runs.
+
+    None on a CPU and on a GPU whose peak is not known, and where no run can be compared.
+    """
+    comparable = [run for run in runs if run.gpu in GPUS and run.choice()]
+    if machine.key is None or not comparable:
+        return None
+
+    def distance(run: MeasuredRun) -> tuple:
+        """First the size of the model counts, then the GPU, then the precision."""
+        measured = _config_of(run)
+        ratio = config.flops_per_token / measured.flops_per_token
+        other_gpu = run.gpu != machine.key
+        return abs(math.log(ratio)), other_gpu, run.precision != config.precision
+
+    source = min(comparable, key=distance)
+    flops_per_second = _unhindered_utilization(source) * _peak_flops(machine.key, config)
+    seconds = config.tokens_per_step * config.flops_per_token / flops_per_second
+    seconds *= relative_time(config, choice)
+    launches = choice.gradient_accumulation_steps * config.n_layers
+    seconds = max(seconds, launches * LEAST_SECONDS_OF_A_BLOCK)
+    return PredictedSpeed(config.tokens_per_step / seconds, source)
+
+
+def _unhindered_utilization(run: MeasuredRun) -> float:
+    """Model-FLOP utilization that the run would have had without recomputation and offload, at its
+    preset's micro-batch."""
+    config = _config_of(run)
+    choice = run.choice()
+    assert choice is not None
+    flops_per_second = run.tokens_per_second * config.flops_per_token
+    return relative_time(config, choice) * flops_per_second / _peak_flops(run.gpu, config)
+
+
+def _config_of(run: MeasuredRun) -> Config:
+    return Config(**{**PRESETS[run.preset], "precision": run.precision})
+
+
+def _peak_flops(gpu: str, config: Config) -> float:
+    """FLOP/s of matmuls in the configuration's precision."""
+    if config.precision == "fp32":
+        return GPUS[gpu].peak_fp32_tflops * 1e12
+    return GPUS[gpu].peak_tflops * 1e12
