@@ -186,9 +186,10 @@ class Config:
     steps."""
     loss_scale_growth_interval: int = 500
     """Steps without overflow after which the loss scale is doubled."""
-    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "full"
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "auto"
     """What a block keeps for the backward pass: everything (none), the outputs of matmuls
-    (selective) or only its input (full); auto: the fastest that fits."""
+    (selective) or only its input (full); auto: full, and selective in as many of the last blocks
+    as fit."""
     lighter_blocks: int = 0
     """Number of last blocks that recompute less: selective instead of full, none instead of
     selective. Chosen with activation_checkpointing=auto."""
@@ -532,7 +533,7 @@ PRESETS: dict[str, dict] = {
         moe_every=4,
         eval_steps=20,
         log_every=10,
-        activation_checkpointing="full",
+        activation_checkpointing="auto",
         precision="fp16",
         data="python",
         sample_tokens=200,
@@ -598,7 +599,12 @@ PRESETS: dict[str, dict] = {
 }
 
 # Without --preset: the smallest GPU memory (GB, 1e9 bytes) for each preset, largest first.
-PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (35, "2b"), (8, "small"), (0, "tiny")]
+#
+# 18b is for B200 and H200, with offload where needed; 5b is for cards of 80 GB, and 2b for those of
+# 40 GB. Smaller cards have the largest of 2b, small and tiny that fits without offload: 21 and 7 GB
+# are what these presets take with `full` checkpointing. `25b` is never chosen: it is for those who
+# request it.
+PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (21, "2b"), (7, "small"), (0, "tiny")]
 
 
 def preset_values(name: str) -> dict:
@@ -752,10 +758,13 @@ def _choose_preset(preset: str | None, gpu_memory_gb: float | None) -> tuple[str
     if edited:
         return "config.py", _edited_defaults_message(edited, gpu_memory_gb)
     memory_gb = gpu_memory_gb or 0
-    name = next(name for least_gb, name in PRESET_BY_GPU_MEMORY if memory_gb >= least_gb)
-    if gpu_memory_gb:
-        return name, f"the GPU has {gpu_memory_gb:.0f} GB"
-    return name, "no GPU was found"
+    least_gb, name = next(row for row in PRESET_BY_GPU_MEMORY if memory_gb >= row[0])
+    if not gpu_memory_gb:
+        return name, "no GPU was found"
+    why = f"the GPU has {gpu_memory_gb:.0f} GB"
+    if least_gb:
+        why += f", and {name} is for {least_gb} GB and more"
+    return name, why
 
 
 def _edited_defaults_message(edited: list[str], gpu_memory_gb: float | None) -> str:
@@ -875,6 +884,27 @@ NOT_NEGATIVE = (
     "max_characters",
 )
 POSITIVE = ("rope_theta", "rms_norm_eps", "adamw_eps", "init_std", "load_balancing_bias_rate")
+# The largest values of whole numbers: far more than anyone trains on one GPU. Larger ones are slips
+# of the keyboard, which would make a run or a plan take for ever.
+AT_MOST = dict(
+    d_model=2**17,
+    n_layers=1024,
+    n_heads=2**14,
+    n_kv_heads=2**14,
+    d_ff=2**20,
+    num_experts=2**14,
+    top_k=2**14,
+    moe_every=1024,
+    max_seq_len=2**24,
+    vocab_size=2**24,
+    batch_size=2**16,
+    gradient_accumulation_steps=2**20,
+    max_steps=10**10,
+    num_workers=1024,
+    max_characters=10**15,
+    seed=2**43 - 1,
+)
+AT_MOST_OTHERWISE = 10**10
 DECAYS = ("muon_momentum", "adamw_beta1", "adamw_beta2")
 SHARES = ("warmup_fraction", "min_lr_fraction", "max_bad_share")
 
@@ -884,6 +914,9 @@ def _problems(c: Config) -> list[str]:
     wrong_types = _wrong_types(c)
     if wrong_types:  # the other checks need the right types
         return wrong_types
+    too_large = _too_large(c)
+    if too_large:  # the other checks would show these numbers again
+        return too_large
     return [*_out_of_range(c), *_impossible_memory(c), *_impossible_shapes(c), *_impossible_moe(c)]
 
 
@@ -928,7 +961,6 @@ def _out_of_range(c: Config) -> list[str]:
         (DECAYS, lambda x: 0 <= x < 1, "must lie in [0, 1)"),
         (SHARES, lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
         (["validation_fraction"], lambda x: 0 < x <= 0.5, "must lie in (0, 0.5]"),
-        (["seed"], lambda x: x < 2**43, "must be under 2^43"),
         (
             ["vocab_size"],
             lambda x: x >= 260,
@@ -942,6 +974,28 @@ def _out_of_range(c: Config) -> list[str]:
             if not is_right(value):
                 found.append(f"{name}={value}: {words}")
     return found
+
+
+def _too_large(c: Config) -> list[str]:
+    """Whole numbers that exceed their bound."""
+    found = []
+    for name, kind in field_types().items():
+        if kind is not int:
+            continue
+        value = getattr(c, name)
+        most = AT_MOST.get(name, AT_MOST_OTHERWISE)
+        follows = name == "n_kv_heads" and value == c.n_heads  # then n_heads is the one to name
+        if value > most and not follows:
+            found.append(f"{name}={_shown(value)}: must be at most {most:,}")
+    return found
+
+
+def _shown(value: float) -> str:
+    """The value as a message shows it: a number of very many digits by its first ones."""
+    text = str(value)
+    if len(text) <= 24:
+        return text
+    return f"{text[:20]}... ({len(text)} digits)"
 
 
 def _impossible_memory(c: Config) -> list[str]:

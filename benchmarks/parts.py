@@ -56,8 +56,9 @@ def timed(function: Callable) -> float:
 
 
 def config_18b(**changes) -> Config:
-    """`18b` in bf16, with these changes."""
-    return Config(**{**PRESETS["18b"], "precision": "bf16", **changes})
+    """`18b` in bf16 with full checkpointing, with these changes."""
+    fixed = dict(precision="bf16", activation_checkpointing="full")
+    return Config(**{**PRESETS["18b"], **fixed, **changes})
 
 
 def build_model(config: Config, device: torch.device) -> MoETransformer:

@@ -8,8 +8,9 @@ The options are those of run_experiment.py, and they go to every run that a benc
     default_run              the default run on a CPU, from an empty cache
     small_precisions         `small` in fp16 and bf16, two seeds each, on one plot
     memory_5b                predicted against measured memory of `5b`
-    train_18b_bf16           whole training steps, with the options that `plan
-                             --activation_checkpointing auto` advises
+    first_command            whole training steps of the preset that the program chooses for this
+                             GPU, as `python run_experiment.py` trains it, and with `full`
+    train_18b_bf16           whole training steps, with the fastest options that fit
     train_18b_fp16           the same in fp16
     train_25b_bf16           the same for `25b`
     start_18b                train_18b_fp16: the time from launch, with cached tokens, to the end of
@@ -62,7 +63,7 @@ from benchmarks.result_files import (
 )
 from cli import add_config_options, config_options, exit_code, new_parser
 from config import ConfigError, ExperimentError, nearest, resolve
-from planner.choice import choose
+from planner.choice import choose, fastest
 from planner.machine import find_machine
 from plot import plot_comparison
 from record.results import environment
@@ -81,15 +82,25 @@ def cache_tokens(preset: str, **options) -> None:
 
 
 def advised_options(preset: str, precision: str) -> list[str]:
-    """The options that `plan --activation_checkpointing auto` advises for this machine's GPU."""
-    parser = new_parser("the options after the names are those of run_experiment.py", __doc__)
-    add_config_options(parser)
-    options = dict(precision=precision, activation_checkpointing="auto")
-    options.update(config_options(parser.parse(EXTRA_OPTIONS)))
+    """The options of the fastest choice that fits this machine's GPU, without checkpointing if that
+    fits; or what the extra options leave of it.
+    """
+    options = dict(precision=precision, **extra_options())
     machine = find_machine(options.get("host_memory_gb", 0))
     config, _, _ = resolve(options, preset, machine.memory_gb)
-    choice, _ = choose(config, machine, fixed_batch=False)
+    choice = None
+    if config.activation_checkpointing == "auto":
+        choice = fastest(config, machine)
+    if choice is None:
+        choice, _ = choose(config, machine, fixed_batch=False)
     return choice.options(config).split()
+
+
+def extra_options() -> dict:
+    """The options that benchmarks.run was given after the names."""
+    parser = new_parser("the options after the names are those of run_experiment.py", __doc__)
+    add_config_options(parser)
+    return config_options(parser.parse(EXTRA_OPTIONS))
 
 
 def training_rows(results: dict) -> list[dict]:
@@ -226,6 +237,7 @@ def memory_5b(folder: Path) -> None:
     among them."""
     options = option_words(
         preset="5b",
+        activation_checkpointing="full",
         data="python",
         max_steps=20,
         eval_steps=2,
@@ -317,6 +329,41 @@ def checkpointing(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- whole steps of a large model
+
+
+def first_command(folder: Path) -> None:
+    """Six whole steps as `python run_experiment.py` trains on this GPU, and six with `full`."""
+    options = extra_options()
+    machine = find_machine(options.get("host_memory_gb", 0))
+    config, preset, _ = resolve(options, None, machine.memory_gb)
+    cache_tokens(preset)
+    speeds = {}
+    memory_gb = {}
+    for mode in ("auto", "full"):
+        words = option_words(preset=preset, activation_checkpointing=mode, max_steps=6)
+        results = train(folder / mode, [*words, *SHORT])
+        speeds[mode] = column(steady(training_rows(results)), "tokens_per_second")
+        memory_gb[mode] = results["memory_gb"]
+    chosen, _ = choose(config, machine, fixed_batch=True)
+    auto = statistics.median(speeds["auto"])
+    full = statistics.median(speeds["full"])
+    write(
+        "first_command",
+        auto,
+        "tokens/s",
+        len(speeds["auto"]),
+        results["environment"],
+        dict(
+            preset=preset,
+            precision=config.precision,
+            options=chosen.options(config),
+            full_tokens_per_second=full,
+            times_full=auto / full,
+            speeds=speeds,
+            memory_gb=memory_gb["auto"],
+            memory_gb_full=memory_gb["full"],
+        ),
+    )
 
 
 def train_preset(folder: Path, preset: str, precision: str) -> dict:
@@ -469,6 +516,7 @@ BENCHMARKS = dict(
     default_run=default_run,
     small_precisions=small_precisions,
     memory_5b=memory_5b,
+    first_command=first_command,
     train_18b_bf16=train_18b_bf16,
     train_18b_fp16=train_18b_fp16,
     train_25b_bf16=train_25b_bf16,

@@ -186,14 +186,25 @@ def _option_value(value) -> str:
     return str(value)
 
 
-def predicted_memory_18b() -> str:
-    """The memory that the planner predicts for `18b` on a B200, as a block of text."""
-    machine = find_machine(gpu="b200")
-    config = Config(**PRESETS["18b"])
-    choice, _ = choose(config, machine, fixed_batch=False)
+def memory_with_full() -> str:
+    """The memory that the planner predicts for the brief's choice: `full` on a B200."""
+    return _predicted_memory_18b("b200", "full")
+
+
+def memory_with_auto() -> str:
+    """The same for what a run chooses by itself, on a B200 and on an H200."""
+    tables = [_predicted_memory_18b(gpu, "auto") for gpu in ("b200", "h200")]
+    return "\n\n".join(tables)
+
+
+def _predicted_memory_18b(gpu: str, checkpointing: str) -> str:
+    """The options of `18b` on a GPU and its table of memory, as a block of text."""
+    machine = find_machine(gpu=gpu)
+    config = Config(**{**PRESETS["18b"], "activation_checkpointing": checkpointing})
+    choice, _ = choose(config, machine, fixed_batch=True)
     groups = optimizer_groups(config)
     text = memory_table(choice.memory_gb, groups, capacity_gb=machine.memory_gb)
-    return f"```\n{text}\n```"
+    return f"```\n{gpu}: {choice.options(config)}\n\n{text}\n```"
 
 
 # ---------------------------------------------------------------- docs/data.md, docs/models.md
@@ -354,6 +365,7 @@ def _remark(name: str, details: dict, result: dict) -> str:
     if name.startswith("checkpointing_"):
         return _checkpointing_remark(details)
     remarks = {
+        "first_command": _first_command_remark,
         "muon_step_18b": _muon_step_remark,
         "memory_5b": _memory_remark,
         "small_precisions": _precisions_remark,
@@ -376,6 +388,15 @@ def _training_remark(name: str, details: dict, result: dict) -> str:
         f"MFU {details['mfu']:.3f}; peak {measured:.1f} GB, predicted {predicted:.1f}; "
         f"first step after {details['seconds_to_first_step']:.0f} s; "
         f"{BRIEF_STEPS:,} steps would take {hours:,.0f} hours"
+    )
+
+
+def _first_command_remark(details: dict) -> str:
+    measured = details["memory_gb"]["measured"]["total"]
+    return (
+        f"`{details['preset']}` in {details['precision']} with {details['options']}; "
+        f"peak {measured:.1f} GB; {details['times_full']:.2f} times the speed with `full`, "
+        f"{details['full_tokens_per_second']:,.0f} tokens/s"
     )
 
 
@@ -507,7 +528,8 @@ def blocks() -> dict[str, Callable[[], str]]:
         default_run=default_run,
         presets=presets,
         options=options,
-        memory_table=predicted_memory_18b,
+        memory_with_full=memory_with_full,
+        memory_with_auto=memory_with_auto,
         data_speed=data_speed,
         sampling=sampling,
         lm_eval=lm_eval,

@@ -104,6 +104,9 @@ def _true_or_false(value: bool) -> str:
 # How much is recomputed: a mode, and the number of last blocks that recompute less.
 Level = tuple[str, int]
 
+# A step at which micro-batches and offload are tried, see `_steps`.
+Step = tuple[Sequence[int], Sequence[bool]]
+
 
 def all_levels(config: Config) -> list[Level]:
     """Every level, from the one that recomputes most. Each takes no less memory than the last."""
@@ -115,10 +118,19 @@ def all_levels(config: Config) -> list[Level]:
     return levels
 
 
+def auto_levels(config: Config) -> list[Level]:
+    """What activation_checkpointing=auto chooses from: each block is full or selective.
+
+    Checkpointing stays on: `none` is for those who request it.
+    """
+    levels = all_levels(config)
+    return levels[: levels.index(("selective", 0)) + 1]
+
+
 def _configured_levels(config: Config) -> list[Level]:
     mode = config.activation_checkpointing
     if mode == "auto":
-        return all_levels(config)
+        return auto_levels(config)
     return [(mode, _configured_lighter_blocks(config, mode))]
 
 
@@ -196,26 +208,31 @@ class _Search:
     ) -> Choice | None:
         """The fastest choice that `fits`; None when none does.
 
-        `levels` are sorted by the memory that they take, and what `fits` must fit with less too.
+        `levels` and `batches` are sorted by the memory that they take. What `fits` must fit with
+        less memory too.
         """
         found = []
-        for batch in batches:
-            for offload in offloads:
-                choice = self._last_that_fits(fits, levels, batch, offload)
-                if choice:
-                    found.append(choice)
+        for offload in offloads:
+            number_that_fit = len(levels)
+            for batch in batches:
+                # A larger micro-batch leaves no room for more levels.
+                number_that_fit = self._number_that_fit(
+                    fits, levels[:number_that_fit], batch, offload
+                )
+                if number_that_fit == 0:
+                    break
+                found.append(self.choice(levels[number_that_fit - 1], batch, offload))
         return min(found, key=self.speed_key, default=None)
 
-    def _last_that_fits(
+    def _number_that_fit(
         self, fits: Callable[[Choice], bool], levels: Sequence[Level], batch: int, offload: bool
-    ) -> Choice | None:
+    ) -> int:
+        """How many of the first levels fit."""
+
         def too_large(level: Level) -> bool:
             return not fits(self.choice(level, batch, offload))
 
-        number_that_fit = bisect_left(levels, True, key=too_large)
-        if number_that_fit == 0:
-            return None
-        return self.choice(levels[number_that_fit - 1], batch, offload)
+        return bisect_left(levels, True, key=too_large)
 
     def smallest(self, offloads: Sequence[bool]) -> list[Choice]:
         """The choice that takes the least memory, for each value of offload."""
@@ -238,9 +255,10 @@ def relative_time(config: Config, choice: Choice) -> float:
 def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool]:
     """The choice for `config` on `machine`, and whether it fits and keeps what `config` fixes.
 
-    That is the fastest choice that fits and keeps what the configuration fixes. Where there is
-    none, it is the fastest that fits with everything free, or else the smallest of all.
-    `fixed_batch` keeps the micro-batch too.
+    That is the fastest choice that fits and keeps what the configuration fixes. A smaller
+    micro-batch is chosen only where the configuration's does not fit, and offload only where
+    nothing fits without. Where no choice keeps what is fixed, it is the fastest that fits with
+    everything free, or else the smallest of all. `fixed_batch` keeps the micro-batch too.
     """
     cpu = machine.name is None
     search = _Search(config, cpu)
@@ -248,13 +266,22 @@ def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice,
     def fits(choice: Choice) -> bool:
         return choice.fits(machine)
 
-    batches = [config.batch_size] if fixed_batch else _possible_batches(config)
     levels = _configured_levels(config)
-    choice = search.fastest(fits, levels, batches, _configured_offloads(config))
-    if choice:
-        return choice, True
+    for batches, offloads in _steps(config, fixed_batch):
+        choice = search.fastest(fits, levels, batches, offloads)
+        if choice:
+            return choice, True
     choice = fastest(config, machine) or _smallest(search, _sensible_offloads(cpu))
     return choice, False
+
+
+def _steps(config: Config, fixed_batch: bool) -> list[Step]:
+    """Micro-batches and offload in the order in which they are tried, as the configuration lets."""
+    offloads = _configured_offloads(config)
+    steps: list[Step] = [([config.batch_size], [offload]) for offload in offloads]
+    if not fixed_batch:
+        steps.append((_possible_batches(config), offloads))
+    return steps
 
 
 def fastest(config: Config, machine: Machine) -> Choice | None:

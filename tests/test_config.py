@@ -10,7 +10,10 @@ import torch
 
 import config
 from config import (
+    AT_MOST,
+    AT_MOST_OTHERWISE,
     PARAMETER_KINDS,
+    PRESET_BY_GPU_MEMORY,
     PRESETS,
     Config,
     ConfigError,
@@ -18,6 +21,7 @@ from config import (
     defaults,
     edited_defaults,
     field_docs,
+    field_types,
     nearest,
     optimizer_groups,
     parameter_table,
@@ -228,10 +232,10 @@ def test_presets_name_known_fields_only():
     "gpu, preset",
     [
         (None, "tiny"),
-        (7.9, "tiny"),
-        (8, "small"),
-        (34.9, "small"),
-        (35, "2b"),
+        (6.9, "tiny"),
+        (7, "small"),
+        (20.9, "small"),
+        (21, "2b"),
         (69.9, "2b"),
         (70, "5b"),
         (129.9, "5b"),
@@ -243,6 +247,16 @@ def test_gpu_memory_chooses_the_preset(gpu, preset):
     c, name, why = resolve({}, None, gpu)
     assert name == preset and c == Config(**PRESETS[preset])
     assert ("no GPU" in why) if gpu is None else f"{gpu:.0f} GB" in why
+
+
+def test_the_why_names_the_memory_that_the_preset_is_for():
+    assert resolve({}, None, 25.3)[2] == "the GPU has 25 GB, and 2b is for 21 GB and more"
+    assert resolve({}, None, 5)[2] == "the GPU has 5 GB"
+
+
+def test_no_memory_chooses_25b():
+    assert resolve({}, None, 1000)[1] == "18b"
+    assert "25b" not in [name for _, name in PRESET_BY_GPU_MEMORY]
 
 
 def test_options_win_over_a_preset_and_a_preset_over_gpu_memory():
@@ -419,6 +433,28 @@ def test_all_problems_are_reported_at_once_with_their_remedies():
 def test_values_out_of_range_are_refused(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         Config(**changes)
+
+
+WHOLE_NUMBERS = [name for name, kind in field_types().items() if kind is int]
+
+
+@pytest.mark.parametrize("name", WHOLE_NUMBERS)
+def test_a_whole_number_has_a_bound_that_the_message_names(name):
+    most = AT_MOST.get(name, AT_MOST_OTHERWISE)
+    for value in (most + 1, 10**4000):
+        with pytest.raises(ConfigError) as error:
+            Config(**{name: value})
+        lines = str(error.value).splitlines()
+        if name in ("lighter_blocks", "host_gradient_blocks"):
+            continue
+        assert len(lines) == 2 and lines[1].startswith(f"  {name}=")
+        assert lines[1].endswith(f": must be at most {most:,}") and len(lines[1]) < 100
+
+
+def test_presets_are_far_under_the_bounds():
+    for values in PRESETS.values():
+        for name, most in AT_MOST.items():
+            assert getattr(Config(**values), name) < most
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def import_file(path: Path, source: str):
 
 
 def test_memory_of_the_brief_is_that_of_full_checkpointing_on_its_gpu():
-    c = Config(**PRESETS["18b"])
+    c = Config(**PRESETS["18b"] | dict(activation_checkpointing="full"))
     sizes = predict_memory(c, "full", 4, offload=False)
     assert choose(c, find_machine(gpu="b200"), fixed_batch=False)[0].memory_gb == sizes
 

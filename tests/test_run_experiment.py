@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 import run_experiment
 from cli import Parser, add_config_options, config_options, locked, new_parser
 from config import PRESETS, Config, ConfigError, defaults, field_docs
-from planner.machine import GPUS
+from planner.machine import GPUS, find_machine
+from planner.speed import runs_of
 from record import checkpoint, results
 from tests.helpers import shared_experts_by_seed
 from tools import evaluate
@@ -272,8 +273,10 @@ def test_plan_of_18b(cli, gpu, fits, offload, at_most):
 
 def test_plan_knows_the_hosts_memory_and_fixed_fields(cli):
     assert not planned(cli, "--preset", "18b", "--gpu", "h200", "--host_memory_gb", "60")["fits"]
-    auto = planned(cli, "--preset", "18b", "--gpu", "b200", "--activation_checkpointing", "auto")
-    assert auto["choice"]["activation_checkpointing"] != "full" and auto["fits"]
+    full = planned(cli, "--preset", "18b", "--gpu", "b200", "--activation_checkpointing", "full")
+    auto = planned(cli, "--preset", "18b", "--gpu", "b200")
+    assert "lighter_blocks" not in full["choice"] and auto["choice"]["lighter_blocks"] > 10
+    assert full["fits"] and auto["fits"]
     code, out, _ = cli("plan", "--preset", "18b", "--gpu", "h200", "--offload_optimizer", "false")
     assert code == 0 and "fits, but not as configured" in out and "--offload_optimizer true" in out
 
@@ -340,7 +343,7 @@ def test_plan_names_as_few_blocks_with_gradients_on_the_host_as_fit(cli):
 def test_plan_names_the_micro_batch_that_fits(cli):
     argv = ("--preset", "small", "--gpu", "rtx4090", "--gradient_accumulation_steps", "1")
     out = cli("plan", *argv, "--batch_size", "512")[1]
-    assert "fits, in micro-batches of 64 instead of 512\n  --batch_size 64 " in out
+    assert "fits, in micro-batches of 64 instead of 512\n  --batch_size 64 " in out, out
 
 
 def test_plan_names_the_host_memory_that_would_do(cli):
@@ -374,15 +377,21 @@ def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_pa
     assert planned(cli, *argv)["hours"] is None
     assert "training time     not measured" in cli("plan", *argv)[1]
 
-    used = "--batch_size 2 --activation_checkpointing none --offload_optimizer true"
+    used = (
+        "--batch_size 2 --gradient_accumulation_steps 16 --activation_checkpointing none "
+        "--offload_optimizer true"
+    )
     measured(f"--preset 18b {used} --eval_steps 1")
-    assert planned(cli, *argv)["hours"] == pytest.approx(50_000 * 131_072 / 5000 / 3600)
+    facts = planned(cli, *argv)
+    assert facts["hours"] == pytest.approx(50_000 * 131_072 / 5000 / 3600)
     out = cli("plan", *argv)[1]
     assert f"364 hours at 5,000 tokens/s, measured with\n                  {used}\n" in out
     assert "not measured for the setup below; 364" in out
+    assert "predicted for the setup below: " in out and facts["predicted_hours"] > 364
 
-    measured(planned(cli, *argv)["options"])
-    assert "training time     364 hours at" in cli("plan", *argv)[1]
+    measured(facts["options"])
+    out = cli("plan", *argv)[1]
+    assert "training time     364 hours at" in out and "predicted for" not in out
     for other in (
         ("--preset", "5b", "--gpu", "h200"),
         ("--preset", "18b", "--gpu", "h100"),
@@ -391,17 +400,54 @@ def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_pa
         (*argv, "--max_seq_len", "8192"),
         (*argv, "--num_experts", "0"),
     ):
-        assert planned(cli, *other)["hours"] is None
+        facts = planned(cli, *other)
+        assert facts["hours"] is None and facts["predicted_hours"] > 0
+        assert facts["predicted_from"] == "18b in fp16 on h200"
+
+
+def test_plan_takes_the_first_commands_speed_for_its_options(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("run_experiment.__file__", str(tmp_path / "run_experiment.py"))
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    argv = ("--preset", "18b", "--gpu", "h200")
+    details = dict(preset="18b", precision="fp16", options=planned(cli, *argv)["options"])
+    result = dict(value=7700.0, details=details)
+    (folder / "first_command_h200.json").write_text(json.dumps(result))
+    facts = planned(cli, *argv)
+    assert (facts["tokens_per_second"], facts["measured_with"]) == (7700.0, facts["options"])
 
 
 def test_a_measured_speed_is_not_that_of_a_model_with_one_more_network(monkeypatch):
     shared_experts_by_seed(monkeypatch)
-    speeds = []
+    found = []
     for seed in (1234, 1):
         config = Config(**PRESETS["18b"], seed=seed)
-        speeds.append(run_experiment.measured_speed(config, "18b", "h200"))
-    assert speeds[0] is not None
-    assert speeds[1] is None
+        runs = run_experiment.measured_runs()
+        found.append(runs_of(config, "18b", find_machine(gpu="h200"), runs))
+    assert found[0] and not found[1]
+
+
+def test_plan_for_a_gpu_that_is_not_known(cli):
+    facts = planned(cli, "--gpu_memory_gb", "24")
+    assert (facts["preset"], facts["gpu"], facts["gpu_memory_gb"]) == ("2b", "a GPU", 24)
+    assert facts["fits"] and facts["host_memory_assumed"] and not facts["gpu_tested"]
+    assert planned(cli, "--gpu", "RTX3090", "--gpu_memory_gb", "25.3")["gpu"] == "RTX3090"
+    h100_nvl = planned(cli, "--gpu", "h100", "--gpu_memory_gb", "99")
+    assert h100_nvl["gpu_memory_gb"] == 99 and h100_nvl["predicted_hours"] > 0
+    assert "h200 (150.1 GB), host" in cli("plan", "--gpu", "h200")[1]
+    assert "l4 (23.7 GB, untested), host" in cli("plan", "--gpu", "l4")[1]
+    for wrong in ("0", "-1", "nan", "inf", "1e9", "much"):
+        code, _, err = cli("plan", "--gpu_memory_gb", wrong)
+        assert code == 2 and err.startswith("error: ") and "--gpu_memory_gb" in err
+        assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "argv", ["--n_layers 1e9", "--n_layers 1000000000", "--batch_size 99999999"]
+)
+def test_an_absurd_whole_number_is_refused_by_its_name(cli, argv):
+    code, _, err = cli("plan", *argv.split())
+    assert code == 2 and argv.split()[0][2:] in err and "Traceback" not in err
 
 
 def test_precedence_on_the_command_line(cli, monkeypatch):

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from config import PRESETS, Config
+from config import PRESET_BY_GPU_MEMORY, PRESETS, Config
 from planner.choice import (
     Choice,
     advise,
@@ -13,6 +13,7 @@ from planner.choice import (
     candidates,
     choose,
     could_fit,
+    fastest,
     next_smaller,
 )
 from planner.machine import CONTEXT_GB, GPUS, USABLE, Machine, find_machine
@@ -54,7 +55,7 @@ def test_every_preset_has_a_sane_choice_on_every_gpu(preset, gpu):
     [
         ("18b", "b200", True, dict(batch_size=4, offload_optimizer=False)),
         ("18b", "h200", True, dict(batch_size=4, offload_optimizer=True)),
-        ("18b", "h100", True, dict(batch_size=2, offload_optimizer=True)),
+        ("18b", "h100", True, dict(batch_size=1, offload_optimizer=True, lighter_blocks=18)),
         (
             "18b",
             "rtx4090",
@@ -69,8 +70,9 @@ def test_every_preset_has_a_sane_choice_on_every_gpu(preset, gpu):
             "small",
             "rtx4090",
             True,
-            dict(batch_size=16, offload_optimizer=False, activation_checkpointing="none"),
+            dict(batch_size=16, offload_optimizer=False, activation_checkpointing="selective"),
         ),
+        ("2b", "rtx4090", True, dict(batch_size=4, offload_optimizer=False)),
     ],
 )
 def test_known_answers(preset, gpu, fits, expected):
@@ -80,43 +82,73 @@ def test_known_answers(preset, gpu, fits, expected):
     assert choice.fits(machine) == fits and expected.items() <= dataclasses.asdict(choice).items()
 
 
-def test_auto_is_the_fastest_that_fits():
-    c = config_of("18b", activation_checkpointing="auto")
+def test_auto_is_full_with_as_many_selective_blocks_as_fit():
+    """At the configured micro-batch, and never `none`: checkpointing stays on."""
+    c = config_of("18b")
+    assert c.activation_checkpointing == "auto"
     chosen = {}
-    for memory_gb in (60, 84, 90, 100, 120, 150, 190, 230, 300, 600):
+    for memory_gb in (84, 90, 100, 120, 150, 165, 190, 230, 600):
         machine = Machine("a GPU", memory_gb, 1000)
         choice, kept = choose(c, machine, fixed_batch=False)
-        assert kept == choice.fits(machine) == (memory_gb > 60)
-        chosen[memory_gb] = (
-            choice.activation_checkpointing,
-            choice.batch_size,
-            choice.offload_optimizer,
-        )
-        if kept and choice.activation_checkpointing != "none":  # down to the last block
+        assert kept and choice.fits(machine)
+        mode = choice.activation_checkpointing
+        chosen[memory_gb] = (mode, choice.batch_size, choice.offload_optimizer)
+        if mode == "selective":
+            assert choice.lighter_blocks == 0
+        else:  # down to the last block
             more = predict_memory(
-                c,
-                choice.activation_checkpointing,
-                choice.batch_size,
-                choice.offload_optimizer,
-                choice.lighter_blocks + 1,
+                c, mode, choice.batch_size, choice.offload_optimizer, choice.lighter_blocks + 1
             )
             assert choice.memory_gb["total"] <= machine.usable_gb < more["total"]
-    assert (
-        chosen[600] == ("none", 4, False)
-        and chosen[300] == ("none", 4, False)
-        and chosen[230] == ("none", 2, False)
-    )
-    assert (
-        chosen[84] == ("full", 1, True)
-        and chosen[100] == ("selective", 1, True)
-        and chosen[120] == ("selective", 2, True)
-    )
+        if choice.batch_size == c.batch_size:
+            assert choose(c, machine, fixed_batch=True)[0] == choice, "the run does what plan says"
+    # the optimizer's state stays on the GPU as soon as `full` fits beside it
+    assert chosen[150] == ("selective", 4, True) and chosen[165] == ("full", 4, False)
+    assert chosen[230] == chosen[600] == ("selective", 4, False)
+    # a smaller micro-batch only where the configured one does not fit
+    assert chosen[84] == ("full", 1, True) and chosen[100][1] == 4
+
+
+def test_auto_keeps_3_percent_of_the_gpu_free():
+    for name, gpu in GPUS.items():
+        for preset in ("18b", "5b", "2b", "small"):
+            choice, _ = choose(config_of(preset), MACHINES[name], fixed_batch=False)
+            if choice.fits(MACHINES[name]):
+                assert choice.memory_gb["total"] <= 0.97 * gpu.memory_gb
+
+
+def test_full_and_none_are_for_those_who_request_them():
+    machine = MACHINES["h200"]
+    for mode in MODES:
+        c = config_of("2b", activation_checkpointing=mode)
+        choice, kept = choose(c, machine, fixed_batch=True)
+        assert kept and (choice.activation_checkpointing, choice.lighter_blocks) == (mode, 0)
+    found = fastest(config_of("2b"), machine)
+    assert found is not None and found.activation_checkpointing == "none"
+
+
+def test_auto_on_a_cpu_is_selective_where_it_fits():
+    choice, kept = choose(config_of("small"), Machine(None, 0, 200), fixed_batch=True)
+    assert kept and choice.activation_checkpointing == "selective"
+    assert not choice.offload_optimizer
+
+
+@pytest.mark.parametrize("least_gb, preset", PRESET_BY_GPU_MEMORY)
+def test_small_gpus_have_the_largest_preset_that_fits_without_offload(least_gb, preset):
+    if preset not in ("2b", "small"):
+        return
+
+    def fits(memory_gb: float) -> bool:
+        c = config_of(preset, offload_optimizer="false")
+        return choose(c, Machine("a GPU", memory_gb, 64), fixed_batch=True)[1]
+
+    assert fits(least_gb) and not fits(least_gb - 1.5)
 
 
 def test_the_last_blocks_recompute_less_where_the_configuration_says_so():
     """And the plan is told: with all of them lighter it is the next mode; the backward pass of a full block needs no room beside
     the lighter ones' activations, which are gone by then."""
-    c = config_of("18b")
+    c = config_of("18b", activation_checkpointing="full")
     full, selective = (
         predict_memory(c, mode, 2, offload=True)["total"] for mode in ("full", "selective")
     )
@@ -220,7 +252,7 @@ def test_streaming_needs_the_hosts_memory():
     )
     small, cpu = config_of("small", precision="bf16"), Machine(None, 0, 200)
     assert choose(small, cpu, False)[0].memory_gb == predict_memory(
-        small, "none", 16, False, cpu=True
+        small, "selective", 16, False, cpu=True
     ), "a CPU's figures"
     for machine in (cpu, Machine(None, 0, 20)):
         assert choose(c, machine, fixed_batch=False)[0].offload_optimizer is False, (
