@@ -218,6 +218,9 @@ class Config:
     tokenizer: str = "train"
     """train or train:VOCAB (a byte-level BPE, trained on the corpus once), a tokenizer.json or its
     folder, or hf:NAME."""
+    end_of_text: str = ""
+    """The tokenizer's token that ends a document, such as <eos>; empty: the one of the usual names
+    that it has."""
     validation_fraction: float = 0.01
     """Share of the corpus's characters, in whole documents, that is held out."""
     cache_dir: str = "cache"
@@ -810,6 +813,7 @@ FROZEN = {
     "precision",
     "master_weights",
     "loss_scale",
+    "end_of_text",
     "validation_fraction",
     "seed",
 }
@@ -925,13 +929,13 @@ def _wrong_types(c: Config) -> list[str]:
     found = []
     for field in dataclasses.fields(Config):
         value = getattr(c, field.name)
-        remedy = _type_remedy(kinds[field.name], value)
+        remedy = _type_remedy(kinds[field.name], value, may_be_empty=field.default == "")
         if remedy:
             found.append(f"{field.name}={value!r}: {remedy}")
     return found
 
 
-def _type_remedy(kind, value) -> str:
+def _type_remedy(kind, value, may_be_empty: bool) -> str:
     """What to give instead of a value that is not of this kind; empty for one that is."""
     is_bool = isinstance(value, bool)  # which Python counts as a number
     if typing.get_origin(kind) is Literal:
@@ -948,7 +952,7 @@ def _type_remedy(kind, value) -> str:
         right = is_bool
         remedy = "give true or false"
     else:
-        right = isinstance(value, str) and value != ""
+        right = isinstance(value, str) and (value != "" or may_be_empty)
         remedy = "give a text that is not empty"
     return "" if right else remedy
 

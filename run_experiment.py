@@ -435,7 +435,8 @@ def sample(argv: list[str]) -> None:
     from record.checkpoint import open_model
 
     model, _, state = open_model(args.checkpoint, args.device, args.precision)
-    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
+    name = state["config"].get("end_of_text", "")  # older checkpoints have no such field
+    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"], name)
     temperature = args.temperature
     if temperature <= 1e-4:  # logits / temperature would overflow
         temperature = 0

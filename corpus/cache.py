@@ -87,10 +87,10 @@ def prepare(config: Config, rules: int = DATA_RULES) -> Corpus:
     tokenizer_json = _local_tokenizer(config)
     folder = cache / _cache_key(config, source, tokenizer_json, rules)
     try:
-        corpus = _open_or_discard(folder)
+        corpus = _open_or_discard(folder, config.end_of_text)
         if corpus is None:
             _build_folder(config, source, tokenizer_json, folder, rules)
-            corpus = _open(folder)
+            corpus = _open(folder, config.end_of_text)
     except OSError as error:
         raise ExperimentError(_cannot_keep_message(cache, error)) from error
     check_vocabulary(corpus.tokenizer, config)
@@ -201,36 +201,36 @@ def _local_tokenizer(config: Config) -> str | None:
 # --- opening
 
 
-def _open_or_discard(folder: Path) -> Corpus | None:
+def _open_or_discard(folder: Path, end_of_text: str) -> Corpus | None:
     """Opens a cache folder. None when there is none, or when it was damaged and is now deleted."""
     if not folder.exists():
         return None
     try:
-        return _open(folder)
+        return _open(folder, end_of_text)
     except ExperimentError as error:
         print(f"data: {error}. Building it anew.")
         shutil.rmtree(folder)
         return None
 
 
-def _open(folder: Path) -> Corpus:
+def _open(folder: Path, end_of_text: str) -> Corpus:
     """Opens a cache folder. Raises ExperimentError when it is damaged."""
     try:
-        return _open_files(folder)
+        return _open_files(folder, end_of_text)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise ExperimentError(
             f"the cache folder {folder} is damaged ({error}): delete it and run again"
         ) from error
 
 
-def _open_files(folder: Path) -> Corpus:
+def _open_files(folder: Path, end_of_text: str) -> Corpus:
     """`_open`, which turns the errors of damaged files that this raises into ExperimentError."""
     facts = json.loads((folder / "corpus.json").read_bytes())
     tokenizer_json = (folder / "tokenizer.json").read_bytes().decode()
     tokenizer_hash = sha256(tokenizer_json)
     if facts["tokenizer_hash"] != tokenizer_hash:
         raise ValueError("tokenizer.json was changed")
-    tokenizer, end_of_text = load_tokenizer(tokenizer_json)
+    tokenizer, end_of_text_id = load_tokenizer(tokenizer_json, end_of_text)
     train: np.ndarray | Joined
     validation: np.ndarray | Joined
     if "files" in facts:
@@ -245,7 +245,7 @@ def _open_files(folder: Path) -> Corpus:
         validation=validation,
         tokenizer=tokenizer,
         tokenizer_json=tokenizer_json,
-        end_of_text=end_of_text,
+        end_of_text=end_of_text_id,
         data_hash=facts["data_hash"],
         tokenizer_hash=tokenizer_hash,
         characters=facts["characters"],
@@ -318,7 +318,7 @@ def _link_same_text(config: Config, found: Scan, key: str, folder: Path) -> bool
             facts = json.loads(facts_file.read_bytes())
             if not same.items() <= facts.items():
                 continue
-            _open(other)
+            _open(other, config.end_of_text)
             print(f"data: the same text was tokenized before; its shards in {other} are used")
             for name in TOKEN_FILES:
                 (folder / name).unlink(missing_ok=True)

@@ -185,7 +185,7 @@ def import_shards(
     if train_tokens == 0 or train_tokens == total:  # the names leave one side empty
         train_tokens = total - math.ceil(total * config.validation_fraction)
 
-    tokenizer, end_of_text = load_tokenizer(tokenizer_json)
+    tokenizer, end_of_text = load_tokenizer(tokenizer_json, config.end_of_text)
     counts, data_hash = _count(config, files, shards, train_tokens, vocabulary(tokenizer))
     train_counts = counts[0]
     counts_of_both = counts.sum(0)

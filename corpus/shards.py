@@ -13,9 +13,11 @@ are what caches on disk have: survey.npz, pieces.bin and the key "pieces" are ol
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import signal
+import sys
 import time
 from array import array
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from config import Config, ExperimentError
@@ -41,11 +44,14 @@ from corpus.token_files import (
     write_header,
 )
 from corpus.tokenizer import (
-    encoder,
+    UNKNOWN_SHARE,
+    ChunkEncoder,
     load_tokenizer,
     sha256,
     train_tokenizer,
     trained_size,
+    unknown_share,
+    unknown_token,
     vocabulary,
 )
 from corpus.workers import die_with_parent
@@ -279,6 +285,8 @@ def build_key(config: Config, tokenizer_json: str | None, rules: int) -> str:
     parts = [FORMAT_VERSION, tokenizer, token_dtype(config).str, config.validation_fraction]
     if rules > 1:  # the caches of version 1 are older than the rules' version
         parts.append(rules)
+    if config.end_of_text:  # older caches know none
+        parts.append(config.end_of_text)
     return sha256(json.dumps(parts))[:16]
 
 
@@ -301,9 +309,10 @@ def build(
     print(_scan_message(source, found, decided.held_out))
 
     if tokenizer_json is None:
-        tokenizer_json = _train_or_read_tokenizer(config, source, found, ~decided.held_out, folder)
+        training = ~decided.held_out
+        tokenizer_json = _train_or_read_tokenizer(config, source, found, training, folder, rules)
     replace_file(folder / "tokenizer.json", tokenizer_json)
-    tokenizer, end_of_text = load_tokenizer(tokenizer_json)
+    tokenizer, end_of_text = load_tokenizer(tokenizer_json, config.end_of_text)
     tokenizer_hash = sha256(tokenizer_json)
     dtype = token_dtype(config)
     # The key of the build, by which corpus.cache finds these shards for the same text from another
@@ -313,8 +322,9 @@ def build(
     if found.whole and not (rules > 1 and found.grouped):
         key = build_key(config, tokenizer_json, rules)
 
-    batch_encoder = _BatchEncoder(encoder(tokenizer), end_of_text, dtype)
-    done = _write_shards(folder, source, found, decided, batch_encoder)
+    batch_encoder = _BatchEncoder(ChunkEncoder(tokenizer, rules), end_of_text, dtype)
+    unknown = _Unknown(config, tokenizer)
+    done = _write_shards(folder, source, found, decided, batch_encoder, unknown)
     for name, count in zip(TOKEN_FILES, done.tokens):
         write_header(folder / name, dtype, count, tokenizer_hash)
 
@@ -373,7 +383,12 @@ def _unigram_entropy(path: Path, dtype: np.dtype, vocabulary_size: int) -> float
 
 
 def _train_or_read_tokenizer(
-    config: Config, source: Source, found: Scan, training: np.ndarray, folder: Path
+    config: Config,
+    source: Source,
+    found: Scan,
+    training: np.ndarray,
+    folder: Path,
+    rules: int,
 ) -> str:
     """The tokenizer.json that a killed build left in the folder, else that of a new tokenizer.
 
@@ -386,7 +401,8 @@ def _train_or_read_tokenizer(
     sample = _even_sample(training, found.lengths)
     size = trained_size(config)
     assert size is not None  # else the tokenizer is a given one
-    tokenizer_json = train_tokenizer(_sampled_texts(source, found.chunks, sample), size)
+    texts = _sampled_texts(source, found.chunks, sample)
+    tokenizer_json = train_tokenizer(texts, size, rules)
     seconds = time.perf_counter() - start
     characters = found.lengths[sample].sum()
     print(f"data: tokenizer trained on {characters:,} characters in {format_duration(seconds)}")
@@ -430,6 +446,7 @@ class _MarkedChunk(NamedTuple):
     """A chunk of text, and what the tokens need to know about it."""
 
     text: str
+    before: str  # the last character of the chunk before it in its document; empty at its beginning
     hash: int
     last: bool  # its document ends with it
     held_out: bool  # its tokens go into validation.bin, not into train.bin
@@ -440,6 +457,8 @@ class _EncoderInput(NamedTuple):
     """The part of a batch that is sent to a worker process. Each list has one element a chunk."""
 
     texts: list[str]
+    before: list[str]
+    ends: list[bool]
     held_out: list[bool]
     separated: list[bool]
 
@@ -468,8 +487,10 @@ def _marked_chunks(source: Source, start: dict | None, decided: Split) -> Iterat
     known.
     """
     number = 0  # of the chunk, counted from the beginning of the text
+    before = ""
     if start:
         number = start["pieces"]
+        before = start.get("before", "")
     previous = None
     key = None  # of the document, once it has begun
     for text, last in source.chunks(start):
@@ -486,12 +507,14 @@ def _marked_chunks(source: Source, start: dict | None, decided: Split) -> Iterat
         if previous is not None:
             changes_side = previous.held_out != held_out
             yield previous._replace(separated=changes_side and not decided.by_document)
-        chunk = _MarkedChunk(text, digest, last, held_out, separated=True)
+        chunk = _MarkedChunk(text, before, digest, last, held_out, separated=True)
         if last:
             yield chunk
             previous = None
+            before = ""
         else:
             previous = chunk
+            before = text[-1]
 
 
 def _batches(
@@ -523,6 +546,8 @@ def _batches(
             position = source.position(count)
         if position is not None:
             characters_since_position = 0
+            if not chunk.last:
+                position["before"] = chunk.text[-1]
         yield _encoder_input(chunks), _BatchFacts(_records(chunks), position)
         chunks = []
         characters = 0
@@ -535,6 +560,8 @@ def _batches(
 def _encoder_input(chunks: list[_MarkedChunk]) -> _EncoderInput:
     return _EncoderInput(
         texts=[chunk.text for chunk in chunks],
+        before=[chunk.before for chunk in chunks],
+        ends=[chunk.last for chunk in chunks],
         held_out=[chunk.held_out for chunk in chunks],
         separated=[chunk.separated for chunk in chunks],
     )
@@ -558,14 +585,14 @@ class _BatchEncoder(Dataset[list[np.ndarray] | str]):
     of the error, a str.
     """
 
-    def __init__(self, encode, end_of_text: int, dtype: np.dtype):
+    def __init__(self, encode: ChunkEncoder, end_of_text: int, dtype: np.dtype):
         self.encode = encode
         self.end_of_text = np.array([end_of_text], np.uint32)
         self.dtype = dtype
 
     def __getitem__(self, batch: _EncoderInput) -> list[np.ndarray] | str:
         try:
-            encoded = self.encode(batch.texts)
+            encoded = self.encode(batch.texts, batch.before, batch.ends)
         except Exception as error:
             # The tokenizers library raises plain Exception. Raised here, DataLoader would add the
             # worker's traceback to its message.
@@ -650,14 +677,19 @@ def _read_progress(folder: Path, token_bytes: int) -> _Progress | None:
 
 
 def _write_shards(
-    folder: Path, source: Source, found: Scan, decided: Split, batch_encoder: _BatchEncoder
+    folder: Path,
+    source: Source,
+    found: Scan,
+    decided: Split,
+    batch_encoder: _BatchEncoder,
+    unknown: "_Unknown",
 ) -> _Progress:
     """Appends the tokens of the text to the TOKEN_FILES, and its chunks' records to CHUNK_FILE.
 
     Returns the progress at the end. Raises ExperimentError when the text cannot be tokenized.
     """
     done = _resume(folder, batch_encoder.dtype.itemsize)
-    batches = _batches(source, found, decided, done.position)
+    batches = unknown.checked(_batches(source, found, decided, done.position))
     workers = _worker_count(found)
     total = _expected_characters(source, found)
     try:
@@ -668,6 +700,7 @@ def _write_shards(
             bar = stack.enter_context(ProgressBar("tokenizing", total, done.characters))
             for tokens, facts in _encoded(batches, batch_encoder, workers):
                 _append(files, tokens, facts, done)
+                unknown.count(tokens)
                 bar.add(facts.characters, facts.documents)
                 if facts.position:
                     done.position = facts.position
@@ -675,6 +708,7 @@ def _write_shards(
     except RuntimeError as error:
         # A signal handler of DataLoader raises it at any line of the above when a worker is gone.
         raise ExperimentError(_worker_died_message(error)) from error
+    unknown.warn()
     return done
 
 
@@ -765,6 +799,57 @@ def _worker_died_message(error: RuntimeError) -> str:
         f"a tokenizing process ended, most often for lack of memory ({error}). Run again: what was "
         "tokenized is kept, and the next run continues from there"
     )
+
+
+class _Unknown:
+    """Warns, once, when the tokenizer does not know much of the text."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        self.name = config.tokenizer
+        self.tokenizer = tokenizer
+        self.token = unknown_token(tokenizer)
+        self.unknown = 0  # of the tokens so far
+        self.tokens = 0
+        self.has_warned = False
+
+    def checked(
+        self, batches: Iterator[tuple[_EncoderInput, _BatchFacts]]
+    ) -> Iterator[tuple[_EncoderInput, _BatchFacts]]:
+        """The batches. It looks at the first one at once, before anything is tokenized."""
+        first = next(batches, None)
+        if first is None:
+            return batches
+        batch, _ = first
+        self._look_at(batch.texts)
+        return itertools.chain([first], batches)
+
+    def _look_at(self, texts: list[str]) -> None:
+        try:
+            share = unknown_share(self.tokenizer, texts)
+        except Exception:  # tokenizers raises plain Exception
+            return  # tokenizing the batch fails too, and says why
+        if share > UNKNOWN_SHARE:
+            self._print(f"{share:.0%} of the characters at the beginning of the text")
+
+    def count(self, tokens: list[np.ndarray]) -> None:
+        for side in tokens:
+            self.tokens += len(side)
+            if self.token is not None:
+                self.unknown += int((side == self.token).sum())
+
+    def warn(self) -> None:
+        share = self.unknown / max(1, self.tokens)
+        if share > UNKNOWN_SHARE and not self.has_warned:
+            self._print(f"{share:.0%} of the text's tokens")
+
+    def _print(self, what: str) -> None:
+        self.has_warned = True
+        print(
+            f"warning: the tokenizer {self.name} does not know {what}. The model cannot learn what "
+            "is lost there: choose a tokenizer made for such text with --tokenizer, or train one "
+            "(--tokenizer train)",
+            file=sys.stderr,
+        )
 
 
 def _save_progress(folder: Path, files: list[BinaryIO], done: _Progress) -> None:

@@ -3,11 +3,14 @@
 Also how texts become ids, as fast as the tokenizer allows.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from config import Config, ConfigError, ExperimentError
+from config import DATA_RULES, Config, ConfigError, ExperimentError
 from corpus.sources import first_line
 
 # The names by which an end-of-text token is known. The first one that a tokenizer has is used.
@@ -34,17 +37,26 @@ END_OF_TEXT = (
 # GPT-2 cuts a text into words by this pattern, and byte pairs are merged within a word only.
 # The ByteLevel pre-tokenizer of `tokenizers` has it built in.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Version 2 of the rules of data cuts words of more bytes for the training of a tokenizer, whose
+# time grows with the square of their length: 1 MB of DNA in one line took 120 s. Text with spaces
+# has no such words.
+LONGEST_WORD = 256
+# Of a text; when the tokenizer knows less of it than the rest, there is a warning.
+UNKNOWN_SHARE = 0.1
+UNKNOWN_SAMPLE = 100_000  # characters of the beginning that are looked at for unknown ones
 TEXTS_AT_A_TIME = 64  # texts in each list that the trainer of `tokenizers` gets
 SMALLEST_VOCABULARY = 257  # 256 bytes and end-of-text
 
 
-def load_tokenizer(json_text: str) -> tuple[Tokenizer, int]:
+def load_tokenizer(json_text: str, end_of_text: str = "") -> tuple[Tokenizer, int]:
     """The tokenizer with this tokenizer.json, and the id of its end-of-text token.
 
+    `end_of_text` names this token; empty: it is the first one of END_OF_TEXT that is there.
     Raises ExperimentError when it is no tokenizer or has no such token.
     """
     try:
-        tokenizer = Tokenizer.from_str(json_text)
+        with panic_as_error():
+            tokenizer = Tokenizer.from_str(json_text)
     except Exception as error:  # tokenizers raises plain Exception
         raise ExperimentError(
             f"not a tokenizer.json: {error}; give one saved by the tokenizers library"
@@ -53,12 +65,20 @@ def load_tokenizer(json_text: str) -> tuple[Tokenizer, int]:
     tokenizer.no_padding()
     # "<|endoftext|>" written in a document is ordinary text, not the token.
     tokenizer.encode_special_tokens = True
+    if end_of_text:
+        token_id = tokenizer.token_to_id(end_of_text)
+        if token_id is None:
+            raise ExperimentError(
+                f"the tokenizer has no token {end_of_text!r}; give --end_of_text one that it has"
+            )
+        return tokenizer, token_id
     for token in END_OF_TEXT:
         token_id = tokenizer.token_to_id(token)
         if token_id is not None:
             return tokenizer, token_id
     raise ExperimentError(
-        f"the tokenizer has no end-of-text token; add one of {' '.join(END_OF_TEXT)} to it"
+        f"the tokenizer has no end-of-text token of the names {' '.join(END_OF_TEXT)}; name its "
+        "own with --end_of_text, or add one of these to it"
     )
 
 
@@ -87,10 +107,15 @@ def sha256(text: str) -> str:
 def trained_size(config: Config) -> int | None:
     """The size of the tokenizer to train, if config.tokenizer is train or train:VOCAB, else None.
 
-    Raises ConfigError for a VOCAB that cannot be trained.
+    Raises ConfigError for a VOCAB or an end-of-text token that cannot be trained.
     """
     if not re.match(r"train(:|$)", config.tokenizer):
         return None
+    if config.end_of_text not in ("", END_OF_TEXT[0]):
+        raise ConfigError(
+            f"end_of_text={config.end_of_text}: a tokenizer that is trained has {END_OF_TEXT[0]}; "
+            "leave --end_of_text out, or give a tokenizer with --tokenizer"
+        )
     written = config.tokenizer.removeprefix("train").removeprefix(":").replace("_", "")
     if not written:
         return _checked_size(str(config.vocab_size), config)
@@ -108,14 +133,19 @@ def _checked_size(written: str, config: Config) -> int:
     return int(written)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, rules: int = DATA_RULES) -> str:
     """Trains a byte-level BPE with GPT-2's pre-tokenization; returns its tokenizer.json.
 
     It has at most vocab_size tokens, <|endoftext|> among them. Every text survives encoding and
-    decoding unchanged.
+    decoding unchanged. `rules` is the version of the rules of data: from 2 on, words longer than
+    LONGEST_WORD are cut for the training.
     """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = words
+    if rules > 1:
+        short_words = pre_tokenizers.FixedLength(length=LONGEST_WORD)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, short_words])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -124,7 +154,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(_lists_of(texts), trainer)
+    with panic_as_error():
+        tokenizer.train_from_iterator(_lists_of(texts), trainer)
+    # Encoding a long word is fast: it needs no cut.
+    tokenizer.pre_tokenizer = words
     return tokenizer.to_str()
 
 
@@ -145,7 +178,7 @@ def read_tokenizer(config: Config) -> str:
     """
     try:
         text = _read_tokenizer(config.tokenizer)
-        tokenizer, _ = load_tokenizer(text)
+        tokenizer, _ = load_tokenizer(text, config.end_of_text)
     except (OSError, UnicodeDecodeError, ExperimentError) as error:
         raise ExperimentError(
             f"cannot use the tokenizer {config.tokenizer}: {error}. "
@@ -202,6 +235,52 @@ def _download_tokenizer(name: str) -> str:
         raise ExperimentError(first_line(error)) from error
 
 
+# --- panics
+
+
+@contextlib.contextmanager
+def panic_as_error() -> Iterator[None]:
+    """Turns a panic of a Rust library into ExperimentError.
+
+    A tokenizer panics when its regular expression needs too many steps, for example. A panic
+    derives from BaseException, so that `except Exception` would let it through.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ExperimentError(first_line(error)) from None
+
+
+@contextlib.contextmanager
+def _without_rusts_report() -> Iterator[None]:
+    """Holds back what is written to stderr, and drops it when the block raises ExperimentError.
+
+    When a Rust library panics, each of its threads writes a report of several lines, which Python
+    cannot switch off.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is no stderr
+        yield
+        return
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        dropped = False
+        try:
+            yield
+        except ExperimentError:
+            dropped = True
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held_back.seek(0)
+            if not dropped:
+                sys.stderr.write(held_back.read().decode(errors="replace"))
+
+
 # --- texts to ids
 
 
@@ -211,12 +290,16 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     Raises ExperimentError when the tokenizer has no token for some part of the text.
     """
     try:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        with _without_rusts_report(), panic_as_error():
+            return tokenizer.encode(text, add_special_tokens=False).ids
     except Exception as error:  # tokenizers raises plain Exception
-        raise ExperimentError(
-            f"the tokenizer cannot encode this text: {error}. "
-            "It has no token for what it does not know"
-        ) from error
+        raise cannot_encode(error) from error
+
+
+def cannot_encode(error: Exception) -> ExperimentError:
+    return ExperimentError(
+        f"the tokenizer cannot encode this text: {error}. Choose another text or tokenizer"
+    )
 
 
 Encode = Callable[[list[str]], list[np.ndarray]]  # texts to the ids of each, uint32 arrays
@@ -239,7 +322,7 @@ def encoder(tokenizer: Tokenizer) -> Encode:
     some_are_equal = len(set(tokens)) < len(tokens)
     if some_are_equal or not _each_encodes_to_itself(tokenizer, tokens):
         return TokenizersEncoder(tokenizer)
-    return TiktokenEncoder(tokens, facts["model"]["vocab"])
+    return TiktokenEncoder(tokenizer, tokens, facts["model"]["vocab"])
 
 
 class TokenizersEncoder:
@@ -250,7 +333,8 @@ class TokenizersEncoder:
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         # encode_batch would compute the offsets of the tokens in the text too.
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with _without_rusts_report(), panic_as_error():
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
 
@@ -271,7 +355,7 @@ class TiktokenEncoder:
     last merge, which is that of these two neighbours, is in the list.
     """
 
-    def __init__(self, tokens: list[str], vocab: dict[str, int]):
+    def __init__(self, tokenizer: Tokenizer, tokens: list[str], vocab: dict[str, int]):
         import tiktoken  # slow to import
 
         byte_of = {letter: byte for byte, letter in enumerate(BYTE_LETTERS)}
@@ -282,13 +366,175 @@ class TiktokenEncoder:
         self.encoding = tiktoken.Encoding(
             name="", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens={}
         )
+        self.slower = TokenizersEncoder(tokenizer)
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        encoded = []
-        for text in texts:
-            ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
-            encoded.append(self.ids[ranks])
-        return encoded
+        return [self._ids(text) for text in texts]
+
+    def _ids(self, text: str) -> np.ndarray:
+        try:
+            with panic_as_error():
+                ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
+        except (ValueError, ExperimentError):
+            # The stack of its regular expressions is too small for a million spaces in a row.
+            return self.slower([text])[0]
+        return self.ids[ranks]
+
+
+class ChunkEncoder:
+    """Encodes chunks of documents, so that a document's tokens decode to its text.
+
+    Tokenizers in the way of SentencePiece put a space before a text and strip spaces at its ends.
+    Inside a document they would do the same to each chunk, and the document would gain or lose
+    characters. Such a chunk is encoded by a copy of the tokenizer that does neither.
+
+    Version 1 of the rules of data encodes each chunk as if it were a document.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, rules: int):
+        self.rules = rules
+        self.tokenizer = tokenizer
+        self.whole = encoder(tokenizer)
+        facts = json.loads(tokenizer.to_str())
+        self.drops_spaces = _drops_spaces(facts["pre_tokenizer"])
+        # The encoder of a text that begins its document or not, and ends it or not.
+        self.encoders: dict[tuple[bool, bool], Encode] = {}
+        for begins, ends in itertools.product((True, False), repeat=2):
+            self.encoders[begins, ends] = self._encoder_of(facts, begins, ends)
+
+    def _encoder_of(self, facts: dict[str, Any], begins: bool, ends: bool) -> Encode:
+        inside = dict(facts)
+        inside["normalizer"] = _normalizer_inside(facts["normalizer"], begins, ends)
+        inside["pre_tokenizer"] = _words_inside(facts["pre_tokenizer"], begins)
+        if inside == facts:
+            return self.whole
+        tokenizer = Tokenizer.from_str(json.dumps(inside))
+        tokenizer.encode_special_tokens = True
+        return encoder(tokenizer)
+
+    def __call__(self, texts: list[str], before: list[str], ends: list[bool]) -> list[np.ndarray]:
+        """The ids of each chunk.
+
+        `before` has the last character of the chunk before it in its document, and is empty for the
+        first chunk; `ends` says whether the document ends with the chunk.
+        """
+        if self.rules == 1:
+            return self.whole(texts)
+        # Which parts of which texts each encoder gets: nearly always a text is one part.
+        parts: dict[tuple[bool, bool], list[tuple[int, str]]] = {}
+        for number, (text, previous, is_last) in enumerate(zip(texts, before, ends)):
+            for part, begins in self._parts(text, previous):
+                parts.setdefault((begins, is_last), []).append((number, part))
+        ids_of: list[list[np.ndarray]] = [[] for _ in texts]
+        for kind, numbered in parts.items():
+            encoded = self.encoders[kind]([part for _, part in numbered])
+            for (number, _), ids in zip(numbered, encoded):
+                ids_of[number].append(ids)
+        return [np.concatenate(ids) for ids in ids_of]
+
+    def ids(self, text: str, before: str, ends: bool) -> list[int]:
+        """The ids of one chunk. Raises ExperimentError when the tokenizer cannot encode it."""
+        try:
+            [ids] = self([text], [before], [ends])
+        except Exception as error:  # tokenizers raises plain Exception
+            raise cannot_encode(error) from error
+        return ids.tolist()
+
+    def _parts(self, text: str, previous: str) -> list[tuple[str, bool]]:
+        """The parts of a chunk, and whether each is encoded as if a document began with it."""
+        if not self.drops_spaces:
+            return [(text, previous == "")]
+        # The tokenizer drops spaces and marks the beginnings of words instead. A chunk that begins
+        # inside a word has no mark there.
+        begins_inside_a_word = previous != "" and not previous.isspace()
+        if not begins_inside_a_word:
+            return [(text, True)]
+        space = re.search(r"\s", text)
+        if space is None:
+            return [(text, False)]
+        return [(text[: space.start()], False), (text[space.start() :], True)]
+
+
+def _normalizer_inside(normalizer: dict | None, begins: bool, ends: bool) -> dict | None:
+    """A normalizer of tokenizer.json, without what it does only at the ends of a document."""
+    if normalizer is None:
+        return None
+    if normalizer["type"] == "Sequence":
+        kept = []
+        for step in normalizer["normalizers"]:
+            step = _normalizer_inside(step, begins, ends)
+            if step is not None:
+                kept.append(step)
+        return normalizer | dict(normalizers=kept)
+    if normalizer["type"] == "Prepend" and not begins:
+        return None
+    if normalizer["type"] == "Strip":
+        left = normalizer["strip_left"] and begins
+        right = normalizer["strip_right"] and ends
+        return normalizer | dict(strip_left=left, strip_right=right)
+    return normalizer
+
+
+def _words_inside(words: dict | None, begins: bool) -> dict | None:
+    """A pre-tokenizer of tokenizer.json, without the space that it puts before a document."""
+    if words is None or begins:
+        return words
+    if words["type"] == "Sequence":
+        steps = [_words_inside(step, begins) for step in words["pretokenizers"]]
+        return words | dict(pretokenizers=steps)
+    if words["type"] == "Metaspace":
+        return words | dict(prepend_scheme="never")
+    if words["type"] == "ByteLevel":
+        return words | dict(add_prefix_space=False)
+    return words
+
+
+def _drops_spaces(words: dict | None) -> bool:
+    """Whether a pre-tokenizer of tokenizer.json cuts at spaces, drops them, and marks each word."""
+    if words is None or words["type"] != "Sequence":
+        return False
+    kinds = [step["type"] for step in words["pretokenizers"]]
+    marks = "Metaspace" in kinds or "ByteLevel" in kinds
+    return marks and kinds[0] in ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+
+
+# --- what a tokenizer does not know
+
+
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """The id of the token for what the tokenizer does not know; None if it has none."""
+    model = json.loads(tokenizer.to_str())["model"]
+    if model.get("unk_id") is not None:  # of a Unigram model
+        return model["unk_id"]
+    if model.get("unk_token") is None:
+        return None
+    return tokenizer.token_to_id(model["unk_token"])
+
+
+def unknown_share(tokenizer: Tokenizer, texts: list[str]) -> float:
+    """The share of characters, spaces apart, that become the unknown token or no token at all.
+
+    Looks at the first UNKNOWN_SAMPLE characters. Raises ExperimentError when the tokenizer fails.
+    """
+    unknown = unknown_token(tokenizer)
+    wanted = UNKNOWN_SAMPLE
+    characters = 0
+    known_characters = 0
+    for text in texts:
+        text = text[:wanted]
+        wanted -= len(text)
+        known = np.zeros(len(text), bool)
+        with _without_rusts_report(), panic_as_error():
+            encoding = tokenizer.encode(text, add_special_tokens=False)
+        for token, (first, last) in zip(encoding.ids, encoding.offsets):
+            if token != unknown:
+                known[first:last] = True
+        is_space = np.array([character.isspace() for character in text], bool)
+        characters += int((~is_space).sum())
+        known_characters += int((known & ~is_space).sum())
+        if not wanted:
+            break
+    return 1 - known_characters / max(1, characters)
 
 
 def _cuts_words_as_gpt2(facts: dict[str, Any]) -> bool:

@@ -241,11 +241,11 @@ def _path_and_domain(chunk: Located) -> tuple[str | None, str]:
     return chunk.path, chunk.domain
 
 
-def _start_worker(tokenizer_json: str) -> None:
+def _start_worker(tokenizer_json: str, end_of_text_name: str) -> None:
     """Keeps the tokenizer in the worker process, so that it is read once and not for each file."""
     global tokenizer, end_of_text
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has a core
-    tokenizer, end_of_text = load_tokenizer(tokenizer_json)
+    tokenizer, end_of_text = load_tokenizer(tokenizer_json, end_of_text_name)
 
 
 def _label_file(job: FileJob) -> FileTokens:
@@ -280,7 +280,9 @@ def label(config: Config, corpus: data.Corpus) -> Labels:
     remedy = "Train it again on this text"
     held = held_out(source, config, corpus.data_hash, remedy, corpus.rules)
     context = multiprocessing.get_context("fork")
-    with context.Pool(cpu_cores(), _start_worker, (corpus.tokenizer_json,)) as pool:
+    with context.Pool(
+        cpu_cores(), _start_worker, (corpus.tokenizer_json, config.end_of_text)
+    ) as pool:
         files = list(pool.imap(_label_file, _file_jobs(source, config, held), chunksize=4))
     # An empty array first: concatenate needs at least one.
     tokens = np.concatenate([np.empty(0, int), *(file.tokens for file in files)])

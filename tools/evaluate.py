@@ -34,7 +34,7 @@ from tqdm import tqdm
 from cli import exit_code, new_parser
 from config import DATA_RULES, Config, ConfigError, ExperimentError, resumed_config
 from corpus import shards, sources
-from corpus.tokenizer import encode, load_tokenizer
+from corpus.tokenizer import ChunkEncoder, load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
 from record.checkpoint import data_rules, open_model
@@ -152,7 +152,7 @@ def held_out(
 def evaluate(
     model: MoETransformer,
     chunks: Iterable[DomainChunk],
-    tokenizer,
+    encode: ChunkEncoder,
     end_of_text: int,
     limit: int,
 ) -> dict[str, Sums]:
@@ -177,10 +177,13 @@ def evaluate(
         sums[domain] += measure(model, ids, window, end_of_text)
 
     with tqdm(desc="evaluating", unit="token", unit_scale=True, leave=False, disable=None) as bar:
+        before = ""  # the last character of the chunk before, if this one continues its document
         for domain, text, last in chunks:
+            previous = before
+            before = "" if last else text[-1:]
             if limit and taken[domain] >= limit:
                 continue
-            ids = encode(tokenizer, text)
+            ids = encode.ids(text, previous, last)
             if last:
                 ids = [*ids, end_of_text]
             taken[domain] += len(ids)
@@ -318,9 +321,10 @@ def main(argv: list[str]) -> None:
         chunks = held_out_texts(config, state["data"]["data_hash"], data_rules(state))
     else:
         chunks = texts(sources.open_source(config))
-    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
+    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"], config.end_of_text)
+    encode = ChunkEncoder(tokenizer, data_rules(state))
     with attention_backends(model.norm.weight.device):
-        domains = evaluate(model, chunks, tokenizer, end_of_text, args.limit)
+        domains = evaluate(model, chunks, encode, end_of_text, args.limit)
     total = total_of(domains.values())
     if not total.bytes:
         raise ExperimentError(f"there is no text in {config.data}. Give --data a corpus with text")

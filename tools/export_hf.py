@@ -181,7 +181,7 @@ def check_free_space(folder: Path, out: Path, needed: int) -> None:
 
 def write_descriptions(folder: Path, state: dict, config: Config, dtype: str) -> None:
     """Writes the JSON files beside the weights: the model's shape, how to sample, the tokenizer."""
-    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"])
+    tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"], config.end_of_text)
     token = tokenizer.id_to_token(end_of_text)
     # transformers wants a token for padding. Our tokenizers have none, and any token does. Padding
     # after a text changes nothing, as attention is causal. Padding before a text is masked by the
@@ -200,11 +200,34 @@ def write_descriptions(folder: Path, state: dict, config: Config, dtype: str) ->
         pad_token=token,
         model_max_length=config.max_seq_len,
         clean_up_tokenization_spaces=False,
+        # In training, "<|endoftext|>" written in a document was ordinary text.
+        split_special_tokens=True,
     )
     write_json(folder / "config.json", to_hugging_face(config, end_of_text, dtype))
     write_json(folder / "generation_config.json", generation)
     write_json(folder / "tokenizer_config.json", tokenizer_config)
-    write(folder / "tokenizer.json", state["tokenizer_json"])
+    write(folder / "tokenizer.json", as_in_training(state["tokenizer_json"]))
+
+
+def as_in_training(tokenizer_json: str) -> str:
+    """The tokenizer.json of a tokenizer that gives a text the ids that training gave it.
+
+    Training adds no token to a text, cuts nothing off and does not pad. A post-processor adds
+    tokens, such as one at the beginning, so it is left out. A tokenizer that does none of it stays
+    as it is, byte for byte.
+    """
+    facts = json.loads(tokenizer_json)
+    additions = ("post_processor", "truncation", "padding")
+    if not any(facts.get(name) and not only_moves_offsets(facts[name]) for name in additions):
+        return tokenizer_json
+    for name in additions:
+        facts[name] = None
+    return json.dumps(facts, indent=2, ensure_ascii=False)
+
+
+def only_moves_offsets(part: dict) -> bool:
+    """Whether a post-processor changes where tokens lie in the text, and not the tokens."""
+    return part.get("type") == "ByteLevel"
 
 
 def write_json(path: Path, content: dict) -> None:

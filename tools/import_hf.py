@@ -276,7 +276,7 @@ def read_tokenizer(path: Path, config: Config) -> str:
     """
     try:
         text = path.read_bytes().decode()
-        tokenizer, _ = load_tokenizer(text)
+        tokenizer, _ = load_tokenizer(text, config.end_of_text)
     except (OSError, UnicodeDecodeError, ExperimentError) as error:
         raise ExperimentError(
             f"cannot use the tokenizer {path}: {error}. Name the model's tokenizer.json with "

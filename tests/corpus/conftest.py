@@ -22,9 +22,11 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def encoded(monkeypatch):
     """Every text that is tokenized from now on, in this process."""
-    texts, make = [], shards.encoder
+    texts, make = [], shards.ChunkEncoder
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: [])  # no workers
     monkeypatch.setattr(
-        shards, "encoder", lambda t: lambda some: texts.extend(some) or make(t)(some)
+        shards,
+        "ChunkEncoder",
+        lambda *t: lambda some, *ends: texts.extend(some) or make(*t)(some, *ends),
     )
     return texts

@@ -179,7 +179,7 @@ def test_tokenizer_is_trained_on_an_even_sample_of_training_documents(
     monkeypatch.setattr(
         shards,
         "train_tokenizer",
-        lambda texts, size: train(seen.append(list(texts)) or seen[0], size),
+        lambda texts, *options: train(seen.append(list(texts)) or seen[0], *options),
     )
     monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", corpus.characters // 4)
     data.prepare(config_for(tmp_path))  # the sample's size is part of the cache key
@@ -333,18 +333,18 @@ def test_worker_processes_give_the_same_shards(tmp_path, folder, small_shards, m
 
 
 def test_as_many_processes_as_cores_tokenize(tmp_path, folder, small_shards, monkeypatch):
-    pids, make = tmp_path / "pids", shards.encoder
+    pids, make = tmp_path / "pids", shards.ChunkEncoder
 
-    def writing(some_tokenizer):
-        def encode(texts):
+    def writing(some_tokenizer, rules):
+        def encode(*texts):
             with open(pids, "a") as file:
                 file.write(f"{os.getpid()} {os.environ['TOKENIZERS_PARALLELISM']}\n")
             time.sleep(0.02)
-            return make(some_tokenizer)(texts)
+            return make(some_tokenizer, rules)(*texts)
 
         return encode
 
-    monkeypatch.setattr(shards, "encoder", writing)
+    monkeypatch.setattr(shards, "ChunkEncoder", writing)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
     data.prepare(config_for(tmp_path))
     lines = set(pids.read_text().splitlines())
@@ -358,12 +358,16 @@ def test_as_many_processes_as_cores_tokenize(tmp_path, folder, small_shards, mon
 def test_a_process_that_dies_is_one_clear_error_and_finished_shards_are_kept(
     tmp_path, folder, small_shards, monkeypatch
 ):
-    make = shards.encoder
+    make = shards.ChunkEncoder
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
     monkeypatch.setattr(
         shards,
-        "encoder",
-        lambda t: lambda texts: os._exit(9) if "doc30x" in "".join(texts) else make(t)(texts),
+        "ChunkEncoder",
+        lambda *t: (
+            lambda texts, *ends: (
+                os._exit(9) if "doc30x" in "".join(texts) else make(*t)(texts, *ends)
+            )
+        ),
     )
     with pytest.raises(
         ExperimentError, match="tokenizing process ended.*lack of memory.*Run again"

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import data
 from config import ConfigError, ExperimentError
+from corpus import shards
 from corpus.tokenizer import (
+    LONGEST_WORD,
+    ChunkEncoder,
     TiktokenEncoder,
+    encode,
     encoder,
     load_tokenizer,
     train_tokenizer,
@@ -287,3 +291,146 @@ def test_bad_tokenizers(tmp_path, folder):
         tmp_path / "gap.json", {"a": 0, "b": 5000}, ["</s>"]
     )  # few tokens, large ids
     fails(config_for(tmp_path, tokenizer=path), "gap.json", "5001", "300")
+
+
+def test_the_end_of_text_can_be_named(tmp_path, folder):
+    path = save_tokenizer(tmp_path / "t.json", {"a": 0}, ["<end>", "</s>"])
+    by_name = data.prepare(config_for(tmp_path, tokenizer=path))
+    given_name = data.prepare(config_for(tmp_path, tokenizer=path, end_of_text="<end>"))
+    tokenizer = by_name.tokenizer
+    assert by_name.end_of_text == tokenizer.token_to_id("</s>")
+    assert given_name.end_of_text == tokenizer.token_to_id("<end>")
+    assert given_name.train[len(story(0).split())] in (0, given_name.end_of_text)
+    assert by_name.end_of_text not in given_name.train
+    # From the cache too, in which both are.
+    assert data.prepare(config_for(tmp_path, tokenizer=path)).end_of_text == by_name.end_of_text
+    fails(config_for(tmp_path, tokenizer=path, end_of_text="<no>"), "<no>", "--end_of_text")
+    with pytest.raises(ConfigError, match="end_of_text=<no>"):
+        data.prepare(config_for(tmp_path, end_of_text="<no>"))
+
+
+# --- long words
+
+
+def test_only_long_words_are_cut_for_the_training_of_version_2(trained):
+    assert train_tokenizer(STORIES, 300, 2) == trained
+    letters = np.random.default_rng(0).choice(list("ACGT"), 4 * LONGEST_WORD)
+    # Twice the same long word, once two letters later: tokens of its whole length would be found.
+    word = "".join(letters)
+    texts = [word, word] * 5
+    of_version = {}
+    for rules in (1, 2):
+        tokenizer, _ = load_tokenizer(train_tokenizer(texts, 5000, rules))
+        of_version[rules] = tokenizer
+        assert tokenizer.decode(encode(tokenizer, word)) == word
+    assert max(map(len, of_version[1].get_vocab())) == len(word)
+    assert max(map(len, of_version[2].get_vocab())) == LONGEST_WORD
+
+
+@pytest.mark.parametrize("text", [" " * 10**6, "\n" * 10**6 + "x", "x" * 10**6], ids=range(3))
+def test_a_million_equal_characters(trained, text):
+    tokenizer, _ = load_tokenizer(trained)
+    [ids] = encoder(tokenizer)([text])
+    assert tokenizer.decode(ids.tolist()) == text
+
+
+# --- a tokenizer that fails, or knows nothing
+
+
+def backtracking(path: Path) -> str:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$|(a|a?)+$"), "isolated")
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tokenizer_that_panics_is_one_line(tmp_path, capfd, monkeypatch, workers):
+    (tmp_path / "text.txt").write_text("a" * 60 + "b " + "words " * 50)
+    monkeypatch.setattr(shards, "_worker_count", lambda _: workers)
+    path = backtracking(tmp_path / "t.json")
+    config = config_for(tmp_path, data=str(tmp_path / "text.txt"), tokenizer=path)
+    fails(config, "cannot encode this corpus", "retry-limit", "--tokenizer")
+    assert "panicked" not in capfd.readouterr().err
+    tokenizer, _ = load_tokenizer(Path(path).read_text())
+    with pytest.raises(ExperimentError, match="cannot encode this text"):
+        encode(tokenizer, "a" * 60 + "b")
+    assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_a_tokenizer_that_does_not_know_the_text(tmp_path, folder, capfd, unknown):
+    """Without a token for what it does not know, a BPE drops it."""
+    letters = {letter: number for number, letter in enumerate("etaoin shrdlu\n")}
+    warned = {}
+    for some in (letters, letters | {chr(c): 100 + c for c in range(33, 127)}):
+        tokenizer = Tokenizer(models.BPE(vocab=some | {"<unk>": 99}, merges=[], unk_token=unknown))
+        tokenizer.add_special_tokens(["</s>"])
+        tokenizer.save(str(tmp_path / "t.json"))
+        data.prepare(config_for(tmp_path, tokenizer=str(tmp_path / "t.json")))
+        warned[len(some)] = [
+            line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")
+        ]
+    few, all_letters = warned.values()
+    assert len(few) == 1 and "t.json does not know" in few[0] and all_letters == []
+
+
+# --- chunks of a document
+
+
+def unigram(pre_tokenizer=None, normalizer=None) -> Tokenizer:
+    letters = [(chr(c), -5.0) for c in range(32, 127)] + [("\u2581", -4.0), ("\u2581be", -3.0)]
+    fallback = [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *letters, *fallback], 0, True))
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def metaspace(scheme):
+    return pre_tokenizers.Metaspace(prepend_scheme=scheme)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        unigram(metaspace("always")),
+        unigram(metaspace("first")),
+        unigram(metaspace("never")),
+        unigram(
+            normalizer=normalizers.Sequence(
+                [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+            )
+        ),
+        unigram(metaspace("always"), normalizers.Strip()),
+        unigram(metaspace("always"), normalizers.Sequence([normalizers.NFKC()])),
+        unigram(pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace("always")])),
+        bpe([("a", "b")], pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        bpe([("a", "b")]),
+    ],
+    ids=range(9),
+)
+def test_a_cut_inside_a_document_adds_and_drops_nothing(tokenizer):
+    text = "To be  or not\nto be, é漢: \n\n  that is\n the question."
+    tokenizer.decoder = tokenizer.decoder or decoders.ByteLevel()
+    encode_chunks = ChunkEncoder(tokenizer, rules=2)
+    whole = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
+    for cut in range(1, len(text)):
+        texts = [text[:cut], text[cut:]]
+        ids = encode_chunks(texts, before=["", text[cut - 1]], ends=[False, True])
+        assert tokenizer.decode(np.concatenate(ids).tolist()) == whole, cut
+    # Version 1 encodes each chunk as a document.
+    first, _ = ChunkEncoder(tokenizer, rules=1)(texts, before=["", "n"], ends=[False, True])
+    assert first.tolist() == tokenizer.encode(texts[0], add_special_tokens=False).ids
