@@ -219,7 +219,7 @@ class Config:
     """train or train:VOCAB (a byte-level BPE, trained on the corpus once), a tokenizer.json or its
     folder, or hf:NAME."""
     end_of_text: str = ""
-    """The tokenizer's token that ends a document, such as <eos>; empty: the one of the usual names
+    """The tokenizer's token that ends a document, such as [EOS]; empty: the one of the usual names
     that it has."""
     validation_fraction: float = 0.01
     """Share of the corpus's characters, in whole documents, that is held out."""

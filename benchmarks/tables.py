@@ -181,6 +181,8 @@ def options() -> str:
 def _option_value(value) -> str:
     if value is None:  # Config derives the value from other fields
         return "derived"
+    if value == "":
+        return '""'
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)

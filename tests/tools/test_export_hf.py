@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen3MoeForCausalLM
 
 from cli import exit_code
 from config import PRESETS, Config, ParameterSpec, parameter_table
-from corpus.tokenizer import load_tokenizer
+from corpus.tokenizer import encode, load_tokenizer
 from engine.precision import decode_master
 from model import COMPUTE_DTYPE
 from record import checkpoint
-from tests.helpers import TEXT, tiny_config, write_checkpoint
+from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
 from tools import export_hf, qwen3_moe
 
 
@@ -205,6 +206,35 @@ def test_the_tokenizer_and_the_end_of_text_go_along(export):
         theirs.eos_token_id == GenerationConfig.from_pretrained(folder).eos_token_id == end_of_text
     )
     assert theirs.model_max_length == 16
+
+
+@pytest.mark.parametrize("kind", ["adds a begin token", "pads and cuts", "like SentencePiece"])
+def test_the_exported_tokenizer_gives_the_ids_of_training(export, kind):
+    given = Tokenizer.from_str(tokenizer_json())
+    given.add_special_tokens(["<s>", "<end>"])
+    if kind == "like SentencePiece":
+        letters = [(letter, -1.0) for letter in sorted(set(TEXT) | {"\u2581"})]
+        given = Tokenizer(models.Unigram([("<unk>", 0.0), *letters], 0, False))
+        given.normalizer = normalizers.NFKC()
+        given.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        given.decoder = decoders.Metaspace()
+        given.add_special_tokens(["<s>", "</s>", "<end>"])
+    begin = ("<s>", given.token_to_id("<s>"))
+    template = processors.TemplateProcessing("<s> $A", special_tokens=[begin])
+    given.post_processor = processors.Sequence([processors.ByteLevel(), template])
+    if kind == "pads and cuts":
+        given.enable_truncation(3)
+        given.enable_padding(length=100)
+    # A word of TEXT, no special token: so it was in training.
+    text = TEXT[:300] + "  \n x <end> <s>"
+    config = tiny_config(end_of_text="<end>", vocab_size=300)
+    code, folder, _, err = export(config, tokenizer_json=given.to_str())
+    assert code == 0, err
+    ours, end_of_text = load_tokenizer(given.to_str(), "<end>")
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert theirs(text)["input_ids"] == encode(ours, text)
+    assert end_of_text == given.token_to_id("<end>") == theirs.eos_token_id
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == end_of_text
 
 
 def test_weights_are_cut_into_files_of_the_size_asked_for(export, tmp_path, monkeypatch):
