@@ -248,6 +248,30 @@ def _loader_table(result: dict) -> str:
     return table(header, rows)
 
 
+def held_out() -> str:
+    """How much of the held-out text of the built-in corpora is in the training text too."""
+    result = load_result("held_out", "cpu")
+    header = [
+        "`--data`",
+        "held out",
+        "in documents that are trained on in part",
+        "in lines that are trained on",
+        "reading the text",
+    ]
+    rows = []
+    for name, found in result["details"].items():
+        rows.append(
+            [
+                name,
+                f"{found['held_out_share']:.2%}",
+                f"{found['split_documents_share']:.1%}",
+                f"{found['repeated_lines_share']:.1%}",
+                f"{found['reading_seconds']:.1f} s",
+            ]
+        )
+    return table(header, rows)
+
+
 def sampling() -> str:
     header = [
         "sampling on",
@@ -533,6 +557,7 @@ def blocks() -> dict[str, Callable[[], str]]:
         memory_with_full=memory_with_full,
         memory_with_auto=memory_with_auto,
         data_speed=data_speed,
+        held_out=held_out,
         sampling=sampling,
         lm_eval=lm_eval,
         gpu_figures=gpu_figures,

@@ -1,10 +1,12 @@
 """From text to token arrays.
 
-sources.py says where text comes from and formats.py how a file is read; tokenizer.py, shards.py and
+sources.py says where text comes from and formats.py how a file is read; near_duplicates.py finds
+copies in the built-in corpora; split.py decides what is held out; tokenizer.py, shards.py and
 cache.py make and keep the tokens; external.py imports token shards of other programs. Both kinds of
 shards are read by token_files.py; workers.py ends worker processes with the process that made them.
 
 A new source is a class in sources.py, a new file format a function in formats.py. Old runs depend
-on the order of the chunks of text, on the split and on the format of the cache: change these only
-together with a new format version.
+on the order of the chunks of text, on the split and on the format of the cache. The rules have a
+version (config.DATA_RULES), and every old version stays: change what a new run does only together
+with a new version.
 """
