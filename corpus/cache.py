@@ -41,6 +41,7 @@ from corpus.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer, s
 # Between these multiples of validation_fraction, the held-out share is as wanted.
 SHARE_TOO_SMALL = 0.5
 SHARE_TOO_LARGE = 2
+MOST_HELD_OUT = 2 / 3  # of the text; beyond it, it is refused
 REPEATED_SHARE = 0.01  # of the held-out characters; beyond it there is a warning
 UNFINISHED_DAYS = 7  # after so many days what a killed build left is deleted
 
@@ -122,7 +123,7 @@ def _check_size(corpus: Corpus, config: Config) -> None:
 def _check_held_out(corpus: Corpus, config: Config) -> None:
     """Warns when the validation loss says little, each time that a corpus is opened.
 
-    Raises ExperimentError when most of the text would be held out.
+    Raises ExperimentError when far more text is held out than is trained on.
     """
     held_out = corpus.held_out_characters
     repeated = corpus.repeated_characters
@@ -130,7 +131,7 @@ def _check_held_out(corpus: Corpus, config: Config) -> None:
         return
     share = held_out / corpus.characters
     wanted = config.validation_fraction
-    if share > max(0.5, SHARE_TOO_LARGE * wanted):
+    if share > MOST_HELD_OUT and share > SHARE_TOO_LARGE * wanted:
         raise ExperimentError(_far_share_message(corpus, share, wanted))
     if not wanted * SHARE_TOO_SMALL <= share <= wanted * SHARE_TOO_LARGE:
         print(f"warning: {_far_share_message(corpus, share, wanted)}", file=sys.stderr)

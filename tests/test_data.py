@@ -31,7 +31,7 @@ from tests.corpus.stories import config_for, forked
 def test_every_window_once_an_epoch(windows, extra, seed, epoch):
     seq_len = 8
     tokens = np.arange(windows * seq_len + extra, dtype=np.uint16)
-    rows = data.sequences(tokens, seq_len, seed, epoch * windows, windows)
+    rows = data.sequences(tokens, seq_len, seed, epoch * windows, windows, rules=1)
     assert rows.dtype == np.int64 and rows.shape == (windows, seq_len + 1)
     assert sorted(rows[:, 0].tolist()) == [i * seq_len for i in range(windows)]
     assert (np.diff(rows) == 1).all()  # S inputs and the target of the last
@@ -53,9 +53,9 @@ def test_every_window_once_an_epoch_for_any_seed_and_world_size(
     begin, end, read = epoch * windows, (epoch + 1) * windows, []
     for rank in range(world):
         for position in range(begin + rank * batch_size, end, world * batch_size):
-            read += data.sequences(tokens, 8, seed, position, min(batch_size, end - position))[
-                :, 0
-            ].tolist()
+            read += data.sequences(
+                tokens, 8, seed, position, min(batch_size, end - position), rules=1
+            )[:, 0].tolist()
     assert sorted(read) == list(range(0, windows * 8, 8))
 
 
@@ -73,7 +73,14 @@ def test_epochs_and_seeds_differ():
 def test_order_is_pinned():
     """A checkpoint stores only the position, so this order must never change."""
     tokens = np.arange(81, dtype=np.uint16)
-    assert (data.sequences(tokens, 8, 1234, 8, 6)[:, 0] // 8).tolist() == [1, 3, 1, 4, 0, 5]
+    assert (data.sequences(tokens, 8, 1234, 8, 6, rules=1)[:, 0] // 8).tolist() == [
+        1,
+        3,
+        1,
+        4,
+        0,
+        5,
+    ]
 
 
 @given(

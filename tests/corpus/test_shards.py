@@ -133,7 +133,7 @@ def test_pieces_of_a_long_file_are_joined_on_their_side(tmp_path, monkeypatch):
     text = "".join(story(i) for i in range(40))
     (tmp_path / "one.txt").write_text(text)
     config = config_for(tmp_path, data=str(tmp_path / "one.txt"))
-    corpus = data.prepare(config)
+    corpus = data.prepare(config, rules=1)
     pieces = [t for t, _ in sources.open_source(config).chunks()]
     assert len(pieces) == corpus.documents > 10
     runs = [text_of(corpus, t).split("<|endoftext|>") for t in (corpus.train, corpus.validation)]

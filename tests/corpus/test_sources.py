@@ -374,10 +374,10 @@ def test_a_data_set_becomes_the_corpus_that_its_files_are(tmp_path, hub, monkeyp
 
 def test_of_a_long_data_set_the_beginning_decides_split_and_tokenizer(tmp_path, hub, monkeypatch):
     whole = data.prepare(
-        config_for(tmp_path, data=f"hf:{hub}:big", cache_dir=str(tmp_path / "other"))
+        config_for(tmp_path, data=f"hf:{hub}:big", cache_dir=str(tmp_path / "other")), rules=1
     )
     monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
-    corpus = data.prepare(config_for(tmp_path, data=f"hf:{hub}:big"))
+    corpus = data.prepare(config_for(tmp_path, data=f"hf:{hub}:big"), rules=1)
     assert (
         corpus.data_hash == whole.data_hash
         and corpus.documents == 40

@@ -307,7 +307,7 @@ def test_a_checkpoint_of_a_run_still_refuses_other_text(tmp_path, text):
     state = write_checkpoint(tmp_path / "checkpoint.pt", tiny_config())
     config = tiny_config(data=str(text), cache_dir=str(tmp_path / "cache"), validation_fraction=0.2)
     with pytest.raises(ExperimentError, match="other text"):
-        Trainer(config, data.prepare(config), state, tmp_path / "checkpoint.pt")
+        Trainer(config, data.prepare(config, rules=1), state, tmp_path / "checkpoint.pt")
 
 
 def test_options_of_the_new_run(load, folder):
