@@ -534,7 +534,7 @@ def unknown_share(tokenizer: Tokenizer, texts: list[str]) -> float:
         known_characters += int((known & ~is_space).sum())
         if not wanted:
             break
-    return 1 - known_characters / max(1, characters)
+    return (characters - known_characters) / max(1, characters)
 
 
 def _cuts_words_as_gpt2(facts: dict[str, Any]) -> bool:

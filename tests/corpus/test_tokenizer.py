@@ -24,6 +24,7 @@ from corpus.tokenizer import (
     load_tokenizer,
     train_tokenizer,
     trained_size,
+    unknown_share,
 )
 from tests.corpus.stories import STORIES, config_for, fails, save_tokenizer, story
 from tests.corpus.test_sources import write_rows
@@ -332,6 +333,7 @@ def test_a_million_equal_characters(trained, text):
     tokenizer, _ = load_tokenizer(trained)
     [ids] = encoder(tokenizer)([text])
     assert tokenizer.decode(ids.tolist()) == text
+    assert unknown_share(tokenizer, [text]) == 0
 
 
 # --- a tokenizer that fails, or knows nothing
