@@ -2,22 +2,31 @@
 
 Lines and rows that hold no valid text are left out and counted in a RowCounter. Which files are
 read, and in which order, is decided in sources.py. A new file format is added here.
+
+Text files and JSON lines are read in bounded memory, however long their lines and documents are.
+Of a parquet file, Arrow holds the text field of one row group at a time.
 """
 
+import codecs
+import contextlib
 import functools
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from config import ExperimentError
+from corpus.json_lines import LONG_LINE, PART, LineParts, ScannedLine, scan_line, string_stream
 
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-PARQUET_SUFFIX = ".parquet"
-TEXT_SUFFIXES = (".txt", ".md", ".py", *JSON_SUFFIXES, PARQUET_SUFFIX)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+PLAIN_SUFFIXES = (".txt", ".md", ".py")
+JSON_LINES_SUFFIX = ".jsonl"
+JSON_SUFFIX = ".json"  # such a file may have JSON lines, and may be anything else in JSON
+PARQUET_SUFFIX = ".parquet"
+READ_SUFFIXES = (*PLAIN_SUFFIXES, JSON_LINES_SUFFIX, JSON_SUFFIX, PARQUET_SUFFIX)
+OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".br", ".zip")  # not read
 NAMED_PROBLEMS = 3  # how many of the lines and rows that are left out a message describes
 
 Chunk = tuple[str, bool]  # text, and whether its document ends with it
@@ -42,6 +51,31 @@ class RowCounter:
         if len(self.problems) < NAMED_PROBLEMS and not named:
             self.problems.append(f"{place}: {describe()}")
         self.bad += count
+
+
+def format_of(path: str) -> str | None:
+    """The format that a file has by its name, one of READ_SUFFIXES. None: it cannot be read."""
+    name = path.lower()
+    if is_compressed(name):
+        name = name.rpartition(".")[0]
+        if name.endswith(PARQUET_SUFFIX):  # it is compressed inside
+            return None
+    for suffix in READ_SUFFIXES:
+        if name.endswith(suffix):
+            return suffix
+    return None
+
+
+def suffix_of(path: str) -> str:
+    """The suffix of a file in lower case, of a compressed one with the suffix before: .jsonl.gz."""
+    name = Path(path.lower())
+    if name.suffix in (*COMPRESSIONS, *OTHER_COMPRESSIONS):
+        return Path(name.stem).suffix + name.suffix
+    return name.suffix
+
+
+def is_compressed(path: str) -> bool:
+    return path.lower().endswith(tuple(COMPRESSIONS))
 
 
 # --- chunks
@@ -78,31 +112,30 @@ def _mark_last(chunks: Iterable[str]) -> Iterator[Chunk]:
 def file_chunks(path: str, text_field: str, length: int, rows: RowCounter) -> Iterator[Chunk]:
     """Yields the documents of a file, those longer than `length` characters in several chunks.
 
-    A text file is one document. Each line of a .jsonl file and each row of a .parquet file has one
-    in its field `text_field`. Raises ExperimentError when the file cannot be read.
+    A text file is one document. Each line of a .jsonl or .json file and each row of a .parquet file
+    has one in its field `text_field`. Raises ExperimentError when the file cannot be read.
     """
-    name = path.lower()
+    kind = format_of(path)
     try:
-        if name.endswith(JSON_SUFFIXES):
+        if kind in (JSON_LINES_SUFFIX, JSON_SUFFIX):
             values = _json_values(path, text_field, rows)
             yield from value_chunks(values, text_field, length, rows)
-        elif name.endswith(PARQUET_SUFFIX):
+        elif kind == PARQUET_SUFFIX:
             values = _parquet_values(path, text_field, rows)
             yield from value_chunks(values, text_field, length, rows)
         else:
             with open_text(path) as file:
                 yield from _mark_last(_valid_lines(path, file, length, rows))
     except OSError as error:
-        # pyarrow raises OSError without a number when the compressed data are damaged.
-        if name.endswith(tuple(COMPRESSIONS)) and error.errno is None:
-            kind = Path(path).suffix
-            raise ExperimentError(
-                f"{path} is not a valid {kind} file ({error}). Make or download it again"
-            ) from error
         raise cannot_read(path, error) from error
 
 
 def cannot_read(path: str, error: OSError) -> ExperimentError:
+    # pyarrow raises OSError without a number when the compressed data are damaged.
+    if is_compressed(path) and error.errno is None:
+        return ExperimentError(
+            f"{path} is not a valid {Path(path).suffix} file ({error}). Make or download it again"
+        )
     return ExperimentError(
         f"cannot read {path}: {error.strerror}. Correct it or take it out of --data"
     )
@@ -134,12 +167,16 @@ def value_chunks(
     """Yields the documents that are values of a field, in chunks.
 
     `values` are (place, value): the place is that of the row, for messages. A value of null is no
-    document. A value that is not valid UTF-8 is left out and counted in `rows`.
+    document. A value that is not valid UTF-8 is left out and counted in `rows`. A long value may
+    be a stream of valid text, which is read before the next value is taken.
 
     Raises ExperimentError when a value is no text.
     """
     for place, value in values:
         if value is None:
+            continue
+        if isinstance(value, io.TextIOBase):
+            yield from cut(value, length)
             continue
         if not isinstance(value, str):
             raise ExperimentError(
@@ -162,39 +199,126 @@ def open_text(path: str) -> TextIO:
 
     Bytes that are not UTF-8 become lone surrogates, by which `_is_valid_utf8` detects them.
     """
-    compression = COMPRESSIONS.get(Path(path).suffix.lower())
-    raw: Any
-    if compression:
-        # pyarrow reads a file of no bytes as an empty text. It is damaged: even the archive of an
-        # empty text has a header.
-        if not Path(path).stat().st_size:
-            raise OSError("it has no bytes")
-        import pyarrow  # slow to import
+    return io.TextIOWrapper(
+        _open_bytes(path), encoding="utf-8-sig", errors="surrogateescape", newline=""
+    )
 
-        raw = io.BufferedReader(pyarrow.input_stream(path, compression=compression), 1 << 20)
-    else:
-        raw = open(path, "rb")  # noqa: SIM115 (the stream below closes it)
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+def _open_bytes(path: str) -> Any:
+    """Opens a file as a stream of bytes, which are decompressed if its suffix says so."""
+    compression = COMPRESSIONS.get(Path(path).suffix.lower())
+    if not compression:
+        return open(path, "rb")
+    # pyarrow reads a file of no bytes as an empty text. It is damaged: even the archive of an empty
+    # text has a header.
+    if not Path(path).stat().st_size:
+        raise OSError("it has no bytes")
+    import pyarrow  # slow to import
+
+    raw: Any = pyarrow.input_stream(path, compression=compression)
+    return io.BufferedReader(raw, 1 << 20)
 
 
 def _json_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[str, Any]]:
-    """Yields (place, value of the field) of every line that is not blank."""
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
+    """Yields (place, value of the field) of every line that is not blank.
+
+    The value of a line of LONG_LINE characters or more is a stream, if it is a string.
+    """
+    position = 0  # characters of the file before the line
+    number = 0
+    with open_text(path) as file, contextlib.closing(_SecondReading(path)) as second_reading:
+        while line := file.readline(LONG_LINE):
+            number += 1
             place = f"{path}:{number}"
-            rows.read += 1
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                rows.leave_out(place, functools.partial(_problem_of_json, line, error))
+            if len(line) < LONG_LINE or line.endswith("\n"):
+                yield from _value_of_line(place, line, text_field, rows)
+                position += len(line)
                 continue
-            if not isinstance(row, dict):
-                raise no_field(place, text_field, "the line is not an object")
-            if text_field not in row:
-                raise no_field(place, text_field, f"the fields are {', '.join(row)}")
-            yield place, row[text_field]
+            parts = LineParts(file, line)
+            found = _scan_long_line(place, parts, text_field, rows)
+            if found is not None:
+                value = found.value
+                if found.start is not None:
+                    value = second_reading.string_at(position + found.start)
+                yield place, value
+            position += parts.length
+
+
+class _SecondReading:
+    """Reads a file again, for the strings of its long lines.
+
+    It moves forward only, and is opened for the first long line. So a file with long lines is read
+    twice, also a compressed one.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.file: TextIO | None = None
+        self.line = LineParts(io.StringIO())
+        self.line_start = 0  # characters of the file before `line`
+
+    def string_at(self, position: int) -> TextIO:
+        """The string of JSON that begins `position` characters after the file's beginning.
+
+        It must be read before the next call.
+        """
+        if self.file is None:
+            self.file = open_text(self.path)
+        at = self.line_start + self.line.length
+        while at < position:
+            at += len(self.file.read(min(PART, position - at)))
+        self.line_start = at
+        self.line = LineParts(self.file)
+        return string_stream(iter(self.line))
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _value_of_line(
+    place: str, line: str, text_field: str, rows: RowCounter
+) -> Iterator[tuple[str, Any]]:
+    """Yields (place, value of the field) if the line has one."""
+    if line.isspace():
+        return
+    rows.read += 1
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        rows.leave_out(place, functools.partial(_problem_of_json, line, error))
+        return
+    if not isinstance(row, dict):
+        raise no_field(place, text_field, "the line is not an object")
+    if text_field not in row:
+        raise no_field(place, text_field, f"the fields are {', '.join(row)}")
+    yield place, row[text_field]
+
+
+def _scan_long_line(
+    place: str, parts: LineParts, text_field: str, rows: RowCounter
+) -> ScannedLine | None:
+    """What a long line holds; None if that is nothing or nothing valid. Reads it to its end."""
+    remaining = iter(parts)
+    try:
+        found = scan_line(remaining, text_field, _is_valid_utf8)
+    except ValueError as error:
+        rows.read += 1
+        rows.leave_out(place, functools.partial(_problem_of_json, parts.latest, error))
+        for _ in remaining:
+            pass
+        return None
+    if found.is_blank:
+        return None
+    rows.read += 1
+    if not found.is_object:
+        raise no_field(place, text_field, "the line is not an object")
+    if not found.has_field:
+        raise no_field(place, text_field, f"the fields are {', '.join(found.names)}")
+    if found.bad_part is not None:
+        rows.leave_out(place, functools.partial(_problem_of_long_field, text_field, found))
+        return None
+    return found
 
 
 def _parquet_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple[str, Any]]:
@@ -276,25 +400,32 @@ def _is_text(lines: str) -> bool:
     return "\0" not in lines and _is_valid_utf8(lines)
 
 
-def _first_bad_byte(file: Iterable[bytes]) -> str:
+def _first_bad_byte(file: BinaryIO) -> str:
     """Says at which offset the first byte is that UTF-8 text does not have."""
-    offset = 0
-    for line in file:  # lines can be decoded one by one: no character of UTF-8 contains a line end
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0  # of the part
+    while True:
+        part = file.read(PART)
+        kept = len(decoder.getstate()[0])  # bytes of a character that began in the part before
+        problem = ""
+        valid_bytes = len(part)
         try:
-            text = line.decode()
+            decoder.decode(part, final=not part)
         except UnicodeDecodeError as error:
-            return f"not text in UTF-8: invalid byte at offset {offset + error.start}"
-        if "\0" in text:
-            offset += line.index(0)
-            return (
-                f"not text in UTF-8: a byte 0 at offset {offset}, as in UTF-16 and in binary files"
-            )
-        offset += len(line)
-    return "no text"
+            valid_bytes = error.start - kept
+            problem = f"invalid byte at offset {offset + valid_bytes}"
+        null = part.find(0, 0, max(valid_bytes, 0))
+        if null >= 0:
+            problem = f"a byte 0 at offset {offset + null}, as in UTF-16 and in binary files"
+        if problem:
+            return f"not text in UTF-8: {problem}"
+        if not part:
+            return "no text"
+        offset += len(part)
 
 
 def _problem_of_file(path: str) -> str:
-    with open(path, "rb") as file:
+    with _open_bytes(path) as file:
         return _first_bad_byte(file)
 
 
@@ -308,6 +439,14 @@ def _problem_of_value(value: str) -> str:
 
 def _problem_of_field(text_field: str, value: str) -> str:
     return f"field {text_field!r} is {_problem_of_value(value)}"
+
+
+def _problem_of_long_field(text_field: str, found: ScannedLine) -> str:
+    assert found.bad_part is not None
+    return (
+        f"field {text_field!r}, after its first {found.bad_part_start:,} characters, is "
+        f"{_problem_of_value(found.bad_part)}"
+    )
 
 
 def _problem_of_json(line: str, error: Exception) -> str:
