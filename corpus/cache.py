@@ -81,7 +81,7 @@ def prepare(config: Config, rules: int = DATA_RULES) -> Corpus:
     _check_num_workers(config)
     if rules not in KNOWN_DATA_RULES:
         raise ExperimentError(_unknown_rules_message(rules))
-    source = sources.open_text(config, rules)
+    source = sources.open_source(config, rules)
     if source.token_shards and trained_size(config):
         raise ExperimentError(_unknown_tokenizer_message(config))
     cache = Path(config.cache_dir).expanduser()

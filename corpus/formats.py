@@ -175,7 +175,7 @@ def value_chunks(
     for place, value in values:
         if value is None:
             continue
-        if isinstance(value, io.TextIOBase):
+        if isinstance(value, io.TextIOWrapper):
             yield from cut(value, length)
             continue
         if not isinstance(value, str):
@@ -274,6 +274,26 @@ class _SecondReading:
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
+
+
+def has_json_lines(path: str, text_field: str) -> bool:
+    """Whether the first line of a file is an object in JSON that has the field.
+
+    Raises ExperimentError when the file cannot be read.
+    """
+    try:
+        with open_text(path) as file:
+            line = file.readline(LONG_LINE)
+            while line.isspace():
+                line = file.readline(LONG_LINE)
+            if not line.lstrip().startswith("{"):
+                return False
+            found = scan_line(iter(LineParts(file, line)), text_field, _is_valid_utf8)
+            return found.is_object and found.has_field
+    except ValueError:  # such as the first line of an object that has several lines
+        return False
+    except OSError as error:
+        raise cannot_read(path, error) from error
 
 
 def _value_of_line(

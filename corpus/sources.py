@@ -3,26 +3,27 @@
 A source streams its text in chunks, as often as wanted and always the same; it never holds a
 corpus in memory. To add one, write a class with the members of `Source` and let `open_source` pick
 it. The split, the tokenizer, the shards, the cache and the evaluation know a source by these
-members alone. How the formats of files are read is in formats.py. Only hf: sources use the network.
+members alone. Which files are read is decided in files.py, and how their formats are read in
+formats.py. Only hf: sources use the network.
 """
 
 import functools
 import glob
 import itertools
 import os
+import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from config import Config, ConfigError, ExperimentError, nearest
+from config import DATA_RULES, Config, ConfigError, ExperimentError, nearest
+from corpus.files import count_suffixes, find_files, is_shard, walk
 from corpus.formats import (
     NAMED_PROBLEMS,
-    TEXT_SUFFIXES,
     Chunk,
     RowCounter,
-    cannot_read,
     cut,
     file_chunks,
     no_field,
@@ -46,7 +47,6 @@ INSTALLED_SUFFIXES = (
 )
 # Folders in which a package keeps copies of other packages.
 VENDOR_FOLDERS = ("_vendor", "vendor", "_vendored", "vendored", "extern", "third_party")
-SHARD_SUFFIX = ".bin"
 # A long document is cut at the first line end after so many characters: least and most. A small
 # corpus is cut into about CHUNKS_OF_A_CORPUS chunks, because whole chunks are held out.
 CHUNK_CHARACTERS = (2048, 64 * 1024)
@@ -127,24 +127,34 @@ class Source(Protocol):
         """
 
 
-def open_text(config: Config, rules: int) -> Source:
-    """`open_source` under a version of the rules of data: what it leaves out is left out."""
-    source = open_source(config)
-    if rules > 1 and isinstance(source, BuiltIn):
-        source.near_duplicates_left_out = True
-    return source
+def open_source(config: Config, rules: int = DATA_RULES) -> Source:
+    """The source that config.data names, under a version of the rules of data.
 
-
-def open_source(config: Config) -> Source:
-    """The source that config.data names. Raises ExperimentError or ConfigError if there is none."""
+    Says once on stderr what of a folder or a glob is not read. Raises ExperimentError or
+    ConfigError if there is no such source.
+    """
     if config.data.startswith("hf:"):
         return HubDataset(config)
     if config.data in BUILT_IN:
-        return BuiltIn(config)
-    files = find_files(config)
-    if files[0].lower().endswith(SHARD_SUFFIX):
-        return TokenShards(config, files)
-    return Files(config, files)
+        built_in = BuiltIn(config)
+        built_in.near_duplicates_left_out = rules > 1
+        return built_in
+    path = os.path.expanduser(config.data)
+    if not os.path.exists(path) and not glob.has_magic(path):
+        raise ExperimentError(_nothing_there_message(path, config.data))
+    found = find_files(config, path, rules)
+    left_out = found.left_out_message()
+    if left_out:
+        _say_once(f"data: {path}: {count_suffixes(found.read)} read; not read: {left_out}")
+    if is_shard(found.read[0]):
+        return TokenShards(config, found.read)
+    return Files(config, found.read)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Prints a line on stderr, unless this process has printed it before."""
+    print(line, file=sys.stderr)
 
 
 # --- text
@@ -528,34 +538,6 @@ def _offline_message(source: HubDataset, error: Exception) -> str:
 # --- files
 
 
-def walk(
-    root: str,
-    suffixes: tuple[str, ...],
-    skip: tuple[str, ...] = (),
-    onerror: Callable[[OSError], None] | None = None,
-) -> list[str]:
-    """Files under `root` with one of the suffixes, in an order that only their paths decide.
-
-    Links to folders are followed; a folder that several paths lead to is read once. A folder that
-    cannot be read is left out, or `onerror` is called with the error.
-    """
-    found = []
-    seen = set()
-    for folder, subfolders, names in os.walk(root, onerror=onerror, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if name not in skip)
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            # A link whose target is gone is no file.
-            if name.lower().endswith(suffixes) and os.path.isfile(path):
-                found.append(path)
-    return found
-
-
 def _built_in_files(name: str) -> list[str]:
     """The files of the built-in corpus `python` or `installed`."""
     not_library = ("site-packages", "dist-packages", "__pycache__")
@@ -594,81 +576,9 @@ def package_of(path: str, roots: list[str]) -> str:
     return top.split(".")[0].lower()
 
 
-def find_files(config: Config) -> list[str]:
-    """The files that config.data names by path, folder or glob, in reading order.
-
-    All of them are text, or all are token shards. Raises ExperimentError if there are none.
-    """
-    suffixes = (*TEXT_SUFFIXES, SHARD_SUFFIX)
-    path = os.path.expanduser(config.data)
-    if os.path.isfile(path):
-        files = [path]
-    elif os.path.isdir(path):
-        files = walk(path, suffixes, onerror=_raise_cannot_read)
-    elif glob.has_magic(path):
-        files = _glob(path)
-    else:
-        raise ExperimentError(_nothing_there_message(path, config.data))
-    files = [file for file in files if file.lower().endswith(suffixes)]
-    # A folder of text may also be where runs and the cache write. A file named by itself is meant.
-    if not os.path.isfile(path):
-        cache = os.path.realpath(config.cache_dir)
-        files = [file for file in files if not _made_by_a_run(file, cache)]
-    if not files:
-        raise ExperimentError(
-            f"no text to read in {path}: it must be or hold {' '.join(suffixes)} files. "
-            "Convert it, or correct --data"
-        )
-    shards = []
-    texts = []
-    for file in files:
-        if file.lower().endswith(SHARD_SUFFIX):
-            shards.append(file)
-        else:
-            texts.append(file)
-    if shards and texts:
-        raise ExperimentError(
-            f"{path} holds both token shards ({shards[0]}) and text ({texts[0]}). "
-            "Name one kind with a glob, such as --data 'folder/*.bin'"
-        )
-    return files
-
-
 def _nothing_there_message(path: str, data: str) -> str:
     return (
         f"there is no file or folder {path}.{nearest(data, BUILT_IN)} Give --data python, "
         "installed, the path of a file, a folder or a glob, or hf:DATASET for one of the Hugging "
         "Face hub"
     )
-
-
-def _raise_cannot_read(error: OSError) -> None:
-    raise cannot_read(error.filename, error) from error
-
-
-def _glob(pattern: str) -> list[str]:
-    """The sorted files of a glob, each once.
-
-    `**` follows links to folders even in a circle, so a file may be found by several paths; the
-    shortest one stays. Files are the same if they have one name in one real folder.
-    """
-    found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    # The longest first, so that a shorter path of the same file replaces it.
-    found.sort(key=lambda path: (-len(path), path))
-    shortest = {}
-    for path in found:
-        real_folder = os.path.realpath(os.path.dirname(path))
-        shortest[real_folder, os.path.basename(path)] = path
-    return sorted(shortest.values())
-
-
-def _made_by_a_run(path: str, cache: str) -> bool:
-    """Whether this program wrote the file: metrics of a run, or a file of the corpus cache.
-
-    `cache` is the real path of the cache's folder.
-    """
-    folder, name = os.path.split(path)
-    if name == "metrics.jsonl" and os.path.exists(os.path.join(folder, "run.json")):
-        return True
-    real_path = os.path.realpath(path)
-    return os.path.commonpath([cache, real_path]) == cache

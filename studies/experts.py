@@ -276,7 +276,7 @@ def label(config: Config, corpus: data.Corpus) -> Labels:
     The text is tokenized again, because the cache has no offsets of tokens in the text. Raises
     ExperimentError when the text is no longer the one that was tokenized.
     """
-    source = sources.open_text(config, corpus.rules)
+    source = sources.open_source(config, corpus.rules)
     remedy = "Train it again on this text"
     held = held_out(source, config, corpus.data_hash, remedy, corpus.rules)
     context = multiprocessing.get_context("fork")

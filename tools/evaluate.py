@@ -116,7 +116,7 @@ def held_out_texts(
             "held out. Give the text to measure with --data"
         )
     remedy = "Give the text to measure with --data, all of which is read"
-    source = sources.open_text(config, rules)
+    source = sources.open_source(config, rules)
     chosen = held_out(source, config, data_hash, remedy, rules)
     next_is_chosen = [*chosen[1:], False]
     for chunk, is_chosen, next_too in zip(texts(source), chosen, next_is_chosen):

@@ -572,7 +572,7 @@ class Strings:
 def strings(monkeypatch) -> Strings:
     """A corpus of the stories that open_source gives, whatever --data says."""
     source = Strings(STORIES)
-    monkeypatch.setattr(sources, "open_source", lambda config: source)
+    monkeypatch.setattr(sources, "open_source", lambda config, rules=1: source)
     return source
 
 
@@ -580,7 +580,7 @@ def test_a_source_of_ones_own_becomes_the_corpus_that_its_files_are(tmp_path, mo
     rows = str(write_rows(tmp_path / "rows.jsonl", STORIES))
     files = data.prepare(config_for(tmp_path, data=rows, cache_dir=str(tmp_path / "other")))
     strings = Strings(STORIES)
-    monkeypatch.setattr(sources, "open_source", lambda config: strings)
+    monkeypatch.setattr(sources, "open_source", lambda config, rules=1: strings)
     config = config_for(tmp_path, data="anything")
     corpus = data.prepare(config)
     assert corpus.data_hash == files.data_hash and corpus.tokenizer_json == files.tokenizer_json

@@ -246,7 +246,7 @@ def test_a_stream_is_split_by_document_beyond_its_beginning(tmp_path, hub, monke
     assert sides[0].pop() == sides[1].pop() == ""
     assert sorted(sides[0] + sides[1]) == sorted(STORIES)
     # What evaluation finds is what was held out.
-    source = sources.open_text(config, 2)
+    source = sources.open_source(config, 2)
     found = shards.read_text(source, to_end=True)
     held_out = shards.held_out_chunks(source, found, 0.3, 2)
     texts = [text for (text, _), held in zip(source.chunks(), held_out) if held]
@@ -287,7 +287,7 @@ def test_packages_stay_together_and_near_duplicates_are_dropped(tmp_path, monkey
     assert "without 2 near duplicates (1.5% of the text)" in capsys.readouterr().out
     assert len(files) - 2 == corpus.documents
 
-    source = sources.open_text(config, 2)
+    source = sources.open_source(config, 2)
     found = shards.read_text(source, to_end=True)
     held_out = shards.held_out_chunks(source, found, 0.1, 2)
     sides: tuple[set, set] = (set(), set())
@@ -318,7 +318,7 @@ def test_package_of_a_path():
 @pytest.mark.slow
 def test_the_python_corpus_is_split_by_package_without_near_duplicates():
     config = Config(data="python")
-    source = sources.open_text(config, 2)
+    source = sources.open_source(config, 2)
     found = shards.read_text(source, to_end=True)
     held_out = shards.held_out_chunks(source, found, 0.01, 2)
     assert found.grouped
