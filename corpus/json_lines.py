@@ -290,7 +290,7 @@ class _Characters:
             may_continue = not following or following.startswith("\\")
             if may_continue and len(following) < LONGEST_ESCAPE and self._read_more():
                 continue
-            if not following:
+            if not following or following[0] in "\r\n":
                 raise self.error("unterminated string")
             if following.startswith("\\"):
                 raise self.error("invalid escape")

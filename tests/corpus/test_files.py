@@ -1,5 +1,6 @@
 """The files of a corpus: which are found, how they are read, what is refused."""
 
+import gzip
 import json
 import os
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 import data
-from config import PRESETS, Config
+from config import PRESETS, Config, ExperimentError
 from corpus import sources
 from tests.corpus.stories import config_for, fails, story
 
@@ -194,3 +195,121 @@ def test_bad_parquet(tmp_path):
     fails(config, "rows.parquet", "not a valid parquet file", "again")
     path.write_bytes(b"")
     fails(config, "rows.parquet", "not a valid parquet file")
+
+
+# --- what is read and what is not
+
+
+def write(folder, contents: dict[str, str | bytes]) -> None:
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            content = content.encode()
+        if name.lower().endswith(".gz"):
+            content = gzip.compress(content)
+        if name.lower().endswith(".parquet"):
+            table = pa.table({"text": content.decode().split()})
+            pyarrow.parquet.write_table(table, path)
+        else:
+            path.write_bytes(content)
+
+
+def read(tmp_path, pattern: str = "", rules: int = 2, **changes) -> list[str]:
+    """The documents of a folder of files, or of a glob in it."""
+    config = config_for(tmp_path, data=str(tmp_path / "text" / pattern), **changes)
+    return [text for text, _ in sources.open_source(config, rules).chunks()]
+
+
+ROWS = '{"text": "one"}\n{"text": "two"}\n'
+ABOUT = {"README.md": "card", "LICENSE": "l", "license.txt": "l", "NOTICE.md": "n"}
+ABOUT |= {"CITATION.cff": "c", ".gitattributes": "g", "dataset_infos.json": '{\n"a": 1}'}
+
+
+@pytest.mark.parametrize(
+    "name", ["en/a.jsonl", "en/A.JSON.GZ", "a.json", "data/A.Parquet", "a.txt.gz", "a.jsonl.gz"]
+)
+def test_what_is_about_a_data_set_is_no_text_beside_data(tmp_path, capsys, name):
+    contents = {"a.txt.gz": "one two", "data/A.Parquet": "one two"}
+    write(tmp_path / "text", {name: contents.get(name, ROWS), **ABOUT})
+    assert " ".join(read(tmp_path)) == "one two"
+    said = capsys.readouterr().err
+    assert "2 .md, 1 .cff, 1 .txt, 1 without suffix (README, LICENSE and the like)" in said
+    assert "1 .json (no JSON lines with the field 'text')" in said and "1 hidden" in said
+    assert said.count("\n") == 1 and f": 1 {sources.count_suffixes([name])[2:]} read;" in said
+    read(tmp_path)
+    assert capsys.readouterr().err == ""  # it is said once
+
+
+def test_readme_files_are_the_text_where_there_is_no_other(tmp_path):
+    write(tmp_path / "text", {"README.md": "card", "LICENSE": "l", ".git/a.txt": "hidden"})
+    assert read(tmp_path) == ["card"]
+    write(tmp_path / "text", {"b/c.py": "code", "b/README.md": "note"})  # as in a program
+    assert read(tmp_path) == ["card", "note", "code"]
+
+
+def test_a_readme_is_not_read_for_data_of_another_format(tmp_path):
+    write(tmp_path / "text", {"README.md": "card", "train.csv": "a,b", "b.csv": "a,b"})
+    with pytest.raises(ExperimentError, match=r"2 \.csv \(no format.*1 \.md \(README"):
+        read(tmp_path)
+    assert read(tmp_path, "*.md") == ["card"]
+    write(tmp_path / "text", {"a.json": '[{"text": "one"}]'})
+    with pytest.raises(ExperimentError, match=r"1 \.json \(no JSON lines with the field 'text'\)"):
+        read(tmp_path)
+
+
+def test_hidden_files_and_folders_are_read_only_by_name(tmp_path):
+    hidden = {".git/a.txt": "1", ".ipynb_checkpoints/b-checkpoint.txt": "2", "c/._d.txt": "3"}
+    write(tmp_path / "text", {"b.txt": "good", "c/d.txt": "good too", **hidden})
+    assert read(tmp_path) == ["good", "good too"]
+    assert read(tmp_path, ".git") == ["1"]
+    assert read(tmp_path, "c/._d.txt") == ["3"]
+    assert read(tmp_path, ".git/*") == ["1"]
+    (tmp_path / "text" / "a").symlink_to(tmp_path / "text" / ".git")  # a name that is not hidden
+    assert read(tmp_path) == ["good", "1", "good too"]
+
+
+def test_version_1_of_the_rules_reads_what_it_read_before(tmp_path, capsys):
+    write(tmp_path / "text", {".a/b.txt": "1", "README.md": "2", "c.jsonl": ROWS, "z.txt": "3"})
+    config = config_for(tmp_path)
+    before = sources.open_source(config, 1).identity()
+    expected = ["2", "one", "two", "3", "1"]
+    assert read(tmp_path, rules=1) == expected
+    write(tmp_path / "text", {"d.json.gz": ROWS, "e.txt.gz": "5", "f.csv": "", "g.json": ROWS})
+    assert read(tmp_path, rules=1) == expected
+    assert sources.open_source(config, 1).identity() == before
+    assert sources.open_source(config, 2).identity() != before
+    assert read(tmp_path, "*", rules=1) == expected[:-1]
+    said = capsys.readouterr().err
+    assert "1 .json, 1 .json.gz, 1 .txt.gz (not read beside the others)" in said
+    # What old programs refused can be read: no old run has such a text.
+    assert read(tmp_path, "*.json.gz", rules=1) == ["one", "two"]
+    assert read(tmp_path, "g.json", rules=1) == ["one", "two"]
+
+
+def test_what_has_no_known_format_is_counted_by_suffix(tmp_path, capsys):
+    others = {f"{n}.{suffix}": "" for n in range(2) for suffix in ("csv", "C", "jsonl.xz")}
+    many = {f"x.s{n}": "" for n in range(20)}
+    write(tmp_path / "text", {"a.txt": "a", "b.TXT.GZ": "b", "c.html": "", **others, **many})
+    assert read(tmp_path) == ["a", "b"]
+    said = capsys.readouterr().err
+    assert "1 .txt, 1 .txt.gz read; not read: 2 .c, 2 .csv, 2 .jsonl.xz, 1 .html, " in said
+    assert "12 of 12 other suffixes" in said
+
+
+def test_json_lines_in_a_file_called_json(tmp_path):
+    write(tmp_path / "text", {"a.json": "\n" + ROWS, "b.json": '{"text": \n"c"}', "c.json": "[1]"})
+    assert read(tmp_path) == ["one", "two"]
+    with pytest.raises(ExperimentError, match="not an object"):
+        read(tmp_path, "c.json")
+    with pytest.raises(ExperimentError, match="--text_field"):
+        read(tmp_path, text_field="body")
+    (tmp_path / "text" / "d.json.gz").write_bytes(b"no archive")
+    with pytest.raises(ExperimentError, match="not a valid .gz file"):
+        read(tmp_path)
+
+
+def test_bad_bytes_of_a_compressed_text_are_named_by_their_offset(tmp_path):
+    write(tmp_path / "text", {"a.txt.gz": b"x" * 100_000 + b"\xc3\xa9\n" + b"\xff\n"})
+    with pytest.raises(ExperimentError, match="invalid byte at offset 100003"):
+        read(tmp_path)
