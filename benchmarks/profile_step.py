@@ -188,21 +188,22 @@ def _elementwise_per_token(c: Config, layer: int) -> int:
     # The hidden elements of all networks that a token passes through.
     hidden = sum(ffn.top_k * ffn.d_ff for ffn in networks)
     # Forward:
+    # - The norm before attention reads the residual stream and writes its norm: 2 d. It is a pass
+    #   of its own, because blocks are compiled one by one: the sum before it is of another block.
     # - QK-norm and the rotation read and write queries and keys.
     # - The first residual sum and the norm after it are one pass. It reads the residual stream and
     #   attention's output, and writes the sum and its norm: 4 d. The second sum reads two rows and
-    #   writes one: 3 d. The norm at the beginning of the block, 2 d more, is not counted.
+    #   writes one: 3 d.
     # - SwiGLU reads gate and up, and writes the hidden row.
-    forward = 2 * queries_and_keys + 7 * d + 3 * hidden
+    forward = 2 * queries_and_keys + 9 * d + 3 * hidden
     # Backward:
     # - The rotation with its norm reads the gradient and the saved input, and writes a gradient.
     # - Each of the two norms reads its gradient, its saved input and the gradient of the residual
     #   stream, and writes the sum of the two gradients: 4 d.
     # - SwiGLU reads the gradient of the hidden row, gate and up, and writes the gradients of gate
-    #   and up: 5 rows. The sixth is the hidden row, written again for the gradient of `down`. That
-    #   is needed only where the forward pass has not kept it: with nothing recomputed, the floor is
-    #   too high by this row.
-    backward = 3 * queries_and_keys + 8 * d + 6 * hidden
+    #   and up: 5 rows. The gradient of `down` also needs the hidden row, which the forward pass has
+    #   kept, as nothing is recomputed.
+    backward = 3 * queries_and_keys + 8 * d + 5 * hidden
     # The second residual sum reads one more row for each network after the first. So does the sum
     # of the gradients in the backward pass.
     forward += d * (len(networks) - 1)

@@ -76,9 +76,24 @@ def test_elementwise_floor_counts_every_network_of_a_block(monkeypatch):
         profile_step.floors(c, 1e12, bandwidth=1)["elementwise"] for c in (config, wider)
     )
 
-    # SwiGLU's 3 and 6 rows of the hidden width, and a row more in two sums
-    elements = 9 * 2 * config.d_ff + 2 * config.d_model
+    # SwiGLU's 3 and 5 rows of the hidden width, and a row more in two sums
+    elements = 8 * 2 * config.d_ff + 2 * config.d_model
     activations = 2 * elements * config.n_moe_layers * config.tokens_per_step
     accumulated = config.gradient_accumulation_steps - 1
     gradients = 3 * 2 * accumulated * (wider.total_params - config.total_params)
     assert floor - without == activations + gradients
+
+
+def test_elementwise_floor_of_a_dense_block():
+    """Rows that each pass reads and writes for a token, summed by hand."""
+    config = tiny_config(precision="bf16", num_experts=0)
+    d = config.d_model
+    queries_and_keys = d + config.n_kv_heads * config.head_dim
+    attention_norm = 2 * d
+    sum_and_ffn_norm = 4 * d
+    second_sum = 3 * d
+    norms_backward = 2 * 4 * d
+    rotations = (2 + 3) * queries_and_keys
+    swiglu = (3 + 5) * config.d_ff
+    expected = attention_norm + sum_and_ffn_norm + second_sum + norms_backward + rotations + swiglu
+    assert profile_step._elementwise_per_token(config, layer=0) == expected
