@@ -147,6 +147,7 @@ def token_kinds(offsets: np.ndarray, text: str, kinds: np.ndarray) -> np.ndarray
     character is whitespace.
     """
     length = len(text)
+    # "Solid" characters are those that are not whitespace.
     is_solid = [not character.isspace() for character in text]
     # The index of each solid character, and `length` in place of whitespace.
     solid = np.where(is_solid, np.arange(length), length)
@@ -157,7 +158,9 @@ def token_kinds(offsets: np.ndarray, text: str, kinds: np.ndarray) -> np.ndarray
     starts = offsets[:, 0]
     ends = offsets[:, 1]
     first_solid = next_solid[starts]
-    kind_of_first = np.append(kinds, NONE)[first_solid]
+    # Where no solid character follows, the index is `length`: one more kind is read there.
+    kinds_and_none = np.append(kinds, NONE)
+    kind_of_first = kinds_and_none[first_solid]
     has_solid = first_solid < ends
     found = np.where(has_solid, kind_of_first, KINDS.index("whitespace"))
     return found.astype(np.uint8)
@@ -204,7 +207,8 @@ def domain(source: sources.Source, data_name: str) -> str:
     path = Path(source.path)
     for packages in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         if path.is_relative_to(packages):
-            return path.relative_to(packages).parts[0]
+            inside = path.relative_to(packages)
+            return inside.parts[0]
     return "Python's library"
 
 
@@ -218,8 +222,9 @@ def _file_jobs(source: sources.Source, config: Config, held: np.ndarray) -> Iter
 
     `held` [chunks of the corpus] says which chunks are held out.
     """
-    first = 0
-    for (path, name), group in itertools.groupby(_located_chunks(source, config), _path_and_domain):
+    first = 0  # the number of the file's first chunk
+    by_file = itertools.groupby(_located_chunks(source, config), _path_and_domain)
+    for (path, name), group in by_file:
         chunks = list(group)
         held_of_file = held[first : first + len(chunks)].tolist()
         first += len(chunks)
@@ -228,12 +233,15 @@ def _file_jobs(source: sources.Source, config: Config, held: np.ndarray) -> Iter
         # In version 1 of the rules of data, end-of-text also follows a held-out chunk whose next
         # chunk is not held out. In version 2 there is no such chunk within a document.
         next_is_held = [*held_of_file[1:], False]
+        ends = []
+        for chunk, next_held in zip(chunks, next_is_held):
+            ends.append(chunk.last or not next_held)
         yield FileJob(
             suffix=Path(path or "").suffix.lower(),
             domain=name,
             chunks=[chunk.text for chunk in chunks],
             held_out=held_of_file,
-            ends=[chunk.last or not more for chunk, more in zip(chunks, next_is_held)],
+            ends=ends,
         )
 
 
@@ -253,7 +261,7 @@ def _label_file(job: FileJob) -> FileTokens:
     kinds = character_kinds("".join(job.chunks), job.suffix)
     tokens: list[int] = []
     labels = []
-    first = 0
+    first = 0  # the index of the chunk's first character in the file
     for text, held, ends in zip(job.chunks, job.held_out, job.ends):
         kinds_of_chunk = kinds[first : first + len(text)]
         first += len(text)
@@ -279,14 +287,19 @@ def label(config: Config, corpus: data.Corpus) -> Labels:
     source = sources.open_source(config, corpus.rules)
     remedy = "Train it again on this text"
     held = held_out(source, config, corpus.data_hash, remedy, corpus.rules)
+    jobs = _file_jobs(source, config, held)
     context = multiprocessing.get_context("fork")
-    with context.Pool(
-        cpu_cores(), _start_worker, (corpus.tokenizer_json, config.end_of_text)
-    ) as pool:
-        files = list(pool.imap(_label_file, _file_jobs(source, config, held), chunksize=4))
+    for_worker = (corpus.tokenizer_json, config.end_of_text)
+    with context.Pool(cpu_cores(), _start_worker, for_worker) as pool:
+        files = list(pool.imap(_label_file, jobs, chunksize=4))
     # An empty array first: concatenate needs at least one.
-    tokens = np.concatenate([np.empty(0, int), *(file.tokens for file in files)])
-    kinds = np.concatenate([np.empty(0, np.uint8), *(file.kinds for file in files)])
+    tokens_of_files = [np.empty(0, int)]
+    kinds_of_files = [np.empty(0, np.uint8)]
+    for file in files:
+        tokens_of_files.append(file.tokens)
+        kinds_of_files.append(file.kinds)
+    tokens = np.concatenate(tokens_of_files)
+    kinds = np.concatenate(kinds_of_files)
     if not np.array_equal(tokens, corpus.validation[:]):
         raise ExperimentError(
             f"{config.data} is not the text that the run was trained on, so what was held out is "
@@ -334,17 +347,20 @@ def routes(model: MoETransformer, windows: np.ndarray) -> np.ndarray:
     routers = [block.ffn.router for block in model.blocks if block.moe]
     hooks = [router.register_forward_hook(keep_expert_ids) for router in routers]
     device = model.norm.weight.device
-    batch = model.config.batch_size
+    batch_size = model.config.batch_size
     with attention_backends(device):
-        for first in range(0, len(windows), batch):
-            tokens = torch.from_numpy(windows[first : first + batch].astype(np.int64))
+        for first in range(0, len(windows), batch_size):
+            batch = windows[first : first + batch_size].astype(np.int64)
+            tokens = torch.from_numpy(batch)
             model.hidden(tokens.to(device))
     for hook in hooks:
         hook.remove()
     # Each batch passed through all blocks in turn: the results of a block are len(routers) apart.
+    num_blocks = len(routers)
     by_block = []
-    for block in range(len(routers)):
-        by_block.append(np.concatenate(chosen[block :: len(routers)]))
+    for block in range(num_blocks):
+        of_block = chosen[block::num_blocks]
+        by_block.append(np.concatenate(of_block))
     return np.stack(by_block)
 
 
@@ -374,7 +390,8 @@ def mutual_information(counts: np.ndarray) -> float:
     if_independent = of_row * of_column
     occurs = joint > 0  # the limit of p log p at 0 is 0
     p = joint[occurs]
-    return float((p * np.log2(p / if_independent[occurs])).sum())
+    ratio = p / if_independent[occurs]
+    return float((p * np.log2(ratio)).sum())
 
 
 def entropy_bits(counts: np.ndarray) -> float:
@@ -434,23 +451,26 @@ def top_tokens(
     `experts` is [tokens, top_k], `tokens` [tokens].
     """
     counts = _count_tokens(experts, tokens, num_experts)
-    occurrences = np.bincount(tokens)
+    occurrences = np.bincount(tokens)  # of each token in the text
     top_k = experts.shape[1]
     routed_by_expert = counts.sum(1)
     share_by_expert = routed_by_expert / routed_by_expert.sum()
     found = []
     for received, share in zip(counts, share_by_expert):
+        # Each occurrence of a token is sent to top_k experts.
         expected = share * occurrences * top_k
         with np.errstate(divide="ignore", invalid="ignore"):
             score = received * np.log(received / expected)
         distinguishes = (received > expected) & (occurrences >= FEWEST)
         score = np.where(distinguishes, score, 0)
+        highest_first = np.argsort(-score, kind="stable")
         top = []
-        for token in np.argsort(-score, kind="stable")[:TOP_TOKENS]:
-            if score[token] > 0:
-                text = tokenizer.decode([int(token)], skip_special_tokens=False)
-                share_sent_here = float(received[token] / occurrences[token])
-                top.append([text, round(share_sent_here, 3)])
+        for token in highest_first[:TOP_TOKENS]:
+            if score[token] <= 0:
+                break
+            text = tokenizer.decode([int(token)], skip_special_tokens=False)
+            share_sent_here = float(received[token] / occurrences[token])
+            top.append([text, round(share_sent_here, 3)])
         found.append(top)
     return found
 
@@ -473,9 +493,10 @@ def analyse(checkpoints: list[Path]) -> dict:
     checkpoint. `checkpoints` are those of the run, the oldest first. Raises
     ExperimentError when the model is dense, or the text is no longer the one that was tokenized.
     """
-    state = checkpoint.load(checkpoints[-1])
+    last = checkpoints[-1]
+    state = checkpoint.load(last)
     config, _ = resumed_config(state["config"], {})
-    _check_has_experts(config, checkpoints[-1])
+    _check_has_experts(config, last)
     corpus = data.prepare(config, checkpoint.data_rules(state))
     labels = label(config, corpus)
     positions = _sampled_positions(len(labels.tokens), config.max_seq_len)
@@ -491,15 +512,30 @@ def analyse(checkpoints: list[Path]) -> dict:
         by_kind = information(experts, kinds, config.num_experts, len(KINDS))
         by_domain = information(experts, domains, config.num_experts, len(labels.names))
         tokens_seen = step * config.tokens_per_step
-        steps.append(dict(step=step, tokens=tokens_seen, kind=by_kind, domain=by_domain))
+        steps.append(
+            dict(
+                step=step,
+                tokens=tokens_seen,
+                kind=by_kind,
+                domain=by_domain,
+            )
+        )
         print(_information_message(step, by_kind, by_domain), flush=True)
 
+    # The routes are now those of the last checkpoint.
     top = []
     for layer in experts:
-        top.append(top_tokens(layer, windows.ravel(), config.num_experts, corpus.tokenizer))
+        of_layer = top_tokens(
+            layer,
+            windows.ravel(),
+            config.num_experts,
+            corpus.tokenizer,
+        )
+        top.append(of_layer)
+    moe_layers = [layer for layer in range(config.n_layers) if config.is_moe(layer)]
     return dict(
         experts=dict(
-            layers=[layer for layer in range(config.n_layers) if config.is_moe(layer)],
+            layers=moe_layers,
             tokens=len(kinds),
             without_kind=int((kinds == NONE).sum()),
             kinds=list(KINDS),
@@ -530,10 +566,11 @@ def _routes_of_tokens(model: MoETransformer, windows: np.ndarray) -> np.ndarray:
 
 
 def _information_message(step: int, by_kind: dict, by_domain: dict) -> str:
+    bits_of_kind = np.mean(by_kind["bits"])
+    bits_of_domain = np.mean(by_domain["bits"])
     return (
-        f"step {step}: mutual information of expert and kind "
-        f"{np.mean(by_kind['bits']):.4f} bits, of expert and domain "
-        f"{np.mean(by_domain['bits']):.4f} bits (mean over layers)"
+        f"step {step}: mutual information of expert and kind {bits_of_kind:.4f} bits, "
+        f"of expert and domain {bits_of_domain:.4f} bits (mean over layers)"
     )
 
 
@@ -542,7 +579,8 @@ def _sampled_positions(num_tokens: int, length: int) -> np.ndarray:
     available = num_tokens // length
     wanted = max(1, MOST_TOKENS // length)
     taken = min(available, wanted)
-    numbers = np.arange(taken) * available // taken  # of the windows that are taken
+    # The numbers of the windows that are taken, of 0 to available - 1: as far apart as they can be.
+    numbers = np.arange(taken) * available // taken
     starts = numbers * length
     return starts[:, None] + np.arange(length)
 
@@ -551,8 +589,12 @@ def _label_facts(
     name: str, labels: np.ndarray, number: int, experts: np.ndarray, config: Config
 ) -> dict:
     """How often each label occurs, the entropy of the labels, and the table of each MoE block."""
-    occurrences = np.bincount(labels[labels != NONE], minlength=number)
-    tables = [table(layer, labels, config.num_experts, number).tolist() for layer in experts]
+    labelled = labels[labels != NONE]
+    occurrences = np.bincount(labelled, minlength=number)
+    tables = []
+    for layer in experts:
+        counts = table(layer, labels, config.num_experts, number)
+        tables.append(counts.tolist())
     return {
         f"{name}_tokens": occurrences.tolist(),
         f"{name}_entropy": entropy_bits(occurrences),
@@ -562,18 +604,28 @@ def _label_facts(
 
 def _model(path: Path | None, config: Config) -> tuple[MoETransformer, int]:
     """The model of a checkpoint and its step; with no path, the model before the first step."""
-    if path is not None:
-        model, _, state = open_model(str(path), config.device, None)
-        return model, state["step"]
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    changes = dict(activation_checkpointing="none")
-    device = "cuda"
-    if not on_gpu:
-        changes["precision"] = "fp32"
-        device = "cpu"
+    if path is None:
+        return _untrained_model(config), 0
+    # precision=None: the run's own on a GPU, fp32 on a CPU.
+    model, _, state = open_model(str(path), config.device, precision=None)
+    return model, state["step"]
+
+
+def _untrained_model(config: Config) -> MoETransformer:
+    """The model before the first step, on the device and in the precision of `open_model`."""
+    device = "cpu"
+    precision = "fp32"
+    if config.device != "cpu" and torch.cuda.is_available():
+        device = "cuda"
+        precision = config.precision
+    changed = dataclasses.replace(
+        config,
+        precision=precision,
+        activation_checkpointing="none",
+    )
     with torch.device("meta"):
-        model = MoETransformer(dataclasses.replace(config, **changes))
-    return model.materialize(device).eval(), 0
+        model = MoETransformer(changed)
+    return model.materialize(device).eval()
 
 
 # --- the command

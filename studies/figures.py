@@ -108,6 +108,7 @@ def _missing_groups(results: dict) -> set[str]:
         if muon_finished and adamw_finished and not speed_failed:
             return set()
         return without_result
+    # In the other studies a group may fail, as long as one finishes.
     if finished:
         return set()
     return without_result
@@ -131,7 +132,15 @@ def _scatter(
     size: float = 4.5,
 ) -> None:
     """Single runs as points."""
-    axes.plot(x, y, marker, color=colour, markersize=size, alpha=0.8, label=label)
+    axes.plot(
+        x,
+        y,
+        marker,
+        color=colour,
+        markersize=size,
+        alpha=0.8,
+        label=label,
+    )
 
 
 def _points(
@@ -219,7 +228,8 @@ def _losses(figure: Figure, results: dict) -> None:
         _scatter(axes, values, rows, BLUE)
         axes.plot(mean(runs, key), row, "|", color=BLUE, markersize=14)
     if key == "val_loss":
-        _shade_undecided_from_lowest(axes.axvspan, found, "means not told from the lowest")
+        label = "means not told from the lowest"
+        _shade_undecided_from_lowest(axes.axvspan, found, label)
     num_rows = len(found)
     axes.set_yticks(range(num_rows), list(found))
     axes.set_ylim(num_rows - 0.5, -0.5)  # the first row at the top
@@ -245,12 +255,15 @@ def _draw_sweeps(axes: Axes, results: dict) -> None:
     _draw_adamw_sweeps(axes, sweeps, base_config(results).warmup_fraction)
 
     adamw_lr = ADAMW_RATES[1]  # that of AdamW beside Muon while Muon's is swept
-    runs_at = _by_rate(sweeps, "muon_lr", dict(optimizer="muon", adamw_lr=adamw_lr))
+    same = dict(optimizer="muon", adamw_lr=adamw_lr)
+    runs_at = _by_rate(sweeps, "muon_lr", same)
     label = f"Muon's rate, its AdamW's {adamw_lr:g}"
     _points(axes, runs_at, "val_loss", label, BLUE, "o")
 
-    best_muon_lr = best_runs(found, "muon")[0]["changes"]["muon_lr"]
-    runs_at = _by_rate(sweeps, "adamw_lr", dict(optimizer="muon", muon_lr=best_muon_lr))
+    best_changes = best_runs(found, "muon")[0]["changes"]
+    best_muon_lr = best_changes["muon_lr"]
+    same = dict(optimizer="muon", muon_lr=best_muon_lr)
+    runs_at = _by_rate(sweeps, "adamw_lr", same)
     label = f"its AdamW's rate, Muon's {best_muon_lr:g}"
     _points(axes, runs_at, "val_loss", label, GREEN, "^")
 
@@ -293,7 +306,8 @@ def _by_rate(sweeps: list[Runs], field: str, same: dict) -> dict[float, Runs]:
     runs_at = {}
     for runs in sweeps:
         changes = runs[0]["changes"]
-        if all(changes.get(key) == value for key, value in same.items()):
+        belongs = all(changes.get(key) == value for key, value in same.items())
+        if belongs:
             runs_at[changes[field]] = runs
     return dict(sorted(runs_at.items()))
 
@@ -310,7 +324,11 @@ def _rates_tried(sweeps: list[Runs]) -> list[float]:
 
 
 def _draw_best_curves(axes: Axes, found: Groups) -> None:
-    """Validation losses over tokens at the best learning rates, with the ends of other runs."""
+    """Validation losses over tokens at the best learning rates.
+
+    The final losses of Muon's shorter runs, and of the runs with a quarter of the batch, are drawn
+    as points.
+    """
     for name, label, colour in (
         ("muon", "Muon with AdamW", BLUE),
         ("adamw", "AdamW alone", ORANGE),
@@ -318,7 +336,13 @@ def _draw_best_curves(axes: Axes, found: Groups) -> None:
         label_once = f"{label}, best rates"
         for run in best_runs(found, name):
             tokens, losses = np.array(run["validation"]).T
-            axes.plot(tokens, losses, color=colour, linewidth=1.1, label=label_once)
+            axes.plot(
+                tokens,
+                losses,
+                color=colour,
+                linewidth=1.1,
+                label=label_once,
+            )
             label_once = None  # the legend names the first seed only
     target = mean(best_runs(found, "adamw"))
     axes.axhline(
@@ -361,8 +385,15 @@ def _draw_shorter_runs(axes: Axes, found: Groups) -> None:
     losses = np.interp(np.log(between), np.log(lengths), means)
     axes.plot(between, losses, ":", color=BLUE, linewidth=1)
     # An empty line, which the legend shows with both the dots and the line.
-    label = "Muon, shorter runs' ends"
-    axes.plot([], [], ":o", color=BLUE, linewidth=1, markersize=4.5, label=label)
+    axes.plot(
+        [],
+        [],
+        ":o",
+        color=BLUE,
+        linewidth=1,
+        markersize=4.5,
+        label="Muon, shorter runs' ends",
+    )
 
 
 def _draw_smaller_steps(axes: Axes, found: Groups) -> None:
@@ -376,8 +407,14 @@ def _draw_smaller_steps(axes: Axes, found: Groups) -> None:
         drawn = True
     if drawn:
         # An empty line gives both optimizers one row of the legend.
-        label = "either's end in 4 times the steps"
-        axes.plot([], [], "x", color="0.4", markersize=5, label=label)
+        axes.plot(
+            [],
+            [],
+            "x",
+            color="0.4",
+            markersize=5,
+            label="either's end in 4 times the steps",
+        )
 
 
 def _draw_ends(axes: Axes, runs: Runs, colour: str, marker: str, **style) -> None:
@@ -394,7 +431,10 @@ def _routing(figure: Figure, results: dict) -> None:
     loss, speed = figure.subplots(1, 2)
     found = groups(results)
     top_ks = (1, 2, 3, 4)
-    for kind, colour, marker in (("equal tokens", BLUE, "o"), ("equal FLOPs", ORANGE, "s")):
+    for kind, colour, marker in (
+        ("equal tokens", BLUE, "o"),
+        ("equal FLOPs", ORANGE, "s"),
+    ):
         runs_at = {k: found.get(f"top-{k}, {kind}", []) for k in top_ks}
         # Equal FLOPs are those of top-2, so its runs at equal tokens stand in both lines.
         runs_at[2] = found.get("top-2, equal tokens", [])
@@ -432,21 +472,22 @@ def _draw_resolution(axes: Axes, resolution: float) -> None:
     half_length = resolution / 2
     middle = foot + half_length
     axes.errorbar(3.6, middle, half_length, color="0.4", capsize=3)
-    words = "a smaller difference\nis undecided"
-    axes.text(3.5, middle, words, fontsize=7, color="0.4", ha="right", va="center")
+    axes.text(
+        3.5,
+        middle,
+        "a smaller difference\nis undecided",
+        fontsize=7,
+        color="0.4",
+        ha="right",
+        va="center",
+    )
 
 
 # ---------------------------------------------------------------- balance
 
 
 def _balance(figure: Figure, results: dict) -> None:
-    found = {}
-    for name, runs in groups(results).items():
-        found[name] = []
-        for run in runs:
-            # load_entropy is near 1, so its distance from 1 is what a logarithmic axis can show.
-            unevenness = 1 - run["load_entropy"]
-            found[name].append(run | dict(unevenness=unevenness))
+    found = {name: _with_unevenness(runs) for name, runs in groups(results).items()}
     loss, unevenness, share = figure.subplots(1, 3)
     _draw_balancing(loss, found, "val_loss", LOSS)
     _draw_balancing(unevenness, found, "unevenness", "1 - load entropy (0: even)")
@@ -458,8 +499,27 @@ def _balance(figure: Figure, results: dict) -> None:
     unevenness.set_yscale("log")
     even_share = 1 / base_config(results).num_experts
     share.axhline(even_share, color="0.5", linewidth=0.8, linestyle="--")
-    share.text(0, even_share, "even", fontsize=8, color="0.4", va="bottom")
+    share.text(
+        0,
+        even_share,
+        "even",
+        fontsize=8,
+        color="0.4",
+        va="bottom",
+    )
     _without_legend([unevenness, share])
+
+
+def _with_unevenness(runs: Runs) -> Runs:
+    """The runs with one more value, `unevenness`: how far the load entropy is from that of even.
+
+    load_entropy is near 1, so its distance from 1 is what a logarithmic axis can show.
+    """
+    wider = []
+    for run in runs:
+        unevenness = 1 - run["load_entropy"]
+        wider.append(run | dict(unevenness=unevenness))
+    return wider
 
 
 def _draw_balancing(axes: Axes, found: Groups, key: str, label: str) -> None:
@@ -467,7 +527,10 @@ def _draw_balancing(axes: Axes, found: Groups, key: str, label: str) -> None:
 
     x is 0 for no balancing, then 1, 2, ... for the weights, and one more for balancing by a bias.
     """
-    for scope, colour, marker in (("batch", BLUE, "o"), ("sequence", ORANGE, "s")):
+    for scope, colour, marker in (
+        ("batch", BLUE, "o"),
+        ("sequence", ORANGE, "s"),
+    ):
         runs_at = {}
         for x, weight in enumerate(WEIGHTS, 1):
             runs_at[x] = found.get(f"{scope}, weight {weight:g}", [])
@@ -478,7 +541,16 @@ def _draw_balancing(axes: Axes, found: Groups, key: str, label: str) -> None:
         ("bias", x_of_bias, "bias instead of a loss", GREEN, "D"),
     ):
         values = [run[key] for run in found.get(name, [])]
-        _scatter(axes, [x] * len(values), values, colour, marker, words, size=5)
+        all_at_x = [x] * len(values)
+        _scatter(
+            axes,
+            all_at_x,
+            values,
+            colour,
+            marker,
+            words,
+            size=5,
+        )
 
     axes.set(xlabel="weight of the balancing loss", ylabel=label)
     names = ["none"]
@@ -544,7 +616,15 @@ def _draw_differences(axes: Axes, results: dict) -> None:
             differences = _differences_by_seed(moe, dense)
             x += [number + shift] * len(differences)
             y += differences
-        _scatter(axes, x, y, colour, marker, label, size=5)
+        _scatter(
+            axes,
+            x,
+            y,
+            colour,
+            marker,
+            label,
+            size=5,
+        )
 
     axes.axhline(0, color="0.4", linewidth=0.8)
     if resolution < math.inf:
@@ -560,9 +640,9 @@ def _differences_by_seed(a: Runs, b: Runs) -> list[float]:
     """The loss of each run of `a` minus that of the run of `b` with its seed."""
     differences = []
     for run in a:
+        seed = run["changes"]["seed"]
         for other in b:
-            same_seed = run["changes"]["seed"] == other["changes"]["seed"]
-            if same_seed:
+            if other["changes"]["seed"] == seed:
                 differences.append(run["val_loss"] - other["val_loss"])
     return differences
 
@@ -581,7 +661,9 @@ def _checkpointing(figure: Figure, results: dict) -> None:
     x_limits = (0.8 * smallest, 1.25 * max(batches))  # the same in all rows
     rows = figure.subplots(len(depths), 2, squeeze=False)
     for (memory, speed), depth in zip(rows, depths):
-        by_mode = {mode: fitted.get((depth, mode), {}) for mode in MODE_STYLES}
+        by_mode = {}
+        for mode in MODE_STYLES:
+            by_mode[mode] = fitted.get((depth, mode), {})
         ticks = _marked_batches(list(by_mode.values()), smallest)
         names = [str(batch) for batch in ticks]
         _draw_modes(memory, by_mode, "peak_gb", f"{depth} layers: peak memory (GB)")
@@ -601,7 +683,8 @@ def _draw_modes(axes: Axes, by_mode: dict[str, dict[int, Runs]], key: str, label
     """The value `key` over the micro-batch, a line for each mode."""
     for mode, runs_at in by_mode.items():
         colour, marker = MODE_STYLES[mode]
-        _points(axes, dict(sorted(runs_at.items())), key, mode, colour, marker)
+        ascending = dict(sorted(runs_at.items()))
+        _points(axes, ascending, key, mode, colour, marker)
     axes.set(xscale="log", ylabel=label)
     axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
     _grid(axes)
@@ -628,7 +711,9 @@ def _marked_batches(of_modes: list[dict[int, Runs]], smallest: int) -> list[int]
 def _specialization(figure: Figure, results: dict) -> None:
     figure.set_size_inches(9, 8.4)
     (by_layer, by_kind), (kinds, domains) = figure.subplots(2, 2)
-    analyses = [run["experts"] for runs in groups(results).values() for run in runs]
+    analyses = []
+    for runs in groups(results).values():
+        analyses += [run["experts"] for run in runs]
     _draw_information_by_layer(by_layer, analyses)
     _draw_information_by_kind(by_kind, analyses[0])
     _draw_experts_of(kinds, analyses[0], "kind")
@@ -648,12 +733,25 @@ def _draw_information_by_layer(axes: Axes, analyses: list[dict]) -> None:
     for number, step in enumerate(first["steps"]):
         colour = colour_map(0.9 * number / last)  # the map's last tenth is too light
         bits = step["kind"]["bits"]
-        axes.plot(layers, bits, color=colour, linewidth=1.1, label=_moment(step))
+        axes.plot(
+            layers,
+            bits,
+            color=colour,
+            linewidth=1.1,
+            label=_moment(step),
+        )
         for other in other_seeds:
             bits = other["steps"][number]["kind"]["bits"]
             axes.plot(layers, bits, ":", color=colour, linewidth=1.1)
     chance = first["steps"][last]["kind"]["shuffled_most"]
-    axes.plot(layers, chance, "--", color="0.4", linewidth=1, label="shuffled kinds")
+    axes.plot(
+        layers,
+        chance,
+        "--",
+        color="0.4",
+        linewidth=1,
+        label="shuffled kinds",
+    )
 
     most_bits = 0.0
     for analysis in analyses:
@@ -708,7 +806,13 @@ def _draw_experts_of(axes: Axes, experts: dict, label: str) -> None:
     share_of_all_tokens = counts.sum(1) / counts.sum()  # [experts]
     with np.errstate(divide="ignore"):  # a share of 0 gives -inf, which clip makes -2
         doublings = np.log2(share / share_of_all_tokens).clip(-2, 2)
-    image = axes.imshow(doublings, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+    image = axes.imshow(
+        doublings,
+        cmap="RdBu_r",
+        vmin=-2,
+        vmax=2,
+        aspect="auto",
+    )
     _write_percentages(axes, share, doublings)
     names = [experts[f"{label}s"][index] for index in occurring]
     num_experts = share.shape[1]

@@ -71,7 +71,11 @@ def runs(base: Config, group: str, tokens: float, seeds: list[int], **changes) -
     """
     changes, config = changed(base, group, changes)
     steps = max(1, round(tokens / config.tokens_per_step))
-    return [Run(group, changes | dict(max_steps=steps, seed=seed)) for seed in seeds]
+    wanted = []
+    for seed in seeds:
+        own = dict(max_steps=steps, seed=seed)
+        wanted.append(Run(group, changes | own))
+    return wanted
 
 
 def speeds(base: Config, name: str, tokens: float, **changes) -> list[Run]:
@@ -93,7 +97,11 @@ def speeds(base: Config, name: str, tokens: float, **changes) -> list[Run]:
         eval_steps=1,
         save_minutes=0,
     )
-    return [Run(group, changes | dict(seed=seed), alone=True) for seed in REPEATS]
+    wanted = []
+    for seed in REPEATS:
+        own = dict(seed=seed)
+        wanted.append(Run(group, changes | own, alone=True))
+    return wanted
 
 
 def in_rounds(timed: list[Run]) -> list[Run]:
@@ -154,16 +162,17 @@ def quarter(base: Config) -> dict:
 
     The validated text and the number of tokens between two validations stay the same.
     """
-    # The number of micro-batches is divided by 4, 2 or 1. Smaller micro-batches make up for what is
-    # missing to 4.
-    fewer_micro_batches = math.gcd(4, base.gradient_accumulation_steps)
-    smaller_micro_batches = 4 // fewer_micro_batches
-    if base.batch_size % smaller_micro_batches:
+    # Both divisors together make 4. The number of micro-batches is divided first, by 4, 2 or 1: the
+    # size of a micro-batch, which a GPU's speed depends on, is divided only by what is left.
+    divisor_of_number = math.gcd(4, base.gradient_accumulation_steps)
+    divisor_of_size = 4 // divisor_of_number
+    if base.batch_size % divisor_of_size:
         return {}
     return dict(
-        batch_size=base.batch_size // smaller_micro_batches,
-        gradient_accumulation_steps=base.gradient_accumulation_steps // fewer_micro_batches,
-        eval_steps=base.eval_steps * smaller_micro_batches,
+        batch_size=base.batch_size // divisor_of_size,
+        gradient_accumulation_steps=base.gradient_accumulation_steps // divisor_of_number,
+        # A validation reads `eval_steps` micro-batches: as many more as each is smaller.
+        eval_steps=base.eval_steps * divisor_of_size,
         eval_every=4 * base.eval_every,
     )
 
@@ -216,15 +225,18 @@ class _Sweeps:
         """
         tried = sorted(rates)
         while True:
-            losses = self.losses(changes | {field: lr} for lr in tried)
+            sweep = [changes | {field: lr} for lr in tried]
+            losses = self.losses(sweep)
             if losses is None:
                 return None
             best = tried[losses.index(min(losses))]
-            best_is_inside = tried[0] < best < tried[-1]
+            lowest = tried[0]
+            highest = tried[-1]
+            best_is_inside = lowest < best < highest
             if best_is_inside or len(tried) == MOST_RATES:
                 return changes | {field: best}
             times = 2.0
-            if best == tried[0]:
+            if best == lowest:
                 times = 0.5
             # Two rates together, because one after the other would take twice as long.
             beyond = [best * times, best * times**2]
@@ -237,8 +249,14 @@ class _Sweeps:
         for warmup in LONG_WARMUPS:
             if best is None:
                 return None
+            # A longer warm-up may allow higher rates.
             rates = [times * best["adamw_lr"] for times in (1, 2, 4)]
-            longer = self.best_rate("adamw_lr", rates, optimizer="adamw", warmup_fraction=warmup)
+            longer = self.best_rate(
+                "adamw_lr",
+                rates,
+                optimizer="adamw",
+                warmup_fraction=warmup,
+            )
             if longer is None:
                 return None
             losses = self.losses([best, longer])
@@ -255,38 +273,59 @@ class _Sweeps:
 
         Muon updates the hidden matrices; AdamW updates the other parameters in the same run.
         """
-        best = self.best_rate("muon_lr", MUON_RATES, optimizer="muon", adamw_lr=ADAMW_RATES[1])
+        best = self.best_rate(
+            "muon_lr",
+            MUON_RATES,
+            optimizer="muon",
+            adamw_lr=ADAMW_RATES[1],
+        )
         if best is None:
             return None
-        return self.best_rate("adamw_lr", ADAMW_RATES, optimizer="muon", muon_lr=best["muon_lr"])
+        return self.best_rate(
+            "adamw_lr",
+            ADAMW_RATES,
+            optimizer="muon",
+            muon_lr=best["muon_lr"],
+        )
 
     def best_in_smaller_steps(self, best: dict) -> dict | None:
         """The best changes with a quarter of the batch; `best` are those of the whole batch.
 
-        All learning rates are multiplied by the same factor: a sweep over each of them would take
-        too many runs. None also if the batch has no quarter.
+        Returns None if a result is missing, or if the batch cannot be divided by 4.
         """
         quarter_batch = quarter(self.base)
         if not quarter_batch:
             return None
-        warmups: list[dict] = [{}]  # the base's warm-up, which is not changed
-        if "warmup_fraction" in best:
-            # With 4 times as many steps a shorter warm-up may suffice, so the shortest of the long
-            # ones is tried beside the best one.
-            fractions = sorted({LONG_WARMUPS[0], best["warmup_fraction"]})
-            warmups = [dict(warmup_fraction=fraction) for fraction in fractions]
         tried = []
-        for warmup in warmups:
+        for warmup in self._quarter_warmups(best):
             for factor in QUARTER_RATES:
-                rates = {}
-                for field in ("muon_lr", "adamw_lr"):
-                    if field in best:
-                        rates[field] = factor * best[field]
+                rates = _multiplied_rates(best, factor)
                 tried.append(best | quarter_batch | warmup | rates)
         losses = self.losses(tried, QUARTER)
         if losses is None:
             return None
         return tried[losses.index(min(losses))]
+
+    def _quarter_warmups(self, best: dict) -> list[dict]:
+        """The changes of the warm-up that are tried with a quarter of the batch."""
+        if "warmup_fraction" not in best:
+            return [{}]  # the base's warm-up stays
+        # With 4 times as many steps a shorter warm-up may suffice, so the shortest of the long ones
+        # is tried beside the best one.
+        fractions = {LONG_WARMUPS[0], best["warmup_fraction"]}
+        return [dict(warmup_fraction=fraction) for fraction in sorted(fractions)]
+
+
+def _multiplied_rates(changes: dict, factor: float) -> dict:
+    """The learning rates of the changes, multiplied by one factor.
+
+    One factor serves for both: a sweep over each rate would take too many runs.
+    """
+    rates = {}
+    for field in ("muon_lr", "adamw_lr"):
+        if field in changes:
+            rates[field] = factor * changes[field]
+    return rates
 
 
 def optimizer(base: Config, tokens: float, seeds: list[int], found: dict[str, dict]) -> list[Run]:
@@ -350,10 +389,11 @@ def routing(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
         changes = size | dict(top_k=k, norm_topk_prob=k > 1)
         timed += speeds(base, f"top-{k}", tokens, **changes)
         wanted += runs(base, f"top-{k}, equal tokens", tokens, seeds, **changes)
-        if k != 2:
-            flops_per_token = dataclasses.replace(base, **changes).flops_per_token
-            equal_flops_tokens = flops_of_top_2 / flops_per_token
-            wanted += runs(base, f"top-{k}, equal FLOPs", equal_flops_tokens, seeds, **changes)
+        if k == 2:
+            continue
+        model = dataclasses.replace(base, **changes)
+        equal_flops_tokens = flops_of_top_2 / model.flops_per_token
+        wanted += runs(base, f"top-{k}, equal FLOPs", equal_flops_tokens, seeds, **changes)
     return wanted + in_rounds(timed)
 
 
@@ -368,13 +408,19 @@ def balance(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     thirds of the base's width and depth.
     """
     size = sized(base, 2 / 3)
-    wanted = runs(base, "none", tokens, seeds, **size, load_balancing_weight=0.0)
+    changes = size | dict(load_balancing_weight=0.0)
+    wanted = runs(base, "none", tokens, seeds, **changes)
     for scope in ("batch", "sequence"):
         for weight in WEIGHTS:
-            changes = dict(load_balancing_scope=scope, load_balancing_weight=weight)
+            changes = size | dict(
+                load_balancing_scope=scope,
+                load_balancing_weight=weight,
+            )
             group = f"{scope}, weight {weight:g}"
-            wanted += runs(base, group, tokens, seeds, **size, **changes)
-    return wanted + runs(base, "bias", tokens, seeds, **size, load_balancing="bias")
+            wanted += runs(base, group, tokens, seeds, **changes)
+    changes = size | dict(load_balancing="bias")
+    wanted += runs(base, "bias", tokens, seeds, **changes)
+    return wanted
 
 
 # --- specialization
@@ -395,8 +441,10 @@ def specialization(
         # Rounded up, so that there are KEPT_CHECKPOINTS at most, the one of the last step included.
         # The limit is one higher, so none of them is ever deleted.
         save_every = math.ceil(run.changes["max_steps"] / KEPT_CHECKPOINTS)
-        saving = dict(save_every=save_every, keep_checkpoints=KEPT_CHECKPOINTS + 1)
-        changes = run.changes | saving
+        changes = run.changes | dict(
+            save_every=save_every,
+            keep_checkpoints=KEPT_CHECKPOINTS + 1,
+        )
         wanted.append(dataclasses.replace(run, analysed=True, changes=changes))
     return wanted
 
@@ -421,6 +469,7 @@ def scaling(base: Config, tokens: float, seeds: list[int], found: dict[str, dict
     for name, size in _scaling_sizes(base).items():
         dense = size | dict(num_experts=0, d_ff=2 * size["d_ff"])
         moe = size | dict(num_experts=8, top_k=2)
+
         dense_speeds = speeds(base, f"dense, {name}", tokens, **dense)
         moe_speeds = speeds(base, f"moe, {name}", tokens, **moe)
         timed += dense_speeds + moe_speeds
@@ -512,7 +561,8 @@ class _MicroBatches:
                 offload_optimizer="false",
                 gradient_accumulation_steps=max(1, sequences // batch),
             )
-            self._runs[mode, batch] = [dataclasses.replace(run, may_not_fit=True) for run in timed]
+            may_not_fit = [dataclasses.replace(run, may_not_fit=True) for run in timed]
+            self._runs[mode, batch] = may_not_fit
         return self._runs[mode, batch]
 
     def want(self, batch: int) -> None:
@@ -537,7 +587,8 @@ class _MicroBatches:
         deep = dataclasses.replace(self.base, n_layers=self.layers)
 
         def predicted_gb(batch: int) -> float:
-            return predict_memory(deep, mode, batch, offload=False, cpu=cpu)["total"]
+            memory = predict_memory(deep, mode, batch, offload=False, cpu=cpu)
+            return memory["total"]
 
         # More sequences take more memory, so those that fit come first.
         fitting = bisect.bisect_right(self.sizes, usable, key=predicted_gb)
@@ -630,8 +681,11 @@ def _once_then_again(wanted: list[Run], found: dict[str, dict]) -> list[Run]:
     for run in wanted:
         if run.changes["seed"] == first_seed or run.group in fitted_once:
             chosen[run.label] = run
-    order = ("seed", "n_layers", "batch_size")
-    return sorted(chosen.values(), key=lambda run: [run.changes[field] for field in order])
+
+    def order(run: Run) -> list[int]:
+        return [run.changes[field] for field in ("seed", "n_layers", "batch_size")]
+
+    return sorted(chosen.values(), key=order)
 
 
 # --- all studies

@@ -111,9 +111,10 @@ def main(argv: list[str]) -> None:
 
 def _no_results_message(folder: Path) -> str:
     message = f"there is no results.json in {folder}: name the folder of a study, its --out"
-    beside = ROOT / "studies" / folder
-    if (beside / "results.json").exists():
-        message += f", such as {beside}"
+    # The user may have given the name of a committed study, which is a folder of studies/.
+    committed = ROOT / "studies" / folder
+    if (committed / "results.json").exists():
+        message += f", such as {committed}"
     return message
 
 

@@ -10,6 +10,7 @@ from studies.reports.shared import listed, span, summary
 
 def budget(results: dict) -> str:
     """What was trained, on what text, and how long that took."""
+    # A failed run has no tokens.
     finished = [run for run in results["runs"].values() if "tokens" in run]
     # Runs that measured speeds are described only if the study has no others.
     trained = [run for run in finished if not run["group"].startswith(SPEED)]
@@ -19,12 +20,14 @@ def budget(results: dict) -> str:
     base = base_config(results)
     passes = max(run["passes"] for run in trained)
     most_tokens = max(run["tokens"] for run in trained)
+    train_tokens = format_count(corpus["train_tokens"])
+    num_runs = len(results["runs"])
     rows = [
         ("models, layers x width", _shapes(trained, base)),
         ("active parameters of all", _parameters(trained)),
         ("tokens of the longest run", format_count(most_tokens)),
         ("tokens for each active parameter", _tokens_per_parameter(trained)),
-        ("text", f"`{corpus['data']}`, {format_count(corpus['train_tokens'])} tokens"),
+        ("text", f"`{corpus['data']}`, {train_tokens} tokens"),
         ("passes over the text, at most", f"{passes:.2f}"),
         ("tokens a step", _tokens_per_step(trained)),
         ("precision", base.precision),
@@ -33,7 +36,7 @@ def budget(results: dict) -> str:
     if rates:
         rows.append(("peak learning rates", rates))
     rows += [
-        ("runs", f"{len(results['runs'])}: {_kinds_of_runs(results, finished)}"),
+        ("runs", f"{num_runs}: {_kinds_of_runs(results, finished)}"),
         ("tokens of all runs", format_count(results["budget"]["tokens"])),
         ("minutes of all runs", _minutes(results["budget"])),
         ("machines", machines(results)),
@@ -54,26 +57,38 @@ def _shapes(runs: Runs, base: Config) -> str:
 
 def _parameters(runs: Runs) -> str:
     """The active and all parameters of the smallest and of the largest model."""
-    sizes = sorted({(run["active_params"], run["total_params"]) for run in runs})
-    return span([f"{format_count(active)} of {format_count(total)}" for active, total in sizes])
+    sizes = set()
+    for run in runs:
+        sizes.add((run["active_params"], run["total_params"]))
+    words = []
+    for active, total in sorted(sizes):
+        words.append(f"{format_count(active)} of {format_count(total)}")
+    return span(words)
 
 
 def _tokens_per_parameter(runs: Runs) -> str:
-    ratios = sorted(run["tokens"] / run["active_params"] for run in runs)
-    return span([f"{ratio:.2g}" for ratio in ratios])
+    ratios = []
+    for run in runs:
+        ratios.append(run["tokens"] / run["active_params"])
+    return span([f"{ratio:.2g}" for ratio in sorted(ratios)])
 
 
 def _tokens_per_step(runs: Runs) -> str:
-    steps = sorted({round(run["tokens"] / run["changes"]["max_steps"]) for run in runs})
-    return span([f"{tokens:,}" for tokens in steps])
+    sizes = set()
+    for run in runs:
+        steps = run["changes"]["max_steps"]
+        sizes.add(round(run["tokens"] / steps))
+    return span([f"{tokens:,}" for tokens in sorted(sizes)])
 
 
 def _common_rates(runs: Runs, base: Config) -> str:
     """The peak learning rates that no run of the study changes."""
     rates = []
     for field, optimizer in (("muon_lr", "Muon"), ("adamw_lr", "AdamW")):
-        if not any(field in run["changes"] for run in runs):
-            rates.append(f"{optimizer} {getattr(base, field):g}")
+        is_changed = any(field in run["changes"] for run in runs)
+        if not is_changed:
+            lr = getattr(base, field)
+            rates.append(f"{optimizer} {lr:g}")
     return listed(rates)
 
 
@@ -85,7 +100,9 @@ def _kinds_of_runs(results: dict, finished: Runs) -> str:
         configurations[len(seeds)] += 1
     kinds = []
     for num_seeds, number in sorted(configurations.items(), reverse=True):
-        kinds.append(f"{counted(number, 'configuration')} with {counted(num_seeds, 'seed')}")
+        count = counted(number, "configuration")
+        seeds_of_each = counted(num_seeds, "seed")
+        kinds.append(f"{count} with {seeds_of_each}")
     measured_speed = sum(run["group"].startswith(SPEED) for run in finished)
     if measured_speed:
         kinds.append(f"{measured_speed} to measure speeds")
@@ -103,11 +120,17 @@ def counted(number: int, word: str) -> str:
 
 
 def _minutes(spent: dict) -> str:
-    kinds = (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU"))
-    return listed([f"{spent[key]:.0f} {name} minutes" for key, name in kinds if spent[key]])
+    """The minutes that all runs took on GPUs and on CPUs. Zero minutes are not named."""
+    words = []
+    for key, name in (("gpu_minutes", "GPU"), ("cpu_minutes", "CPU")):
+        minutes = spent[key]
+        if minutes:
+            words.append(f"{minutes:.0f} {name} minutes")
+    return listed(words)
 
 
 def machines(results: dict) -> str:
+    """The GPUs of the study's runs, or the number of cores where a run had no GPU."""
     names = set()
     for run in results["runs"].values():
         if "machine" not in run:  # it failed

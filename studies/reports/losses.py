@@ -15,9 +15,12 @@ from studies.reports.shared import (
 
 
 def losses(results: dict) -> str:
-    """Losses and speeds of a study that has no report of its own."""
+    """Losses and speeds of a study that has no report of its own.
+
+    A study may have only speeds. It then has a table and no facts about losses.
+    """
     study = outcome(results)
-    best = ""
+    best = ""  # the group with the lowest loss; a single group is compared with nothing
     if len(study.runs) > 1:
         best, verdict = lowest(study.runs, study.resolution)
     rows = []
@@ -37,11 +40,12 @@ def losses(results: dict) -> str:
         "tokens",
         "tokens/s, alone",
     ]
-    facts = [("smallest difference that is decided", smallest_difference(study.runs))]
-    if best:
-        facts.insert(0, ("lowest loss", f"{best}; {verdict}"))
     if not study.runs:
         return table(header, rows)
+    facts = []
+    if best:
+        facts.append(("lowest loss", f"{best}; {verdict}"))
+    facts.append(("smallest difference that is decided", smallest_difference(study.runs)))
     return f"{table(header, rows)}\n\n{summary(facts)}"
 
 
