@@ -23,6 +23,12 @@ from pathlib import Path
 # fragmentation.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+# Before torch is imported too: a thread of OpenMP that waits for the others sleeps at once. By
+# default it would spin for milliseconds first. Beside busy programs it would so keep a core from
+# the very threads that it waits for, and training would nearly stop. Alone, sleeping costs some
+# speed on a CPU. benchmarks/busy_cpu.py measures both.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from cli import Parser, add_config_options, config_options, exit_code, locked, new_parser
 from config import (
     DATA_RULES,

@@ -1308,3 +1308,15 @@ def test_the_second_interrupt_stops_at_once(base, tmp_path):
     assert "Traceback" not in process.outputs()[1]
     assert not list(run.glob("*.pt"))
     assert_group_ends(process)
+
+
+@pytest.mark.parametrize("given, used", [(None, "passive"), ("active", "active")])
+def test_openmp_waits_without_spinning_unless_the_user_says_otherwise(given, used):
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if given:
+        variables["OMP_WAIT_POLICY"] = given
+    code = "import os, sys, run_experiment; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [used, "False"]

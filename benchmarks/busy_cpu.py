@@ -1,0 +1,149 @@
+"""Measures what waiting costs a run on a CPU: alone, and beside busy programs.
+
+    python -m benchmarks.busy_cpu
+
+OpenMP's threads wait for each other many times in a step. A waiting thread spins for a number of
+turns (GOMP_SPINCOUNT), then sleeps. Spinning is the faster way to wait on an idle machine. On a
+busy one the spinning thread keeps the core from the thread that it waits for. run_experiment.py
+sets OMP_WAIT_POLICY=passive, which means no turns at all.
+
+Each spin count gets a run of the preset `tiny`. The run's speed is measured alone, then beside
+BUSY_PER_CORE busy processes for each core. Writes benchmarks/results/busy_cpu_cpu.json.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+if __name__ == "__main__":  # before the imports below, which fail without their packages
+    from config import explain_missing_packages
+
+    explain_missing_packages()
+
+import torch
+
+from benchmarks.result_files import CACHE, ROOT, option_words, train_command, write
+from config import PRESETS
+from planner.machine import cpu_cores
+from record.results import METRICS, environment
+
+PASSIVE = 0  # what OMP_WAIT_POLICY=passive means
+LIBGOMP_DEFAULT = 300_000
+SPIN_COUNTS = (PASSIVE, 1000, 10_000, LIBGOMP_DEFAULT)
+ROUNDS = 3
+BUSY_PER_CORE = 9
+SECONDS_ALONE = 8
+SECONDS_BUSY = 20
+SECONDS_TO_START = 120
+TOKENS_PER_STEP = PRESETS["tiny"]["max_seq_len"]  # of one sequence a step
+
+
+def measure(spin_count: int, folder: Path) -> tuple[float, float]:
+    """tokens/s of a run with this spin count: alone, and beside busy processes."""
+    options = option_words(
+        preset="tiny",
+        device="cpu",
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=10**6,
+        eval_every=10**6,
+        eval_steps=1,
+        log_every=1,
+        save_every=0,
+        save_minutes=0,
+        sample_tokens=0,
+        cache_dir=CACHE,
+    )
+    variables = {**os.environ, "GOMP_SPINCOUNT": str(spin_count)}
+    run = subprocess.Popen(train_command(folder, options), env=variables, stdout=subprocess.DEVNULL)
+    metrics = folder / METRICS
+    try:
+        _wait_for_training(metrics)
+        alone = _speed(metrics, SECONDS_ALONE)
+        with _busy_processes(BUSY_PER_CORE * cpu_cores()):
+            busy = _speed(metrics, SECONDS_BUSY)
+    finally:
+        run.kill()
+        run.wait()
+    return alone, busy
+
+
+def _wait_for_training(metrics: Path) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while not metrics.exists() or _steps_done(metrics) == 0:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no training step within {SECONDS_TO_START} s")
+        time.sleep(0.2)
+
+
+def _steps_done(metrics: Path) -> int:
+    """The last step that the run has written down; 0 before the first."""
+    step = 0
+    for line in metrics.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):  # the last line may be half written
+            step = json.loads(line)["step"]
+    return step
+
+
+def _speed(metrics: Path, seconds: float) -> float:
+    """tokens/s over the next `seconds`."""
+    steps_before = _steps_done(metrics)
+    start = time.perf_counter()
+    time.sleep(seconds)
+    tokens = TOKENS_PER_STEP * (_steps_done(metrics) - steps_before)
+    return tokens / (time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _busy_processes(count: int) -> Iterator[None]:
+    """`count` processes that compute without end."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()
+
+
+def main() -> None:
+    alone: dict[int, list[float]] = {spin_count: [] for spin_count in SPIN_COUNTS}
+    busy: dict[int, list[float]] = {spin_count: [] for spin_count in SPIN_COUNTS}
+    for round_number in range(ROUNDS):
+        for spin_count in SPIN_COUNTS:
+            with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+                speeds = measure(spin_count, Path(folder) / "run")
+            alone[spin_count].append(speeds[0])
+            busy[spin_count].append(speeds[1])
+            print(
+                f"round {round_number + 1} of {ROUNDS}, spin count {spin_count}: "
+                f"{speeds[0]:,.0f} tokens/s alone, {speeds[1]:,.0f} beside busy processes",
+                flush=True,
+            )
+    write(
+        "busy_cpu",
+        statistics.median(busy[PASSIVE]),
+        "tokens/s with OMP_WAIT_POLICY=passive, beside busy processes",
+        ROUNDS,
+        environment(torch.device("cpu")),
+        dict(
+            busy_processes=BUSY_PER_CORE * cpu_cores(),
+            cores=cpu_cores(),
+            tokens_per_second_alone=alone,
+            tokens_per_second_busy=busy,
+        ),
+        command="python -m benchmarks.busy_cpu",
+    )
+
+
+if __name__ == "__main__":
+    main()
