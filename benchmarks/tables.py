@@ -209,6 +209,34 @@ def _predicted_memory_18b(gpu: str, checkpointing: str) -> str:
     return f"```\n{gpu}: {choice.options(config)}\n\n{text}\n```"
 
 
+# ---------------------------------------------------------------- docs/troubleshooting.md
+
+
+def busy_cpu() -> str:
+    """The speeds of `tiny` on a CPU by how long its threads spin, alone and beside others."""
+    result = load_result("busy_cpu", "cpu")
+    measured = result["details"]
+    names = {
+        "0": "they sleep at once (`OMP_WAIT_POLICY=passive`, set by this program)",
+        "1000": "`GOMP_SPINCOUNT=1000`",
+        "10000": "`GOMP_SPINCOUNT=10000`",
+        "300000": "libgomp's default, `GOMP_SPINCOUNT=300000`",
+    }
+    header = [
+        "how threads wait",
+        f"tokens/s alone on {measured['cores']} cores",
+        f"tokens/s beside {measured['busy_processes']} busy processes",
+    ]
+    rows = []
+    for spin_count, name in names.items():
+        row = [name]
+        for state in ("alone", "busy"):
+            speeds = measured[f"tokens_per_second_{state}"][spin_count]
+            row.append(f"{statistics.median(speeds):,.0f}")
+        rows.append(row)
+    return table(header, rows)
+
+
 # ---------------------------------------------------------------- docs/data.md, docs/models.md
 
 
@@ -556,6 +584,7 @@ def blocks() -> dict[str, Callable[[], str]]:
         options=options,
         memory_with_full=memory_with_full,
         memory_with_auto=memory_with_auto,
+        busy_cpu=busy_cpu,
         data_speed=data_speed,
         held_out=held_out,
         sampling=sampling,
