@@ -1,7 +1,7 @@
 """Speeds of training: those that were measured, and predictions for other models and GPUs.
 
 A prediction scales a measured rate of model FLOPs by the peaks of the two GPUs. It is an estimate:
-the measured runs, predicted from each other, are off by less than 15% (tests/planner/test_speed.py).
+the measured runs, predicted from each other, are off by less than 15% (see its tests).
 The caller reads the result files; nothing here does.
 """
 
