@@ -17,7 +17,6 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
@@ -326,8 +325,7 @@ def _read(
                 ffn_out, _routing = ffn_out
             x_BSD = x_BSD + ffn_out
         last_x_BD = model.norm(x_BSD[:, -1])
-        logits_BV = F.linear(last_x_BD, model.head_weight)
-        return logits_BV.float()
+        return model.logits(last_x_BD)
 
 
 class _GraphedRead:

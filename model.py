@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from config import LOSS_CHUNK, Config, ExperimentError, parameter_table
-from engine.linear import linear
+from engine.linear import fp32_matmul, linear
+from engine.precision import at_least_fp32, embedding, sum_gradient_in_fp32
 from engine.triton_kernels import COMPILE_OPTIONS, compile_with_barriers, qk_norm_rope
 from moe import MoE, SwiGLU
 
@@ -39,7 +40,14 @@ COMPUTE_DTYPE = {
 Shapes = dict[str, tuple[int, ...]]
 
 
-# ---------------------------------------------------------------- norm and attention
+# ---------------------------------------------------------------- embedding, norm, attention
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding with an fp32 gradient of its weight, also of a 16-bit weight."""
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return embedding(token_ids, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -272,7 +280,7 @@ class MoETransformer(nn.Module):
         dtype = torch.float32
         if config.split_masters:
             dtype = self.compute_dtype
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model, dtype=dtype)
+        self.embedding = Embedding(config.vocab_size, config.d_model, dtype=dtype)
         self.rope = RotaryPositionalEmbeddings(
             config.head_dim,
             config.max_seq_len,
@@ -291,6 +299,7 @@ class MoETransformer(nn.Module):
                 dtype=dtype,
             )
         self._check_parameters()
+        self._sum_gradients_in_fp32()
         if not self.norm.weight.is_meta:
             self.init_weights()
 
@@ -309,6 +318,14 @@ class MoETransformer(nn.Module):
         if found != expected:
             raise ExperimentError(_other_parameters_message(found, expected))
 
+    def _sum_gradients_in_fp32(self) -> None:
+        """Over a step, those of embedding and head, which `Embedding` and the loss make in fp32.
+
+        Where the two are tied, both go into one sum.
+        """
+        sum_gradient_in_fp32(self.embedding.weight)
+        sum_gradient_in_fp32(self.head_weight)
+
     # ------------------------------------------------------------ storage and initial weights
 
     def materialize(self, device: torch.device | str) -> "MoETransformer":
@@ -324,6 +341,7 @@ class MoETransformer(nn.Module):
         fp32 on every device.
         """
         super()._apply(fn, recurse)
+        self._sum_gradients_in_fp32()  # there may be new parameters
         device = self.norm.weight.device
         if device.type != "meta":
             with torch.device(device):
@@ -432,8 +450,7 @@ class MoETransformer(nn.Module):
         """
         x_BSD, routing = self.hidden(tokens_BS)
         if targets_BS is None:
-            with self.autocast():
-                return F.linear(x_BSD, self.head_weight).float()
+            return self.logits(x_BSD)
 
         cross_entropy, correct = chunked_cross_entropy(
             x_BSD.flatten(0, 1),
@@ -458,6 +475,17 @@ class MoETransformer(nn.Module):
         if self.config.load_balancing == "loss":
             return self.config.load_balancing_weight
         return 0.0
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The fp32 logits [..., V] of inputs of the head [..., D], for generation and evaluation.
+
+        On a GPU 16-bit inputs get no gradient from here: the matmul with fp32 results has none.
+        """
+        # Autocast would cast the fp32 matmul of a CPU to 16 bits.
+        with torch.autocast(x.device.type, enabled=False):
+            x_ND = x.flatten(0, -2)
+            logits_NV = fp32_matmul(x_ND, self.head_weight.to(x.dtype).T)
+        return logits_NV.unflatten(0, x.shape[:-1])
 
     def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list]:
         """The input of the head [B, S, D], and the routing statistics of each MoE block."""
@@ -499,37 +527,32 @@ def chunk_loss(
     logits_NV: Tensor,
     targets_N1: Tensor,
     grad_scale: float | None,
+    grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss of a chunk of tokens, computed in fp32. Overwrites fp32 logits.
+    """The loss of a chunk of tokens, from fp32 logits.
 
     Returns
 
     - the sum of the cross-entropies, in nats,
     - how many targets have the largest logit,
-    - the gradient of the sum by the logits, times `grad_scale` and in the logits' dtype; None
+    - the gradient of the sum by the logits, times `grad_scale` and rounded to `grad_dtype`; None
       without grad_scale.
     """
-    wide_NV = logits_NV.to(_at_least_fp32(logits_NV.dtype))
-    log_z_N1 = wide_NV.logsumexp(dim=-1, keepdim=True)
-    target_logits_N1 = wide_NV.gather(1, targets_N1)
+    log_z_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
+    target_logits_N1 = logits_NV.gather(1, targets_N1)
     cross_entropies_N1 = log_z_N1 - target_logits_N1
     loss = cross_entropies_N1.sum()
-    predictions_N1 = wide_NV.argmax(dim=-1, keepdim=True)
+    predictions_N1 = logits_NV.argmax(dim=-1, keepdim=True)
     correct = (predictions_N1 == targets_N1).sum()
     if grad_scale is None:
         return loss, correct, None
-    # The gradient is softmax(logits) = exp(logits - log z), minus 1 at the target. It overwrites
-    # the fp32 logits, as a chunk of them is large.
-    grad_NV = wide_NV.sub_(log_z_N1).exp_()
+    # The gradient is softmax(logits) = exp(logits - log z), minus 1 at the target. It does not
+    # overwrite the logits: a compiled function would write them back to memory.
+    grad_NV = (logits_NV - log_z_N1).exp_()
     grad_at_targets_N1 = grad_NV.gather(1, targets_N1) - 1
     grad_NV.scatter_(1, targets_N1, grad_at_targets_N1)
     grad_NV.mul_(grad_scale)
-    return loss, correct, grad_NV.to(logits_NV.dtype)
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for fp16, bf16 and fp32; float64 stays."""
-    return torch.promote_types(dtype, torch.float32)
+    return loss, correct, grad_NV.to(grad_dtype)
 
 
 def chunked_cross_entropy(
@@ -560,6 +583,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     The forward pass computes the gradients too, while it has the logits of a chunk. So the logits
     [N, V] of all tokens never exist, and the backward pass does not repeat the head's matmul (as in
     Liger Kernel, Hsu et al. 2024).
+
+    What is rounded to 16 bits, where x is: the gradient by the logits, which two matmuls read, and
+    the gradient by x. The logits and the head's gradient are fp32 from the matmuls on.
     """
 
     @staticmethod
@@ -572,7 +598,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_loss,
     ):
         weight = weight_VD.to(x_ND.dtype)
-        wide_dtype = _at_least_fp32(x_ND.dtype)
+        wide_dtype = at_least_fp32(x_ND.dtype)
         total = torch.zeros((), device=x_ND.device, dtype=wide_dtype)
         correct = torch.zeros((), device=x_ND.device, dtype=torch.long)
         grad_scale = None
@@ -587,28 +613,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             targets_N1 = targets_N[chunk, None]
             # The logits have no name here, so that they are freed before those of the next chunk.
             chunk_total, chunk_correct, grad_logits = chunk_loss(
-                x @ weight.T,
+                fp32_matmul(x, weight.T),
                 targets_N1,
                 grad_scale,
+                x.dtype,
             )
             total += chunk_total
             correct += chunk_correct
             if need_gradients:
                 torch.mm(grad_logits, weight, out=grad_x[chunk])
-                grad_weight += _fp32_matmul(grad_logits.T, x)
+                grad_weight += fp32_matmul(grad_logits.T, x)
         if need_gradients:
             ctx.save_for_backward(grad_x, grad_weight)
             # Undoes grad_scale, and turns the sum over tokens into a mean.
             ctx.unscale = 1 / (grad_scale * len(x_ND))
-            ctx.weight_dtype = weight_VD.dtype
         return total / len(x_ND), correct
 
     @staticmethod
     def backward(ctx, grad_loss, _):
         grad_x, grad_weight = ctx.saved_tensors
+        # In fp32: the scale holds the loss scale, which may exceed fp16's largest number.
         scale = grad_loss * ctx.unscale
-        grad_x = _scaled(grad_x, scale, grad_x.dtype)
-        grad_weight = _scaled(grad_weight, scale, ctx.weight_dtype)
+        grad_x = (grad_x.to(grad_weight.dtype) * scale).to(grad_x.dtype)
+        # In place: the head is large. Autograd takes this tensor as `.grad`, or adds it to the sum
+        # of the micro-batches before, which is fp32 too (see `sum_gradient_in_fp32`).
+        grad_weight.mul_(scale)
         return grad_x, grad_weight, None, None, None
 
 
@@ -620,23 +649,3 @@ def _logit_grad_scale(dtype: torch.dtype) -> float:
     # 6e-8, its smallest one. Times 256 it loses fewer, and all stay far from its largest number,
     # 65,504.
     return 256.0
-
-
-def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale in `dtype`.
-
-    Multiplied in fp32: `scale` holds the loss scale, which may exceed fp16's largest number.
-    """
-    # One name for both tensors, so that the first is freed before the cast.
-    gradient = gradient.to(_at_least_fp32(gradient.dtype))
-    gradient = gradient * scale
-    return gradient.to(dtype)
-
-
-def _fp32_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with an fp32 result, also from 16-bit inputs."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

@@ -1,7 +1,8 @@
 """The matmuls of a transformer block: one linear function, and one for all experts at once.
 
 Attention, dense feed-forward networks and experts call these two functions for every matmul. The
-router does not: it is fp32 throughout. A change of precision or of sharding is made here.
+router does not: it is fp32 throughout. A change of precision or of sharding is made here. The head
+and its loss call `fp32_matmul`.
 
 Shape suffixes: R rows (tokens, or routed tokens sorted by expert), I inputs, O outputs,
 E experts. `offs` [E] are the ends of the experts' rows: expert e has rows offs[e-1] : offs[e].
@@ -13,6 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.triton_kernels import GEMV_MAX_ROWS, grouped_gemv, triton
+
+# cuBLAS may split a matmul into parts, each a sum over some of the inputs. It may add the parts in
+# 16 bits, and PyTorch lets it. Here they are added in fp32, as everything within a part is.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 BLACKWELL = (10, 0)  # compute capability
 
@@ -52,6 +58,20 @@ def linear(
     unread = x_RI[:1, :1].detach()
     out_RO = torch.addmm(unread, x_RI, weight_OI.T, beta=0)
     return out_RO.unflatten(0, x.shape[:-1])
+
+
+def fp32_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two matrices, with an fp32 result also from 16-bit inputs. Call it without autocast.
+
+    On a GPU, 16-bit inputs get no gradient from here.
+    """
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        # Tensor cores sum in fp32. Without out_dtype the sums would be rounded to 16 bits.
+        return torch.mm(a, b, out_dtype=torch.float32)
+    # A CPU has no such operator. 16-bit inputs are exact in fp32.
+    return a.float() @ b.float()
 
 
 # ---------------------------------------------------------------- all experts at once

@@ -13,6 +13,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 try:
@@ -640,6 +641,11 @@ if triton is not None:
 # Row and column reductions in one kernel read memory that nothing wrote (torch 2.10 to 2.13,
 # pytorch/pytorch issue 193061).
 COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
+
+# torch.compile would trace a backward pass under the autocast of its forward pass. Where the
+# forward pass leaves autocast for an fp32 matmul, as the router does, the matmuls of its gradients
+# would be 16-bit. Without torch.compile no backward pass runs under autocast, and so it is here.
+functorch_config.backward_pass_autocast = "off"
 
 
 @functools.cache

@@ -420,8 +420,6 @@ def test_chunked_loss_sums_the_heads_gradient_in_fp32(monkeypatch):
     wide = weight.detach().double().requires_grad_()
     F.cross_entropy(x.double() @ wide.T, targets).backward()
     assert error(weight.grad.double(), wide.grad) < 4e-3
-    ones = torch.ones(1, 257).bfloat16()  # 257 is no bfloat16 number
-    assert model_module._fp32_matmul(ones, ones.T).item() == 257
 
 
 def test_small_probabilities_reach_the_head_in_fp16():

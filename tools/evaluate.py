@@ -219,8 +219,7 @@ def measure(model: MoETransformer, ids: Tensor, length: int, end_of_text: int) -
     hidden_parts = hidden.split(tokens_at_a_time)
     target_parts = ids[1:].split(tokens_at_a_time)
     for x, targets in zip(hidden_parts, target_parts):
-        with model.autocast():
-            logits = F.linear(x, model.head_weight).float()
+        logits = model.logits(x)
         losses = F.cross_entropy(logits, targets, reduction="none").double()
         is_text = targets != end_of_text
         is_correct = logits.argmax(dim=-1) == targets
