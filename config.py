@@ -203,6 +203,9 @@ class Config:
     """Host memory that the plan may count on, in GB; 0 reads it from the operating system."""
     compile: Literal["auto", "true", "false"] = "auto"
     """Compile each block with torch.compile; auto: on a GPU."""
+    deterministic: bool = False
+    """Only kernels that add in a fixed order: the same run gives the same bits again. Slower on a
+    GPU."""
 
     # --- data
     data: str = "python"

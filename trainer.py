@@ -24,7 +24,7 @@ import data
 from config import Config, Diverged, ExperimentError, OutOfMemory, optimizer_groups
 from engine.offload import GradientOffload
 from engine.precision import LossScaler, gradient_norms
-from engine.triton_kernels import attention_backends
+from engine.triton_kernels import any_order, attention_backends, set_deterministic
 from generate import generate
 from model import MoETransformer
 from muon import build_optimizers
@@ -184,6 +184,7 @@ class Trainer:
     def _build(self, config: Config) -> None:
         """The model, compiled or not, its optimizers, and what watches them."""
         print("Building the model ...", flush=True)
+        set_deterministic(config.deterministic)
         with torch.device("meta"):
             self.model = MoETransformer(config)
         self.model.materialize(self.device)
@@ -385,7 +386,7 @@ class Trainer:
         """What is in force during the run: signals, attention's kernels, errors, the tracker."""
         with (
             self.stop,
-            attention_backends(self.device),
+            attention_backends(self.device, self.config.deterministic),
             self._last_results(),
             self._out_of_memory_advice(),
             tracker.tracking(self.config, self.run_id, self.step) as self.record.track,
@@ -566,7 +567,8 @@ class Trainer:
         """A continuation of the first validation tokens, with the same draws every time."""
         self.model.eval()
         prompt = self.corpus.validation[:SAMPLE_PROMPT].astype("int64").tolist()
-        [new] = generate(self.model, prompt, n_tokens, temperature=0.8, top_k=50, seed=0)
+        with any_order():
+            [new] = generate(self.model, prompt, n_tokens, temperature=0.8, top_k=50, seed=0)
         decode = self.corpus.tokenizer.decode
         return dict(prompt=decode(prompt), text=decode(new))
 

@@ -1,4 +1,4 @@
-"""What keeps training in 16 bits exact: fp32 masters, fp32 sums, loss scaling, determinism.
+"""What keeps training in 16 bits exact: fp32 masters, fp32 gradients, loss scaling.
 
 An update is often smaller than half an ulp (unit in the last place) of a 16-bit weight, and
 rounding would lose it. So every 16-bit weight has an fp32 master.
@@ -11,7 +11,6 @@ Memory: these functions also run without torch.compile. A tensor that has a name
 memory until the name is reused or the function returns. So a step often reuses the name of the
 tensor that it replaces.
 """
-
 
 import torch
 import torch.nn.functional as F

@@ -9,6 +9,8 @@ It also has the settings of torch.compile, and the order in which attention kern
 
 import contextlib
 import functools
+import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -640,7 +642,7 @@ if triton is not None:
 
 # Row and column reductions in one kernel read memory that nothing wrote (torch 2.10 to 2.13,
 # pytorch/pytorch issue 193061).
-COMPILE_OPTIONS = {"triton.mix_order_reduction": False}
+COMPILE_OPTIONS: dict[str, bool] = {"triton.mix_order_reduction": False}
 
 # torch.compile would trace a backward pass under the autocast of its forward pass. Where the
 # forward pass leaves autocast for an fp32 matmul, as the router does, the matmuls of its gradients
@@ -673,18 +675,65 @@ def compile_with_barriers() -> None:
     torch.compiler.config.cache_key_tag = "barriers"
 
 
+# ---------------------------------------------------------------- deterministic runs
+
+# The workspaces with which cuBLAS adds in a fixed order, of which PyTorch accepts no others.
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+
+
+def set_deterministic(deterministic: bool) -> None:
+    """Makes every kernel add in a fixed order, or lets it choose: for the whole process.
+
+    Two runs on the same kind of GPU, with the same versions, then give the same bits. An operator
+    that has no such kernel raises RuntimeError. The kernels of this file always add in a fixed
+    order: none has atomics.
+
+    Call it before the first matmul, at which cuBLAS reads its environment variable, and before
+    torch.compile.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    # PyTorch would also fill all memory that it hands out, to show reads of what nothing wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # torch.compile would time kernels that differ in the order in which they add, and take the
+    # fastest: not the same one in each process.
+    COMPILE_OPTIONS.pop("deterministic", None)
+    if deterministic:
+        COMPILE_OPTIONS["deterministic"] = True
+        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in DETERMINISTIC_WORKSPACES:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = DETERMINISTIC_WORKSPACES[0]
+
+
+@contextlib.contextmanager
+def any_order() -> Iterator[None]:
+    """Lets kernels add in any order inside, for what does not enter a run's results.
+
+    PyTorch calls a GPU's cumsum of fractions not deterministic, and generation needs it.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
 # ---------------------------------------------------------------- attention
 
 
-def attention_backends(device: torch.device):
+def attention_backends(device: torch.device, deterministic: bool = False):
     """The context that sets the order in which fused attention kernels are tried.
 
     cuDNN's is the fastest on Hopper and later (542 against 313 TFLOP/s forward on an H100), flash
     on earlier GPUs. It must hold for the whole run, as backward passes recompute attention too.
+
+    With `deterministic` cuDNN's is left out, whose backward pass PyTorch does not call
+    deterministic. After `set_deterministic(True)` the others take backward passes that are.
     """
     if device.type == "cpu":
         return contextlib.nullcontext()
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if deterministic:
+        return sdpa_kernel(order, set_priority=True)
     if torch.cuda.get_device_capability() >= HOPPER:
         order.insert(0, SDPBackend.CUDNN_ATTENTION)
     else:

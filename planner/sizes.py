@@ -31,6 +31,9 @@ INT64 = 8
 # Norms and routers are fp32 in every precision.
 FP32_KINDS = ("norms", "router")
 
+# Kinds whose gradients are fp32 in every precision.
+FP32_GRADIENT_KINDS = (*FP32_KINDS, "embedding", "head")
+
 # The low bits of an fp32 master weight, which are stored beside a 16-bit weight.
 LOW_BITS_BYTES = 2
 
@@ -85,6 +88,7 @@ class MemoryPredictor:
         self.config = config
         self.cpu = cpu
         self.weights = weights(config)
+        self.gradients = gradients(config)
         # bytes of the low bits and of the optimizers' state, by key of the memory table
         self.state = optimizer_state(config)
         # The kind of each block, as the number of the first block of that kind: blocks of a kind
@@ -118,7 +122,7 @@ class MemoryPredictor:
 
         sizes: dict[str, float] = {}
         sizes["weights"] = self.weights
-        sizes["gradients"] = self.weights - host_gradients
+        sizes["gradients"] = self.gradients - host_gradients
         for key, size in self.state.items():
             sizes[key] = size
             if offload:
@@ -154,12 +158,15 @@ class MemoryPredictor:
         n_layers = self.config.n_layers
         kept_before = self._kept_before(checkpointing, lighter_blocks, tokens)
         backward = self._backward_bytes(tokens)
-        # The loss comes between the two passes, when every block has all that it keeps.
+        waiting = _waiting_head_gradient(self.config)
+        # The loss comes between the two passes, when every block has all that it keeps. (The
+        # embedding comes last. It needs less than the loss, and no block has anything any more.)
         peak = kept_before(n_layers) + loss_bytes(self.config, tokens, self.cpu)
         for layer, gradients_under_way in self._possible_peaks(offload):
             kind = self.kinds[layer]
             block = tokens * self.kept_by_none[kind] + self.casts[layer]
-            needed = kept_before(layer) + block + backward[kind] + gradients_under_way
+            needed = kept_before(layer) + block + backward[kind]
+            needed += gradients_under_way + waiting
             peak = max(peak, needed)
         return peak
 
@@ -249,7 +256,10 @@ def compute_bytes(config: Config) -> int:
 
 
 def weight_bytes(config: Config) -> int:
-    """Bytes of an element of a weight or of its gradient, for all kinds but FP32_KINDS."""
+    """Bytes of an element of a weight of all kinds but FP32_KINDS.
+
+    A gradient has as many, for all kinds but FP32_GRADIENT_KINDS.
+    """
     if config.split_masters:  # 16-bit weights, with the low bits of their fp32 masters beside them
         return 2
     return 4
@@ -259,11 +269,21 @@ def weight_bytes(config: Config) -> int:
 
 
 def weights(config: Config) -> int:
-    """Bytes of the model's weights, and of their gradients, which have the weights' dtypes."""
+    """Bytes of the model's weights."""
+    return _bytes_but_fp32_of(config, FP32_KINDS)
+
+
+def gradients(config: Config) -> int:
+    """Bytes of the gradients of all weights, summed over a step's micro-batches."""
+    return _bytes_but_fp32_of(config, FP32_GRADIENT_KINDS)
+
+
+def _bytes_but_fp32_of(config: Config, fp32_kinds: tuple[str, ...]) -> int:
+    """Bytes of tensors like all parameters, with `weight_bytes` an element; fp32 of these kinds."""
     total = 0
     for kind, numel in config.parameter_groups.items():
         element = weight_bytes(config)
-        if kind in FP32_KINDS:
+        if kind in fp32_kinds:
             element = FP32
         total += numel * element
     return total
@@ -358,6 +378,9 @@ def _kept_by_none(config: Config, layer: int) -> int:
         kept += element * ffn.top_k * (d_model + gate_up + hidden)
     if config.is_moe(layer):
         kept += _chosen_experts(config, layer, cpu=False)
+        # The router's input. In fp32 it is one of the rows above, and in 16 bits an fp32 copy.
+        if element < FP32:
+            kept += FP32 * d_model
         # The router's logits; the maximum and the sum of their softmax, and the z-loss's
         # log-sum-exp.
         kept += FP32 * (config.num_experts + 3)
@@ -520,35 +543,58 @@ def _gradients_under_way(layer: int, host_gradients: list[int]) -> int:
 # ---------------------------------------------------------------- loss
 
 
+def _waiting_head_gradient(config: Config) -> int:
+    """Bytes of a head's gradient that waits while the backward pass goes through the blocks.
+
+    A head that is also the embedding has two gradients. Autograd adds them up before it adds them
+    to the sum of the micro-batches: the head's waits until the embedding's is made, at the end.
+    Another head's is added at once.
+    """
+    if config.tie_embeddings:
+        return FP32 * _head_numel(config)
+    return 0
+
+
+def _head_numel(config: Config) -> int:
+    """Elements of the head, and of the embedding."""
+    return config.vocab_size * config.d_model
+
+
 def loss_bytes(config: Config, tokens: int, cpu: bool) -> int:
     """Bytes of head and cross-entropy with the gradients of both, a chunk of tokens at a time."""
     if cpu:
         return _loss_bytes_on_cpu(config, tokens)
     element = compute_bytes(config)
-    head = config.vocab_size * config.d_model
+    head = _head_numel(config)
+    chunk_logits = _chunk_logits(config, tokens)
     # The last norm's output and its gradient.
     norm_output = 2 * element * tokens * config.d_model
-    # The head's gradient is summed over chunks in fp32. There is also a copy in the compute dtype:
-    # of the sum, to be handed on, or with fp32 weights of the head, for the matmuls to read.
-    head_gradient = (FP32 + element) * head
-    # Three tensors at most: a chunk's logits, and two of the softmax.
-    logits = 3 * FP32 * _chunk_logits(config, tokens)
-    return norm_output + head_gradient + logits
+    # The head's gradient is summed over chunks in fp32. Where only the weights are fp32, matmuls
+    # read a 16-bit copy of the head.
+    whole_heads = FP32 * head
+    if element < weight_bytes(config):
+        whole_heads += element * head
+    # Three tensors of a chunk at most: the fp32 logits, and two of the softmax.
+    softmax = 3 * FP32 * chunk_logits
+    # Afterwards: the gradient by the logits, and the part of the head's gradient made from it.
+    chunk_gradients = element * chunk_logits + FP32 * head
+    return norm_output + whole_heads + max(softmax, chunk_gradients)
 
 
 def _loss_bytes_on_cpu(config: Config, tokens: int) -> int:
     element = compute_bytes(config)
-    head = config.vocab_size * config.d_model
+    head = _head_numel(config)
     chunk_logits = _chunk_logits(config, tokens)
     # The last norm's input and normalised input in fp32; its output and the output's gradient.
     last_norm = (2 * FP32 + 2 * element) * tokens * config.d_model
     # The head's gradient, summed over chunks.
     head_gradient = FP32 * head
-    # A chunk's logits in fp32; in 16 bits also as the matmul gives them.
+    # A chunk's logits in fp32, and in 16 bits also their gradient, which matmuls read.
     logits = FP32 * chunk_logits
     if element == 2:
         logits += element * chunk_logits
-    # A temporary of the softmax or, afterwards, the chunk's part of the head's gradient.
+    # One of three: an fp32 copy of the head, which gives fp32 logits; then a temporary of the
+    # softmax; then the chunk's part of the head's gradient.
     temporary = FP32 * max(chunk_logits, head)
     return last_norm + head_gradient + logits + temporary
 

@@ -21,7 +21,7 @@ LEAST_SECONDS_OF_A_BLOCK = 0.51 / (4 * 12)
 
 # A speed holds for a configuration that has the preset's values of these fields, and its table of
 # parameters: their shapes, and how many of them a token uses.
-SPEED_FIELDS = ("max_seq_len", "optimizer", "master_weights")
+SPEED_FIELDS = ("max_seq_len", "optimizer", "master_weights", "deterministic")
 
 
 @dataclass(frozen=True)
