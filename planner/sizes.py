@@ -543,23 +543,6 @@ def _gradients_under_way(layer: int, host_gradients: list[int]) -> int:
 # ---------------------------------------------------------------- loss
 
 
-def _waiting_head_gradient(config: Config) -> int:
-    """Bytes of a head's gradient that waits while the backward pass goes through the blocks.
-
-    A head that is also the embedding has two gradients. Autograd adds them up before it adds them
-    to the sum of the micro-batches: the head's waits until the embedding's is made, at the end.
-    Another head's is added at once.
-    """
-    if config.tie_embeddings:
-        return FP32 * _head_numel(config)
-    return 0
-
-
-def _head_numel(config: Config) -> int:
-    """Elements of the head, and of the embedding."""
-    return config.vocab_size * config.d_model
-
-
 def loss_bytes(config: Config, tokens: int, cpu: bool) -> int:
     """Bytes of head and cross-entropy with the gradients of both, a chunk of tokens at a time."""
     if cpu:
@@ -602,6 +585,23 @@ def _loss_bytes_on_cpu(config: Config, tokens: int) -> int:
 def _chunk_logits(config: Config, tokens: int) -> int:
     """The number of logits that exist at a time."""
     return min(tokens, LOSS_CHUNK) * config.vocab_size
+
+
+def _waiting_head_gradient(config: Config) -> int:
+    """Bytes of a head's gradient that waits while the backward pass goes through the blocks.
+
+    A head that is also the embedding has two gradients. Autograd adds them up before it adds them
+    to the sum of the micro-batches: the head's waits until the embedding's is made, at the end.
+    Another head's is added at once.
+    """
+    if config.tie_embeddings:
+        return FP32 * _head_numel(config)
+    return 0
+
+
+def _head_numel(config: Config) -> int:
+    """Elements of the head, and of the embedding."""
+    return config.vocab_size * config.d_model
 
 
 # ---------------------------------------------------------------- optimizer step

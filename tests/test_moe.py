@@ -150,6 +150,24 @@ def test_router_learns_from_one_expert_a_token_only_if_its_weight_is_not_normali
     assert (weights == 1).all() if norm else (weights < 1).all()
 
 
+@pytest.mark.slow
+def test_the_routers_gradients_are_fp32_when_it_is_compiled_under_autocast():
+    """torch.compile would trace the matmuls of the backward pass under autocast, in bfloat16."""
+    router = Router(tiny_config(d_model=32, top_k=2))
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(2, 64, 32, dtype=torch.bfloat16)
+    results = []
+    for function in (router, torch.compile(router, fullgraph=True, backend="aot_eager")):
+        router.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = function(leaf)[0]
+        logits.square().sum().backward()
+        results.append((logits.detach(), router.weight.grad, leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
 # ---------------------------------------------------------------- tokens to experts and back
 
 

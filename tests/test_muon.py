@@ -288,6 +288,19 @@ def test_grad_scale_scales_gradients_and_state_is_unscaled(kind, dtype, grad_sca
     assert_same_bits(snapshot(other, scaled), snapshot(optimizer, named))
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_fp32_gradient_of_a_16_bit_weight_is_read_unrounded(dtype, offload):
+    named = parameters(dtype)
+    for p in named.values():
+        p.grad_dtype = torch.float32
+        p.grad = torch.full(p.shape, 1 + 2.0**-20)  # 1 in 16 bits
+    optimizer = make(AdamW, named, offload=offload, adamw_beta1=0.5)
+    optimizer.step(0.01, 2.0)
+    for state in optimizer.state.tensors.values():
+        assert (state["exp_avg"] == 1 + 2.0**-20).all()
+
+
 @BOTH
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_gradients_are_left_as_they_are(kind, dtype):

@@ -52,6 +52,21 @@ FORMS = {
 # ---------------------------------------------------------------- resume
 
 
+def test_a_deterministic_run_samples_and_the_next_run_is_free(settings, tmp_path):
+    changes = dict(max_steps=2, save_every=0, sample_tokens=3, eval_every=2)
+    losses = []
+    for deterministic in (True, False):
+        run = build(
+            settings(
+                save_dir=str(tmp_path / str(deterministic)), deterministic=deterministic, **changes
+            )
+        )
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        run.run()
+        losses.append([row["val_loss"] for row in rows(run.config, "val_loss")])
+    assert losses[0] == losses[1], "on a CPU every kernel adds in a fixed order"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_stopped_and_resumed_run_equals_one_run_to_the_bit(settings, tmp_path, form):

@@ -11,11 +11,24 @@ from engine.linear import (
     _clear_idle_gradient,
     expert_loop,
     expert_loop_backward,
+    fp32_matmul,
     grouped_linear,
     linear,
 )
 
-# ---------------------------------------------------------------- linear
+# ---------------------------------------------------------------- matmuls
+
+
+def test_cublas_adds_parts_of_a_matmul_in_fp32():
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_matmul_gives_fp32_from_16_bits(dtype):
+    ones = torch.ones(1, 4097, dtype=dtype)  # 4097 is no number of bfloat16, and none of float16
+    found = fp32_matmul(ones, ones.T)
+    assert found.dtype == torch.float32 and found.item() == 4097
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

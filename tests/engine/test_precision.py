@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from engine.precision import (
     LossScaler,
     decode_master,
+    embedding,
     encode_master,
     gradient_norms,
     read_master,
+    sum_gradient_in_fp32,
     write_master,
 )
 
@@ -189,6 +191,37 @@ def test_loss_scale_resumes_where_it_was():
     assert vars(resumed) == vars(scaler)
     resumed.update(False)
     assert resumed.scale == 2
+
+
+# ---------------------------------------------------------------- gradients summed in fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_embeddings_gradient_is_a_sum_in_fp32(dtype):
+    """A 16-bit sum of these equal terms stops at 4.26 in bfloat16."""
+    weight = torch.randn(3, 8).to(dtype).requires_grad_()
+    sum_gradient_in_fp32(weight)
+    token_ids = torch.ones(2, 1024, dtype=torch.long)
+    for _ in range(2):  # two micro-batches
+        rows = embedding(token_ids, weight)
+        assert torch.equal(rows, weight[token_ids]) and rows.dtype == dtype
+        rows.backward(torch.full_like(rows, 0.01))
+    term = torch.tensor(0.01).to(dtype).item()
+    expected = torch.zeros(3, 8)
+    expected[1] = 4096 * term
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_embedding_of_wide_weights_is_pytorchs_own(dtype):
+    weight = torch.randn(5, 4, dtype=dtype, requires_grad=True)
+    sum_gradient_in_fp32(weight)
+    token_ids = torch.tensor([[3, 1], [1, 1]])
+    embedding(token_ids, weight).square().sum().backward()
+    found, weight.grad = weight.grad, None
+    torch.nn.functional.embedding(token_ids, weight).square().sum().backward()
+    assert found.dtype == dtype and torch.equal(found, weight.grad)
 
 
 # ---------------------------------------------------------------- gradient norms

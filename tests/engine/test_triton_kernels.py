@@ -1,10 +1,50 @@
 """The reference versions, which a CPU runs. benchmarks/check_gpu.py holds the kernels to them."""
 
+import os
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 from torchtune.modules import RotaryPositionalEmbeddings
 
-from engine.triton_kernels import qk_norm_rope, swiglu, symmetric_matmul
+from engine import triton_kernels
+from engine.triton_kernels import (
+    any_order,
+    attention_backends,
+    qk_norm_rope,
+    set_deterministic,
+    swiglu,
+    symmetric_matmul,
+)
+
+
+@pytest.mark.parametrize("workspace", [None, ":16:8", ":0:0"])
+def test_deterministic_is_set_and_unset_for_the_whole_process(monkeypatch, workspace):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace or "")
+    try:
+        set_deterministic(True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert triton_kernels.COMPILE_OPTIONS["deterministic"] is True
+        expected = ":16:8" if workspace == ":16:8" else ":4096:8"
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
+        with any_order():
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        torch.compile(torch.relu, options=triton_kernels.COMPILE_OPTIONS)  # knows the option
+    finally:
+        set_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "deterministic" not in triton_kernels.COMPILE_OPTIONS
+    with any_order():
+        pass
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_attention_is_not_cudnns():
+    with attention_backends(torch.device("cuda"), deterministic=True):
+        assert SDPBackend.CUDNN_ATTENTION not in _cur_sdpa_kernel_backends()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
