@@ -35,23 +35,31 @@ if __name__ == "__main__":  # before the imports below, which fail without their
     explain_missing_packages()
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from config import PRESETS, Config
+from config import LOSS_CHUNK, PRESETS, Config
 from engine.linear import expert_loop, grouped_linear
 from engine.offload import GradientOffload, OptimizerState
-from engine.precision import decode_master, gradient_norms, read_master
+from engine.precision import (
+    decode_master,
+    embedding,
+    gradient_norms,
+    read_master,
+    sum_gradient_in_fp32,
+)
 from engine.triton_kernels import (
     attention_backends,
     qk_norm_rope,
     qk_norm_rope_reference,
+    set_deterministic,
     swiglu,
     swiglu_reference,
     symmetric_matmul,
 )
 from generate import generate
-from model import MoETransformer
+from model import MoETransformer, chunked_cross_entropy
 from muon import (
     NEWTON_SCHULZ,
     AdamW,
@@ -179,13 +187,15 @@ def poison(device: torch.device) -> None:
 def take_steps(changes: dict) -> Steps:
     """Trains BASE with `changes` for STEPS steps.
 
-    It runs in a process of its own: it changes the size of buckets for the whole process.
+    It runs in a process of its own: it changes the size of buckets, and whether kernels are
+    deterministic, for the whole process.
     """
     warnings.simplefilter("ignore")
     OptimizerState.BUCKET = SMALL_BUCKET
     config = dataclasses.replace(BASE, **changes)
     device = find_device(config)
-    with attention_backends(device):
+    set_deterministic(config.deterministic)
+    with attention_backends(device, config.deterministic):
         model = MoETransformer(config).to(device)
         parameters = dict(model.named_parameters())
         compiling = config.compile == "true"
@@ -293,6 +303,9 @@ COMPILED = {
     "compiled, selective": dict(compile="true", activation_checkpointing="selective"),
     "compiled": dict(compile="true"),
 }
+# Two runs with the same bits, each in a process that compiles for itself
+DETERMINISTIC = dict(compile="true", deterministic=True)
+REPEATED = ("deterministic, compiled", "deterministic, compiled, again")
 # Compiling takes most of the time, so fp16 has one compiled configuration only.
 COMPILED_IN = {"bf16": list(COMPILED), "fp16": ["compiled, full, offload"]}
 FULL_WIDTH = [("bf16", "none"), ("bf16", "selective"), ("bf16", "full"), ("fp16", "none")]
@@ -303,6 +316,8 @@ Job = tuple[str, str]  # precision and what is special; precision and checkpoint
 def step_jobs() -> dict[Job, dict]:
     """The changes to BASE of every model that takes steps."""
     jobs = {("fp32", "plain"): dict(precision="fp32")}
+    for what in REPEATED:
+        jobs["bf16", what] = dict(DETERMINISTIC, precision="bf16")
     for precision in ("bf16", "fp16"):
         configurations = {
             "plain": {},
@@ -381,6 +396,11 @@ def check_whole_steps(device: torch.device) -> Checks:
                 exact.gradients,
                 1.5 * rounding,
             )
+
+    first, again = (steps["bf16", what] for what in REPEATED)
+    name = f"bf16, {REPEATED[1]}"
+    yield check_losses(f"{name}: loss", again, first, 0)
+    yield check_tensors(f"{name}: masters", again.masters, first.masters, 0)
 
 
 def check_losses(name: str, found: Steps, expected: Steps, bound: float) -> Check:
@@ -694,6 +714,63 @@ def check_swiglu(device: torch.device) -> Checks:
         yield from compare_gradients(name, swiglu, swiglu_reference, inputs)
 
 
+# ---------------------------------------------------------------- fp32 sums
+
+
+def check_fp32_sums(device: torch.device) -> Checks:
+    """Gradients of embedding and head, summed over two micro-batches; against float64."""
+    for dtype in (torch.bfloat16, torch.float16):
+        # A GPU has one kernel for few tokens, and another one for many.
+        for num_tokens in (1024, 16384):
+            name = f"embedding's gradient {dtype}, {num_tokens} tokens"
+            found, exact = _embedding_gradients(dtype, num_tokens, device)
+            again, _ = _embedding_gradients(dtype, num_tokens, device)
+            yield Check(name, relative_error(found, exact), 1e-5)
+            yield Check(f"{name}, twice", (again - found).abs().max().item(), 0)
+        yield from _check_head(dtype, device)
+
+
+def _embedding_gradients(
+    dtype: torch.dtype, num_tokens: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(found, exact) of a table of 7 rows: each row's gradient is a sum over many tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.zeros(7, 64, dtype=dtype, device=device, requires_grad=True)
+    sum_gradient_in_fp32(weight)
+    exact = torch.zeros(7, 64, dtype=torch.float64, device=device)
+    for _ in range(MICRO_BATCHES):
+        token_ids = torch.randint(7, (num_tokens,), generator=generator, device=device)
+        # Of one sign: such a sum in 16 bits stops growing.
+        upstream = torch.rand(num_tokens, 64, generator=generator, device=device).to(dtype)
+        embedding(token_ids, weight).backward(upstream)
+        for row in range(7):
+            exact[row] += upstream[token_ids == row].double().sum(dim=0)
+    return weight.grad, exact
+
+
+def _check_head(dtype: torch.dtype, device: torch.device) -> Checks:
+    """A chunk and a part of one: the loss from fp32 logits, and the head's gradient."""
+    x = torch.randn(LOSS_CHUNK + 100, 64, device=device).to(dtype)
+    weight = (torch.randn(256, 64, device=device) / 8).to(dtype).requires_grad_()
+    sum_gradient_in_fp32(weight)
+    targets = torch.randint(256, (len(x),), device=device)
+    exact_weight = weight.detach().double().requires_grad_()
+    exact_loss = F.cross_entropy(x.double() @ exact_weight.T, targets)
+    exact_loss.backward()
+
+    loss, _ = chunked_cross_entropy(x, weight, targets)
+    loss.backward()
+    name = f"head {dtype}"
+    yield Check(f"{name}: loss", abs(loss.item() / exact_loss.item() - 1), 1e-6)
+    # The gradients by the logits are 16-bit.
+    yield Check(f"{name}: gradient", relative_error(weight.grad, exact_weight.grad), 5e-3)
+    first = weight.grad.clone()
+    loss, _ = chunked_cross_entropy(x, weight, targets)
+    (loss / 64).backward()
+    error = relative_error(weight.grad, first.double() * (1 + 1 / 64))
+    yield Check(f"{name}: a small second micro-batch's gradient is added", error, 1e-6)
+
+
 # ---------------------------------------------------------------- optimizers, checkpoints, sampling
 
 
@@ -823,6 +900,7 @@ CHECKS = (
     check_symmetric_matmul,
     check_qk_norm_rope,
     check_swiglu,
+    check_fp32_sums,
     check_checkpoint,
     check_sampling,
     check_fused_optimizers,

@@ -96,7 +96,7 @@ def muon_step_18b(_: Path) -> None:
     config = config_18b()
     model = build_model(config, device)
     for p in model.parameters():
-        p.grad = torch.randn_like(p)
+        p.grad = torch.randn_like(p, dtype=p.grad_dtype)
     start = time.perf_counter()
     parameters = dict(model.named_parameters())
     optimizers = build_optimizers(config, parameters, offload=True, fused=True)

@@ -15,6 +15,7 @@ FAST_ON_A_CPU = [
     check_gpu.check_grouped_linear,
     check_gpu.check_qk_norm_rope,
     check_gpu.check_swiglu,
+    check_gpu.check_fp32_sums,
 ]
 
 
