@@ -607,10 +607,10 @@ PRESETS: dict[str, dict] = {
 # Without --preset: the smallest GPU memory (GB, 1e9 bytes) for each preset, largest first.
 #
 # 18b is for B200 and H200, with offload where needed; 5b is for cards of 80 GB, and 2b for those of
-# 40 GB. Smaller cards have the largest of 2b, small and tiny that fits without offload: 21 and 7 GB
+# 40 GB. Smaller cards have the largest of 2b, small and tiny that fits without offload: 22 and 7 GB
 # are what these presets take with `full` checkpointing. `25b` is never chosen: it is for those who
 # request it.
-PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (21, "2b"), (7, "small"), (0, "tiny")]
+PRESET_BY_GPU_MEMORY = [(130, "18b"), (70, "5b"), (22, "2b"), (7, "small"), (0, "tiny")]
 
 
 def preset_values(name: str) -> dict:

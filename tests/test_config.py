@@ -234,8 +234,8 @@ def test_presets_name_known_fields_only():
         (None, "tiny"),
         (6.9, "tiny"),
         (7, "small"),
-        (20.9, "small"),
-        (21, "2b"),
+        (21.9, "small"),
+        (22, "2b"),
         (69.9, "2b"),
         (70, "5b"),
         (129.9, "5b"),
@@ -250,7 +250,7 @@ def test_gpu_memory_chooses_the_preset(gpu, preset):
 
 
 def test_the_why_names_the_memory_that_the_preset_is_for():
-    assert resolve({}, None, 25.3)[2] == "the GPU has 25 GB, and 2b is for 21 GB and more"
+    assert resolve({}, None, 25.3)[2] == "the GPU has 25 GB, and 2b is for 22 GB and more"
     assert resolve({}, None, 5)[2] == "the GPU has 5 GB"
 
 

@@ -55,7 +55,7 @@ def test_every_preset_has_a_sane_choice_on_every_gpu(preset, gpu):
     [
         ("18b", "b200", True, dict(batch_size=4, offload_optimizer=False)),
         ("18b", "h200", True, dict(batch_size=4, offload_optimizer=True)),
-        ("18b", "h100", True, dict(batch_size=1, offload_optimizer=True, lighter_blocks=18)),
+        ("18b", "h100", True, dict(batch_size=1, offload_optimizer=True, lighter_blocks=16)),
         (
             "18b",
             "rtx4090",
