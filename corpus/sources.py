@@ -462,7 +462,7 @@ class HubDataset(TextSource):
         return total or limit or None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Names an exception and the first line of what it says."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"

@@ -145,7 +145,7 @@ def _gpu_by_name(name: str, host_gb: float) -> Machine:
 def _gpu_with_memory(name: str | None, memory_gb: float, host_gb: float) -> Machine:
     """A GPU that need not be known; a known one keeps its peak and its usual host."""
     key = None
-    usual_host_gb = SERVER_HOST_GB
+    usual_host_gb: float = SERVER_HOST_GB
     if memory_gb <= 40:
         usual_host_gb = DESKTOP_HOST_GB
     if name is not None and name.lower() in GPUS:

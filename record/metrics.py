@@ -88,7 +88,7 @@ class Interval:
         """
         loss = self._mean("cross_entropy")
         correct = float(self.sums["correct"])
-        row = dict(
+        row: dict[str, float | list[list[float]]] = dict(
             train_loss=loss,
             train_perplexity=perplexity(loss),
             train_accuracy=correct / self._tokens(config),

@@ -256,6 +256,7 @@ def sample(checkpoint, prompt, *options) -> int:
     return main(["sample", "--checkpoint", str(checkpoint), "--prompt", prompt, *options])
 
 
+@pytest.mark.slow
 def test_the_command_writes_as_it_goes(saved, capsys, monkeypatch):
     shown = []
 

@@ -204,6 +204,7 @@ def test_a_redrawn_plot_is_a_new_file(tmp_path):
     assert (tmp_path / "reader.png").read_bytes() == b"old" != path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_failed_write_keeps_the_old_plot(tmp_path, monkeypatch):
     path = tmp_path / "c.png"
     path.write_bytes(b"old")
@@ -252,6 +253,7 @@ def test_a_line_that_is_half_written_is_left_out(tmp_path, tail):
     assert plot.read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 20
 
 
+@pytest.mark.slow
 def test_redraws_a_run(tmp_path, capsys, request):
     write_metrics(tmp_path, run(20, train_loss=math.nan), '{"step": 21, "train_lo')
     assert plot.main([str(tmp_path)]) == 0
@@ -263,6 +265,7 @@ def test_redraws_a_run(tmp_path, capsys, request):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_command_line_errors(tmp_path, capsys):
     assert plot.main([str(tmp_path / "missing")]) == 1
     assert "metrics.jsonl cannot be read: No such file" in capsys.readouterr().err

@@ -804,6 +804,7 @@ def test_resume_from_elsewhere_takes_the_history_along(cli, finished, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_version_of_its_rules_of_data(cli, base, tmp_path, monkeypatch, capsys):
     """Also when the cache is gone and new runs follow another version."""
     folder = tmp_path / "run"
@@ -988,6 +989,7 @@ def test_options_are_read_as_they_were_written(draw, names, dashes, joined):
     )
 )
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_any_arguments_are_read_or_refused(argv):
     with contextlib.suppress(ConfigError, SystemExit):  # --help leaves
         assert set(config_options(OPTION_PARSER.parse(argv))) <= set(defaults())

@@ -203,6 +203,7 @@ def test_a_version_that_this_program_does_not_know_is_refused(tmp_path, folder):
         data.prepare(config_for(tmp_path), rules=3)
 
 
+@pytest.mark.slow
 def test_one_giant_line_or_a_repeated_document_does_not_take_the_held_out_side(tmp_path, capsys):
     for name, extra in (("giant", ["a" * 400_000]), ("repeated", 1000 * [story(99)])):
         rows = write_rows(tmp_path / f"{name}.jsonl", [story(i) for i in range(400)] + extra)

@@ -147,6 +147,7 @@ def test_tiktoken_gives_the_ids_of_tokenizers(trained, texts):
     assert [ids.tolist() for ids in fast(texts)] == slow(tokenizer, texts)
 
 
+@pytest.mark.slow
 def test_every_character_is_cut_alike(trained):
     """Both engines must hold the same characters for letters, numbers and space; letters, digits and signs on both sides show it."""
     tokenizer, _ = load_tokenizer(trained)
@@ -329,6 +330,7 @@ def test_only_long_words_are_cut_for_the_training_of_version_2(trained):
 
 
 @pytest.mark.parametrize("text", [" " * 10**6, "\n" * 10**6 + "x", "x" * 10**6], ids=range(3))
+@pytest.mark.slow
 def test_a_million_equal_characters(trained, text):
     tokenizer, _ = load_tokenizer(trained)
     [ids] = encoder(tokenizer)([text])
@@ -348,6 +350,7 @@ def backtracking(path: Path) -> str:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_a_tokenizer_that_panics_is_one_line(tmp_path, capfd, monkeypatch, workers):
     (tmp_path / "text.txt").write_text("a" * 60 + "b " + "words " * 50)
     monkeypatch.setattr(shards, "_worker_count", lambda _: workers)

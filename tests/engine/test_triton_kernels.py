@@ -19,6 +19,7 @@ from engine.triton_kernels import (
 
 
 @pytest.mark.parametrize("workspace", [None, ":16:8", ":0:0"])
+@pytest.mark.slow
 def test_deterministic_is_set_and_unset_for_the_whole_process(monkeypatch, workspace):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace or "")
     try:

@@ -339,6 +339,7 @@ def test_as_few_gradients_go_to_the_host_as_a_look_at_every_number_finds(gpu_gb)
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(batch_size=55_440, max_seq_len=16)])
+@pytest.mark.slow
 def test_a_plan_of_a_thousand_blocks_predicts_few_choices(monkeypatch, changes):
     """An answer within 3 seconds is held by the number of predictions, whatever the machine."""
     c = config_of("18b", n_layers=1000, activation_checkpointing="auto", **changes)

@@ -47,6 +47,7 @@ def check(found: dict[int, dict], expected: dict[int, dict], rel: float = 1e-6) 
         assert {k: found[step].get(k) for k in values} == pytest.approx(values, rel=rel), step
 
 
+@pytest.mark.slow
 def test_tensorboard(run):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -78,6 +79,7 @@ def test_tensorboard_hides_rows_past_the_checkpoint(settings):  # noqa: F811
     assert len(events.Scalars("muon_lr")) == 8 and rates[4] > 0.003 > 0.001 >= rates[5]
 
 
+@pytest.mark.slow
 def test_trackio(run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("trackio")
     import trackio.utils  # noqa: F401 (one of the modules that know the folder)

@@ -117,6 +117,7 @@ def test_the_optimizers_rates_go_on_until_the_best_is_inside():
     )
 
 
+@pytest.mark.slow
 def test_an_end_of_a_sweep_beyond_which_all_diverged_is_no_end(performed, monkeypatch, tmp_path):
     """AdamW alone is best at 0.004 with 20%; 0.008, and all with 40%, diverge."""
     whole = runner.perform
@@ -333,6 +334,7 @@ def test_scaling_of_a_base_with_dense_blocks_or_few_heads():
                 assert number == pytest.approx(active[label.replace("moe", "dense")], rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_wanted_later_is_no_longer_than_the_corpus_allows(
     performed, monkeypatch, tmp_path
 ):
@@ -407,6 +409,7 @@ def test_micro_batches_are_searched_to_the_end_of_memory(
     assert "| 8, not 12 |" in text and "| at least 256 |" in text
 
 
+@pytest.mark.slow
 def test_a_search_from_below_ends_at_what_fits(performed, tmp_path, monkeypatch):
     """Of `none`, which alone is predicted not to fit more than 2, the first that does not fit is tried by no other mode."""
     monkeypatch.setattr(

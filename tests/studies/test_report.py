@@ -290,6 +290,7 @@ def test_intervals_of_a_scaling_law_hold_the_truth(monkeypatch):
     assert 0.92 <= held / 200 <= 0.98
 
 
+@pytest.mark.slow
 def test_what_an_moe_is_worth_in_dense_flops(performed, tmp_path, monkeypatch):
     """A dense model whose loss follows a law, and MoEs that end as if they had twice the FLOPs, at the same speed and at half."""
     whole = runner.perform

@@ -265,6 +265,7 @@ def test_no_run_begins_shortly_before_the_end_of_the_time(monkeypatch, tmp_path)
     assert len(loaded(tmp_path)["runs"]) == 1, "the second would begin in the last quarter"
 
 
+@pytest.mark.slow
 def test_the_budget_of_several_times_is_added_up(performed, tmp_path, monkeypatch):
     whole = runner.perform
     monkeypatch.setattr(
@@ -514,6 +515,7 @@ def test_another_study_is_refused_before_its_text_is_read(performed, monkeypatch
     )
 
 
+@pytest.mark.slow
 def test_a_study_of_your_own_needs_a_function_and_its_name_to_be_drawn(
     performed, monkeypatch, tmp_path, capsys
 ):
@@ -758,6 +760,7 @@ def wait_until(condition, seconds=120):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_saves(monkeypatch, tmp_path):
     monkeypatch.setattr(one_run, "ROOT", tmp_path)
     (tmp_path / "run_experiment.py").write_text(PROGRAM_THAT_SAVES)

@@ -84,6 +84,7 @@ def documents(folder) -> dict[str, list[str]]:
 # ---------------------------------------------------------------- figures
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_plain_forward_passes(measure, corpus, tmp_path):
     """Each domain's tokens in a row after an end-of-text, in windows of max_seq_len; the last one is shorter."""
     write_checkpoint(

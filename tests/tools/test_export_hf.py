@@ -395,6 +395,7 @@ def test_too_little_space_is_said_before_anything_is_written(export, tmp_path, m
     )
 
 
+@pytest.mark.slow
 def test_a_weight_that_fp16_cannot_hold(export, tmp_path):
     config = tiny_config()
     state = write_checkpoint(tmp_path / "checkpoint.pt", config)

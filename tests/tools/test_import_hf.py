@@ -310,6 +310,7 @@ def test_a_checkpoint_of_a_run_still_refuses_other_text(tmp_path, text):
         Trainer(config, data.prepare(config, rules=1), state, tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.slow
 def test_options_of_the_new_run(load, folder):
     code, path, _, err = load(
         folder, "--muon_lr", 0.005, "--max_seq_len", 8, "--batch_size", 3, "--seed", 5
