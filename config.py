@@ -236,8 +236,12 @@ class Config:
     # --- evaluation, logging, checkpoints
     eval_every: int = 500
     """Steps between validations; there is always one at step 0 and one at the end."""
+    eval_sequences: int = 0
+    """Held-out sequences in a validation, whatever the micro-batch; 0: eval_steps times the
+    batch_size of the preset."""
     eval_steps: int = 20
-    """Validation batches in a validation."""
+    """Validation batches in a validation, of the preset's batch_size; eval_sequences replaces
+    it."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     save_every: int = 5000
@@ -282,6 +286,15 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.max_seq_len
+
+    @property
+    def validation_sequences(self) -> int:
+        """Sequences of a validation, or all of the held-out text where it has fewer.
+
+        `resolve` and `resumed_config` set eval_sequences, so that a change of the micro-batch does
+        not change what is validated. Only a Config that neither has made may have 0 there.
+        """
+        return self.eval_sequences or self.eval_steps * self.batch_size
 
     @property
     def split_masters(self) -> bool:
@@ -634,6 +647,12 @@ def preset_values(name: str) -> dict:
 LOSS_CHUNK = 2048  # tokens whose logits exist at a time
 OPTIMIZER_BUCKET = 2**28  # elements that an optimizer updates at a time; one matrix may be larger
 
+# ---------------------------------------------------------------- targets
+
+# The target of a token that fills up the last batch of a validation. No loss counts it. The number
+# is that of PyTorch's cross_entropy.
+IGNORED_TARGET = -100
+
 
 # ---------------------------------------------------------------- fields as options
 
@@ -735,12 +754,28 @@ def resolve(
     if replaced:
         why += _replaced_defaults_message(replaced, values)
     try:
-        return Config(**{**values, **options}), name, why
+        config = Config(**{**values, **options})
     except ConfigError as error:
         raise ConfigError(
             f"{error}\n"
             f"The values are those of {source} and of the command line: correct them there."
         ) from None
+    eval_sequences = _eval_sequences(config, values, options)
+    return dataclasses.replace(config, eval_sequences=eval_sequences), name, why
+
+
+def _eval_sequences(config: Config, preset: dict, options: dict) -> int:
+    """How many sequences are validated: by eval_sequences, or else by eval_steps.
+
+    The batch_size that eval_steps multiplies is that of the preset, or of the defaults without a
+    preset. It is not the command line's: a smaller micro-batch, chosen to save memory, validates
+    the same text.
+    """
+    given = config.eval_sequences
+    if "eval_steps" in options and "eval_sequences" not in options:
+        given = 0  # the option wins over eval_sequences in a preset or in an edited default
+    batch_size = preset.get("batch_size", defaults()["batch_size"])
+    return given or config.eval_steps * batch_size
 
 
 def edited_defaults() -> list[str]:
@@ -825,11 +860,15 @@ FROZEN = {
 def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
     """The checkpoint's configuration with the command line's changes, and those changes in words.
 
-    A field that is newer than the checkpoint has its default. Raises ConfigError for changes to the
-    shape of the model, to its state or to the data order.
+    A field that is newer than the checkpoint has its default, but eval_sequences is what the
+    checkpoint's run validated. Raises ConfigError for changes to the shape of the model, to its
+    state or to the data order.
     """
     known = {name: saved[name] for name in defaults() if name in saved}
     before = Config(**known)
+    before = dataclasses.replace(before, eval_sequences=before.validation_sequences)
+    options = _with_eval_sequences(before, options)
+    known["eval_sequences"] = before.eval_sequences
     config = Config(**{**known, **options})
     changed = [name for name in sorted(options) if getattr(config, name) != getattr(before, name)]
     refused = [
@@ -851,6 +890,21 @@ def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
         )
     words = [f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in changed]
     return config, words
+
+
+def _with_eval_sequences(before: Config, options: dict) -> dict:
+    """The options of a resumed run, with eval_sequences where eval_steps implies another number.
+
+    A checkpoint does not name its preset. Its number of sequences per evaluation step stands for
+    the preset's batch_size: with half the eval_steps, half of the sequences are validated.
+    """
+    options = dict(options)
+    if not options.get("eval_sequences"):
+        options.pop("eval_sequences", None)
+        if "eval_steps" in options:
+            share = options["eval_steps"] / before.eval_steps
+            options["eval_sequences"] = max(1, round(share * before.eval_sequences))
+    return options
 
 
 # ---------------------------------------------------------------- checks of the values
@@ -884,6 +938,7 @@ NOT_NEGATIVE = (
     "save_minutes",
     "num_workers",
     "host_memory_gb",
+    "eval_sequences",
     "sample_tokens",
     "muon_lr",
     "adamw_lr",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from config import DATA_RULES, Config
+from config import DATA_RULES, IGNORED_TARGET, Config
 from corpus.cache import Corpus, prepare
 from corpus.external import Joined
 from corpus.workers import die_with_parent
@@ -210,17 +210,24 @@ def validation_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (inputs, targets), int64 [batch_size, max_seq_len] each: always the same windows.
 
-    There are eval_steps * batch_size windows, or all where there are fewer. They are spread evenly
-    over the tokens: the first ones would come from a few documents. The last batch may hold fewer
-    sequences.
+    There are config.validation_sequences windows, or all where there are fewer. They are spread
+    evenly over the tokens: the first ones would come from a few documents. They do not depend on
+    batch_size.
+
+    All batches have the same shape, so that none needs a compiled graph of its own. Where the
+    windows do not fill the last batch, its further rows have the inputs 0 and the targets
+    IGNORED_TARGET.
     """
     seq_len = config.max_seq_len
     n_windows = _number_of_windows(tokens, seq_len)
-    taken = min(config.eval_steps * config.batch_size, n_windows)
+    taken = min(config.validation_sequences, n_windows)
     evenly_spread = np.arange(taken) * n_windows // taken
     starts = evenly_spread * seq_len
     for first in range(0, taken, config.batch_size):
         batch_starts = starts[first : first + config.batch_size]
-        windows = [tokens[start : start + seq_len + 1] for start in batch_starts]
-        rows = np.stack(windows).astype(np.int64)
-        yield _inputs_and_targets(rows)
+        rows = np.zeros((config.batch_size, seq_len + 1), np.int64)
+        for row, start in zip(rows, batch_starts):
+            row[:] = tokens[start : start + seq_len + 1]
+        inputs, targets = _inputs_and_targets(rows)
+        targets[len(batch_starts) :] = IGNORED_TARGET
+        yield inputs, targets

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from config import LOSS_CHUNK, Config, ExperimentError, parameter_table
+from config import IGNORED_TARGET, LOSS_CHUNK, Config, ExperimentError, parameter_table
 from engine.linear import fp32_matmul, linear
 from engine.precision import at_least_fp32, embedding, sum_gradient_in_fp32
 from engine.triton_kernels import COMPILE_OPTIONS, compile_with_barriers, qk_norm_rope
@@ -405,16 +405,14 @@ class MoETransformer(nn.Module):
         """Puts torch.compile around each block, and around the loss of a chunk.
 
         All dense blocks share one graph, and all MoE blocks another. Where the last
-        `lighter_blocks` blocks recompute less, there are two graphs of each kind.
+        `lighter_blocks` blocks recompute less, there are two graphs of each kind. A validation,
+        which keeps nothing for a backward pass, has one graph of each kind. That makes six, and
+        torch._dynamo's limit is eight.
         """
         compile_with_barriers()
-        # A block has a graph for training, one for validation, and one for a last, short batch of
-        # validation. Up to four kinds of block make 12, more than the default limit of 8.
-        torch._dynamo.config.recompile_limit = 16
         options = dict(
             fullgraph=True,
-            # One graph for each shape. A short batch of validation must not make the graphs of
-            # training dynamic.
+            # One graph for each shape. Another shape must not make the graphs of training dynamic.
             dynamic=False,
             options=COMPILE_OPTIONS,
         )
@@ -438,7 +436,9 @@ class MoETransformer(nn.Module):
         """Without targets returns fp32 logits [B, S, V], with targets (loss, metrics).
 
         Everything stays on the device, without synchronisation. loss is the mean cross-entropy in
-        nats plus the weighted auxiliary losses, summed over MoE blocks. metrics holds
+        nats plus the weighted auxiliary losses, summed over MoE blocks. Without gradients, targets
+        may be IGNORED_TARGET: cross_entropy and correct leave them out, the routing's metrics count
+        their tokens too. metrics holds
 
         - cross_entropy: 0-d, nats
         - correct: 0-d, how many targets have the largest logit
@@ -537,15 +537,23 @@ def chunk_loss(
     - how many targets have the largest logit,
     - the gradient of the sum by the logits, times `grad_scale` and rounded to `grad_dtype`; None
       without grad_scale.
+
+    Without grad_scale, in a validation, targets may be IGNORED_TARGET: they do not count.
     """
+    if grad_scale is None:
+        counted_N1 = targets_N1 != IGNORED_TARGET
+        targets_N1 = targets_N1.clamp(min=0)  # `gather` needs the index of some logit
     log_z_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
     target_logits_N1 = logits_NV.gather(1, targets_N1)
     cross_entropies_N1 = log_z_N1 - target_logits_N1
-    loss = cross_entropies_N1.sum()
     predictions_N1 = logits_NV.argmax(dim=-1, keepdim=True)
-    correct = (predictions_N1 == targets_N1).sum()
+    correct_N1 = predictions_N1 == targets_N1
     if grad_scale is None:
+        loss = cross_entropies_N1.where(counted_N1, 0.0).sum()
+        correct = (correct_N1 & counted_N1).sum()
         return loss, correct, None
+    loss = cross_entropies_N1.sum()
+    correct = correct_N1.sum()
     # The gradient is softmax(logits) = exp(logits - log z), minus 1 at the target. It does not
     # overwrite the logits: a compiled function would write them back to memory.
     grad_NV = (logits_NV - log_z_N1).exp_()
@@ -564,7 +572,8 @@ def chunked_cross_entropy(
     """The mean cross-entropy of the logits x weight^T, and the number of correct predictions.
 
     Both are 0-d. The mean is in nats and fp32. A prediction is correct if the target has the
-    largest logit. `chunk_loss` is the function of that name above, as it is or compiled.
+    largest logit. Without gradients, targets that are IGNORED_TARGET are in neither. `chunk_loss`
+    is the function of that name above, as it is or compiled.
     """
     # Autocast would cast the fp32 matmuls to 16 bits.
     with torch.autocast(x_ND.device.type, enabled=False):
@@ -623,11 +632,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if need_gradients:
                 torch.mm(grad_logits, weight, out=grad_x[chunk])
                 grad_weight += fp32_matmul(grad_logits.T, x)
+        num_targets = len(x_ND)
         if need_gradients:
             ctx.save_for_backward(grad_x, grad_weight)
             # Undoes grad_scale, and turns the sum over tokens into a mean.
-            ctx.unscale = 1 / (grad_scale * len(x_ND))
-        return total / len(x_ND), correct
+            ctx.unscale = 1 / (grad_scale * num_targets)
+        else:
+            num_targets = (targets_N != IGNORED_TARGET).sum()
+        return total / num_targets, correct
 
     @staticmethod
     def backward(ctx, grad_loss, _):

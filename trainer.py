@@ -21,7 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import Config, Diverged, ExperimentError, OutOfMemory, optimizer_groups
+from config import (
+    IGNORED_TARGET,
+    Config,
+    Diverged,
+    ExperimentError,
+    OutOfMemory,
+    optimizer_groups,
+)
 from engine.offload import GradientOffload
 from engine.precision import LossScaler, gradient_norms
 from engine.triton_kernels import any_order, attention_backends, set_deterministic
@@ -526,9 +533,10 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict | None:
-        """Mean loss and accuracy over eval_steps batches, the same ones each time.
+        """Mean loss and accuracy over the same held-out sequences each time.
 
-        They are spread over the held-out text. None when a signal requests a stop meanwhile.
+        They are spread over the held-out text, and are the same for every micro-batch. None when a
+        signal requests a stop meanwhile.
         """
         self.model.eval()
         loss_sum = torch.zeros((), device=self.device)
@@ -538,9 +546,11 @@ class Trainer:
             _, metrics = self.model(inputs.to(self.device), targets.to(self.device))
             if self.stop.requested:
                 return None
-            loss_sum = loss_sum + metrics["cross_entropy"] * targets.numel()
+            # On the host: the rows that fill up the last batch have no targets.
+            num_targets = int((targets != IGNORED_TARGET).sum())
+            loss_sum = loss_sum + metrics["cross_entropy"] * num_targets
             correct = correct + metrics["correct"]
-            tokens += targets.numel()
+            tokens += num_targets
         loss = (loss_sum / tokens).item()
         return dict(
             val_loss=loss,
@@ -552,10 +562,8 @@ class Trainer:
     def _validation_bar(self) -> tqdm:
         """The batches of an evaluation, behind a progress bar."""
         batches = list(data.validation_batches(self.corpus.validation, self.config))
-        full = [batch for batch in batches if len(batch[0]) == self.config.batch_size]
         return tqdm(
-            # A last batch that is not full is left out: each new shape is compiled anew.
-            full or batches,
+            batches,
             desc=f"validation at step {self.step}",
             leave=False,
             file=sys.stdout,
