@@ -58,13 +58,14 @@ def plot_training_curves(
     history: Rows,
     path,
     title: str = "",
-    unigram_entropy: float | None = None,
+    unigram_cross_entropy: float | None = None,
 ) -> None:
     """Draws the rows of metrics.jsonl into a PNG of 1800 x 1500 pixels at `path`.
 
     The file is replaced as a whole. `history` may be short or empty; values that are missing, None,
-    nan or infinite leave a gap. `unigram_entropy` (nats per token) adds a reference line to the
-    loss panel. Raises ExperimentError when the file cannot be written.
+    nan or infinite leave a gap. `unigram_cross_entropy` (nats per token) adds a reference line to
+    the loss panel: the validation loss of a model that knows nothing but how often each token
+    occurs in the training text. Raises ExperimentError when the file cannot be written.
     """
     train = _rows_with(history, "train_loss")
     validation = _rows_with(history, "val_loss")
@@ -76,7 +77,7 @@ def plot_training_curves(
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     figure.suptitle(title, fontsize=14)
     panels = figure.subplots(3, 2)
-    draw_loss(panels[0, 0], train, validation, unigram_entropy)
+    draw_loss(panels[0, 0], train, validation, unigram_cross_entropy)
     draw_perplexity(panels[0, 1], train, validation)
     draw_learning_rates(panels[1, 0], train)
     draw_throughput(panels[1, 1], train)
@@ -94,15 +95,19 @@ def draw_loss(
     axes: Axes,
     train: Rows,
     validation: Rows,
-    unigram_entropy: float | None,
+    unigram_cross_entropy: float | None,
 ) -> None:
-    """The training loss of each row, the same smoothed, and the validation loss."""
+    """The training loss of each row, the same smoothed, and the validation loss.
+
+    A dashed line shows the loss of token frequencies alone, where it is known.
+    """
     axes.set_title("Loss (nats per token)")
     steps, loss = _series(train, "train_loss")
     _draw_training(axes, steps, loss, _smoothed(loss))
     _draw_validation(axes, validation, "val_loss")
-    if unigram_entropy is not None:
-        _reference_line(axes, unigram_entropy, "unigram entropy", color="0.5")
+    if unigram_cross_entropy is not None:
+        label = "unigram cross-entropy of the held-out text"
+        _reference_line(axes, unigram_cross_entropy, label, color="0.5")
 
 
 def draw_perplexity(axes: Axes, train: Rows, validation: Rows) -> None:
@@ -500,6 +505,14 @@ def read_config(run: Path) -> dict:
     return {}
 
 
+def read_unigram_cross_entropy(run: Path) -> float | None:
+    """The reference for the validation loss, from run.json; None in a run of before it was kept."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads((run / "run.json").read_bytes())
+        return float(content["data"]["unigram_cross_entropy"])
+    return None
+
+
 def labels(runs: list[Path], configs: list[dict]) -> list[str]:
     """A name for each run: the fields in which the runs differ.
 
@@ -545,7 +558,11 @@ def _value(config: dict, name: str):
     if not config:
         return None
     default = defaults().get(name)
-    return config.get(name, default)
+    value = config.get(name, default)
+    if name == "eval_sequences" and not value:
+        # runs of before this field, which validated this number
+        value = _value(config, "eval_steps") * _value(config, "batch_size")
+    return value
 
 
 # ---------------------------------------------------------------- command line
@@ -603,7 +620,8 @@ def draw_runs(runs: list[Path], out: Path | None) -> Path:
         raise ExperimentError(f"{names}: no rows yet, the first is written after log_every steps.")
     if len(runs) == 1:
         out = out or runs[0] / "training_curves.png"
-        plot_training_curves(histories[0], out)
+        reference = read_unigram_cross_entropy(runs[0])
+        plot_training_curves(histories[0], out, unigram_cross_entropy=reference)
         return out
     out = out or runs[0].resolve().parent / "comparison.png"
     configs = [read_config(run) for run in runs]

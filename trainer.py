@@ -476,7 +476,7 @@ class Trainer:
             self.step,
             self.tokens_seen,
             loss,
-            self.corpus.unigram_entropy,
+            self.corpus.unigram_cross_entropy,
             self.folder / RESULTS,
             self.folder / CURVES,
         )
@@ -602,7 +602,7 @@ class Trainer:
         memory_gb = dict(predicted=self.predicted, measured=self.meter.measured_gb)
         self.record.write_results(self.config, self.device, self.corpus, memory_gb, totals, sample)
         if last or self.record.curves_are_old():
-            self.record.draw_curves(self.config, self.corpus.unigram_entropy)
+            self.record.draw_curves(self.config, self.corpus.unigram_cross_entropy)
 
     # ------------------------------------------------------------ checkpoints
 

@@ -35,8 +35,15 @@ from corpus.shards import (
     scan,
 )
 from corpus.sources import Source
-from corpus.token_files import open_shard, replace_file
-from corpus.tokenizer import check_vocabulary, load_tokenizer, read_tokenizer, sha256, trained_size
+from corpus.token_files import count_both, open_shard, replace_file, unigram_cross_entropy
+from corpus.tokenizer import (
+    check_vocabulary,
+    load_tokenizer,
+    read_tokenizer,
+    sha256,
+    trained_size,
+    vocabulary,
+)
 
 # Between these multiples of validation_fraction, the held-out share is as wanted.
 SHARE_TOO_SMALL = 0.5
@@ -63,7 +70,10 @@ class Corpus:
     tokenizer_hash: str  # sha256 of tokenizer_json
     characters: int  # of both splits; of external shards, what their tokens decode to one by one
     documents: int  # of both splits; each chunk of a long document counts as one
-    unigram_entropy: float  # nats per token: the loss of the best model that ignores the context
+    # In nats per token: the loss of the best model that ignores the context, on the training text
+    # and on the held-out text (see corpus.token_files)
+    unigram_entropy: float
+    unigram_cross_entropy: float
     rules: int  # the version of the rules of data that made it: see config.DATA_RULES
     held_out_characters: int | None  # of validation; None if not known
     # Of these, how many stand in chunks of text that are trained on too
@@ -241,6 +251,8 @@ def _open_files(folder: Path, end_of_text: str) -> Corpus:
         train_file, validation_file = TOKEN_FILES
         train = open_shard(folder / train_file, tokenizer_hash)
         validation = open_shard(folder / validation_file, tokenizer_hash)
+    if "unigram_cross_entropy" not in facts:
+        _add_unigram_cross_entropy(folder, facts, train, validation, vocabulary(tokenizer))
     return Corpus(
         train=train,
         validation=validation,
@@ -252,10 +264,32 @@ def _open_files(folder: Path, end_of_text: str) -> Corpus:
         characters=facts["characters"],
         documents=facts["documents"],
         unigram_entropy=facts["unigram_entropy"],
+        unigram_cross_entropy=facts["unigram_cross_entropy"],
         rules=facts.get("rules", 1),
         held_out_characters=facts.get("held_out_characters"),
         repeated_characters=facts.get("repeated_characters"),
     )
+
+
+def _add_unigram_cross_entropy(
+    folder: Path,
+    facts: dict,
+    train: np.ndarray | Joined,
+    validation: np.ndarray | Joined,
+    vocabulary_size: int,
+) -> None:
+    """Counts the tokens of a cache folder that an older version of this program built.
+
+    The result is added to `facts` and to corpus.json.
+    """
+    train_counts, validation_counts = count_both(train, validation, vocabulary_size)
+    facts["unigram_cross_entropy"] = unigram_cross_entropy(train_counts, validation_counts)
+    # In a folder that cannot be written, the tokens are counted again next time.
+    with contextlib.suppress(OSError):
+        # Another process may open the same folder: each writes a file of its own and renames it.
+        own_file = folder / f"corpus.{os.getpid()}.json"
+        replace_file(own_file, json.dumps(facts, indent=1) + "\n")
+        own_file.replace(folder / "corpus.json")
 
 
 # --- building
@@ -319,14 +353,18 @@ def _link_same_text(config: Config, found: Scan, key: str, folder: Path) -> bool
             facts = json.loads(facts_file.read_bytes())
             if not same.items() <= facts.items():
                 continue
-            _open(other, config.end_of_text)
+            opened = _open(other, config.end_of_text)
             print(f"data: the same text was tokenized before; its shards in {other} are used")
             for name in TOKEN_FILES:
                 (folder / name).unlink(missing_ok=True)
                 os.link(other / name, folder / name)
             tokenizer_json = (other / "tokenizer.json").read_bytes().decode()
             replace_file(folder / "tokenizer.json", tokenizer_json)
-            facts |= dict(data=config.data, left_out=found.bad)
+            facts |= dict(
+                data=config.data,
+                left_out=found.bad,
+                unigram_cross_entropy=opened.unigram_cross_entropy,
+            )
             replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
             return True
     return False

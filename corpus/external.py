@@ -26,6 +26,7 @@ from corpus.token_files import (
     map_tokens,
     read_head,
     replace_file,
+    unigram_cross_entropy,
 )
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
 
@@ -187,7 +188,7 @@ def import_shards(
 
     tokenizer, end_of_text = load_tokenizer(tokenizer_json, config.end_of_text)
     counts, data_hash = _count(config, files, shards, train_tokens, vocabulary(tokenizer))
-    train_counts = counts[0]
+    train_counts, validation_counts = counts
     counts_of_both = counts.sum(0)
     facts = dict(
         data=config.data,
@@ -202,6 +203,7 @@ def import_shards(
         data_hash=data_hash,
         tokenizer_hash=sha256(tokenizer_json),
         unigram_entropy=entropy(train_counts),
+        unigram_cross_entropy=unigram_cross_entropy(train_counts, validation_counts),
         left_out=0,  # shards hold no lines or rows that could be bad
         rules=rules,  # they decide where windows begin; the split is the same in all versions
     )

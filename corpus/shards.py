@@ -38,9 +38,11 @@ from corpus.token_files import (
     FORMAT_VERSION,
     HEADER_BYTES,
     ProgressBar,
-    count_tokens,
+    count_both,
     entropy,
+    open_shard,
     replace_file,
+    unigram_cross_entropy,
     write_header,
 )
 from corpus.tokenizer import (
@@ -330,6 +332,7 @@ def build(
 
     train_tokens, validation_tokens = done.tokens
     vocabulary_size = vocabulary(tokenizer)
+    train_counts, validation_counts = _count_shards(folder, tokenizer_hash, vocabulary_size)
     chunks = np.memmap(folder / CHUNK_FILE, CHUNK, mode="r")
     held_out, repeated = split.held_out_characters(decided, chunks)
     facts = dict(
@@ -341,7 +344,8 @@ def build(
         vocabulary=vocabulary_size,
         data_hash=data_hash(chunks),
         tokenizer_hash=tokenizer_hash,
-        unigram_entropy=_unigram_entropy(folder / "train.bin", dtype, vocabulary_size),
+        unigram_entropy=entropy(train_counts),
+        unigram_cross_entropy=unigram_cross_entropy(train_counts, validation_counts),
         left_out=found.bad,
         recipe=key,
         rules=rules,
@@ -372,11 +376,10 @@ def _changed(source: Source) -> ExperimentError:
     return ExperimentError(f"the corpus {source.name} changed while it was being read; run again")
 
 
-def _unigram_entropy(path: Path, dtype: np.dtype, vocabulary_size: int) -> float:
-    """The entropy of the tokens' frequencies in a shard, in nats."""
-    tokens = np.memmap(path, dtype, mode="r", offset=HEADER_BYTES)
-    with ProgressBar("counting", len(tokens), unit="token") as bar:
-        return entropy(count_tokens(tokens, vocabulary_size, bar))
+def _count_shards(folder: Path, tokenizer_hash: str, vocabulary_size: int) -> np.ndarray:
+    """How often each token occurs in the shards of training and validation, int64 [2, size]."""
+    train, validation = [open_shard(folder / name, tokenizer_hash) for name in TOKEN_FILES]
+    return count_both(train, validation, vocabulary_size)
 
 
 # --- the tokenizer

@@ -4,6 +4,7 @@ A token shard of ours is a header of HEADER_BYTES bytes, then the tokens as litt
 uint32. corpus.shards writes such files; corpus.external reads those of other programs.
 """
 
+import math
 import os
 import struct
 import time
@@ -168,8 +169,33 @@ def count_tokens(tokens: np.ndarray, size: int, bar: ProgressBar, digest=None) -
     return counts
 
 
+def count_both(train: np.ndarray, validation: np.ndarray, size: int) -> np.ndarray:
+    """How often each token occurs in the two arrays, int64 [2, size]. Shows a progress bar.
+
+    `size` is that of the vocabulary. Raises ValueError at a token that is not in it.
+    """
+    with ProgressBar("counting", len(train) + len(validation), unit="token") as bar:
+        return np.stack([count_tokens(tokens, size, bar) for tokens in (train, validation)])
+
+
 def entropy(counts: np.ndarray) -> float:
     """The entropy of the distribution with these counts, in nats."""
     # 0 log 0 counts as 0, and numpy would give nan: tokens that never occur are left out.
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
+
+
+def unigram_cross_entropy(train_counts: np.ndarray, validation_counts: np.ndarray) -> float:
+    """The loss on held-out text of a model that knows training's frequencies alone, nats per token.
+
+    `train_counts` and `validation_counts` say how often each token of the vocabulary occurs. Token
+    v has the probability (train_counts[v] + 1) / (training tokens + size of the vocabulary): to add
+    one to each count gives tokens that training lacks a probability too (Laplace smoothing). The
+    result is the mean of -log p over the held-out tokens; nan without any.
+    """
+    held_out_tokens = validation_counts.sum()
+    if held_out_tokens == 0:
+        return math.nan
+    smoothed = train_counts + 1
+    log_p = np.log(smoothed / smoothed.sum())
+    return float(-(validation_counts @ log_p) / held_out_tokens)

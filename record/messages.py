@@ -65,7 +65,7 @@ def forecast(config: Config, corpus) -> str:
     return (
         f"Corpus {config.data}: {len(corpus.train):,} training tokens, "
         f"{len(corpus.validation):,} validation tokens, "
-        f"unigram entropy {corpus.unigram_entropy:.3f} nats\n"
+        f"their unigram cross-entropy {corpus.unigram_cross_entropy:.3f} nats\n"
         f"The run: {config.max_steps:,} steps of {config.tokens_per_step:,} tokens, "
         f"{format_count(tokens)} tokens, {_passes(config, corpus):.2f} passes over the corpus"
     )
@@ -164,11 +164,16 @@ def sample(prompt: str, text: str) -> str:
     return f"\nA sample (prompt | continuation):\n{prompt}|{text}\n"
 
 
-def done(steps: int, tokens: int, loss: float, unigram_entropy: float, results, curves) -> str:
-    """`loss` is the last validation loss. `results` and `curves` are the paths of two files."""
+def done(
+    steps: int, tokens: int, loss: float, unigram_cross_entropy: float, results, curves
+) -> str:
+    """`loss` is the last validation loss. `results` and `curves` are the paths of two files.
+
+    `unigram_cross_entropy` is the same text's loss under training's token frequencies.
+    """
     return (
         f"Done: {steps} steps, {format_count(tokens)} tokens, "
-        f"validation loss {loss:.4f} (unigram entropy {unigram_entropy:.4f}).\n"
+        f"validation loss {loss:.4f} (unigram cross-entropy {unigram_cross_entropy:.4f}).\n"
         f"{results}, {curves}"
     )
 

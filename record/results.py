@@ -136,7 +136,7 @@ class Record:
         write_whole(self.folder / RESULTS, json.dumps(content, indent=1))
         self.last_results = time.monotonic()
 
-    def draw_curves(self, config: Config, unigram_entropy: float) -> None:
+    def draw_curves(self, config: Config, unigram_cross_entropy: float) -> None:
         """Draws training_curves.png anew; whole or not at all."""
         total = format_count(config.total_params)
         active = format_count(config.active_params)
@@ -144,7 +144,7 @@ class Record:
             self.history,
             self.folder / CURVES,
             title=f"{total} parameters, {active} active",
-            unigram_entropy=unigram_entropy,
+            unigram_cross_entropy=unigram_cross_entropy,
         )
         self.last_curves = time.monotonic()
 
@@ -216,6 +216,7 @@ def data_facts(corpus) -> dict:
         train_tokens=len(corpus.train),
         validation_tokens=len(corpus.validation),
         unigram_entropy=corpus.unigram_entropy,
+        unigram_cross_entropy=corpus.unigram_cross_entropy,
     )
 
 

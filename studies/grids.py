@@ -160,7 +160,8 @@ QUARTER_RATES = (0.25, 0.5, 1, 2)
 def quarter(base: Config) -> dict:
     """The changes that leave a step a quarter of its sequences; none if 4 does not divide them.
 
-    The validated text and the number of tokens between two validations stay the same.
+    The number of tokens between two validations stays the same. So does the validated text, which
+    does not depend on the micro-batch.
     """
     # Both divisors together make 4. The number of micro-batches is divided first, by 4, 2 or 1: the
     # size of a micro-batch, which a GPU's speed depends on, is divided only by what is left.
@@ -171,8 +172,6 @@ def quarter(base: Config) -> dict:
     return dict(
         batch_size=base.batch_size // divisor_of_size,
         gradient_accumulation_steps=base.gradient_accumulation_steps // divisor_of_number,
-        # A validation reads `eval_steps` micro-batches: as many more as each is smaller.
-        eval_steps=base.eval_steps * divisor_of_size,
         eval_every=4 * base.eval_every,
     )
 

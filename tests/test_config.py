@@ -245,7 +245,9 @@ def test_presets_name_known_fields_only():
 )
 def test_gpu_memory_chooses_the_preset(gpu, preset):
     c, name, why = resolve({}, None, gpu)
-    assert name == preset and c == Config(**PRESETS[preset])
+    expected = Config(**PRESETS[preset])
+    sequences = expected.eval_steps * expected.batch_size
+    assert name == preset and c == dataclasses.replace(expected, eval_sequences=sequences)
     assert ("no GPU" in why) if gpu is None else f"{gpu:.0f} GB" in why
 
 
@@ -292,9 +294,42 @@ def edited(tmp_path):
 def test_an_edited_default_switches_the_choice_by_gpu_memory_off(edited):
     module = edited("n_layers: int = 40", "n_layers: int = 36")
     c, name, why = module.resolve({}, None, 10)
-    assert c == module.Config() and c.n_layers == 36 and c.d_model == 4096
+    assert c == module.Config(eval_sequences=20 * 4) and c.n_layers == 36 and c.d_model == 4096
     assert name == "config.py" and "n_layers" in why and "--preset" in why
     assert module.resolve(dict(n_layers=8), None, 10)[0].n_layers == 8
+
+
+@pytest.mark.parametrize(
+    "options, sequences",
+    [
+        ({}, 20 * 4),
+        (dict(batch_size=1, gradient_accumulation_steps=32), 20 * 4),
+        (dict(batch_size=8, eval_steps=3), 3 * 4),
+        (dict(batch_size=1, eval_sequences=50), 50),
+        (dict(batch_size=1, eval_sequences=50, eval_steps=3), 50),
+        (dict(batch_size=1, eval_sequences=0), 20 * 4),
+    ],
+)
+def test_the_validated_sequences_do_not_depend_on_the_micro_batch(options, sequences):
+    config, _, _ = resolve(options, "18b", None)
+    assert config.eval_sequences == config.validation_sequences == sequences
+
+
+def test_the_validated_sequences_of_an_edited_configuration(edited):
+    module = edited("eval_sequences: int = 0", "eval_sequences: int = 100")
+    assert module.resolve({}, "tiny", None)[0].eval_sequences == 100
+    # an option wins over an edited default
+    assert module.resolve(dict(eval_steps=3), "tiny", None)[0].eval_sequences == 3 * 8
+    module = edited("batch_size: int = 4", "batch_size: int = 6")
+    assert module.resolve(dict(batch_size=2), None, None)[0].eval_sequences == 20 * 6
+
+
+def test_the_validated_sequences_of_a_configuration_that_was_not_resolved():
+    config = Config(**PRESETS["tiny"])
+    assert config.validation_sequences == 8 * 8
+    assert dataclasses.replace(config, eval_steps=2).validation_sequences == 2 * 8
+    with pytest.raises(ConfigError, match="eval_sequences=-1"):
+        Config(eval_sequences=-1)
 
 
 def test_a_preset_wins_over_an_edited_default_and_says_so(edited):

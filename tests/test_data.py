@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from config import IGNORED_TARGET
 from tests.corpus.conftest import folder  # noqa: F401 (a fixture)
 from tests.corpus.stories import config_for, forked
 
@@ -262,10 +263,25 @@ def test_validation_batches_are_the_same_windows_each_time_spread_evenly(tmp_pat
     config = config_for(tmp_path, batch_size=4, eval_steps=20)
     for _ in range(2):
         got = list(data.validation_batches(tokens, config))
-        assert [len(i) for i, _ in got] == [4, 4, 2]  # all ten windows there are
-        assert torch.equal(torch.cat([i for i, _ in got]), torch.arange(160).view(10, 16))
-        assert torch.equal(torch.cat([t for _, t in got]), torch.arange(1, 161).view(10, 16))
+        assert [len(i) for i, _ in got] == [4, 4, 4]
+        inputs = torch.cat([i for i, _ in got])
+        targets = torch.cat([t for _, t in got])
+        # all ten windows there are, and two rows that fill up the last batch
+        assert torch.equal(inputs[:10], torch.arange(160).view(10, 16))
+        assert torch.equal(targets[:10], torch.arange(1, 161).view(10, 16))
+        assert (targets[10:] == IGNORED_TARGET).all() and (inputs[10:] == 0).all()
     short = list(data.validation_batches(tokens, replace(config, eval_steps=2)))
     assert [len(i) for i, _ in short] == [4, 4]
     assert [i[r, 0].item() // 16 for i, _ in short for r in range(4)] == [0, 1, 2, 3, 5, 6, 7, 8]
     assert all(x.dtype == torch.int64 and x.is_contiguous() for pair in short for x in pair)
+
+
+def test_validation_reads_the_same_windows_for_every_micro_batch(tmp_path):
+    tokens = np.arange(16 * 50 + 1, dtype=np.uint16)
+    config = config_for(tmp_path, eval_sequences=7)
+    for batch_size in (1, 3, 4, 8):
+        batches = data.validation_batches(tokens, replace(config, batch_size=batch_size))
+        inputs, targets = map(torch.cat, zip(*batches))
+        read = (targets != IGNORED_TARGET).all(dim=1)
+        assert len(inputs) % batch_size == 0
+        assert (inputs[read][:, 0] // 16).tolist() == [0, 7, 14, 21, 28, 35, 42], batch_size

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import model as model_module
-from config import ExperimentError
+from config import IGNORED_TARGET, ExperimentError
 from engine.linear import linear
 from engine.triton_kernels import qk_norm_rope
 from generate import generate
@@ -445,6 +445,21 @@ def test_chunked_loss_equals_plain_cross_entropy(monkeypatch, dtype, bound, grad
     )
 
 
+@torch.no_grad()
+def test_ignored_targets_are_in_no_loss(monkeypatch):
+    """Also where a whole chunk is ignored."""
+    monkeypatch.setattr(model_module, "LOSS_CHUNK", 16)
+    x, weight = torch.randn(100, 24), torch.randn(501, 24)
+    targets = torch.randint(501, (100,))
+    targets[5:9] = (x[5:9] @ weight.T).argmax(-1)
+    ignored = targets.clone()
+    ignored[40:] = IGNORED_TARGET
+    loss, correct = chunked_cross_entropy(x, weight, ignored)
+    expected, expected_correct = chunked_cross_entropy(x[:40], weight, targets[:40])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert correct == expected_correct >= 4
+
+
 def test_chunked_loss_sums_the_heads_gradient_in_fp32(monkeypatch):
     """128 chunks summed in bfloat16 would be 1.4% off."""
     monkeypatch.setattr(model_module, "LOSS_CHUNK", 8)
@@ -671,7 +686,7 @@ def test_a_graph_break_is_an_error(graphs):
 
 
 @pytest.mark.slow
-def test_a_short_validation_batch_leaves_training_with_graphs_of_fixed_shape(graphs):
+def test_batches_of_other_shapes_leave_training_with_graphs_of_fixed_shape(graphs):
     model = build(n_layers=2, moe_every=1)
     model.compile_blocks()
     with torch.no_grad():
@@ -684,9 +699,25 @@ def test_a_short_validation_batch_leaves_training_with_graphs_of_fixed_shape(gra
         for node in graph.graph.nodes
         if node.op == "placeholder"
     ]
-    # Of the one kind of block: validation of a whole batch, of a short one, and training.
+    # Of the one kind of block: two shapes without gradients, and training.
     assert len(graphs) == 3
     assert not any(isinstance(value, torch.SymInt) for value in inputs)
+
+
+@pytest.mark.slow
+def test_training_and_validation_compile_at_most_six_graphs(graphs):
+    """torch._dynamo's limit is eight for one function, and one more would be an error."""
+    model = build(n_layers=4, moe_every=2, activation_checkpointing="full", lighter_blocks=2)
+    model.compile_blocks()
+    for _ in range(2):
+        gradients(model.train(), *batch(model))
+        model.eval()
+        inputs, targets = batch(model)
+        targets = targets.clone()  # a view of the inputs' tensor
+        targets[-1] = IGNORED_TARGET
+        with torch.no_grad():
+            model(inputs, targets)
+        assert len(graphs) == 6
 
 
 @pytest.mark.slow

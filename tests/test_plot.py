@@ -110,15 +110,15 @@ def lines(axes):
 )
 def test_any_history_gives_a_plot_without_warnings(tmp_path, rows):
     path = tmp_path / "training_curves.png"
-    plot.plot_training_curves(rows, path, title="a title", unigram_entropy=7.0)
+    plot.plot_training_curves(rows, path, title="a title", unigram_cross_entropy=7.0)
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_panels_show_the_data(draw):
-    panels = draw(run(20), unigram_entropy=7.0)
+    panels = draw(run(20), unigram_cross_entropy=7.0)
     assert list(lines(panels["loss"])["validation"]) == [5.0] * 3
-    assert set(lines(panels["loss"])["unigram entropy"]) == {7.0}
+    assert set(lines(panels["loss"])["unigram cross-entropy of the held-out text"]) == {7.0}
     assert panels["perplexity"].get_yscale() == "log"
     assert {k: v[0] for k, v in lines(panels["rate"]).items()} == {"Muon": 0.01, "AdamW": 0.001}
     assert {k: v[0] for k, v in lines(panels["memory"]).items()} == {
@@ -361,6 +361,22 @@ def test_a_run_that_is_named_twice_is_drawn_once_and_said_so(
         and said.err == "note: a run that is named twice is drawn once: a\n"
     )
     assert plot.main([str(a), str(bb)]) == 0 and capsys.readouterr().err == ""
+
+
+def test_a_run_of_before_eval_sequences_validated_eval_steps_batches(runs):
+    common = dict(eval_steps=20, batch_size=4)
+    a, b = runs(a=dict(common, seed=1), b=dict(common, seed=2, eval_sequences=80))
+    assert plot.labels([a, b], [plot.read_config(p) for p in (a, b)]) == ["seed=1", "seed=2"]
+
+
+def test_the_curves_of_a_run_have_its_reference_line(runs, monkeypatch):
+    old, new = runs(old={}, new={})
+    facts = json.loads((new / "run.json").read_text())
+    (new / "run.json").write_text(json.dumps(facts | dict(data=dict(unigram_cross_entropy=7.5))))
+    found = []
+    monkeypatch.setattr(plot, "plot_training_curves", lambda *_, **options: found.append(options))
+    assert plot.main([str(new)]) == plot.main([str(old)]) == 0
+    assert [options["unigram_cross_entropy"] for options in found] == [7.5, None]
 
 
 def test_runs_that_are_alike_or_have_no_configuration_are_named_by_their_folder(runs):

@@ -226,6 +226,33 @@ def test_resumed_config_keeps_shape_and_data_order():
         assert name in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "saved, options, sequences",
+    [
+        ({}, {}, 64),
+        ({}, dict(batch_size=2, gradient_accumulation_steps=8), 64),
+        ({}, dict(batch_size=2, gradient_accumulation_steps=8, eval_steps=4), 32),
+        ({}, dict(eval_steps=4, eval_sequences=5), 5),
+        (dict(eval_sequences=40), {}, 40),
+        (dict(eval_sequences=40), dict(batch_size=4, gradient_accumulation_steps=4), 40),
+        (dict(eval_sequences=40), dict(eval_steps=4), 20),
+        (dict(eval_sequences=40), dict(eval_sequences=0), 40),
+    ],
+)
+def test_a_resumed_run_validates_the_same_sequences(saved, options, sequences):
+    """A checkpoint of before eval_sequences has eval_steps times its batch_size: 8 x 8 in tiny."""
+    fields = dataclasses.asdict(Config(**PRESETS["tiny"]))
+    del fields["eval_sequences"]
+    config, changes = resumed_config(fields | saved, options)
+    assert config.eval_sequences == sequences
+    said = [words for words in changes if words.startswith("eval_sequences")]
+    before = saved.get("eval_sequences", 64)
+    expected = []
+    if sequences != before:
+        expected = [f"eval_sequences: {before} -> {sequences}"]
+    assert said == expected
+
+
 # ---------------------------------------------------------------- overflow and divergence
 
 
@@ -515,6 +542,18 @@ def test_validation_loss_is_the_mean_over_its_windows(finished):
         logits = trainer.model(inputs).flatten(0, 1).double()
     expected = torch.nn.functional.cross_entropy(logits, targets.flatten())
     assert rows(config, "val_loss")[-1]["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_validation_is_the_same_for_every_micro_batch(settings):
+    """Also where the sequences do not fill the last batch."""
+    found = []
+    for batch_size in (1, 3, 4, 8):
+        trainer = build(settings(batch_size=batch_size, eval_sequences=7))
+        found.append(trainer._validate())
+    for validation in found:
+        assert validation["val_tokens"] == 7 * 16
+        assert validation["val_loss"] == pytest.approx(found[0]["val_loss"], rel=1e-6)
+        assert validation["val_accuracy"] == found[0]["val_accuracy"]
 
 
 @pytest.mark.slow

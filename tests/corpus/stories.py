@@ -98,6 +98,7 @@ def same(one: data.Corpus, other: data.Corpus) -> bool:
         "characters",
         "documents",
         "unigram_entropy",
+        "unigram_cross_entropy",
     ]
     return all(getattr(one, name) == getattr(other, name) for name in facts) and all(
         np.array_equal(a[:], b[:])

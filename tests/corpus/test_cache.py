@@ -47,8 +47,23 @@ def test_second_time_opens_the_cache(tmp_path, folder, monkeypatch):
         "characters",
         "documents",
         "unigram_entropy",
+        "unigram_cross_entropy",
     ]:
         assert getattr(first, name) == getattr(second, name)
+
+
+def test_a_cache_of_before_the_unigram_cross_entropy_gets_it_when_it_is_opened(
+    tmp_path, folder, monkeypatch
+):
+    built = data.prepare(config_for(tmp_path))
+    [path] = (tmp_path / "cache").glob("*/corpus.json")
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in facts.items() if k != "unigram_cross_entropy"}))
+    assert same(data.prepare(config_for(tmp_path)), built)
+    assert json.loads(path.read_text()) == facts
+    assert len(list(path.parent.glob("corpus*"))) == 1
+    monkeypatch.setattr(cache, "count_both", lambda *_: pytest.fail("counted twice"))
+    assert same(data.prepare(config_for(tmp_path)), built)
 
 
 def test_a_change_builds_another_cache(tmp_path, folder):

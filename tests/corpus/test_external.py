@@ -122,6 +122,9 @@ def test_shards_with_a_validation_file(tmp_path, bins, names, layout):
     assert corpus.train[:].tolist() == ids[:5000] and corpus.validation[:].tolist() == ids[5000:]
     p = np.bincount(ids[:5000])[np.bincount(ids[:5000]) > 0] / 5000
     assert corpus.unigram_entropy == pytest.approx(-np.sum(p * np.log(p)))
+    size = corpus.tokenizer.get_vocab_size()
+    smoothed = (np.bincount(ids[:5000], minlength=size) + 1) / (5000 + size)
+    assert corpus.unigram_cross_entropy == pytest.approx(-np.log(smoothed[ids[5000:]]).mean())
     assert corpus.documents == 40 and corpus.characters == len("<|endoftext|>") * 40 + sum(
         map(len, STORIES)
     )

@@ -1,6 +1,8 @@
 """Text to shards: the split, the tokens, a build on all cores, in bounded memory, after a kill."""
 
+import collections
 import json
+import math
 import os
 import re
 import resource
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 import data
 from config import ExperimentError
 from corpus import shards, sources, split
+from corpus.token_files import unigram_cross_entropy
 from corpus.tokenizer import train_tokenizer
 from tests.corpus.stories import (
     STORIES,
@@ -153,6 +156,28 @@ def test_tokenizing_in_small_batches_changes_nothing(tmp_path, folder, monkeypat
         whole.validation, parts.validation
     )
     assert whole.unigram_entropy == parts.unigram_entropy
+    assert whole.unigram_cross_entropy == parts.unigram_cross_entropy
+
+
+def smoothed_cross_entropy(train: list[int], validation: list[int], size: int) -> float:
+    counts = collections.Counter(train)
+    total = len(train) + size
+    losses = [-math.log((counts[token] + 1) / total) for token in validation]
+    return sum(losses) / len(losses)
+
+
+def test_unigram_cross_entropy_of_the_held_out_text(tmp_path, folder):
+    corpus = data.prepare(config_for(tmp_path))
+    train, validation = corpus.train[:].tolist(), corpus.validation[:].tolist()
+    expected = smoothed_cross_entropy(train, validation, corpus.tokenizer.get_vocab_size())
+    assert corpus.unigram_cross_entropy == pytest.approx(expected, rel=1e-12)
+    assert expected != pytest.approx(corpus.unigram_entropy, rel=1e-3)
+
+
+def test_unigram_cross_entropy_has_a_probability_for_what_training_lacks():
+    found = unigram_cross_entropy(np.array([8, 0, 0]), np.array([0, 3, 0]))
+    assert found == pytest.approx(math.log(11))
+    assert math.isnan(unigram_cross_entropy(np.array([8, 0]), np.array([0, 0])))
 
 
 def test_unigram_entropy_and_facts(tmp_path, folder):

@@ -93,6 +93,7 @@ def test_results_are_written_whole(tmp_path):
         train=[0] * 9,
         validation=[0],
         unigram_entropy=3.0,
+        unigram_cross_entropy=3.5,
         rules=1,
     )
     record = Record(tmp_path)
@@ -104,6 +105,8 @@ def test_results_are_written_whole(tmp_path):
     assert written["final_metrics"] == dict(step=1, train_loss=3.0)
     assert written["parameters"]["total"] == config.total_params
     assert written["data"]["train_tokens"] == 9
+    assert written["data"]["unigram_entropy"] == 3.0
+    assert written["data"]["unigram_cross_entropy"] == 3.5
     with pytest.raises(TypeError):
         record.write_results(config, CPU, corpus, {}, dict(steps=object()), None)
     assert (tmp_path / results.RESULTS).read_text() == before
