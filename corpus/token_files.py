@@ -9,7 +9,7 @@ import os
 import struct
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -150,7 +150,15 @@ def write_header(path: Path, dtype: np.dtype, count: int, tokenizer_hash: str) -
         file.write(HEADER.pack(*header))
 
 
-def count_tokens(tokens: np.ndarray, size: int, bar: ProgressBar, digest=None) -> np.ndarray:
+class TokenArray(Protocol):
+    """Token ids: a mapped array, or several arrays joined (corpus.external)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, window: slice, /) -> np.ndarray: ...
+
+
+def count_tokens(tokens: TokenArray, size: int, bar: ProgressBar, digest=None) -> np.ndarray:
     """How often each token occurs, int64 [size]; `size` is that of the vocabulary.
 
     A `digest` of hashlib is updated with the bytes of the tokens, so that they are read once only.
@@ -169,7 +177,7 @@ def count_tokens(tokens: np.ndarray, size: int, bar: ProgressBar, digest=None) -
     return counts
 
 
-def count_both(train: np.ndarray, validation: np.ndarray, size: int) -> np.ndarray:
+def count_both(train: TokenArray, validation: TokenArray, size: int) -> np.ndarray:
     """How often each token occurs in the two arrays, int64 [2, size]. Shows a progress bar.
 
     `size` is that of the vocabulary. Raises ValueError at a token that is not in it.
