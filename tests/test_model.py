@@ -452,6 +452,7 @@ def test_ignored_targets_are_in_no_loss(monkeypatch):
     x, weight = torch.randn(100, 24), torch.randn(501, 24)
     targets = torch.randint(501, (100,))
     targets[5:9] = (x[5:9] @ weight.T).argmax(-1)
+    x[50:60] = 10 * weight[0]  # predicts token 0, which stands in for an ignored target
     ignored = targets.clone()
     ignored[40:] = IGNORED_TARGET
     loss, correct = chunked_cross_entropy(x, weight, ignored)
