@@ -319,6 +319,7 @@ class AdamW:
         """Updates the parameters with learning rate `lr`, from gradients times `grad_scale`."""
         self.steps += 1
         device = self.state.device
+        # What changes from step to step is a tensor: a compiled function is not compiled again.
         corrections = tuple(scalar(1 - beta**self.steps, device) for beta in self.betas)
         grad_scale = scalar(grad_scale, device)
         vector_decay = scalar(0.0, device)
@@ -329,6 +330,7 @@ class AdamW:
                 decay = vector_decay
                 if weight.ndim > 1:
                     decay = matrix_decay
+                # Contiguous tensors: flatten() gives views, which the update writes in place.
                 self.adamw_update(
                     weight.flatten(),
                     gradient.flatten(),

@@ -421,9 +421,12 @@ def _is_text(lines: str) -> bool:
 
 
 def _first_bad_byte(file: BinaryIO) -> str:
-    """Says at which offset the first byte is that UTF-8 text does not have."""
+    """A message with the offset of the first byte that UTF-8 text does not have.
+
+    It is called for what is known to be bad. Without such a byte the message is "no text".
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0  # of the part
+    offset = 0  # of the first byte of `part` in the file
     while True:
         part = file.read(PART)
         kept = len(decoder.getstate()[0])  # bytes of a character that began in the part before
@@ -432,6 +435,8 @@ def _first_bad_byte(file: BinaryIO) -> str:
         try:
             decoder.decode(part, final=not part)
         except UnicodeDecodeError as error:
+            # The decoder counts from the `kept` bytes. This is negative when the bad character
+            # began in the part before.
             valid_bytes = error.start - kept
             problem = f"invalid byte at offset {offset + valid_bytes}"
         null = part.find(0, 0, max(valid_bytes, 0))

@@ -67,6 +67,7 @@ def without_near_duplicates(files: list[str]) -> Kept:
 
 
 def _content(path: str) -> bytes:
+    """The bytes of a file; none if it cannot be read, so that it is kept as one without lines."""
     try:
         return Path(path).read_bytes()
     except OSError:

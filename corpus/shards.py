@@ -818,7 +818,10 @@ class _Unknown:
     def checked(
         self, batches: Iterator[tuple[_EncoderInput, _BatchFacts]]
     ) -> Iterator[tuple[_EncoderInput, _BatchFacts]]:
-        """The batches. It looks at the first one at once, before anything is tokenized."""
+        """The same batches, after a warning if the first one has many unknown characters.
+
+        The first batch is read at once, so that the warning comes before anything is tokenized.
+        """
         first = next(batches, None)
         if first is None:
             return batches

@@ -129,6 +129,8 @@ class MemoryPredictor:
                 sizes[key] = 0
         sizes["activations"] = activations
         if self.cpu:
+            # The libraries keep this memory during the optimizer step too. So the workspace below
+            # is compared with the activations alone, which are freed before that step.
             sizes["activations"] += CPU_LIBRARY_GB[compute_bytes(self.config)] * GB
         sizes["workspace"] = max(0, self._optimizer_peak(offload) - activations)
         sizes["total"] = sum(sizes.values())
@@ -339,11 +341,12 @@ def _kept_by_full(config: Config, layer: int, cpu: bool) -> int:
 
 
 def _kept_by_selective(config: Config, layer: int, cpu: bool) -> int:
-    """The outputs of attention and of most matmuls (see model.py for the choice)."""
+    """Bytes for each token: outputs of attention and of most matmuls (model.py chooses them)."""
     element = compute_bytes(config)
     d_model = config.d_model
-    # d_model wide, 3: the block's input, queries as projected, attention's output.
-    # kv_width wide, 1: keys as projected. Values and the output projection are recomputed.
+    # Three tensors of width d_model: the block's input, the projected queries and attention's
+    # output. One of width kv_width: the projected keys. Values and the output projection are
+    # recomputed.
     kept = element * (3 * d_model + _kv_width(config))
     kept += _log_sum_exp(config)
     kept += _chosen_experts(config, layer, cpu)
@@ -653,7 +656,10 @@ def _parameters_by_matrix_shape(
 
 
 def _bucket_of_matrices(shape: tuple[int, ...], parameters: list[int]) -> int:
-    """Elements of the largest bucket of matrices of this shape (see engine/offload.py)."""
+    """Elements of the largest bucket of matrices of this shape (see engine/offload.py).
+
+    `parameters` are the elements of each parameter that has such matrices.
+    """
     matrix = math.prod(shape)
     matrices_at_once = max(OPTIMIZER_BUCKET // matrix, 1)
     return min(matrices_at_once * matrix, sum(parameters))
