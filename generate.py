@@ -333,6 +333,8 @@ class _GraphedRead:
 
     A token takes hundreds of small kernels. Most of the time would go into launching them one by
     one; a graph launches them all at once.
+
+    The logits of a call are overwritten by the next call.
     """
 
     def __init__(self, model: MoETransformer, cache: Cache):
@@ -355,6 +357,8 @@ class _GraphedRead:
         # Each replay reads its inputs from these tensors.
         self.inputs = (tokens_B1.clone(), position_1.clone())
         # One run before the recording: libraries allocate what they need when they are first used.
+        # It writes the token's keys and values into the cache. The first replay writes the same
+        # ones to the same position again, so this changes nothing.
         self.read(*self.inputs)
         # "thread_local": the trainer has other threads, which may use the GPU meanwhile
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):

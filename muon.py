@@ -217,6 +217,7 @@ class Muon:
         self.muon_update = muon_update
         if fused:
             self.orthogonalize = gram_newton_schulz
+            # The number of matrices differs from bucket to bucket.
             self.nesterov_direction = compile_for_any_number(nesterov_direction)
             self.muon_update = compile_for_any_number(muon_update)
 
@@ -224,6 +225,7 @@ class Muon:
     def step(self, lr: float, grad_scale: float) -> None:
         """Updates the parameters with learning rate `lr`, from gradients times `grad_scale`."""
         device = self.state.device
+        # Tensors, because compiled code would be compiled again for each new Python number.
         grad_scale = scalar(grad_scale, device)
         decay = scalar(lr * self.weight_decay, device)
         for bucket in self.state.buckets():
@@ -238,6 +240,7 @@ class Muon:
                     self.nesterov_direction(part.gradient, momentum, grad_scale, self.mu, direction)
                 )
             updates = self.orthogonalize(directions).split(counts)
+            # Step 4 of the module docstring. The weight decay is not scaled by the shape.
             scaled_lr = scalar(lr * math.sqrt(max(1, rows / columns)), device)
             for part, update, part_active in zip(bucket, updates, active):
                 self.muon_update(part.weight, part.state, update, part_active, scaled_lr, decay)

@@ -294,10 +294,11 @@ def _plan_parser() -> Parser:
         "--gpu_memory_gb",
         type=float,
         metavar="N",
-        help="plan for a GPU with this memory in GB of 1e9 bytes, known or not; --gpu may name it",
+        help="plan for a GPU with this memory, in GB of 1e9 bytes; "
+        "with this option --gpu may be any name",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_config_options(parser)
+    add_config_options(parser)  # --host_memory_gb is one of them
     return parser
 
 
@@ -543,6 +544,7 @@ def main(argv: list[str]) -> int:
     if argv and not argv[0].startswith("-"):
         name, *argv = argv
 
+    # A function, so that exit_code handles its errors as it handles those of a command.
     def command(argv: list[str]) -> None:
         if name in PRESETS:
             raise ConfigError(f"{name} is a preset, not a command: use --preset {name}")

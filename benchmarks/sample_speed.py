@@ -36,7 +36,8 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 128
 TEXTS_AT_A_TIME = (1, 8)
 REPETITIONS = 5
-DRAWS = dict(temperature=0.8, top_k=50)
+# Options of both `generate` functions
+SAMPLING = dict(temperature=0.8, top_k=50)
 
 
 # ---------------------------------------------------------------- the two models
@@ -104,22 +105,25 @@ def measure(config: Config, device: torch.device) -> dict:
 
 
 def write_ours(model: MoETransformer, prompt: list[int], texts: int) -> int:
-    """Writes texts after the prompt; returns how many tokens they have together."""
-    written = generate(model, prompt, NEW_TOKENS, n=texts, **DRAWS)
+    """Samples `texts` continuations of the prompt. Returns the number of new tokens of all."""
+    written = generate(model, prompt, NEW_TOKENS, n=texts, **SAMPLING)
     return sum(len(tokens) for tokens in written)
 
 
 @torch.no_grad()
 def write_theirs(model, prompt: list[int], texts: int) -> int:
-    """As write_ours, with the model of transformers."""
+    """Samples `texts` continuations of the prompt with the model of transformers.
+
+    Returns the number of new tokens of all.
+    """
     tokens = torch.tensor([prompt] * texts, device=model.device)
     written = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         do_sample=True,
         max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        **DRAWS,
+        min_new_tokens=NEW_TOKENS,  # an end-of-text token must not stop a text early
+        **SAMPLING,
     )
     return written[:, PROMPT_TOKENS:].numel()
 

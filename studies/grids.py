@@ -290,6 +290,8 @@ class _Sweeps:
     def best_in_smaller_steps(self, best: dict) -> dict | None:
         """The best changes with a quarter of the batch; `best` are those of the whole batch.
 
+        The best warm-up and learning rates may differ there, so several are tried.
+
         Returns None if a result is missing, or if the batch cannot be divided by 4.
         """
         quarter_batch = quarter(self.base)
@@ -300,7 +302,7 @@ class _Sweeps:
             for factor in QUARTER_RATES:
                 rates = _multiplied_rates(best, factor)
                 tried.append(best | quarter_batch | warmup | rates)
-        losses = self.losses(tried, QUARTER)
+        losses = self.losses(tried, prefix=QUARTER)
         if losses is None:
             return None
         return tried[losses.index(min(losses))]
