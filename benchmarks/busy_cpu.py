@@ -29,7 +29,7 @@ if __name__ == "__main__":  # before the imports below, which fail without their
 
 import torch
 
-from benchmarks.result_files import CACHE, ROOT, option_words, train_command, write
+from benchmarks.result_files import ROOT, SHORT, option_words, train_command, write
 from config import PRESETS
 from planner.machine import cpu_cores
 from record.results import METRICS, environment
@@ -54,15 +54,11 @@ def measure(spin_count: int, folder: Path) -> tuple[float, float]:
         gradient_accumulation_steps=1,
         max_steps=10**6,
         eval_every=10**6,
-        eval_steps=1,
-        log_every=1,
-        save_every=0,
-        save_minutes=0,
-        sample_tokens=0,
-        cache_dir=CACHE,
     )
     variables = {**os.environ, "GOMP_SPINCOUNT": str(spin_count)}
-    run = subprocess.Popen(train_command(folder, options), env=variables, stdout=subprocess.DEVNULL)
+    run = subprocess.Popen(
+        train_command(folder, [*options, *SHORT]), env=variables, stdout=subprocess.DEVNULL
+    )
     metrics = folder / METRICS
     try:
         _wait_for_training(metrics)
