@@ -947,7 +947,7 @@ NOT_NEGATIVE = (
 )
 POSITIVE = ("rope_theta", "rms_norm_eps", "adamw_eps", "init_std", "load_balancing_bias_rate")
 # The largest values of whole numbers: far more than anyone trains on one GPU. Larger ones are slips
-# of the keyboard, which would make a run or a plan take for ever.
+# of the keyboard, and a run or a plan with them would never end.
 AT_MOST = dict(
     d_model=2**17,
     n_layers=1024,

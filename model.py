@@ -319,9 +319,9 @@ class MoETransformer(nn.Module):
             raise ExperimentError(_other_parameters_message(found, expected))
 
     def _sum_gradients_in_fp32(self) -> None:
-        """Over a step, those of embedding and head, which `Embedding` and the loss make in fp32.
+        """Makes the gradients of embedding and head fp32 sums over a step.
 
-        Where the two are tied, both go into one sum.
+        `Embedding` and the loss compute them in fp32. Tied weights have one sum for both.
         """
         sum_gradient_in_fp32(self.embedding.weight)
         sum_gradient_in_fp32(self.head_weight)

@@ -204,7 +204,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (token_ids,) = ctx.saved_tensors
-        # The operator sums in its input's dtype, and so does all of it in fp32.
+        # The operator sums in the dtype of its input. So the input is cast to fp32 first.
         grad_weight_VD = torch.ops.aten.embedding_dense_backward(
             grad.float(),
             token_ids,
