@@ -294,7 +294,10 @@ def git_state() -> dict:
     """
     commit = _git("rev-parse", "HEAD")
     diff = _git("diff", "HEAD")
-    untracked = _git("ls-files", "--others", "--exclude-standard")
+    # A folder in which nothing is tracked is one name: a virtual environment has 30,000 files.
+    untracked = _git(
+        "ls-files", "--others", "--exclude-standard", "--directory", "--no-empty-directory"
+    )
     if commit is None or diff is None:
         return dict(commit=None, clean=None, diff=None, diff_sha256=None, untracked=None)
     kept_diff = None

@@ -917,11 +917,14 @@ def test_git_state(tmp_path, monkeypatch):
     )
     (tmp_path / "report.py").write_text("two\n")
     (tmp_path / "new.py").write_text("")
+    (tmp_path / "env" / "lib").mkdir(parents=True)
+    for number in range(3):  # as a virtual environment that lies in the repository's folder
+        (tmp_path / "env" / "lib" / f"{number}.py").write_text("")
     changed = results.git_state()
     assert (
         changed["clean"] is False
         and "-one\n+two" in changed["diff"]
-        and changed["untracked"] == ["new.py"]
+        and changed["untracked"] == ["env/", "new.py"]
     )
     assert changed["commit"] == clean["commit"] and changed["diff_sha256"] != clean["diff_sha256"]
     monkeypatch.setattr(results, "LONGEST_DIFF", 10)
