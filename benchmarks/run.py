@@ -23,6 +23,7 @@ The options are those of run_experiment.py, and they go to every run that a benc
     checkpointing            what selective checkpointing saves and costs, compared with none
     checkpointing_saved      the same
     checkpointing_slowdown   the same
+    deterministic            the price of --deterministic on 8 layers of `18b`
     muon_step_18b            Muon over all of `18b`, with optimizer offload
     moe_vs_dense             an MoE layer against a dense one of equal FLOPs
     moe_vs_dense_skewed      the same where every token goes to one of the experts
@@ -328,6 +329,58 @@ def checkpointing(folder: Path) -> None:
     )
 
 
+# ---------------------------------------------------------------- deterministic kernels
+
+
+def deterministic(folder: Path) -> None:
+    """8 layers of `18b` with and without --deterministic, in turn.
+
+    Details say whether the losses and the gradient norms of the two runs of each kind are equal to
+    the bit.
+    """
+    size = option_words(
+        preset="18b",
+        n_layers=8,
+        precision="bf16",
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        offload_optimizer="false",
+        activation_checkpointing="selective",
+        max_steps=8,
+    )
+    speeds: dict[str, list[float]] = dict(false=[], true=[])
+    losses: dict[str, list[list[float]]] = dict(false=[], true=[])
+    norms: dict[str, list[list[float]]] = dict(false=[], true=[])
+    for run, choice in enumerate(("false", "true", "true", "false")):
+        options = [*size, *option_words(deterministic=choice), *SHORT]
+        results = train(folder / str(run), options)
+        rows = training_rows(results)
+        speeds[choice] += column(steady(rows), "tokens_per_second")
+        losses[choice].append(column(rows, "train_loss"))
+        norms[choice].append(column(rows, "grad_norm"))
+    medians = {choice: statistics.median(values) for choice, values in speeds.items()}
+    equal = {}
+    for choice in ("false", "true"):
+        equal[choice] = _all_equal(losses[choice]) and _all_equal(norms[choice])
+    write(
+        "deterministic",
+        100 * (medians["false"] / medians["true"] - 1),
+        "% more time a step",
+        len(speeds["true"]),
+        results["environment"],
+        dict(
+            tokens_per_second=speeds,
+            equal_losses_and_norms=equal,
+            train_loss=losses,
+            grad_norm=norms,
+        ),
+    )
+
+
+def _all_equal(values: list) -> bool:
+    return all(value == values[0] for value in values)
+
+
 # ---------------------------------------------------------------- whole steps of a large model
 
 
@@ -527,6 +580,7 @@ BENCHMARKS = dict(
     checkpointing=checkpointing,
     checkpointing_saved=checkpointing,
     checkpointing_slowdown=checkpointing,
+    deterministic=deterministic,
     muon_step_18b=parts.muon_step_18b,
     moe_vs_dense=parts.moe_vs_dense,
     moe_vs_dense_skewed=parts.moe_vs_dense,
