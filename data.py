@@ -1,14 +1,12 @@
 """Batches of a tokenized corpus, in an order that can be resumed.
 
-`prepare(config)` turns the corpus into a Corpus of two memory-mapped token arrays, once; later runs
-open them from the cache (package corpus). `batches` and `validation_batches` cut windows of
-max_seq_len + 1 tokens from these arrays. The order of the training windows is a pure function of
-(seed, position), so a resumed run continues with exactly the sequences it has not seen.
+`prepare(config)` turns the corpus into a Corpus of token files for training and for validation,
+once; later runs open them from the cache (package corpus). `batches` and `validation_batches` read
+windows of max_seq_len + 1 tokens from these files. The order of the training windows is a pure
+function of (seed, position), so a resumed run continues with exactly the sequences it has not seen.
 """
 
-import ctypes
 import functools
-import mmap
 import signal
 from collections.abc import Iterator
 
@@ -16,22 +14,19 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from config import DATA_RULES, IGNORED_TARGET, Config
+from config import DATA_RULES, IGNORED_TARGET, Config, ExperimentError
 from corpus.cache import Corpus, prepare
-from corpus.external import Joined
+from corpus.token_reader import TokenFiles
 from corpus.workers import die_with_parent
 
 __all__ = ["Corpus", "Tokens", "batches", "prepare", "sequences", "validation_batches"]
 
-Tokens = np.ndarray | Joined
+Tokens = np.ndarray | TokenFiles
 """Token ids, uint16 or uint32 [number of tokens]. Batches use only its length and its slices."""
 
 # How many micro-batches ahead the disk is read. Measured from a cold disk: 20 times as fast as
 # without, and no faster with more.
 READ_AHEAD = 8
-
-# The functions of the C library that this process runs with: `madvise` is one of them.
-_libc = ctypes.CDLL(None)
 
 
 # ---------------------------------------------------------------- order of the training windows
@@ -56,21 +51,21 @@ def sequences(
     depends on nothing but the arguments. `tokens` must hold at least one window.
     """
     rows = np.empty((count, seq_len + 1), np.int64)
-    windows = _windows(tokens, seq_len, seed, position, count, rules)
-    for row, window in zip(rows, windows):
-        row[:] = window
+    starts = _window_starts(tokens, seq_len, seed, position, count, rules)
+    for row, start in zip(rows, starts):
+        row[:] = tokens[start : start + seq_len + 1]
     return rows
 
 
-def _windows(
+def _window_starts(
     tokens: Tokens,
     seq_len: int,
     seed: int,
     position: int,
     count: int,
     rules: int,
-) -> Iterator[np.ndarray]:
-    """The windows of `sequences` as slices. A slice of a mapped array is not read from the disk."""
+) -> Iterator[int]:
+    """The first token of each window of `sequences`, as an index into `tokens`."""
     n_windows = _windows_of_an_epoch(tokens, seq_len, rules)
     offsets = 1  # how many offsets an epoch may have
     if rules >= 2:
@@ -80,8 +75,7 @@ def _windows(
     for index in range(position, position + count):
         epoch, index_in_epoch = divmod(index, n_windows)
         order, offset = _order_of_windows(seed, epoch, n_windows, offsets)
-        start = offset + int(order[index_in_epoch]) * seq_len
-        yield tokens[start : start + seq_len + 1]
+        yield offset + int(order[index_in_epoch]) * seq_len
 
 
 def _windows_of_an_epoch(tokens: Tokens, seq_len: int, rules: int) -> int:
@@ -134,9 +128,9 @@ def batches(
     """
     start_method = None
     if config.num_workers:
-        start_method = "fork"  # the other methods would copy the mapped tokens to the workers
+        start_method = "fork"  # the other methods import torch again, and copy arrays of tokens
     first_sequences = range(position, 2**62, config.batch_size)  # of each micro-batch, endless
-    yield from DataLoader(
+    loader = DataLoader(
         _TrainingBatches(tokens, config, rules),
         sampler=first_sequences,
         batch_size=None,  # an item is a whole micro-batch already
@@ -147,10 +141,17 @@ def batches(
         # A generator of its own: otherwise starting workers would advance the global one.
         generator=torch.Generator(),
     )
+    for batch in loader:
+        if isinstance(batch, str):  # the message of an error, perhaps one of a worker
+            raise ExperimentError(batch)
+        yield batch
 
 
-class _TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+class _TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor] | str]):
     """A dataset whose item at a data position is the micro-batch that begins there.
+
+    When its tokens cannot be read, the item is the message of the error. Raised in a worker, the
+    error would come out of DataLoader with the worker's traceback in its message.
 
     Each item also starts the disk's reading of the micro-batch that is READ_AHEAD later. Without
     that, reads in random order would wait for the disk one after the other.
@@ -163,24 +164,25 @@ class _TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.seed = config.seed
         self.batch_size = config.batch_size
 
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        later = position + READ_AHEAD * self.batch_size
-        windows = _windows(self.tokens, self.seq_len, self.seed, later, self.batch_size, self.rules)
-        for window in windows:
-            _read_ahead(window)
-        rows = sequences(
-            self.tokens, self.seq_len, self.seed, position, self.batch_size, self.rules
-        )
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor] | str:
+        try:
+            self._read_ahead(position + READ_AHEAD * self.batch_size)
+            rows = sequences(
+                self.tokens, self.seq_len, self.seed, position, self.batch_size, self.rules
+            )
+        except ExperimentError as error:
+            return str(error)
         return _inputs_and_targets(rows)
 
-
-def _read_ahead(window: np.ndarray) -> None:
-    """Lets the kernel fetch a mapped array's pages from the disk, without waiting for them."""
-    start = window.ctypes.data
-    end = start + window.nbytes
-    first_page = start // mmap.PAGESIZE * mmap.PAGESIZE  # madvise takes the address of a page
-    length = end - first_page
-    _libc.madvise(ctypes.c_void_p(first_page), ctypes.c_size_t(length), mmap.MADV_WILLNEED)
+    def _read_ahead(self, position: int) -> None:
+        """Starts the disk's reading of the micro-batch at a data position, if it is on the disk."""
+        if not isinstance(self.tokens, TokenFiles):
+            return
+        starts = _window_starts(
+            self.tokens, self.seq_len, self.seed, position, self.batch_size, self.rules
+        )
+        for start in starts:
+            self.tokens.read_ahead(start, start + self.seq_len + 1)
 
 
 def _inputs_and_targets(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,12 +18,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 
 from config import DATA_RULES, KNOWN_DATA_RULES, Config, ConfigError, ExperimentError
-from corpus import sources
-from corpus.external import Joined, cut_shards, import_shards, open_external_shard
+from corpus import checksums, sources
+from corpus.external import import_shards, open_counted
 from corpus.shards import (
     PROGRESS_FILE,
     TEMPORARY_FILES,
@@ -36,6 +35,7 @@ from corpus.shards import (
 )
 from corpus.sources import Source
 from corpus.token_files import count_both, open_shard, replace_file, unigram_cross_entropy
+from corpus.token_reader import TokenFiles
 from corpus.tokenizer import (
     check_vocabulary,
     load_tokenizer,
@@ -57,12 +57,11 @@ UNFINISHED_DAYS = 7  # after so many days what a killed build left is deleted
 class Corpus:
     """A tokenized corpus.
 
-    `train` and `validation` are memory-mapped arrays of uint16 or uint32 [tokens], or several of
-    them joined.
+    `train` and `validation` are token ids, uint16 or uint32 [tokens]: see TokenFiles.
     """
 
-    train: np.ndarray | Joined
-    validation: np.ndarray | Joined
+    train: TokenFiles
+    validation: TokenFiles
     tokenizer: Tokenizer
     tokenizer_json: str
     end_of_text: int
@@ -242,17 +241,17 @@ def _open_files(folder: Path, end_of_text: str) -> Corpus:
     if facts["tokenizer_hash"] != tokenizer_hash:
         raise ValueError("tokenizer.json was changed")
     tokenizer, end_of_text_id = load_tokenizer(tokenizer_json, end_of_text)
-    train: np.ndarray | Joined
-    validation: np.ndarray | Joined
+    size = vocabulary(tokenizer)
     if "files" in facts:
-        shards = [open_external_shard(path) for path in facts["files"]]
-        train, validation = cut_shards(shards, facts["train_tokens"])
+        train, validation = open_counted(facts, size)
     else:
         train_file, validation_file = TOKEN_FILES
-        train = open_shard(folder / train_file, tokenizer_hash)
-        validation = open_shard(folder / validation_file, tokenizer_hash)
+        train = open_shard(folder / train_file, tokenizer_hash, size)
+        validation = open_shard(folder / validation_file, tokenizer_hash, size)
+        # A cache that an older version of this program made has no checksums.
+        checksums.compare(folder, facts.get("crc32", {}))
     if "unigram_cross_entropy" not in facts:
-        _add_unigram_cross_entropy(folder, facts, train, validation, vocabulary(tokenizer))
+        _add_unigram_cross_entropy(folder, facts, train, validation, size)
     return Corpus(
         train=train,
         validation=validation,
@@ -274,8 +273,8 @@ def _open_files(folder: Path, end_of_text: str) -> Corpus:
 def _add_unigram_cross_entropy(
     folder: Path,
     facts: dict,
-    train: np.ndarray | Joined,
-    validation: np.ndarray | Joined,
+    train: TokenFiles,
+    validation: TokenFiles,
     vocabulary_size: int,
 ) -> None:
     """Counts the tokens of a cache folder that an older version of this program built.

@@ -1,6 +1,6 @@
 """Token shards of other programs as a corpus: nanoGPT, modded-nanogpt and llm.c.
 
-The shards are checked and counted once and used where they lie. Only tokenizer.json and the facts
+The shards are checked and counted once and read where they lie. Only tokenizer.json and the facts
 in corpus.json are written, into the folder that corpus.cache gives.
 """
 
@@ -23,11 +23,11 @@ from corpus.token_files import (
     ProgressBar,
     count_tokens,
     entropy,
-    map_tokens,
     read_head,
     replace_file,
     unigram_cross_entropy,
 )
+from corpus.token_reader import FilePart, TokenFiles, file_version
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
 
 
@@ -45,14 +45,26 @@ LLM_C_FORMATS = {20240520: _Format(1, "<u2"), 20240801: _Format(7, "<u4")}
 LLM_C_EVALUATION = 20240522  # the magic number of llm.c's multiple-choice questions
 SIDES = ("training", "validation")
 
+NANO_GPT = "<u2"  # nanoGPT writes tokens of this type without a header
+MOST_OF_16_BITS = 2**16  # so many tokens can 16 bits tell apart
+LARGEST_VOCABULARY = 2**19  # more tokens than the tokenizers of our time have
+SAMPLE_TOKENS = 2**16  # of a shard, from which the width of its tokens is known
+# So many tokens of twice the width show it: that every second one of 32 is 0 is no chance.
+CLEAR_TOKENS = 16
+WRITE_IT_AGAIN = (
+    "Write it again with llm.c's header, which names the width (256 int32: 20240520, 1 and the "
+    "number of tokens for 16 bits; 20240801, 7 and the number for 32 bits)"
+)
+
 
 # --- one shard
 
 
-def open_external_shard(path: str) -> np.ndarray:
-    """Maps a .bin file of nanoGPT, modded-nanogpt or llm.c into memory, uint16 or uint32 [tokens].
+def open_external_shard(path: str, without_header: str = NANO_GPT) -> TokenFiles:
+    """Opens a .bin file of nanoGPT, modded-nanogpt or llm.c, uint16 or uint32 [tokens].
 
-    A file of nanoGPT is uint16 without a header. Raises ExperimentError when the file is not whole.
+    A file without a header holds tokens of the type `without_header`. Raises ExperimentError when
+    the file is not whole.
     """
     try:
         head = read_head(Path(path))
@@ -68,21 +80,24 @@ def open_external_shard(path: str) -> np.ndarray:
             f"{path} holds llm.c's multiple-choice questions, not text. Take it out of --data"
         )
     if magic not in LLM_C_FORMATS:
-        return _open_without_header(path, head.size)
+        return _open_without_header(path, head, np.dtype(without_header))
     known = LLM_C_FORMATS[magic]
     if version != known.version:
         raise ExperimentError(
             f"{path} has llm.c's format version {version}, not {known.version}. Make it again with "
             "a current llm.c"
         )
-    expected = count * np.dtype(known.dtype).itemsize
-    if len(head.header) < HEADER_BYTES or head.size != HEADER_BYTES + expected:
-        stored = max(0, head.size - HEADER_BYTES)
-        raise ExperimentError(
-            f"{path} is cut short: it holds {stored:,} bytes of tokens, not {expected:,}. Make or "
-            "download it again"
-        )
-    return map_tokens(Path(path), known.dtype, HEADER_BYTES, count)
+    dtype = np.dtype(known.dtype)
+    stored = max(0, head.size - HEADER_BYTES)
+    expected = count * dtype.itemsize
+    if len(head.header) < HEADER_BYTES or stored != expected:
+        raise ExperimentError(_wrong_size_message(path, stored, expected))
+    return _token_files(path, head, dtype, HEADER_BYTES, count)
+
+
+def _token_files(path: str, head: FileHead, dtype: np.dtype, offset: int, count: int) -> TokenFiles:
+    part = FilePart(path, head.version, dtype, offset, count)
+    return TokenFiles([part], "Make or download it again")
 
 
 def _llm_c_header(head: FileHead) -> tuple[int, int, int]:
@@ -92,14 +107,14 @@ def _llm_c_header(head: FileHead) -> tuple[int, int, int]:
     return magic, version, count
 
 
-def _open_without_header(path: str, size: int) -> np.ndarray:
-    """Maps a file of nanoGPT, `size` bytes of uint16 tokens without a header. Returns [tokens]."""
-    if size % 2 or not size:
+def _open_without_header(path: str, head: FileHead, dtype: np.dtype) -> TokenFiles:
+    """Opens a file that holds nothing but tokens. Returns [tokens]."""
+    if head.size % dtype.itemsize or not head.size:
         raise ExperimentError(
-            f"{path} is cut short: {size:,} bytes are no whole number of uint16 tokens. Make or "
-            "download it again"
+            f"{path} is cut short: {head.size:,} bytes are no whole number of {dtype.name} tokens. "
+            "Make or download it again"
         )
-    return map_tokens(Path(path), "<u2", 0, size // 2)
+    return _token_files(path, head, dtype, 0, head.size // dtype.itemsize)
 
 
 def _our_own_shard_message(path: str) -> str:
@@ -109,63 +124,143 @@ def _our_own_shard_message(path: str) -> str:
     )
 
 
+def _wrong_size_message(path: str, stored: int, expected: int) -> str:
+    what = "is cut short: it holds"
+    if stored > expected:
+        what = "is longer than its header says: it holds"
+    return f"{path} {what} {stored:,} bytes of tokens, not {expected:,}. Make or download it again"
+
+
+# --- the width of the tokens
+#
+# Little-endian tokens of 32 bits, read as 16 bits, are twice as many, and every second one is 0:
+# the upper half of a small number. All of them are in the vocabulary, so nothing else shows it.
+
+
+def open_checked_shard(path: str, config: Config, vocabulary_size: int) -> TokenFiles:
+    """Opens an external shard, of which the tokens' width is compared with what it holds.
+
+    A file without a header is read as 16 or as 32 bits, whichever it is. Raises ExperimentError
+    when its tokens are of another width, or can be read in both ways, or when the tokenizer has so
+    many tokens that it cannot have made the file.
+    """
+    shard = open_external_shard(path)
+    if not len(shard):
+        return shard
+    [part] = shard.parts
+    has_header = part.offset > 0
+    too_narrow = part.dtype.itemsize == 2 and vocabulary_size > MOST_OF_16_BITS
+    wider = _widest_reading(shard, vocabulary_size)
+    if wider is not None and wider.is_clear and (has_header or wider.bits == 64):
+        raise ExperimentError(_other_width_message(part, wider))
+    if wider is None or has_header:
+        if too_narrow:
+            raise ExperimentError(_too_narrow_message(path, config, vocabulary_size))
+        return shard
+    if not wider.is_clear and not too_narrow:
+        raise ExperimentError(_ambiguous_message(part, wider))
+    return open_external_shard(path, wider.dtype.str)
+
+
+class _Reading(NamedTuple):
+    """A way to read the tokens of a file."""
+
+    dtype: np.dtype
+    is_clear: bool  # whether a file of narrower tokens could not look like this
+
+    @property
+    def bits(self) -> int:
+        return 8 * self.dtype.itemsize
+
+
+def _widest_reading(shard: TokenFiles, vocabulary_size: int) -> _Reading | None:
+    """The widest type as which the first tokens of a shard look like tokens.
+
+    None when that is the shard's own type.
+    """
+    beginning = shard[:SAMPLE_TOKENS].tobytes()
+    whole = len(beginning) // 8 * 8
+    for dtype in (np.dtype("<u8"), np.dtype("<u4")):
+        tokens = np.frombuffer(beginning[:whole], dtype)
+        is_wider = dtype.itemsize > shard.dtype.itemsize
+        if is_wider and len(tokens) and _look_like_tokens(tokens, vocabulary_size):
+            return _Reading(dtype, len(tokens) >= CLEAR_TOKENS and bool(tokens.any()))
+    return None
+
+
+def _look_like_tokens(tokens: np.ndarray, vocabulary_size: int) -> bool:
+    """Whether numbers of 32 or 64 bits are tokens, and not several narrower tokens each."""
+    largest = tokens.max()
+    if largest < vocabulary_size:
+        return True
+    # Tokens of another tokenizer, perhaps: their upper half is small and their lower half is not.
+    # Narrower tokens of a vocabulary of a few letters are small in both halves.
+    lower_half = tokens & 0xFFFF
+    return largest < LARGEST_VOCABULARY and lower_half.max() >= 256
+
+
+def _too_narrow_message(path: str, config: Config, vocabulary_size: int) -> str:
+    return (
+        f"{path} holds 16-bit tokens, and the tokenizer {config.tokenizer} has "
+        f"{vocabulary_size:,}, more than 16 bits can tell apart: it was not made with this "
+        "tokenizer. Give the --tokenizer that made it"
+    )
+
+
+def _other_width_message(part: FilePart, wider: _Reading) -> str:
+    bits = 8 * part.dtype.itemsize
+    return (
+        f"{part.path} holds tokens of {wider.bits} bits: read with {bits} bits, every second one "
+        f"or more would be 0. {WRITE_IT_AGAIN}"
+    )
+
+
+def _ambiguous_message(part: FilePart, wider: _Reading) -> str:
+    narrow = part.num_tokens
+    wide = narrow * part.dtype.itemsize // wider.dtype.itemsize
+    return (
+        f"{part.path} has no header that names the width of its tokens, and can be read in two "
+        f"ways: {narrow:,} tokens of 16 bits, of which every second one is 0, or {wide:,} tokens "
+        f"of {wider.bits} bits. {WRITE_IT_AGAIN}"
+    )
+
+
 # --- several shards as one corpus
 
 
-class Joined:
-    """Token arrays, one after the other, that are used as one array without a copy.
+def joined(shards: list[TokenFiles], vocabulary: int | None = None) -> TokenFiles:
+    """The tokens of external shards, one after the other.
 
-    It has what batches need of an array: the length, and slices [first:last].
+    `vocabulary` is the size of the vocabulary that they are compared with when they are read.
     """
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts = parts
-        # The position after each part's last token.
-        self.ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, window: slice) -> np.ndarray:
-        first, last, _ = window.indices(len(self))
-        slices = []
-        for number in range(self._part_of(first), len(self.parts)):
-            part = self.parts[number]
-            part_start = int(self.ends[number]) - len(part)
-            if part_start >= last:
-                break
-            slices.append(part[max(0, first - part_start) : last - part_start])
-        if len(slices) == 1:
-            return slices[0]
-        if not slices:
-            return self.parts[0][:0]
-        return np.concatenate(slices)
-
-    def _part_of(self, position: int) -> int:
-        """The number of the part that holds this position; len(parts) past the end."""
-        return int(np.searchsorted(self.ends, position, side="right"))
+    parts = [part for shard in shards for part in shard.parts]
+    return TokenFiles(parts, "Make or download it again", vocabulary)
 
 
-def cut_shards(
-    shards: list[np.ndarray], train_tokens: int
-) -> tuple[np.ndarray | Joined, np.ndarray | Joined]:
-    """The first `train_tokens` tokens of several shards, and the others."""
-    training = []
-    validation = []
-    left_to_train = train_tokens
-    for shard in shards:
-        cut = min(left_to_train, len(shard))
-        left_to_train -= cut
-        training.append(shard[:cut])
-        validation.append(shard[cut:])
-    return _join(training), _join(validation)
+def open_counted(facts: dict, vocabulary: int) -> tuple[TokenFiles, TokenFiles]:
+    """The training and the validation tokens of shards that were imported before.
+
+    `facts` are those in corpus.json. Raises ExperimentError when a file was changed since.
+    """
+    paths = facts["files"]
+    # What was imported before the width was checked has 16 bits where no header says otherwise.
+    dtypes = facts.get("dtypes", [NANO_GPT] * len(paths))
+    # Before the versions of the files were kept, the name of the cache's folder alone held them.
+    versions = facts.get("versions", [None] * len(paths))
+    shards = []
+    for path, dtype, version in zip(paths, dtypes, versions, strict=True):
+        shard = open_external_shard(path, dtype)
+        _check_unchanged(path, version)
+        shards.append(shard)
+    tokens = joined(shards, vocabulary)
+    train_tokens = facts["train_tokens"]
+    return tokens.between(0, train_tokens), tokens.between(train_tokens, len(tokens))
 
 
-def _join(parts: list[np.ndarray]) -> np.ndarray | Joined:
-    filled = [part for part in parts if len(part)]
-    if len(filled) == 1:
-        return filled[0]
-    return Joined(filled or [np.empty(0, np.uint16)])
+def _check_unchanged(path: str, version: list[int] | None) -> None:
+    """Raises ExperimentError when a file's size or times are not those of `version`."""
+    if version is not None and list(file_version(path)) != list(version):
+        raise ExperimentError(f"{path} was changed since its tokens were counted: run again")
 
 
 def import_shards(
@@ -177,29 +272,35 @@ def import_shards(
     name, the last config.validation_fraction of all tokens are held out.
     Raises ExperimentError when a shard is not whole or was made by another tokenizer.
     """
+    tokenizer, end_of_text = load_tokenizer(tokenizer_json, config.end_of_text)
+    vocabulary_size = vocabulary(tokenizer)
     named_validation = [path for path in files if _is_named_validation(path)]
     named_training = [path for path in files if not _is_named_validation(path)]
     files = named_training + named_validation
-    shards = [open_external_shard(path) for path in files]
+    shards = [open_checked_shard(path, config, vocabulary_size) for path in files]
+    versions = [file_version(path) for path in files]
     total = sum(len(shard) for shard in shards)
     train_tokens = sum(len(shard) for shard in shards[: len(named_training)])
     if train_tokens == 0 or train_tokens == total:  # the names leave one side empty
         train_tokens = total - math.ceil(total * config.validation_fraction)
 
-    tokenizer, end_of_text = load_tokenizer(tokenizer_json, config.end_of_text)
-    counts, data_hash = _count(config, files, shards, train_tokens, vocabulary(tokenizer))
+    counts, data_hash = _count(config, files, shards, train_tokens, vocabulary_size)
+    for path, version in zip(files, versions):
+        _check_unchanged(path, list(version))
     train_counts, validation_counts = counts
     counts_of_both = counts.sum(0)
     facts = dict(
         data=config.data,
         # Path.resolve would follow links, which the cache's key does not.
         files=[os.path.abspath(path) for path in files],  # noqa: PTH100
+        versions=versions,
+        dtypes=[shard.dtype.str for shard in shards],
         # Each document has one end-of-text token, before or after it.
         documents=int(counts_of_both[end_of_text]),
         characters=int(counts_of_both @ _token_lengths(tokenizer)),
         train_tokens=train_tokens,
         validation_tokens=total - train_tokens,
-        vocabulary=vocabulary(tokenizer),
+        vocabulary=vocabulary_size,
         data_hash=data_hash,
         tokenizer_hash=sha256(tokenizer_json),
         unigram_entropy=entropy(train_counts),
@@ -214,6 +315,9 @@ def import_shards(
         f"{total - train_tokens:,} validation tokens"
         + _which_are_held_out(named_training, named_validation)
     )
+    wide = [shard for shard in shards if shard.dtype.itemsize == 4]
+    if wide:
+        print(f"data: {len(wide):,} of the shards hold 32-bit tokens, the others 16-bit tokens")
 
 
 def _is_named_validation(path: str) -> bool:
@@ -231,7 +335,7 @@ def _which_are_held_out(named_training: list[str], named_validation: list[str]) 
 def _count(
     config: Config,
     files: list[str],
-    shards: list[np.ndarray],
+    shards: list[TokenFiles],
     train_tokens: int,
     vocabulary_size: int,
 ) -> tuple[np.ndarray, str]:
@@ -248,7 +352,8 @@ def _count(
         for path, shard in zip(files, shards):
             cut = min(left_to_train, len(shard))
             left_to_train -= cut
-            for side, part in enumerate((shard[:cut], shard[cut:])):
+            sides = (shard.between(0, cut), shard.between(cut, len(shard)))
+            for side, part in enumerate(sides):
                 try:
                     counts[side] += count_tokens(part, vocabulary_size, bar, digest)
                 except ValueError as error:

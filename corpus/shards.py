@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from config import Config, ExperimentError
 from corpus import split
+from corpus.checksums import checksum
 from corpus.sources import Source
 from corpus.split import CHUNKS_AT_ONCE, Split
 from corpus.token_files import (
@@ -351,6 +352,7 @@ def build(
         rules=rules,
         held_out_characters=held_out,
         repeated_characters=repeated,  # of these, how many stand in chunks that are trained on too
+        crc32={name: checksum(folder / name) for name in TOKEN_FILES},
     )
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
     seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Files of tokens: their format, reading them without a copy, and counting what they hold.
+"""Files of tokens: their format, opening them, and counting what they hold.
 
 A token shard of ours is a header of HEADER_BYTES bytes, then the tokens as little-endian uint16 or
 uint32. corpus.shards writes such files; corpus.external reads those of other programs.
@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import ExperimentError
+from corpus.token_reader import FilePart, FileVersion, TokenFiles, file_version
 
 # Increase it when the same text would give other shards. It is part of the cache's key and of every
 # header, so old shards are no longer found.
@@ -83,37 +84,38 @@ def replace_file(path: Path, content: str) -> None:
 
 
 class FileHead(NamedTuple):
-    """The beginning of a file and the size of the whole file, in bytes."""
+    """The beginning of a file, and the state of the whole file."""
 
     header: bytes  # the first HEADER_BYTES bytes, or all of a shorter file
-    size: int
+    version: FileVersion
+
+    @property
+    def size(self) -> int:
+        return self.version.size
 
 
 def read_head(path: Path) -> FileHead:
     with open(path, "rb") as file:
         header = file.read(HEADER_BYTES)
-        size = os.fstat(file.fileno()).st_size
-    return FileHead(header, size)
+        version = file_version(file.fileno())
+    return FileHead(header, version)
 
 
-def map_tokens(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:
-    """Maps `count` tokens of a file into memory, from the byte `offset` on. Returns [count]."""
-    if count == 0:
-        return np.empty(0, dtype)  # an empty range cannot be mapped
-    return np.memmap(path, dtype, mode="r", offset=offset, shape=(count,))
+def open_shard(path: Path, tokenizer_hash: str, vocabulary: int | None = None) -> TokenFiles:
+    """Opens a token shard of our own, uint16 or uint32 [tokens].
 
-
-def open_shard(path: Path, tokenizer_hash: str) -> np.ndarray:
-    """Maps a token shard of our own into memory, uint16 or uint32 [tokens].
-
-    Raises ExperimentError when its header or size is not that of a whole shard of this tokenizer.
+    `vocabulary` is the size of the tokenizer's vocabulary: tokens are compared with it when they
+    are read. Raises ExperimentError when its header or size is not that of a whole shard of this
+    tokenizer.
     """
     head = read_head(path)
     problem = _shard_problem(head, tokenizer_hash)
     if problem:
         raise ExperimentError(f"{path} {problem}: delete the folder {path.parent} and run again")
     header = ShardHeader(*HEADER.unpack_from(head.header))
-    return map_tokens(path, f"<u{header.token_bytes}", HEADER_BYTES, header.num_tokens)
+    dtype = np.dtype(f"<u{header.token_bytes}")
+    part = FilePart(str(path), head.version, dtype, HEADER_BYTES, header.num_tokens)
+    return TokenFiles([part], f"Delete the folder {path.parent} and run again", vocabulary)
 
 
 def _shard_problem(head: FileHead, tokenizer_hash: str) -> str | None:
@@ -150,15 +152,7 @@ def write_header(path: Path, dtype: np.dtype, count: int, tokenizer_hash: str) -
         file.write(HEADER.pack(*header))
 
 
-class TokenArray(Protocol):
-    """Token ids: a mapped array, or several arrays joined (corpus.external)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, window: slice, /) -> np.ndarray: ...
-
-
-def count_tokens(tokens: TokenArray, size: int, bar: ProgressBar, digest=None) -> np.ndarray:
+def count_tokens(tokens: TokenFiles, size: int, bar: ProgressBar, digest=None) -> np.ndarray:
     """How often each token occurs, int64 [size]; `size` is that of the vocabulary.
 
     A `digest` of hashlib is updated with the bytes of the tokens, so that they are read once only.
@@ -177,8 +171,8 @@ def count_tokens(tokens: TokenArray, size: int, bar: ProgressBar, digest=None) -
     return counts
 
 
-def count_both(train: TokenArray, validation: TokenArray, size: int) -> np.ndarray:
-    """How often each token occurs in the two arrays, int64 [2, size]. Shows a progress bar.
+def count_both(train: TokenFiles, validation: TokenFiles, size: int) -> np.ndarray:
+    """How often each token occurs on each side, int64 [2, size]. Shows a progress bar.
 
     `size` is that of the vocabulary. Raises ValueError at a token that is not in it.
     """

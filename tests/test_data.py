@@ -196,15 +196,27 @@ def test_beginning_at_a_position_is_skipping_to_it(tmp_path):
 def test_what_is_read_later_is_fetched_from_the_disk_now(tmp_path, folder, monkeypatch):
     config, announced = config_for(tmp_path, batch_size=4), []
     tokens = data.prepare(config).train
-    monkeypatch.setattr(data, "_read_ahead", lambda window: announced.append(window.tolist()))
+
+    def announce(tokens, first, last):
+        announced.append(tokens[first:last].tolist())
+
+    monkeypatch.setattr(data.TokenFiles, "read_ahead", announce)
     batches = data.batches(tokens, config, 8)
     got = [next(batches) for _ in range(data.READ_AHEAD + 1)]
     assert announced[:4] == np.concatenate([got[-1][0], got[-1][1][:, -1:]], 1).tolist() and len(
         announced
     ) == 4 * len(got)
     monkeypatch.undo()
-    for window in (tokens[:17], tokens[-17:], tokens[5:5], np.arange(9)):
-        data._read_ahead(window)  # any array will do
+    advised = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *place: advised.append(place))
+    for first, last in ((0, 17), (len(tokens) - 17, len(tokens)), (5, 5), (1, 10**9)):
+        tokens.read_ahead(first, last)
+    will_need = os.POSIX_FADV_WILLNEED
+    assert advised == [
+        (1024, 34, will_need),
+        (1024 + 2 * (len(tokens) - 17), 34, will_need),
+        (1026, 2 * (len(tokens) - 1), will_need),
+    ]
 
 
 def test_workers_give_the_same_batches_and_end(tmp_path, folder, capfd):

@@ -72,7 +72,7 @@ def fails(config: Config, *words: str):
 
 
 def text_of(corpus: data.Corpus, tokens) -> str:
-    return corpus.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+    return corpus.tokenizer.decode(tokens[:].tolist(), skip_special_tokens=False)
 
 
 def save_tokenizer(path: Path, vocabulary: dict, special: list[str]) -> str:

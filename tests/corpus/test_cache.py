@@ -167,7 +167,7 @@ def test_the_same_text_from_another_place_is_not_tokenized_again(tmp_path, folde
         corpus = data.prepare(config_for(tmp_path, data=str(where)))
         assert (
             same(corpus, first)
-            and Path(corpus.train.filename).samefile(first.train.filename)
+            and Path(corpus.train.paths[0]).samefile(first.train.paths[0])
             and not encoded
         )
         assert "was tokenized before" in capsys.readouterr().out
@@ -193,7 +193,7 @@ def test_rows_left_out_are_counted_also_when_the_shards_are_there(tmp_path, fold
         and "was tokenized before" in out
     )
     assert (
-        json.loads((Path(corpus.train.filename).parent / "corpus.json").read_text())["left_out"]
+        json.loads((Path(corpus.train.paths[0]).parent / "corpus.json").read_text())["left_out"]
         == 1
     )
 
@@ -202,7 +202,7 @@ def test_damaged_shards_are_not_taken_over(tmp_path, folder, encoded):
     first = data.prepare(config_for(tmp_path))
     tokens = np.array(first.train)
     encoded.clear()
-    with open(first.train.filename, "r+b") as file:
+    with open(first.train.paths[0], "r+b") as file:
         file.truncate(1500)
     shutil.copytree(folder, tmp_path / "copy")
     assert (
@@ -230,7 +230,7 @@ def test_a_file_system_without_links_builds_and_harms_no_other_cache(
     assert (
         encoded
         and same(second, first)
-        and not Path(first.train.filename).samefile(second.train.filename)
+        and not Path(first.train.paths[0]).samefile(second.train.paths[0])
     )
     assert same(data.prepare(config_for(tmp_path)), first)
 
@@ -277,7 +277,7 @@ def test_the_loser_of_a_race_uses_the_winners_cache(tmp_path, folder, monkeypatc
     monkeypatch.setattr(shards, "_write_shards", slow)
     loser = data.prepare(config_for(tmp_path))
     assert np.array_equal(loser.train, winner[0].train)
-    assert Path(loser.train.filename).samefile(winner[0].train.filename)
+    assert Path(loser.train.paths[0]).samefile(winner[0].train.paths[0])
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 

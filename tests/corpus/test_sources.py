@@ -385,7 +385,7 @@ def test_of_a_long_data_set_the_beginning_decides_split_and_tokenizer(tmp_path, 
     )
     decode = corpus.tokenizer.decode
     sides = [
-        decode(t.tolist(), skip_special_tokens=False).split("<|endoftext|>")[:-1]
+        decode(t[:].tolist(), skip_special_tokens=False).split("<|endoftext|>")[:-1]
         for t in (corpus.train, corpus.validation)
     ]
     assert sorted(sides[0] + sides[1]) == sorted(STORIES)
