@@ -133,7 +133,8 @@ class TokenFiles:
             except OSError as error:
                 raise ExperimentError(self._cannot_read_message(part, error)) from error
             if n_bytes == 0:
-                raise ExperimentError(self._cut_message(part, offset))
+                size = file_version(file.descriptor).size
+                raise ExperimentError(self._cut_message(part, size))
             unread = unread[n_bytes:]
             offset += n_bytes
         if self.vocabulary is not None and tokens.max() >= self.vocabulary:
@@ -157,8 +158,8 @@ class TokenFiles:
 
     def _cut_message(self, part: FilePart, size: int) -> str:
         return (
-            f"{part.path} was cut while it was in use: it had {part.version.size:,} bytes and ends "
-            f"after {size:,} now. {self.remedy}"
+            f"{part.path} was cut while it was in use: it had {part.version.size:,} bytes and has "
+            f"{size:,} now. {self.remedy}"
         )
 
     def _bad_token_message(self, part: FilePart, tokens: np.ndarray, vocabulary: int) -> str:

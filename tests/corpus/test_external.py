@@ -1,6 +1,8 @@
 """Token shards of nanoGPT, modded-nanogpt and llm.c as a corpus."""
 
+import json
 import os
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 import data
 from config import ExperimentError
 from corpus import external, tokenizer
-from corpus.external import joined, open_external_shard
+from corpus.external import joined, open_checked_shard, open_external_shard
+from corpus.token_reader import file_version
 from corpus.tokenizer import load_tokenizer
 from tests.corpus.stories import STORIES, config_for, fails, same
 
@@ -196,6 +199,92 @@ def test_shards_that_cannot_be_used(tmp_path, bins):
     fails(config, "too small", "16 validation tokens", "17 (max_seq_len + 1)")
     external_shard(tmp_path / "bins" / "val.bin", ids[:17])
     assert len(data.prepare(config).validation) == 17
+
+
+def test_shards_that_change_while_they_are_counted_or_afterwards(tmp_path, bins, monkeypatch):
+    config, ids = bins
+    path = external_shard(tmp_path / "bins" / "train.bin", ids)
+    corpus = data.prepare(config)
+    (facts_file,) = (tmp_path / "cache").glob("*/corpus.json")
+    facts = json.loads(facts_file.read_text())
+    assert facts["versions"] == [list(file_version(path))] and facts["dtypes"] == ["<u2"]
+    facts["versions"][0][2] += 1
+    facts_file.write_text(json.dumps(facts))
+    with pytest.raises(ExperimentError, match=r"train.bin was changed since its tokens were coun"):
+        external.open_counted(facts, 300)
+    assert same(data.prepare(config), corpus)  # counted again
+    for key in ("versions", "dtypes"):  # as older versions of the program wrote it
+        facts.pop(key)
+    facts_file.write_text(json.dumps(facts))
+    assert same(data.prepare(config), corpus)
+
+    count = external._count
+
+    def change(*arguments):
+        counted = count(*arguments)
+        os.utime(path, (1, 1))
+        return counted
+
+    os.utime(path, (2, 2))
+    monkeypatch.setattr(external, "_count", change)
+    fails(config, "train.bin", "changed since", "run again")
+
+
+# --- the width of the tokens
+
+
+def raw(path: Path, tokens, dtype: str) -> str:
+    """A file that holds nothing but tokens."""
+    np.array(tokens).astype(dtype).tofile(path)
+    return str(path)
+
+
+def test_the_width_of_tokens_without_a_header_is_seen(tmp_path, bins, capsys):
+    config, ids = bins
+    (tmp_path / "bins").mkdir()
+    raw(tmp_path / "bins" / "train.bin", ids[:3000], "<u4")
+    raw(tmp_path / "bins" / "val.bin", ids[3000:], "<u4")
+    for _ in range(2):  # built, and opened again
+        corpus = data.prepare(config)
+        assert corpus.train[:].tolist() == ids[:3000]
+        assert corpus.validation[:].tolist() == ids[3000:]
+        assert corpus.train.dtype == np.uint32
+    assert "2 of the shards hold 32-bit tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "tokens, dtype, vocabulary, expected",
+    [
+        (range(100), "<u2", 300, "uint16"),
+        (range(100), "<u4", 300, "uint32"),
+        (range(100), "<u8", 300, "tokens of 64 bits"),
+        ([7, 5], "<u4", 300, "two ways: 4 tokens of 16 bits.*or 2 tokens of 32 bits"),
+        ([0] * 100, "<u2", 300, "two ways"),
+        ([1, 2, 3, 0] * 50, "<u2", 4, "uint16"),
+        (range(65_000, 70_000), "<u4", 100_000, "uint32"),
+        (range(65_000, 70_000), "<u4", 65_536, "uint32"),  # of another tokenizer: counting sees it
+        (range(40_000, 50_000), "<u2", 100_000, "16-bit tokens.*100,000, more than 16 bits"),
+        ([7, 5], "<u4", 100_000, "uint32"),
+    ],
+)
+def test_widths(tmp_path, tokens, dtype, vocabulary, expected):
+    path = raw(tmp_path / "tokens.bin", tokens, dtype)
+    try:
+        shard = open_checked_shard(path, config_for(tmp_path), vocabulary)
+    except ExperimentError as error:
+        assert path in str(error) and re.search(expected, str(error)), error
+    else:
+        assert shard.dtype.name == expected and shard[:].tolist() == list(tokens)
+
+
+def test_a_header_that_names_another_width_is_refused(tmp_path):
+    path = external_shard(tmp_path / "tokens.bin", [token for i in range(100) for token in (i, 0)])
+    with pytest.raises(ExperimentError, match=r"tokens of 32 bits: read with 16 bits"):
+        open_checked_shard(str(path), config_for(tmp_path), 300)
+    external_shard(path, [7, 0])
+    assert open_checked_shard(str(path), config_for(tmp_path), 300)[:].tolist() == [7, 0]
+    with pytest.raises(ExperimentError, match=r"more than 16 bits"):
+        open_checked_shard(str(path), config_for(tmp_path), 70_000)
 
 
 def test_the_cache_s_own_shards_are_no_source(tmp_path, folder):

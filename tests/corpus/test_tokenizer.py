@@ -303,7 +303,7 @@ def test_the_end_of_text_can_be_named(tmp_path, folder):
     assert by_name.end_of_text == tokenizer.token_to_id("</s>")
     assert given_name.end_of_text == tokenizer.token_to_id("<end>")
     assert given_name.train[:][len(story(0).split())] in (0, given_name.end_of_text)
-    assert by_name.end_of_text not in given_name.train
+    assert by_name.end_of_text not in given_name.train[:]
     # From the cache too, in which both are.
     assert data.prepare(config_for(tmp_path, tokenizer=path)).end_of_text == by_name.end_of_text
     fails(config_for(tmp_path, tokenizer=path, end_of_text="<no>"), "<no>", "--end_of_text")
