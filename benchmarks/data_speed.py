@@ -38,7 +38,9 @@ import torch
 import data
 from benchmarks.result_files import ROOT, write
 from config import PRESETS, Config
+from corpus.external import joined, open_external_shard
 from corpus.sources import open_source
+from corpus.token_reader import TokenFiles
 from corpus.tokenizer import train_tokenizer
 from record.results import environment
 
@@ -183,22 +185,20 @@ def loader_command(shard: Path, preset: str, workers: int, state: str) -> list[s
 
 
 def batches_per_second_of_new_process(shard: Path, preset: str, workers: int, state: str) -> float:
-    """Batches/s of the loader in a process that has not mapped the file yet."""
+    """Batches/s of the loader in a process that has not opened the file yet."""
     command = loader_command(shard, preset, workers, state)
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return float(done.stdout)
 
 
 def batches_per_second(shard: str, preset: str, workers: int, cold: bool) -> float:
-    """Speed of the loader from a raw uint16 shard, in a process that has not mapped it yet."""
+    """Speed of the loader from a raw uint16 shard, in a process that has not opened it yet."""
     torch.set_num_threads(1)
     config = Config(**{**PRESETS[preset], "num_workers": workers})
-    tokens = np.memmap(shard, np.uint16, mode="r")
+    tokens = joined([open_external_shard(shard)], VOCAB_SIZE)
     read_into_memory(tokens)
     if cold:
-        del tokens  # the kernel keeps pages that are mapped
         drop_from_memory(shard)
-        tokens = np.memmap(shard, np.uint16, mode="r")
     batches = data.batches(tokens, config, position=10**5)
     next(batches)  # starts the workers
     start = time.perf_counter()
@@ -207,9 +207,9 @@ def batches_per_second(shard: str, preset: str, workers: int, cold: bool) -> flo
     return BATCHES / (time.perf_counter() - start)
 
 
-def read_into_memory(tokens: np.memmap) -> None:
+def read_into_memory(tokens: TokenFiles) -> None:
     for first in range(0, len(tokens), READ_AT_ONCE):
-        tokens[first : first + READ_AT_ONCE].max()
+        tokens[first : first + READ_AT_ONCE]  # a slice is read when it is taken
 
 
 def drop_from_memory(path: str) -> None:
