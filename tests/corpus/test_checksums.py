@@ -27,9 +27,7 @@ def flip(path: Path, at: int) -> None:
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin"])
 @pytest.mark.parametrize("large_file", [2**28, 0])
-def test_a_changed_bit_is_found_before_use(
-    tmp_path, folder, capsys, monkeypatch, name, large_file
-):
+def test_a_changed_bit_is_found_before_use(tmp_path, folder, capsys, monkeypatch, name, large_file):
     monkeypatch.setattr(checksums, "LARGE_FILE", large_file)
     tokens = np.array(data.prepare(config_for(tmp_path)).train)
     path = next((tmp_path / "cache").glob(f"*/{name}"))
