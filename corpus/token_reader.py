@@ -95,63 +95,63 @@ class TokenFiles:
 
     def between(self, first: int, last: int) -> "TokenFiles":
         """The tokens [first:last] as TokenFiles. Nothing is read."""
-        return TokenFiles(list(self._parts_within(first, last)), self.remedy, self.vocabulary)
+        return TokenFiles(self._parts_within(first, last), self.remedy, self.vocabulary)
 
     def read_ahead(self, first: int, last: int) -> None:
         """Lets the kernel fetch the tokens [first:last] from the disk, without waiting for them."""
         if not hasattr(os, "posix_fadvise"):  # macOS
             return
-        for part in self._parts_within(first, last):
-            file = self._open(part)
-            size = part.num_tokens * part.dtype.itemsize
-            with contextlib.suppress(OSError):  # a file system need not take advice
-                os.posix_fadvise(file.descriptor, part.offset, size, os.POSIX_FADV_WILLNEED)
+        with contextlib.suppress(OSError):  # a file system need not take advice
+            for part in self._parts_within(first, last):
+                file = self._open(part)
+                n_bytes = part.num_tokens * part.dtype.itemsize
+                os.posix_fadvise(file.descriptor, part.offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
-    def _parts_within(self, first: int, last: int) -> Iterator[FilePart]:
+    def _parts_within(self, first: int, last: int) -> list[FilePart]:
         """The parts that hold the tokens [first:last], and of each part only these tokens."""
-        if first >= last:
-            return
-        for number in range(bisect.bisect_right(self.ends, first), len(self.parts)):
+        parts = []
+        last = min(last, len(self))
+        number = bisect.bisect_right(self.ends, first)
+        while first < last:
             part = self.parts[number]
-            part_start = self.ends[number] - part.num_tokens
-            if part_start >= last:
-                return
-            begin = max(0, first - part_start)
-            end = min(part.num_tokens, last - part_start)
-            offset = part.offset + begin * part.dtype.itemsize
-            yield part._replace(offset=offset, num_tokens=end - begin)
+            taken = min(last, self.ends[number]) - first
+            skipped = part.num_tokens - (self.ends[number] - first)
+            offset = part.offset + skipped * part.dtype.itemsize
+            parts.append(FilePart(part.path, part.version, part.dtype, offset, taken))
+            first += taken
+            number += 1
+        return parts
 
     def _read(self, part: FilePart) -> np.ndarray:
         """The tokens of a part, in its own type. Returns [num_tokens]."""
         file = self._open(part)
         tokens = np.empty(part.num_tokens, part.dtype)
-        unread = tokens.view(np.uint8).data
+        unread = memoryview(tokens).cast("B")
         offset = part.offset
-        while len(unread):  # the kernel reads at most 2 GiB at a time
+        while unread:  # the kernel reads at most 2 GiB at a time
             try:
                 n_bytes = os.preadv(file.descriptor, [unread], offset)
             except OSError as error:
                 raise ExperimentError(self._cannot_read_message(part, error)) from error
             if n_bytes == 0:
-                size = file_version(file.descriptor).size
-                raise ExperimentError(self._cut_message(part, size))
+                break
             unread = unread[n_bytes:]
             offset += n_bytes
+        # After the reading, so that what was written meanwhile is noticed too.
+        stat = os.fstat(file.descriptor)
+        if unread or stat.st_size < part.version.size:
+            raise ExperimentError(self._cut_message(part, stat.st_size))
+        if stat.st_size != part.version.size or stat.st_mtime_ns != part.version.mtime_ns:
+            raise ExperimentError(_changed_message(part))
         if self.vocabulary is not None and tokens.max() >= self.vocabulary:
             raise ExperimentError(self._bad_token_message(part, tokens, self.vocabulary))
         return tokens
 
     def _open(self, part: FilePart) -> "_OpenFile":
         try:
-            file = _open_file(part.path, part.version.size, part.version.mtime_ns)
+            return _open_file(part.path, part.version)
         except OSError as error:
             raise ExperimentError(self._cannot_read_message(part, error)) from error
-        if file is None:
-            raise ExperimentError(
-                f"{part.path} was changed while it was in use. Run again; a run that was training "
-                "continues with --resume latest"
-            )
-        return file
 
     def _cannot_read_message(self, part: FilePart, error: OSError) -> str:
         return f"cannot read {part.path}: {error.strerror}. {self.remedy}"
@@ -171,6 +171,13 @@ class TokenFiles:
         )
 
 
+def _changed_message(part: FilePart) -> str:
+    return (
+        f"{part.path} was changed while it was in use. Run again; a run that was training "
+        "continues with --resume latest"
+    )
+
+
 # --- descriptors
 
 
@@ -187,12 +194,7 @@ class _OpenFile:
         close(self.descriptor)
 
 
-# Size and time are part of the key: a corpus that was built again has the path of the old one.
+# The version is part of the key: a corpus that was built again has the path of the old one.
 @functools.lru_cache(maxsize=OPEN_FILES)
-def _open_file(path: str, size: int, mtime_ns: int) -> _OpenFile | None:
-    """Opens a file. None when it no longer has this size and this time of writing."""
-    file = _OpenFile(os.open(path, os.O_RDONLY))
-    version = file_version(file.descriptor)
-    if (version.size, version.mtime_ns) != (size, mtime_ns):
-        return None
-    return file
+def _open_file(path: str, _version: FileVersion) -> _OpenFile:
+    return _OpenFile(os.open(path, os.O_RDONLY))

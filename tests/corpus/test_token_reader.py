@@ -73,15 +73,35 @@ def test_a_cache_file_that_is_cut_while_it_is_in_use(tmp_path, folder, workers):
     assert len(data.prepare(config).train) == len(corpus.train)  # built anew
 
 
+def overwrite(path: str, content: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(3000)
+        file.write(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cache_file_that_is_written_to_while_it_is_in_use(tmp_path, folder, workers):
+    config = config_for(tmp_path, num_workers=workers)
+    corpus = data.prepare(config)
+    batches = data.batches(corpus.train, config, 0)
+    next(batches)
+    [path] = corpus.train.paths
+    overwrite(path, b"\x01\x00")  # a token of the vocabulary
+    with pytest.raises(ExperimentError, match="was changed while it was in use.*--resume latest"):
+        for _ in range(100):
+            next(batches)
+    assert len(data.prepare(config).train) == len(corpus.train)  # built anew
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_token_outside_of_the_vocabulary_is_named(tmp_path, folder, workers):
     config = config_for(tmp_path, num_workers=workers)
     corpus = data.prepare(config)
     assert len(corpus.train[:1])  # the file is open now
     [path] = corpus.train.paths
-    with open(path, "r+b") as file:
-        file.seek(3000)
-        file.write(b"\xff\xff")
+    stat = os.stat(path)
+    overwrite(path, b"\xff\xff")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as when a disk loses bits
     with pytest.raises(ExperimentError) as caught:
         for _ in zip(range(100), data.batches(corpus.train, config, 0)):
             pass
