@@ -9,7 +9,6 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
