@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-DATA_RULES = 1
+DATA_RULES = 2
 """The version of the rules of data that new runs use: what is held out, where windows begin.
 
 Version 1 splits chunk by chunk, and every epoch has the same windows. Version 2 splits by document,
