@@ -27,7 +27,7 @@ import torch
 from benchmarks.result_files import write
 from config import KNOWN_DATA_RULES, Config
 from corpus import shards
-from corpus.sources import BUILT_IN, Source, open_text
+from corpus.sources import BUILT_IN, Source, open_source
 from corpus.split import document_keys
 from record.results import environment
 
@@ -42,7 +42,7 @@ class Line(NamedTuple):
 
 def measure(data: str, rules: int) -> dict:
     config = Config(data=data)
-    source = open_text(config, rules)
+    source = open_source(config, rules)
     start = time.perf_counter()
     found = shards.read_text(source, to_end=True)
     seconds = time.perf_counter() - start

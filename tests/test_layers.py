@@ -5,6 +5,7 @@ are held to the same floors.
 """
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -75,6 +76,37 @@ def test_imports_run_downwards_only(file):
 
 def test_no_file_imports_the_tests():
     assert not [file for file in our_files() if "tests" in {name for _, name in imports(file)}]
+
+
+def test_what_a_file_imports_of_us_is_there():
+    """Also in files that no test runs, such as a benchmark that takes minutes."""
+    missing = []
+    for file in our_files():
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] not in FLOOR_OF:
+                continue
+            names = names_in(node.module)
+            for alias in node.names:
+                if alias.name not in names:
+                    missing.append(f"{file}:{node.lineno}: {alias.name} of {node.module}")
+    assert not missing, "\n".join(missing)
+
+
+@functools.cache
+def names_in(module: str) -> set[str]:
+    """What can be imported from one of our modules: names of its top level, or files of a room."""
+    path = ROOT / module.replace(".", "/")
+    if path.is_dir():
+        return {file.stem for file in path.glob("*.py")} | names_in(f"{module}.__init__")
+    found = set()
+    for node in ast.walk(ast.parse(path.with_suffix(".py").read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
 
 
 def test_plan_and_help_load_without_torch():
