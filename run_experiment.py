@@ -437,19 +437,22 @@ def sample(argv: list[str]) -> None:
     args = _sample_parser().parse(argv)
     _check_sample_options(args)
 
-    from corpus.tokenizer import encode, load_tokenizer
+    from corpus.tokenizer import ChunkEncoder, load_tokenizer
     from generate import finished_texts, stream, text_chunks
-    from record.checkpoint import open_model
+    from record.checkpoint import data_rules, open_model
 
     model, _, state = open_model(args.checkpoint, args.device, args.precision)
     name = state["config"].get("end_of_text", "")  # older checkpoints have no such field
     tokenizer, end_of_text = load_tokenizer(state["tokenizer_json"], name)
+    # A prompt begins a document and does not end it: the model writes on.
+    encode = ChunkEncoder(tokenizer, data_rules(state))
+    prompt = encode.ids(args.prompt, before="", ends=False)
     temperature = args.temperature
     if temperature <= 1e-4:  # logits / temperature would overflow
         temperature = 0
     steps = stream(
         model,
-        encode(tokenizer, args.prompt) or [end_of_text],
+        prompt or [end_of_text],
         args.max_new_tokens,
         temperature,
         args.top_k,

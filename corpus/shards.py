@@ -49,6 +49,7 @@ from corpus.token_files import (
 from corpus.tokenizer import (
     UNKNOWN_SHARE,
     ChunkEncoder,
+    character_before_next,
     load_tokenizer,
     sha256,
     train_tokenizer,
@@ -513,13 +514,12 @@ def _marked_chunks(source: Source, start: dict | None, decided: Split) -> Iterat
             changes_side = previous.held_out != held_out
             yield previous._replace(separated=changes_side and not decided.by_document)
         chunk = _MarkedChunk(text, before, digest, last, held_out, separated=True)
+        before = character_before_next(text, last)
         if last:
             yield chunk
             previous = None
-            before = ""
         else:
             previous = chunk
-            before = text[-1]
 
 
 def _batches(

@@ -284,18 +284,6 @@ def _without_rusts_report() -> Iterator[None]:
 # --- texts to ids
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, without special tokens.
-
-    Raises ExperimentError when the tokenizer has no token for some part of the text.
-    """
-    try:
-        with _without_rusts_report(), panic_as_error():
-            return tokenizer.encode(text, add_special_tokens=False).ids
-    except Exception as error:  # tokenizers raises plain Exception
-        raise cannot_encode(error) from error
-
-
 def cannot_encode(error: Exception) -> ExperimentError:
     return ExperimentError(
         f"the tokenizer cannot encode this text: {error}. Choose another text or tokenizer"
@@ -397,20 +385,20 @@ class ChunkEncoder:
         self.whole = encoder(tokenizer)
         facts = json.loads(tokenizer.to_str())
         self.drops_spaces = _drops_spaces(facts["pre_tokenizer"])
-        # The encoder of a text that begins its document or not, and ends it or not.
+        # The tokenizer of a text that begins its document or not, and ends it or not, and its
+        # encoder.
+        self.tokenizers: dict[tuple[bool, bool], Tokenizer] = {}
         self.encoders: dict[tuple[bool, bool], Encode] = {}
         for begins, ends in itertools.product((True, False), repeat=2):
-            self.encoders[begins, ends] = self._encoder_of(facts, begins, ends)
-
-    def _encoder_of(self, facts: dict[str, Any], begins: bool, ends: bool) -> Encode:
-        inside = dict(facts)
-        inside["normalizer"] = _normalizer_inside(facts["normalizer"], begins, ends)
-        inside["pre_tokenizer"] = _words_inside(facts["pre_tokenizer"], begins)
-        if inside == facts:
-            return self.whole
-        tokenizer = Tokenizer.from_str(json.dumps(inside))
-        tokenizer.encode_special_tokens = True
-        return encoder(tokenizer)
+            inside = _inside(facts, begins, ends)
+            if inside == facts:
+                self.tokenizers[begins, ends] = tokenizer
+                self.encoders[begins, ends] = self.whole
+            else:
+                changed = Tokenizer.from_str(json.dumps(inside))
+                changed.encode_special_tokens = True
+                self.tokenizers[begins, ends] = changed
+                self.encoders[begins, ends] = encoder(changed)
 
     def __call__(self, texts: list[str], before: list[str], ends: list[bool]) -> list[np.ndarray]:
         """The ids of each chunk.
@@ -440,6 +428,28 @@ class ChunkEncoder:
             raise cannot_encode(error) from error
         return ids.tolist()
 
+    def ids_and_offsets(self, text: str, before: str, ends: bool) -> tuple[list[int], np.ndarray]:
+        """The ids of one chunk, the same as those of `ids`, and their places in the text.
+
+        The offsets, int64 [tokens, 2], are the index of a token's first character in the chunk and
+        the index after its last one.
+        """
+        parts = [(text, True)]
+        tokenizers = dict.fromkeys(self.tokenizers, self.tokenizer)
+        if self.rules > 1:
+            parts = self._parts(text, before)
+            tokenizers = self.tokenizers
+        ids: list[int] = []
+        offsets = [np.empty((0, 2), np.int64)]
+        first = 0  # the index of the part's first character in the chunk
+        for part, begins in parts:
+            encoding = tokenizers[begins, ends].encode(part, add_special_tokens=False)
+            ids += encoding.ids
+            # The reshape gives an empty list of offsets its second dimension.
+            offsets.append(first + np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            first += len(part)
+        return ids, np.concatenate(offsets)
+
     def _parts(self, text: str, previous: str) -> list[tuple[str, bool]]:
         """The parts of a chunk, and whether each is encoded as if a document began with it."""
         if not self.drops_spaces:
@@ -453,6 +463,24 @@ class ChunkEncoder:
         if space is None:
             return [(text, False)]
         return [(text[: space.start()], False), (text[space.start() :], True)]
+
+
+def character_before_next(text: str, last: bool) -> str:
+    """What ChunkEncoder calls `before` of the chunk that follows this one.
+
+    `last` says whether the document ends with this chunk.
+    """
+    if last:
+        return ""
+    return text[-1]
+
+
+def _inside(facts: dict[str, Any], begins: bool, ends: bool) -> dict[str, Any]:
+    """A tokenizer.json for texts that begin their document or not, and end it or not."""
+    return facts | dict(
+        normalizer=_normalizer_inside(facts["normalizer"], begins, ends),
+        pre_tokenizer=_words_inside(facts["pre_tokenizer"], begins),
+    )
 
 
 def _normalizer_inside(normalizer: dict | None, begins: bool, ends: bool) -> dict | None:

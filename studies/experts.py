@@ -42,7 +42,7 @@ import data
 from cli import exit_code, new_parser
 from config import Config, ExperimentError, resumed_config
 from corpus import sources
-from corpus.tokenizer import load_tokenizer
+from corpus.tokenizer import ChunkEncoder, character_before_next, load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
 from planner.machine import cpu_cores
@@ -180,9 +180,12 @@ class FileJob(NamedTuple):
 
     suffix: str
     domain: str
-    chunks: list[str]  # all of them, as the kind of a character depends on what comes before it
-    held_out: list[bool]  # by chunk
-    ends: list[bool]  # by chunk: whether end-of-text follows it
+    # All of the file's chunks, as the kind of a character depends on what comes before it. The
+    # lists below are by chunk.
+    chunks: list[str]
+    last: list[bool]  # whether its document ends with it
+    held_out: list[bool]
+    separated: list[bool]  # whether end-of-text follows it
 
 
 class FileTokens(NamedTuple):
@@ -233,15 +236,16 @@ def _file_jobs(source: sources.Source, config: Config, held: np.ndarray) -> Iter
         # In version 1 of the rules of data, end-of-text also follows a held-out chunk whose next
         # chunk is not held out. In version 2 there is no such chunk within a document.
         next_is_held = [*held_of_file[1:], False]
-        ends = []
+        separated = []
         for chunk, next_held in zip(chunks, next_is_held):
-            ends.append(chunk.last or not next_held)
+            separated.append(chunk.last or not next_held)
         yield FileJob(
             suffix=Path(path or "").suffix.lower(),
             domain=name,
             chunks=[chunk.text for chunk in chunks],
+            last=[chunk.last for chunk in chunks],
             held_out=held_of_file,
-            ends=ends,
+            separated=separated,
         )
 
 
@@ -249,11 +253,12 @@ def _path_and_domain(chunk: Located) -> tuple[str | None, str]:
     return chunk.path, chunk.domain
 
 
-def _start_worker(tokenizer_json: str, end_of_text_name: str) -> None:
-    """Keeps the tokenizer in the worker process, so that it is read once and not for each file."""
-    global tokenizer, end_of_text
+def _start_worker(tokenizer_json: str, end_of_text_name: str, rules: int) -> None:
+    """Keeps the encoder in the worker process, so that it is made once and not for each file."""
+    global encode, end_of_text
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has a core
     tokenizer, end_of_text = load_tokenizer(tokenizer_json, end_of_text_name)
+    encode = ChunkEncoder(tokenizer, rules)
 
 
 def _label_file(job: FileJob) -> FileTokens:
@@ -262,17 +267,19 @@ def _label_file(job: FileJob) -> FileTokens:
     tokens: list[int] = []
     labels = []
     first = 0  # the index of the chunk's first character in the file
-    for text, held, ends in zip(job.chunks, job.held_out, job.ends):
+    next_before = ""
+    by_chunk = zip(job.chunks, job.last, job.held_out, job.separated)
+    for text, last, held, separated in by_chunk:
         kinds_of_chunk = kinds[first : first + len(text)]
         first += len(text)
+        before = next_before
+        next_before = character_before_next(text, last)
         if not held:
             continue
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        # The reshape gives an empty list of offsets its second dimension.
-        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        tokens += encoding.ids
+        ids, offsets = encode.ids_and_offsets(text, before, last)
+        tokens += ids
         labels.append(token_kinds(offsets, text, kinds_of_chunk))
-        if ends:
+        if separated:
             tokens.append(end_of_text)
             labels.append(np.array([NONE], np.uint8))
     return FileTokens(np.array(tokens, np.int64), np.concatenate(labels), job.domain)
@@ -289,7 +296,7 @@ def label(config: Config, corpus: data.Corpus) -> Labels:
     held = held_out(source, config, corpus.data_hash, remedy, corpus.rules)
     jobs = _file_jobs(source, config, held)
     context = multiprocessing.get_context("fork")
-    for_worker = (corpus.tokenizer_json, config.end_of_text)
+    for_worker = (corpus.tokenizer_json, config.end_of_text, corpus.rules)
     with context.Pool(cpu_cores(), _start_worker, for_worker) as pool:
         files = list(pool.imap(_label_file, jobs, chunksize=4))
     # An empty array first: concatenate needs at least one.

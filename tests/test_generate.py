@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli import exit_code
@@ -247,6 +247,8 @@ def test_text_comes_as_soon_as_its_characters_are_whole():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "checkpoint.pt"
+    # The seed that every test begins with is set after this, whatever ran before.
+    torch.manual_seed(0)
     write_checkpoint(path, tiny_config(init_std=0.2, precision="bf16", max_seq_len=32))
     return path
 
@@ -288,6 +290,27 @@ def test_the_command_writes_several_texts(saved, capsys):
     assert three.count("The tea") == 3
     assert text("--top_p", "0.000001") == text("--temperature", "0") != text("--top_p", "1")
     assert text("--precision", "bf16").startswith("The tea")
+
+
+def test_a_prompt_is_the_beginning_of_a_document(tmp_path, monkeypatch):
+    """The tokenizer drops spaces at the end of a text, but a document does not end with a prompt."""
+    tokenizer = Tokenizer.from_str(tokenizer_json())
+    tokenizer.normalizer = normalizers.Strip()
+    as_of_a_run = dict(data_hash="d" * 32, tokenizer_hash="t" * 64)
+    prompts = {}
+    for rules in (1, 2):
+        write_checkpoint(
+            tmp_path / "checkpoint.pt",
+            tiny_config(),
+            tokenizer_json=tokenizer.to_str(),
+            data=as_of_a_run | dict(rules=rules),
+        )
+        monkeypatch.setattr(
+            "generate.stream", lambda model, prompt, *_: prompts.update({rules: prompt}) or []
+        )
+        assert sample(tmp_path / "checkpoint.pt", "  The tea ") == 0
+    decoded = {rules: tokenizer.decode(prompt) for rules, prompt in prompts.items()}
+    assert decoded == {1: "The tea", 2: "The tea "}
 
 
 def test_a_tokenizer_that_cannot_encode_the_prompt(tmp_path, capsys):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from cli import exit_code, new_parser
 from config import DATA_RULES, Config, ConfigError, ExperimentError, resumed_config
 from corpus import shards, sources
-from corpus.tokenizer import ChunkEncoder, load_tokenizer
+from corpus.tokenizer import ChunkEncoder, character_before_next, load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
 from record.checkpoint import data_rules, open_model
@@ -88,17 +88,20 @@ class Sums:
 
 
 class DomainChunk(NamedTuple):
-    """A chunk of text, the domain it belongs to, and whether its document ends with it."""
+    """A chunk of text, and what its tokens depend on."""
 
     domain: str
     text: str
-    last: bool
+    before: str  # the last character of the chunk before it in its document; empty at its beginning
+    last: bool  # whether its document ends with it
 
 
 def texts(source: sources.Source) -> Iterator[DomainChunk]:
     """The chunks of a source's text."""
+    before = ""
     for text, last in source.chunks():
-        yield DomainChunk(source.domain(), text, last)
+        yield DomainChunk(source.domain(), text, before, last)
+        before = character_before_next(text, last)
 
 
 def held_out_texts(
@@ -177,13 +180,10 @@ def evaluate(
         sums[domain] += measure(model, ids, window, end_of_text)
 
     with tqdm(desc="evaluating", unit="token", unit_scale=True, leave=False, disable=None) as bar:
-        before = ""  # the last character of the chunk before, if this one continues its document
-        for domain, text, last in chunks:
-            previous = before
-            before = "" if last else text[-1:]
+        for domain, text, before, last in chunks:
             if limit and taken[domain] >= limit:
                 continue
-            ids = encode.ids(text, previous, last)
+            ids = encode.ids(text, before, last)
             if last:
                 ids = [*ids, end_of_text]
             taken[domain] += len(ids)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import data
 from config import PRESETS, Config, ExperimentError
@@ -87,6 +87,27 @@ def save_tokenizer(path: Path, vocabulary: dict, special: list[str]) -> str:
     )
     tokenizer.save(str(path))
     return str(path)
+
+
+def unigram(pre_tokenizer=None, normalizer=None) -> Tokenizer:
+    """A tokenizer in the way of SentencePiece: letters, the word "be", and bytes for the rest."""
+    letters = [(chr(c), -5.0) for c in range(32, 127)] + [("\u2581", -4.0), ("\u2581be", -3.0)]
+    fallback = [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *letters, *fallback], 0, True))
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
 
 
 def same(one: data.Corpus, other: data.Corpus) -> bool:

@@ -643,5 +643,5 @@ def test_a_run_trains_on_a_source_of_ones_own_and_is_evaluated_on_it(
     trainer.run()
     assert trainer.step == 2 and (tmp_path / "run" / "checkpoint_latest.pt").exists()
     held_out = list(evaluate.held_out_texts(config, corpus.data_hash))
-    assert {domain for domain, _, _ in held_out} == {"strings"}
+    assert {chunk.domain for chunk in held_out} == {"strings"}
     assert 0 < len(held_out) < len(STORIES)

@@ -19,14 +19,13 @@ from corpus.tokenizer import (
     LONGEST_WORD,
     ChunkEncoder,
     TiktokenEncoder,
-    encode,
     encoder,
     load_tokenizer,
     train_tokenizer,
     trained_size,
     unknown_share,
 )
-from tests.corpus.stories import STORIES, config_for, fails, save_tokenizer, story
+from tests.corpus.stories import STORIES, config_for, fails, save_tokenizer, story, unigram
 from tests.corpus.test_sources import write_rows
 
 
@@ -324,7 +323,8 @@ def test_only_long_words_are_cut_for_the_training_of_version_2(trained):
     for rules in (1, 2):
         tokenizer, _ = load_tokenizer(train_tokenizer(texts, 5000, rules))
         of_version[rules] = tokenizer
-        assert tokenizer.decode(encode(tokenizer, word)) == word
+        ids = ChunkEncoder(tokenizer, rules).ids(word, before="", ends=True)
+        assert tokenizer.decode(ids) == word
     assert max(map(len, of_version[1].get_vocab())) == len(word)
     assert max(map(len, of_version[2].get_vocab())) == LONGEST_WORD
 
@@ -360,7 +360,7 @@ def test_a_tokenizer_that_panics_is_one_line(tmp_path, capfd, monkeypatch, worke
     assert "panicked" not in capfd.readouterr().err
     tokenizer, _ = load_tokenizer(Path(path).read_text())
     with pytest.raises(ExperimentError, match="cannot encode this text"):
-        encode(tokenizer, "a" * 60 + "b")
+        ChunkEncoder(tokenizer, rules=2).ids("a" * 60 + "b", before="", ends=True)
     assert "panicked" not in capfd.readouterr().err
 
 
@@ -382,26 +382,6 @@ def test_a_tokenizer_that_does_not_know_the_text(tmp_path, folder, capfd, unknow
 
 
 # --- chunks of a document
-
-
-def unigram(pre_tokenizer=None, normalizer=None) -> Tokenizer:
-    letters = [(chr(c), -5.0) for c in range(32, 127)] + [("\u2581", -4.0), ("\u2581be", -3.0)]
-    fallback = [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
-    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), *letters, *fallback], 0, True))
-    if normalizer:
-        tokenizer.normalizer = normalizer
-    if pre_tokenizer:
-        tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("\u2581", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens(["</s>"])
-    return tokenizer
 
 
 def metaspace(scheme):
@@ -436,6 +416,15 @@ def test_a_cut_inside_a_document_adds_and_drops_nothing(tokenizer):
         texts = [text[:cut], text[cut:]]
         ids = encode_chunks(texts, before=["", text[cut - 1]], ends=[False, True])
         assert tokenizer.decode(np.concatenate(ids).tolist()) == whole, cut
+        places = [
+            encode_chunks.ids_and_offsets(*chunk)
+            for chunk in zip(texts, ["", text[cut - 1]], [False, True])
+        ]
+        for part, found, (same_ids, offsets) in zip(texts, ids, places):
+            assert found.tolist() == same_ids
+            covered = {i for first, last in offsets.tolist() for i in range(first, last)}
+            assert {i for i in range(len(part)) if not part[i].isspace()} <= covered
+            assert (np.diff(offsets[:, 0]) >= 0).all()
     # Version 1 encodes each chunk as a document.
     first, _ = ChunkEncoder(tokenizer, rules=1)(texts, before=["", "n"], ends=[False, True])
     assert first.tolist() == tokenizer.encode(texts[0], add_special_tokens=False).ids

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
+import data
 from cli import exit_code
-from corpus.tokenizer import load_tokenizer
+from corpus import sources
+from corpus.tokenizer import ChunkEncoder, load_tokenizer
 from studies import experts as experts_of
 from studies.experts import KINDS
+from tests.corpus.stories import config_for, unigram
 from tests.helpers import tiny_config, tokenizer_json, write_checkpoint
+from tools import evaluate
 
 
 def test_kinds_of_characters():
@@ -74,6 +79,36 @@ def test_information_of_experts_that_read_the_kind():
     assert (counts == 2 * np.diag(np.bincount(kinds[labels != experts_of.NONE]))).all(), (
         "end-of-text is left out"
     )
+
+
+@pytest.mark.parametrize("rules", [1, 2])
+def test_what_was_held_out_is_encoded_as_it_was_for_training(tmp_path, monkeypatch, rules):
+    """Also by a tokenizer that puts a space before each text, where a document is held out in part."""
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", (300, 300))
+    (tmp_path / "a.py").write_text("".join(f"if x{i}:  # naïve\n" for i in range(400)))
+    unigram(pre_tokenizers.Metaspace(prepend_scheme="always")).save(str(tmp_path / "t.json"))
+    config = config_for(
+        tmp_path,
+        data=str(tmp_path / "a.py"),
+        tokenizer=str(tmp_path / "t.json"),
+        vocab_size=400,
+    )
+    corpus = data.prepare(config, rules)
+    expected = corpus.validation[:].tolist()
+    labels = experts_of.label(config, corpus)
+    assert labels.tokens.tolist() == expected
+    text = corpus.tokenizer.decode(
+        labels.tokens[labels.kinds == KINDS.index("comment")].tolist()
+    ).replace(" ", "")
+    assert text.startswith("#naïve#naïve")
+
+    encode = ChunkEncoder(corpus.tokenizer, rules)
+    measured = []
+    for _, text, before, last in evaluate.held_out_texts(config, corpus.data_hash, rules):
+        measured += encode.ids(text, before, last)
+        if last:
+            measured.append(corpus.end_of_text)
+    assert measured == expected
 
 
 def test_a_dense_run_is_refused_in_one_line(tmp_path, capsys):

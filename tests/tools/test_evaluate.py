@@ -277,13 +277,13 @@ def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_
     for sample in (characters // 3, 10**9):
         monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sample)
         data_hash = shards.data_hash(whole.chunks)
-        found = [text for _, text, _ in evaluate.held_out_texts(config, data_hash, rules=1)]
+        found = [chunk.text for chunk in evaluate.held_out_texts(config, data_hash, rules=1)]
         beginning = shards.read_text(source, to_end=False)
         assert (len(beginning.chunks) < len(whole.chunks)) == (sample < 10**9)
         assert beginning.lengths.sum() >= min(sample, characters)
         chosen = split.split_chunks(beginning.chunks["hash"], beginning.lengths, 0.3)
         limit = beginning.chunks["hash"][chosen].max()
-        assert found == [text for _, text, _ in chunks if shards.text_hash(text) <= limit]
+        assert found == [chunk.text for chunk in chunks if shards.text_hash(chunk.text) <= limit]
         sizes.add(len(found))
     assert len(sizes) == 2
 
