@@ -52,17 +52,17 @@ def train_command(folder: Path, options: list[str]) -> list[str]:
     return [sys.executable, script, "--save_dir", str(folder), *options, *EXTRA_OPTIONS]
 
 
-def train(folder: Path, options: list[str], gpu: int | None = None) -> dict:
+def train(folder: Path, options: list[str], gpu: int | None = None, **variables: str) -> dict:
     """Trains in a new process and returns its training_results.json.
 
     The run sees only the GPU of number `gpu`; with None it sees those that this process sees.
-    Raises ExperimentError when the run fails.
+    `variables` are added to its environment. Raises ExperimentError when the run fails.
     """
-    variables = dict(os.environ)
+    environment = {**os.environ, **variables}
     if gpu is not None:
-        variables["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     command = train_command(folder, options)
-    done = subprocess.run(command, env=variables)
+    done = subprocess.run(command, env=environment)
     if done.returncode != 0:
         raise ExperimentError(f"this run failed: {shlex.join(command)}")
     return json.loads((folder / "training_results.json").read_text())

@@ -180,8 +180,8 @@ def sum_gradient_in_fp32(weight: Tensor) -> None:
 def embedding(token_ids: Tensor, weight_VD: Tensor) -> Tensor:
     """The rows of weight at `token_ids` [...], as [..., D]. The weight's gradient is fp32.
 
-    The gradient is summed in the same order every time, without atomics. Use it with a weight of
-    `sum_gradient_in_fp32`.
+    Use it with a weight of `sum_gradient_in_fp32`. On a GPU the order in which the gradient is
+    summed may differ from run to run, unless PyTorch's deterministic algorithms are on.
     """
     if weight_VD.dtype == at_least_fp32(weight_VD.dtype):
         return F.embedding(token_ids, weight_VD)

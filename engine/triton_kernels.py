@@ -677,6 +677,13 @@ def compile_with_barriers() -> None:
 
 # ---------------------------------------------------------------- deterministic runs
 
+# torch.compile would time variants of a kernel and take the fastest: not the same one in each
+# process. Its own option `deterministic` stops that for reductions, which add in another order.
+# Elementwise kernels vary too: with another block size the compiler merges another multiplication
+# with the addition that follows it, and an element differs in its last bit (seen in AdamW's
+# exp_avg_sq on an H200).
+DETERMINISTIC_OPTIONS = {"deterministic": True, "triton.autotune_pointwise": False}
+
 # The workspaces with which cuBLAS adds in a fixed order, of which PyTorch accepts no others.
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 
@@ -694,11 +701,10 @@ def set_deterministic(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     # PyTorch would also fill all memory that it hands out, to show reads of what nothing wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False
-    # torch.compile would time kernels that differ in the order in which they add, and take the
-    # fastest: not the same one in each process.
-    COMPILE_OPTIONS.pop("deterministic", None)
+    for option in DETERMINISTIC_OPTIONS:
+        COMPILE_OPTIONS.pop(option, None)
     if deterministic:
-        COMPILE_OPTIONS["deterministic"] = True
+        COMPILE_OPTIONS.update(DETERMINISTIC_OPTIONS)
         if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in DETERMINISTIC_WORKSPACES:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = DETERMINISTIC_WORKSPACES[0]
 

@@ -28,6 +28,7 @@ def test_deterministic_is_set_and_unset_for_the_whole_process(monkeypatch, works
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
         assert triton_kernels.COMPILE_OPTIONS["deterministic"] is True
+        assert triton_kernels.COMPILE_OPTIONS["triton.autotune_pointwise"] is False
         expected = ":16:8" if workspace == ":16:8" else ":4096:8"
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
         with any_order():
@@ -37,7 +38,8 @@ def test_deterministic_is_set_and_unset_for_the_whole_process(monkeypatch, works
     finally:
         set_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
-    assert "deterministic" not in triton_kernels.COMPILE_OPTIONS
+    for option in triton_kernels.DETERMINISTIC_OPTIONS:
+        assert option not in triton_kernels.COMPILE_OPTIONS
     with any_order():
         pass
     assert not torch.are_deterministic_algorithms_enabled()
