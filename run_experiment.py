@@ -41,6 +41,7 @@ from config import (
     resolve,
     resumed_config,
 )
+from early_checks import check_checkpoint, check_training_paths
 from planner.choice import check_fits
 from planner.machine import GB, GPUS, Machine, find_device, find_machine, machine_of_device
 from planner.plan import build_plan, format_count, format_duration, memory_table
@@ -58,6 +59,7 @@ def train(argv: list[str]) -> None:
     options = config_options(args)
     if args.resume and args.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: choose one")
+    check_training_paths(options, args.resume)
     config, name, why = resolve(options, args.preset, _gpu_memory_gb(options))
     with contextlib.ExitStack() as lock:
         run = open_run(config, _chosen_message(name, why), options, args, lock)
@@ -169,11 +171,6 @@ def resume_path(resume: str | None, config: Config) -> Path | None:
     if resume is None:
         return None
     if resume != "latest":
-        if Path(resume).is_dir():
-            raise ConfigError(
-                f"--resume {resume} is a folder. Its newest checkpoint: --save_dir {resume} "
-                "--resume latest; or name one of its checkpoint files"
-            )
         return Path(resume)
     from record import checkpoint
 
@@ -436,6 +433,7 @@ def sample(argv: list[str]) -> None:
     """Prints texts that continue a prompt."""
     args = _sample_parser().parse(argv)
     _check_sample_options(args)
+    check_checkpoint(args.checkpoint, "--checkpoint")
 
     from corpus.tokenizer import ChunkEncoder, load_tokenizer
     from generate import finished_texts, stream, text_chunks

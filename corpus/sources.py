@@ -139,9 +139,8 @@ def open_source(config: Config, rules: int = DATA_RULES) -> Source:
         built_in = BuiltIn(config)
         built_in.near_duplicates_left_out = rules > 1
         return built_in
+    check_path(config.data)
     path = os.path.expanduser(config.data)
-    if not os.path.exists(path) and not glob.has_magic(path):
-        raise ExperimentError(_nothing_there_message(path, config.data))
     found = find_files(config, path, rules)
     left_out = found.left_out_message()
     if left_out:
@@ -149,6 +148,20 @@ def open_source(config: Config, rules: int = DATA_RULES) -> Source:
     if is_shard(found.read[0]):
         return TokenShards(config, found.read)
     return Files(config, found.read)
+
+
+def check_path(data: str) -> None:
+    """Raises ExperimentError when `data`, the value of --data, is a path and nothing is there."""
+    if data in BUILT_IN or data.startswith("hf:"):
+        return
+    path = os.path.expanduser(data)
+    if os.path.exists(path):
+        return
+    matches: Iterable[str] = ()
+    if glob.has_magic(path):
+        matches = glob.iglob(path, recursive=True)
+    if not any(matches):
+        raise ExperimentError(_nothing_there_message(path, data))
 
 
 @functools.cache

@@ -180,14 +180,18 @@ def read_tokenizer(config: Config) -> str:
         text = _read_tokenizer(config.tokenizer)
         tokenizer, _ = load_tokenizer(text, config.end_of_text)
     except (OSError, UnicodeDecodeError, ExperimentError) as error:
-        raise ExperimentError(
-            f"cannot use the tokenizer {config.tokenizer}: {error}. "
-            f"{_hub_suggestion(config.tokenizer)}Give --tokenizer the path of a tokenizer.json or "
-            "of a folder that holds one, hf:NAME for one of the Hugging Face hub, or train to "
-            "train one on the corpus"
-        ) from error
+        raise ExperimentError(cannot_use_message(config.tokenizer, error)) from error
     check_vocabulary(tokenizer, config)
     return text
+
+
+def cannot_use_message(name: str, reason: object) -> str:
+    """`name` is the value of --tokenizer; `reason` is a text or an error."""
+    return (
+        f"cannot use the tokenizer {name}: {reason}. {_hub_suggestion(name)}Give --tokenizer the "
+        "path of a tokenizer.json or of a folder that holds one, hf:NAME for one of the Hugging "
+        "Face hub, or train to train one on the corpus"
+    )
 
 
 def _hub_suggestion(name: str) -> str:

@@ -24,7 +24,7 @@ FLOORS = [
     ["run_experiment", "tools"],
     ["checkpoint", "cli", "trainer"],
     ["generate", "record"],
-    ["data", "model"],
+    ["data", "early_checks", "model"],
     ["corpus", "moe", "muon"],
     ["engine", "planner", "plot"],
     ["config"],
