@@ -151,8 +151,9 @@ def _check_held_out(corpus: Corpus, config: Config) -> None:
 def _far_share_message(corpus: Corpus, share: float, wanted: float) -> str:
     return (
         f"{share:.2%} of the text is held out for validation, not {wanted:.2%} "
-        f"(validation_fraction): its {corpus.documents:,} documents are too few or too different "
-        "in length. Give more text, documents in smaller parts, or another --validation_fraction"
+        f"(validation_fraction): its {corpus.documents:,} documents, or parts of long documents, "
+        "are too few or too different in length. Give more text, documents in smaller parts, or "
+        "another --validation_fraction"
     )
 
 

@@ -21,6 +21,7 @@ import run_experiment
 import trainer
 from config import ExperimentError, resumed_config
 from record import checkpoint
+from tests.corpus.stories import config_for, story
 from tools import export_hf
 
 OLD = Path(__file__).parent / "fixtures" / "old_runs"
@@ -29,6 +30,9 @@ CASES = list(EXPECTED["runs"])
 SAVED_STEP = EXPECTED["saved_step"]
 # Relative. In 16 bits another processor's products round differently.
 TOLERANCE = dict(fp32=1e-5, bf16=1e-2, fp16=1e-2)
+
+LONG_TRAINING_TEXT = "9ba0ffc24ee0b88b743ad0ce86f7aae298d70d46b65ce1e8b5a257548c623d41"
+LONG_HELD_OUT_TEXT = "4766c0d7c7afbbc0c639e56068e22c6f260acb0a18c53145977577bb0a080244"
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -191,6 +195,22 @@ def test_the_next_sequences_and_the_held_out_text_are_the_same(config_and_positi
     assert following[:, :16].tolist() == expected["next_sequences"]
     inputs, _ = next(iter(data.validation_batches(corpus.validation, config)))
     assert inputs[:2, :16].tolist() == expected["validation_windows"]
+
+
+def test_long_documents_are_split_as_they_were(tmp_path):
+    """Those of the old runs have one chunk each, which all versions split alike."""
+    rows = [json.dumps(dict(text=story(number, 1500))) for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    config = config_for(
+        tmp_path,
+        data=str(tmp_path / "rows.jsonl"),
+        tokenizer=str(OLD / "tokenizer.json"),
+        validation_fraction=0.1,
+    )
+    corpus = data.prepare(config, rules=1)
+    # What commit 4af493f made of this text.
+    assert hash_of(corpus.train) == LONG_TRAINING_TEXT
+    assert hash_of(corpus.validation) == LONG_HELD_OUT_TEXT
 
 
 def test_an_old_cache_is_used(config_and_position, places):
