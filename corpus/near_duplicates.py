@@ -6,6 +6,7 @@ documents, 1997). MinHash estimates it from PERMUTATIONS numbers for each file, 
 compared line by line. Python imports datasketch only here.
 """
 
+import importlib.util
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,11 @@ class Kept(NamedTuple):
     files: list[str]
     dropped_files: int
     dropped_share: float  # of the bytes of all files
+
+
+def installed() -> bool:
+    """Whether the package is there that `without_near_duplicates` needs."""
+    return importlib.util.find_spec("datasketch") is not None
 
 
 def without_near_duplicates(files: list[str]) -> Kept:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from config import DATA_RULES, Config, ConfigError, ExperimentError, nearest
+from corpus import near_duplicates
 from corpus.files import count_suffixes, find_files, is_shard, walk
 from corpus.formats import (
     NAMED_PROBLEMS,
@@ -29,7 +30,6 @@ from corpus.formats import (
     no_field,
     value_chunks,
 )
-from corpus.near_duplicates import without_near_duplicates
 
 BUILT_IN = ("python", "installed")
 INSTALLED_SUFFIXES = (
@@ -136,9 +136,7 @@ def open_source(config: Config, rules: int = DATA_RULES) -> Source:
     if config.data.startswith("hf:"):
         return HubDataset(config)
     if config.data in BUILT_IN:
-        built_in = BuiltIn(config)
-        built_in.near_duplicates_left_out = rules > 1
-        return built_in
+        return BuiltIn(config, rules)
     check_path(config.data)
     path = os.path.expanduser(config.data)
     found = find_files(config, path, rules)
@@ -330,24 +328,35 @@ class BuiltIn(Files):
 
     From version 2 of the rules of data on, near duplicates are left out. Packages hold copies of
     each other and of themselves, and what is held out would stand in the training text too.
+    Where datasketch is not installed they stay, with a warning. That is another corpus.
     """
 
-    near_duplicates_left_out = False
-
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, rules: int):
         super().__init__(config, _built_in_files(config.data))
+        self.keeps_near_duplicates = rules == 1
+        self.lacks_datasketch = rules > 1 and not near_duplicates.installed()
+        if self.lacks_datasketch:
+            self.keeps_near_duplicates = True
+            _say_once(
+                "warning: near duplicates stay in the corpus, so that some held-out text stands in "
+                "the training text too: the package datasketch is not installed. "
+                "pip install -r requirements.txt"
+            )
 
     def identity(self) -> list:
-        return self._identity(True, self.files)
+        identity = self._identity(True, self.files)
+        if self.lacks_datasketch:
+            identity.append("with near duplicates")
+        return identity
 
     def _files_to_read(self) -> list[str]:
-        if self.near_duplicates_left_out:
-            return self._distinct_files
-        return self.files
+        if self.keeps_near_duplicates:
+            return self.files
+        return self._distinct_files
 
     @functools.cached_property
     def _distinct_files(self) -> list[str]:
-        kept = without_near_duplicates(self.files)
+        kept = near_duplicates.without_near_duplicates(self.files)
         self.description += (
             f" without {kept.dropped_files:,} near duplicates ({kept.dropped_share:.1%} of the "
             "text)"

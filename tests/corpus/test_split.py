@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import data
 from config import Config, ExperimentError
-from corpus import shards, sources, split
+from corpus import near_duplicates, shards, sources, split
 from corpus.shards import CHUNK
 from corpus.split import decide, document_keys
 from tests.corpus.stories import STORIES, config_for, same, story, text_of
@@ -297,6 +297,15 @@ def test_packages_stay_together_and_near_duplicates_are_dropped(tmp_path, monkey
     assert not sides[0] & sides[1]
     assert sides[0] | sides[1] == {f"p{number}" for number in range(30)}
     assert len(sides[1]) == 3
+
+    # Without datasketch the near duplicates stay: another corpus, and a warning.
+    with monkeypatch.context() as patch:
+        patch.setattr(near_duplicates, "installed", lambda: False)
+        with_all = data.prepare(config, rules=2)
+    assert "near duplicates stay" in capsys.readouterr().err
+    assert with_all.documents == len(files)
+    assert with_all.data_hash != corpus.data_hash
+    assert data.prepare(config, rules=2).documents == corpus.documents
 
     # As files of a user, the same text is split by document and keeps its near duplicates.
     given = data.prepare(config_for(tmp_path, data=str(root), validation_fraction=0.1), rules=2)
