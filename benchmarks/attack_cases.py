@@ -1,0 +1,301 @@
+"""The five kinds of case of the attack: what is done in a case, and what counts as a fault.
+
+A case has a folder of its own, a copy of the base, and a random.Random. Its function returns a
+Finding. The run that nothing happens to is in the base too: `tensors` are checksums of its last
+checkpoint, which a disturbed run must reach as well.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from benchmarks.attack_inputs import (
+    STEPS,
+    STOPPED_AT,
+    command_line,
+    damaged_data,
+    damaged_small_file,
+    shown,
+    train_words,
+    write_formats,
+    write_text,
+)
+from benchmarks.attack_programs import (
+    OUTPUT,
+    SIGNALS,
+    Ended,
+    Process,
+    fork,
+    last_step,
+    run_forked,
+    saved_step,
+    stop_at,
+    tensors_of,
+)
+from record.checkpoint import step_path
+
+LONG_STEPS = 20  # of the runs that get signals and kills
+LONG = train_words("long", LONG_STEPS)
+MOST_DELAY = 0.06  # seconds after an event in which a signal or a kill comes: about a step
+KILLED_TWICE = 0.3  # share of the killed runs whose resumed run is killed too
+
+Tensors = dict[str, int]  # checksums by name
+
+
+class Finding(NamedTuple):
+    """What was done in a case, what became of it, and its fault, if it has one."""
+
+    what: str
+    output: str
+    fault: str | None
+
+
+def finding(what: str, ended: Ended, unsaved: bool = False) -> Finding:
+    fault = ended.fault()
+    if fault is None and unsaved:
+        fault = "unsaved"
+    return Finding(what, f"{ended.output}\n(exit code {ended.code})", fault)
+
+
+# ---------------------------------------------------------------- the base
+
+
+def build_base(base: Path) -> dict[str, Tensors]:
+    """Makes what each case gets a copy of; attack_inputs.py lists it.
+
+    Returns the tensors with which the short and the long run end. Raises RuntimeError when that
+    fails without any attack.
+    """
+    base.mkdir()
+    write_text(base / "text")
+    expected = {}
+    for name, steps in dict(run=STEPS, long=LONG_STEPS).items():
+        _expect(0, run_forked(train_words(f"whole_{name}", steps), base))
+        expected[name] = tensors_of(step_path(base / f"whole_{name}", steps), base)
+        shutil.rmtree(base / f"whole_{name}")
+    _expect(143, run_forked(train_words("run", STEPS), base, lambda: stop_at(STOPPED_AT)))
+    checkpoint = "run/checkpoint_latest.pt"
+    export = ["tools.export_hf", "--checkpoint", checkpoint, "--out", "exported"]
+    _expect(0, run_forked(export, base))
+    [tokenizer] = base.glob("cache/*/tokenizer.json")
+    shutil.copy(tokenizer, base)
+    _expect(0, fork(lambda: write_formats(base / "formats", tokenizer.read_text()), base))
+    shutil.rmtree(base / "cache")  # the corpus of a case has another path, and so another cache
+    (base / OUTPUT).unlink()
+    return expected
+
+
+def _expect(code: int, ended: Ended) -> None:
+    if ended.code != code or ended.fault():
+        raise RuntimeError(f"the base cannot be made, exit code {ended.code}:\n{ended.output}")
+
+
+# ---------------------------------------------------------------- odd and damaged inputs
+
+
+def command_line_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+    argv = command_line(draw)
+    return finding(shown(argv), run_forked(argv, folder))
+
+
+def data_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+    damaged = damaged_data(folder, draw)
+    return finding(damaged.shown(), run_forked(damaged.argv, folder))
+
+
+def small_file_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+    run_forked(train_words("other", 1), folder)  # makes the cache
+    (folder / OUTPUT).unlink()
+    damaged = damaged_small_file(folder, draw)
+    ended = run_forked(damaged.argv, folder)
+    unsaved = False
+    if damaged.must_finish:
+        unsaved = ended.code != 0 or not _finished(folder, "run", STEPS, expected)
+    return finding(damaged.shown(), ended, unsaved)
+
+
+def _finished(folder: Path, run: str, steps: int, expected: dict[str, Tensors]) -> bool:
+    """Whether a run has ended with the tensors that the undisturbed one has."""
+    return tensors_of(step_path(folder / run, steps), folder) == expected[run]
+
+
+# ---------------------------------------------------------------- signals and lost outputs
+
+
+class Moment(NamedTuple):
+    """When something happens to a long run."""
+
+    step: int  # after which step; 0: when the corpus begins to be tokenized
+    delay: float  # in seconds
+
+    def wait(self, process: Process) -> None:
+        def happened() -> bool:
+            if self.step == 0:
+                return any(process.folder.glob("cache/*"))
+            return last_step(process.folder / "long") >= self.step
+
+        process.wait_until(happened)
+        time.sleep(self.delay)
+
+    def __str__(self) -> str:
+        if self.step == 0:
+            return f"{self.delay:.3f} s after tokenizing began"
+        return f"{self.delay:.3f} s after step {self.step}"
+
+
+def _draw_moment(draw: Random) -> Moment:
+    step = draw.choice([0, LONG_STEPS, *range(1, LONG_STEPS)])
+    return Moment(step, draw.uniform(0, MOST_DELAY))
+
+
+def signal_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+    """A signal stops a run, or its output is lost while it works."""
+    moment = _draw_moment(draw)
+    attack = draw.choice(
+        [_stop, _stop, _stop, _interrupt_pipeline, _lose_reader, _lose_output, _ignore, _hang_up]
+    )
+    return attack(folder, draw, moment, expected)
+
+
+def _stop(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+    """A signal to the process, or to its group as a terminal sends it."""
+    number = draw.choice(SIGNALS)
+    group = draw.random() < 0.5
+    process = Process(LONG, folder)
+    moment.wait(process)
+    process.send(number, group)
+    ended = process.end()
+    what = f"{number.name} {moment}; {shown(LONG)}"
+    unsaved = ended.code not in (0, 128 + number)
+    return _resumed(folder, what, ended, unsaved, expected)
+
+
+def _interrupt_pipeline(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+    """Ctrl-C at a terminal where the output goes through tee, which the signal ends too."""
+    process = Process(LONG, folder, shell='"$@" 2>&1 | tee log.txt')
+    moment.wait(process)
+    process.send(signal.SIGINT, whole_group=True)
+    ended = process.end()
+    what = f"SIGINT {moment}; {shown(LONG)} 2>&1 | tee log.txt"
+    # The exit code is that of the shell.
+    return _resumed(folder, what, ended, False, expected)
+
+
+def _hang_up(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+    """The terminal of a run goes away."""
+    ours, theirs = os.openpty()
+    process = Process(LONG, folder, terminal=theirs)
+    with open(folder / OUTPUT, "ab") as printed:
+        reader = subprocess.Popen(["cat"], stdin=ours, stdout=printed, stderr=subprocess.DEVNULL)
+    # The reader alone has the other end of the terminal now.
+    os.close(theirs)
+    os.close(ours)
+    moment.wait(process)
+    reader.kill()
+    reader.wait()
+    ended = process.end()
+    what = f"the terminal goes away {moment}; {shown(LONG)}"
+    unsaved = ended.code not in (0, 128 + signal.SIGHUP)
+    return _resumed(folder, what, ended, unsaved, expected)
+
+
+def _resumed(folder: Path, what: str, ended: Ended, unsaved: bool, expected) -> Finding:
+    """Resumes a run that was stopped. It must continue after the last step that it took."""
+    first = finding(what, ended, unsaved)
+    if first.fault:
+        return first
+    taken = last_step(folder / "long")
+    return _resume(folder, what, taken, expected)
+
+
+def _resume(folder: Path, what: str, at_least: int, expected: dict[str, Tensors]) -> Finding:
+    """Resumes a long run and finishes it. `at_least` is the step that must not be lost."""
+    ended = run_forked([*LONG, "--resume", "latest"], folder)
+    found = re.search(r"Resuming .* at step (\d+)", ended.output)
+    resumed_at = int(found[1]) if found else 0
+    unsaved = ended.code != 0
+    unsaved |= resumed_at < at_least
+    unsaved |= not _finished(folder, "long", LONG_STEPS, expected)
+    what += f"; resumed at step {resumed_at}, {at_least} had to be kept"
+    return finding(what, ended, unsaved)
+
+
+def _lose_reader(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+    """The reader of the output stops reading."""
+    lines = draw.choice([0, 1, 5, 20])
+    pipe = draw.choice([f"2>&1 | head -n {lines}", f"| head -n {lines}", "| true", "2>&1 | true"])
+    process = Process(LONG, folder, shell=f'"$@" {pipe}')
+    return _goes_on(process, f"{shown(LONG)} {pipe}", expected)
+
+
+def _lose_output(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+    """An output is closed from the beginning, or its disk is full."""
+    redirect = draw.choice([">&-", "2>&-", ">&- 2>&-", ">/dev/full", ">/dev/full 2>&1", "<&- >&-"])
+    process = Process(LONG, folder, shell=f'exec "$@" {redirect}')
+    return _goes_on(process, f"{shown(LONG)} {redirect}", expected)
+
+
+def _ignore(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+    """nohup: the run inherits that SIGHUP is ignored."""
+    process = Process(LONG, folder, shell='trap "" HUP; exec "$@"')
+    moment.wait(process)
+    process.send(signal.SIGHUP)
+    return _goes_on(process, f"SIGHUP {moment}; nohup {shown(LONG)}", expected)
+
+
+def _goes_on(process: Process, what: str, expected: dict[str, Tensors]) -> Finding:
+    """The run must reach its end as if nothing had happened."""
+    ended = process.end()
+    unsaved = not _finished(process.folder, "long", LONG_STEPS, expected)
+    return finding(what, ended, unsaved)
+
+
+# ---------------------------------------------------------------- kills
+
+
+def kill_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+    """SIGKILL to a run, sometimes to the resumed one too."""
+    times = 2 if draw.random() < KILLED_TWICE else 1
+    argv = LONG
+    moments = []
+    for _ in range(times):
+        moment = _draw_moment(draw)
+        process = Process(argv, folder)
+        moment.wait(process)
+        process.send(signal.SIGKILL, whole_group=True)
+        ended = process.end()
+        moments.append(str(moment))
+        argv = [*LONG, "--resume", "latest"]
+        if ended.fault():
+            break
+    what = f"killed {' and '.join(moments)}; {shown(LONG)}"
+    if ended.fault():
+        return finding(what, ended)
+    return _resume(folder, what, saved_step(folder / "long"), expected)
+
+
+CaseFunction = Callable[[Path, Random, dict[str, Tensors]], Finding]
+
+
+class Kind(NamedTuple):
+    """A kind of case, and how many of it the whole attack has."""
+
+    run: CaseFunction
+    cases: int
+    title: str
+
+
+KINDS = dict(
+    commands=Kind(command_line_case, 500, "command lines"),
+    data=Kind(data_case, 200, "data files and tokenizers"),
+    files=Kind(small_file_case, 100, "files beside a run and in its cache"),
+    signals=Kind(signal_case, 20, "signals, pipes, terminals"),
+    kills=Kind(kill_case, 40, "kills"),
+)

@@ -1,0 +1,542 @@
+"""What the attack gives the program: odd command lines, damaged data, damaged files beside a run.
+
+Everything is drawn from a random.Random that the caller has seeded, and nothing else: the same seed
+gives the same inputs. All paths are relative to the folder of the case, which holds a copy of the
+base: `text/`, a corpus; `formats/`, a whole file of each format; `run/`, a run that a signal has
+stopped; `exported/`, an export of it; `tokenizer.json`.
+"""
+
+import os
+import shlex
+import shutil
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from benchmarks.result_files import option_words
+from config import defaults, field_types
+
+# The length of the stopped run, and the step after which it was stopped.
+STEPS = 8
+STOPPED_AT = 5
+
+SHAPE = dict(
+    preset="tiny",
+    d_model=32,
+    n_layers=2,
+    n_heads=2,
+    d_ff=32,
+    num_experts=4,
+    moe_every=1,
+    max_seq_len=16,
+    vocab_size=300,
+    batch_size=2,
+    gradient_accumulation_steps=2,
+    eval_steps=2,
+    log_every=1,
+    save_every=2,
+    sample_tokens=8,
+    device="cpu",
+    validation_fraction=0.1,
+    cache_dir="cache",
+)
+
+
+def shown(argv: list[str]) -> str:
+    """A command line for people: `argv` is a module of the program and its arguments.
+
+    SHAPE stands for the options of that name, which most command lines have.
+    """
+    printable = [word.encode(errors="backslashreplace").decode() for word in argv]
+    return "python -m " + shlex.join(printable).replace(shlex.join(option_words(**SHAPE)), "SHAPE")
+
+
+def train_words(save_dir: str, max_steps: int, **changes) -> list[str]:
+    """A command line that trains the small model on `text/`."""
+    options = dict(data="text", max_steps=max_steps, eval_every=4, save_dir=save_dir) | changes
+    return ["run_experiment", *option_words(**SHAPE), *option_words(**options)]
+
+
+# ---------------------------------------------------------------- the base
+
+WORDS = (
+    "the",
+    "model",
+    "routes",
+    "every",
+    "token",
+    "to",
+    "two",
+    "experts",
+    "naïve",
+    "漢字",
+    "loss",
+)
+
+
+def write_text(folder: Path) -> None:
+    """A corpus of some documents of words, always the same."""
+    draw = Random(0)
+    folder.mkdir()
+    for number in range(8):
+        lines = [" ".join(draw.choices(WORDS, k=10)) for _ in range(80)]
+        (folder / f"{number}.txt").write_text("\n".join(lines) + "\n")
+
+
+def write_formats(folder: Path, tokenizer_json: str) -> None:
+    """A whole file of each format that --data and --tokenizer read."""
+    import gzip
+    import json
+
+    import numpy
+    import pyarrow
+    import pyarrow.parquet
+
+    draw = Random(0)
+    documents = [" ".join(draw.choices(WORDS, k=60)) + "\n" for _ in range(60)]
+    lines = "".join(json.dumps(dict(text=text)) + "\n" for text in documents)
+    tokens = numpy.array([draw.randrange(260) for _ in range(6000)], "<u2")
+    header = numpy.zeros(256, "<i4")  # llm.c's: magic number, version, number of tokens
+    header[:3] = 20240520, 1, len(tokens)
+
+    folder.mkdir()
+    for suffix in (".txt", ".md", ".py"):
+        (folder / f"data{suffix}").write_text("".join(documents))
+    (folder / "data.jsonl").write_text(lines)
+    (folder / "data.json").write_text(lines)
+    (folder / "data.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    (folder / "data.txt.gz").write_bytes(gzip.compress("".join(documents).encode(), mtime=0))
+    pyarrow.parquet.write_table(pyarrow.table(dict(text=documents)), folder / "data.parquet")
+    (folder / "data.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    (folder / "plain.bin").write_bytes(tokens.tobytes())
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+
+
+# ---------------------------------------------------------------- command lines
+
+# Small numbers, the edges of what fields allow, and what is no number.
+NUMBERS = (
+    *("0", "1", "2", "3", "5", "8", "16", "-1", "-0", "0.0", "0.5", "1.0", "2.5", "1e-9", "-1e9"),
+    *("1000000000", "2147483648", "9223372036854775808", "1" + "0" * 30, "1e30", "1e308", "1e999"),
+    *("nan", "inf", "-inf", "", " ", "1_0", "0x10", "٣", "1,5", "3k", "None", "true", "one", "--1"),
+)
+# Texts, and paths to what is not what the option expects.
+TEXTS = (
+    *(
+        "",
+        " ",
+        "-",
+        "--",
+        "a b",
+        "é",
+        "漢字",
+        "a\nb",
+        "\x1b[2J",
+        "%s %d {}",
+        "$HOME",
+        "'",
+        '"',
+        "\\",
+    ),
+    *(
+        "\udcff\udcfe",
+        "a" * 300,
+        "a" * 5000,
+        "a/" * 100,
+        "None",
+        "auto",
+        "true",
+        "false",
+        "0",
+        "nan",
+    ),
+    *(".", "..", "text", "text/0.txt", "text/0.txt/deeper", "missing", "missing/deeper", "text/*"),
+    *("[", "**", "*.nothing", "~", "~nobody/x", "/dev/null", "/dev/full", "/dev/null/x", "/proc/x"),
+    *("hf:", "hf:a:b:c:d", "hf:nobody/nothing", "hf:../text", "train:", "train:0", "train:1"),
+    *("train:300", "train:-5", "train:" + "9" * 30, "run", "run/checkpoint_latest.pt"),
+    *("run/checkpoint_step_2.pt", "run/run.json", "tokenizer.json", "formats/data.parquet"),
+    *("formats/data.bin", "formats", "exported", "exported/config.json", "latest", "tiny", "18b"),
+)
+OWN_OPTIONS = dict(
+    train=["preset", "resume", "overwrite"],
+    plan=["preset", "gpu", "gpu_memory_gb", "json"],
+    sample=[
+        *("checkpoint", "prompt", "n", "temperature", "top_k", "top_p", "max_new_tokens", "seed"),
+        *("device", "precision"),
+    ],
+    evaluate=["checkpoint", "data", "text_field", "limit", "json", "device", "precision"],
+    export=["checkpoint", "out", "dtype", "shard_gb"],
+    import_=["model", "out", "preset"],
+    plot=["out"],
+)
+# How many of 20 command lines each command gets.
+SHARES = dict(train=10, plan=3, sample=2, evaluate=1, export=1, import_=1, plot=2)
+
+
+def command_line(draw: Random) -> list[str]:
+    """A module of the program and its arguments: a right command line with some changes."""
+    command = draw.choices(list(SHARES), list(SHARES.values()))[0]
+    words = _right_words(command, draw)
+    for _ in range(draw.randint(1, 3)):
+        change = draw.choice(CHANGES)
+        change(words, command, draw)
+    # A path outside the folder of the case is no part of the attack.
+    return [words[0]] + [word for word in words[1:] if word != ".."]
+
+
+def _right_words(command: str, draw: Random) -> list[str]:
+    checkpoint = ["--checkpoint", "run/checkpoint_latest.pt"]
+    if command == "train":
+        return _right_training(draw)
+    if command == "plan":
+        return ["run_experiment", "plan", "--preset", "tiny"]
+    if command == "sample":
+        prompt = ["--prompt", "the model", "--max_new_tokens", "4"]
+        return ["run_experiment", "sample", *checkpoint, *prompt]
+    if command == "evaluate":
+        return ["tools.evaluate", *checkpoint, "--limit", "400"]
+    if command == "export":
+        return ["tools.export_hf", *checkpoint, "--out", "new"]
+    if command == "import_":
+        return ["tools.import_hf", "--model", "exported", "--out", "new"]
+    return ["plot", "run"]
+
+
+def _right_training(draw: Random) -> list[str]:
+    kind = draw.choice(["new", "new", "latest", "file", "overwrite"])
+    if kind == "new":
+        return train_words("new", 2)
+    if kind == "overwrite":
+        return [*train_words("run", 2), "--overwrite"]
+    if kind == "latest":
+        return [*train_words("run", STEPS), "--resume", "latest"]
+    return [*train_words("run", STEPS), "--resume", "run/checkpoint_step_2.pt"]
+
+
+def _odd_value(words: list[str], command: str, draw: Random) -> None:
+    """Adds an option with an odd value. It comes last, and so it wins."""
+    names = list(OWN_OPTIONS[command])
+    if command in ("train", "plan", "import_"):
+        names += defaults()
+    name = draw.choice(names)
+    words += [f"--{name}", _value_for(name, draw)]
+
+
+def _value_for(name: str, draw: Random) -> str:
+    """Mostly a value of the kind that the option has, and so one that gets further."""
+    kind = field_types().get(name, str)
+    if typing.get_origin(kind) is typing.Literal and draw.random() < 0.7:
+        return draw.choice(typing.get_args(kind))
+    numeric = kind in (int, float) or name in ("n", "top_p", "temperature", "limit", "shard_gb")
+    if numeric and draw.random() < 0.85:
+        return draw.choice(NUMBERS)
+    return draw.choice(TEXTS)
+
+
+def _change_value(words: list[str], command: str, draw: Random) -> None:
+    """Gives an option that the command line has an odd value."""
+    names = [number for number, word in enumerate(words[:-1]) if word.startswith("--")]
+    if names:
+        number = draw.choice(names)
+        words[number + 1] = _value_for(words[number].removeprefix("--"), draw)
+
+
+def _drop_word(words: list[str], command: str, draw: Random) -> None:
+    if len(words) > 1:
+        del words[draw.randrange(1, len(words))]
+
+
+def _repeat_word(words: list[str], command: str, draw: Random) -> None:
+    number = draw.randrange(1, len(words) + 1)
+    words[number:number] = words[number - 1 : number] if number > 1 else []
+
+
+def _stray_word(words: list[str], command: str, draw: Random) -> None:
+    words.insert(draw.randint(1, len(words)), draw.choice(TEXTS + NUMBERS))
+
+
+def _misspell(words: list[str], command: str, draw: Random) -> None:
+    """Another letter somewhere in a word, or none."""
+    if len(words) == 1:
+        return
+    number = draw.randrange(1, len(words))
+    word = words[number]
+    place = draw.randint(0, len(word))
+    words[number] = word[:place] + draw.choice(["", "-", "_", "=", "x", "é"]) + word[place + 1 :]
+
+
+def _join_value(words: list[str], command: str, draw: Random) -> None:
+    """--NAME VALUE becomes --NAME=VALUE, spelled with hyphens."""
+    names = [number for number, word in enumerate(words[:-1]) if word.startswith("--")]
+    if names:
+        number = draw.choice(names)
+        name = words[number].replace("_", "-")
+        words[number : number + 2] = [f"{name}={words[number + 1]}"]
+
+
+CHANGES: list[Callable] = [
+    _odd_value,
+    _odd_value,
+    _odd_value,
+    _odd_value,
+    _change_value,
+    _drop_word,
+    _repeat_word,
+    _stray_word,
+    _misspell,
+    _join_value,
+]
+
+# ---------------------------------------------------------------- damage to the bytes of a file
+
+
+def _random_bytes(draw: Random) -> bytes:
+    return draw.randbytes(draw.choice([1, 7, 300, 5000]))
+
+
+def _cut_off(raw: bytes, draw: Random) -> bytes:
+    return raw[: draw.randint(0, len(raw))]
+
+
+def _flip_bytes(raw: bytes, draw: Random) -> bytes:
+    flipped = bytearray(raw)
+    for _ in range(draw.choice([1, 3, 100])):
+        if flipped:
+            flipped[draw.randrange(len(flipped))] = draw.randrange(256)
+    return bytes(flipped)
+
+
+def _insert(raw: bytes, draw: Random) -> bytes:
+    """Something in the middle that does not belong there."""
+    odd = [
+        *(b"\0" * 10, b"\xff\xfe", b"\xed\xa0\x80", b"\r", b"\n\n\n", b"\xe2\x80\xa8", b"\x1a"),
+        *(b"{", b"]", b'"', b"\\", b"\nnull\n", b"\n123\n", b'\n{"a": 1}\n', b"\n[]\n"),
+        *(b'\n{"text": "\\ud800"}\n', b'\n{"text": 5}\n', b'\n{"text": "x", "text": null}\n'),
+        *(b"NaN", b"1e999", b"9" * 5000, b"[" * 100_000, b'\n{"a":' * 3000, _random_bytes(draw)),
+    ]
+    place = draw.randint(0, len(raw))
+    return raw[:place] + draw.choice(odd) + raw[place:]
+
+
+def _drop_part(raw: bytes, draw: Random) -> bytes:
+    first = draw.randint(0, len(raw))
+    last = draw.randint(first, len(raw))
+    return raw[:first] + raw[last:]
+
+
+def _other_content(raw: bytes, draw: Random) -> bytes:
+    contents = [
+        *(b"", b"\n", b" ", b"\0", b"\0" * 100_000, b"[]", b"{}", b"null", b"123", b'"x"', b"{"),
+        *(b"[" * 100_000, b"\xef\xbb\xbf", b"\xff" * 1000, b"PK\x03\x04", b"PAR1", b"\x1f\x8b"),
+        *(b"x" * 300_000, "漢".encode() * 50_000, b"\n" * 50_000, b"a b " * 30_000),
+        _random_bytes(draw),
+    ]
+    return draw.choice(contents)
+
+
+def _encode_otherwise(raw: bytes, draw: Random) -> bytes:
+    text = raw.decode(errors="replace")
+    return text.encode(draw.choice(["utf-16", "utf-8-sig", "utf-32-le", "cp1252"]), "replace")
+
+
+def _other_lines(raw: bytes, draw: Random) -> bytes:
+    return raw.replace(b"\n", draw.choice([b"", b"\r", b"\r\n", b"\n\r\n", b"\0"]))
+
+
+def _twice(raw: bytes, draw: Random) -> bytes:
+    return raw + raw
+
+
+def _reorder_digits(raw: bytes, draw: Random) -> bytes:
+    """Another number in the place of each of some digits: a file that is right in its form."""
+    digits = [place for place, byte in enumerate(raw) if 48 <= byte <= 57]
+    changed = bytearray(raw)
+    for place in draw.sample(digits, min(len(digits), 5)):
+        changed[place] = draw.choice(b"0123456789-e.")
+    return bytes(changed)
+
+
+DAMAGES: list[Callable[[bytes, Random], bytes]] = [
+    _cut_off,
+    _flip_bytes,
+    _insert,
+    _insert,
+    _drop_part,
+    _other_content,
+    _encode_otherwise,
+    _other_lines,
+    _twice,
+    _reorder_digits,
+]
+
+
+def damage(path: Path, draw: Random) -> str:
+    """Damages a file, and says how: its bytes, or what stands under its name."""
+    if draw.random() < 0.25:
+        replace = draw.choice(REPLACEMENTS)
+        _remove(path)
+        replace(path)
+        return replace.__name__.strip("_")
+    change = draw.choice(DAMAGES)
+    changed = change(path.read_bytes(), draw)
+    # A new file: the old one may have another name, as checkpoint_latest.pt has.
+    _remove(path)
+    path.write_bytes(changed)
+    return change.__name__.strip("_")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "file").write_text("x")
+
+
+def _pipe_without_writer(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _link_to_nothing(path: Path) -> None:
+    path.symlink_to("missing")
+
+
+def _link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+def _link_to_null(path: Path) -> None:
+    path.symlink_to("/dev/null")
+
+
+def _nothing(path: Path) -> None:
+    """The file is missing."""
+
+
+REPLACEMENTS: list[Callable[[Path], None]] = [
+    _folder,
+    _full_folder,
+    _pipe_without_writer,
+    _link_to_nothing,
+    _link_to_itself,
+    _link_to_null,
+    _nothing,
+]
+
+# ---------------------------------------------------------------- data, and files beside a run
+
+
+class Damaged(typing.NamedTuple):
+    """A damaged file and a command line that meets it."""
+
+    argv: list[str]
+    file: str
+    how: str
+    must_finish: bool = False  # whether the command must finish the run all the same
+
+    def shown(self) -> str:
+        return f"{self.file}: {self.how}; {shown(self.argv)}"
+
+
+def damaged_data(folder: Path, draw: Random) -> Damaged:
+    """Damages a file of data or a tokenizer."""
+    source = draw.choice(sorted((folder / "formats").iterdir()))
+    data = folder / "data"
+    data.mkdir()
+    file = data / source.name
+    shutil.copy(source, file)
+    how = damage(file, draw)
+    if file.is_file() and draw.random() < 0.3:
+        how += ", " + damage(file, draw)
+    return Damaged(_reads_data(file, folder, draw), file.name, how)
+
+
+def _reads_data(file: Path, folder: Path, draw: Random) -> list[str]:
+    """A command line that reads the file, by its name or as one of a folder."""
+    if file.name == "tokenizer.json":
+        return train_words("new", 2, tokenizer="data/tokenizer.json")
+    name = f"data/{file.name}"
+    beside = draw.choice(["named", "named", "in a folder", "beside good files"])
+    if beside != "named":
+        name = "data"
+    if beside == "beside good files":
+        shutil.copytree(folder / "text", folder / "data", dirs_exist_ok=True)
+    if draw.random() < 0.15:
+        evaluate = ["tools.evaluate", "--checkpoint", "run/checkpoint_latest.pt"]
+        return [*evaluate, "--data", name, "--limit", "400"]
+    changes: dict = dict(data=name, max_bad_share=draw.choice([0.001, 1]))
+    if file.suffix == ".bin":
+        changes["tokenizer"] = "tokenizer.json"
+    return train_words("new", 2, **changes)
+
+
+# Files of a run that hold no tensors.
+SMALL_FILES = ("metrics.jsonl", "run.json", "training_results.json", "training_curves.png")
+CHECKPOINTS = ("checkpoint_latest.pt", f"checkpoint_step_{STOPPED_AT - 1}.pt")
+CACHE_FILES = ("corpus.json", "tokenizer.json", "train.bin", "validation.bin")
+UNFINISHED_FILES = ("progress.json", "survey.npz", "pieces.bin", "tokenizer.json", "train.bin")
+NO_PROGRESS = '{"tokens": [0, 0], "characters": 0, "position": null}'
+
+
+def damaged_small_file(folder: Path, draw: Random) -> Damaged:
+    """Damages a file of the run, or of its cache.
+
+    Whatever happens to one of them, the run can be resumed: from its latest checkpoint, or from the
+    one before where that one is damaged.
+    """
+    resume = [*train_words("run", STEPS), "--resume", "latest"]
+    kind = draw.choice(["beside", "beside", "checkpoint", "cache", "unfinished", "reader"])
+    argv = resume
+    if kind == "cache":
+        file = _cache_folder(folder) / draw.choice(CACHE_FILES)
+    elif kind == "unfinished":
+        file = _unfinished_cache(folder) / draw.choice(UNFINISHED_FILES)
+    elif kind == "reader":
+        file = folder / "run" / draw.choice(SMALL_FILES + CHECKPOINTS)
+        argv = _reader(draw)
+    elif kind == "checkpoint":
+        file = folder / "run" / draw.choice(CHECKPOINTS)
+    else:
+        file = folder / "run" / draw.choice(SMALL_FILES)
+    file.touch()  # not every file is there at this point of the run
+    how = damage(file, draw)
+    return Damaged(argv, str(file.relative_to(folder)), how, must_finish=kind != "reader")
+
+
+def _reader(draw: Random) -> list[str]:
+    """A command that reads a run, or makes another beside it."""
+    checkpoint = ["--checkpoint", "run/checkpoint_latest.pt"]
+    commands = [
+        ["plot", "run"],
+        ["plot", "run", "run", "--out", "comparison.png"],
+        ["run_experiment", "sample", *checkpoint, "--prompt", "the", "--max_new_tokens", "3"],
+        ["tools.evaluate", *checkpoint, "--limit", "400"],
+        ["tools.export_hf", *checkpoint, "--out", "new"],
+        train_words("run", 2),
+        [*train_words("run", 2), "--overwrite"],
+        [*train_words("new", STEPS), "--resume", "run/checkpoint_latest.pt"],
+    ]
+    return draw.choice(commands)
+
+
+def _cache_folder(folder: Path) -> Path:
+    [finished] = (folder / "cache").iterdir()
+    return finished
+
+
+def _unfinished_cache(folder: Path) -> Path:
+    """Makes the cache one that a killed build left, before it wrote down any progress."""
+    finished = _cache_folder(folder)
+    unfinished = finished.rename(finished.with_name(f"{finished.name}.00000000.unfinished"))
+    (unfinished / "corpus.json").unlink()
+    (unfinished / "progress.json").write_text(NO_PROGRESS)
+    return unfinished
