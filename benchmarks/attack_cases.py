@@ -16,17 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from benchmarks.attack_inputs import (
-    STEPS,
-    STOPPED_AT,
-    command_line,
-    damaged_data,
-    damaged_small_file,
-    shown,
-    train_words,
-    write_formats,
-    write_text,
-)
+from benchmarks.attack_commands import STEPS, STOPPED_AT, command_line, shown, train_words
+from benchmarks.attack_damage import damaged_data, damaged_small_file, write_formats, write_text
 from benchmarks.attack_programs import (
     OUTPUT,
     SIGNALS,
@@ -68,10 +59,16 @@ def finding(what: str, ended: Ended, unsaved: bool = False) -> Finding:
 
 
 def build_base(base: Path) -> dict[str, Tensors]:
-    """Makes what each case gets a copy of; attack_inputs.py lists it.
+    """Makes what each case gets a copy of, and returns the tensors that undisturbed runs end with.
 
-    Returns the tensors with which the short and the long run end. Raises RuntimeError when that
-    fails without any attack.
+    text/            a corpus
+    formats/         a whole file of each format
+    tokenizer.json   trained on the corpus
+    run/             a run of STEPS steps that a signal has stopped after STOPPED_AT
+    exported/        an export of it
+
+    The tensors are those of `run`, when it is finished, and of a run of LONG_STEPS steps. Raises
+    RuntimeError when all this fails without any attack.
     """
     base.mkdir()
     write_text(base / "text")

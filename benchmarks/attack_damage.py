@@ -1,64 +1,24 @@
-"""What the attack gives the program: odd command lines, damaged data, damaged files beside a run.
+"""The files of the attack: whole ones of every format, and what damage makes of them.
 
-Everything is drawn from a random.Random that the caller has seeded, and nothing else: the same seed
-gives the same inputs. All paths are relative to the folder of the case, which holds a copy of the
-base: `text/`, a corpus; `formats/`, a whole file of each format; `run/`, a run that a signal has
-stopped; `exported/`, an export of it; `tokenizer.json`.
+Everything is drawn from a random.Random that the caller has seeded, and from nothing else.
 """
 
+import gzip
+import json
 import os
-import shlex
 import shutil
 import typing
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from benchmarks.result_files import option_words
-from config import defaults, field_types
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 
-# The length of the stopped run, and the step after which it was stopped.
-STEPS = 8
-STOPPED_AT = 5
+from benchmarks.attack_commands import STEPS, STOPPED_AT, shown, train_words
 
-SHAPE = dict(
-    preset="tiny",
-    d_model=32,
-    n_layers=2,
-    n_heads=2,
-    d_ff=32,
-    num_experts=4,
-    moe_every=1,
-    max_seq_len=16,
-    vocab_size=300,
-    batch_size=2,
-    gradient_accumulation_steps=2,
-    eval_steps=2,
-    log_every=1,
-    save_every=2,
-    sample_tokens=8,
-    device="cpu",
-    validation_fraction=0.1,
-    cache_dir="cache",
-)
-
-
-def shown(argv: list[str]) -> str:
-    """A command line for people: `argv` is a module of the program and its arguments.
-
-    SHAPE stands for the options of that name, which most command lines have.
-    """
-    printable = [word.encode(errors="backslashreplace").decode() for word in argv]
-    return "python -m " + shlex.join(printable).replace(shlex.join(option_words(**SHAPE)), "SHAPE")
-
-
-def train_words(save_dir: str, max_steps: int, **changes) -> list[str]:
-    """A command line that trains the small model on `text/`."""
-    options = dict(data="text", max_steps=max_steps, eval_every=4, save_dir=save_dir) | changes
-    return ["run_experiment", *option_words(**SHAPE), *option_words(**options)]
-
-
-# ---------------------------------------------------------------- the base
+# ---------------------------------------------------------------- whole files
 
 WORDS = (
     "the",
@@ -86,18 +46,11 @@ def write_text(folder: Path) -> None:
 
 def write_formats(folder: Path, tokenizer_json: str) -> None:
     """A whole file of each format that --data and --tokenizer read."""
-    import gzip
-    import json
-
-    import numpy
-    import pyarrow
-    import pyarrow.parquet
-
     draw = Random(0)
     documents = [" ".join(draw.choices(WORDS, k=60)) + "\n" for _ in range(60)]
     lines = "".join(json.dumps(dict(text=text)) + "\n" for text in documents)
-    tokens = numpy.array([draw.randrange(260) for _ in range(6000)], "<u2")
-    header = numpy.zeros(256, "<i4")  # llm.c's: magic number, version, number of tokens
+    tokens = np.array([draw.randrange(260) for _ in range(6000)], "<u2")
+    header = np.zeros(256, "<i4")  # llm.c's: magic number, version, number of tokens
     header[:3] = 20240520, 1, len(tokens)
 
     folder.mkdir()
@@ -112,181 +65,6 @@ def write_formats(folder: Path, tokenizer_json: str) -> None:
     (folder / "plain.bin").write_bytes(tokens.tobytes())
     (folder / "tokenizer.json").write_text(tokenizer_json)
 
-
-# ---------------------------------------------------------------- command lines
-
-# Small numbers, the edges of what fields allow, and what is no number.
-NUMBERS = (
-    *("0", "1", "2", "3", "5", "8", "16", "-1", "-0", "0.0", "0.5", "1.0", "2.5", "1e-9", "-1e9"),
-    *("1000000000", "2147483648", "9223372036854775808", "1" + "0" * 30, "1e30", "1e308", "1e999"),
-    *("nan", "inf", "-inf", "", " ", "1_0", "0x10", "٣", "1,5", "3k", "None", "true", "one", "--1"),
-)
-# Texts, and paths to what is not what the option expects.
-TEXTS = (
-    *(
-        "",
-        " ",
-        "-",
-        "--",
-        "a b",
-        "é",
-        "漢字",
-        "a\nb",
-        "\x1b[2J",
-        "%s %d {}",
-        "$HOME",
-        "'",
-        '"',
-        "\\",
-    ),
-    *(
-        "\udcff\udcfe",
-        "a" * 300,
-        "a" * 5000,
-        "a/" * 100,
-        "None",
-        "auto",
-        "true",
-        "false",
-        "0",
-        "nan",
-    ),
-    *(".", "..", "text", "text/0.txt", "text/0.txt/deeper", "missing", "missing/deeper", "text/*"),
-    *("[", "**", "*.nothing", "~", "~nobody/x", "/dev/null", "/dev/full", "/dev/null/x", "/proc/x"),
-    *("hf:", "hf:a:b:c:d", "hf:nobody/nothing", "hf:../text", "train:", "train:0", "train:1"),
-    *("train:300", "train:-5", "train:" + "9" * 30, "run", "run/checkpoint_latest.pt"),
-    *("run/checkpoint_step_2.pt", "run/run.json", "tokenizer.json", "formats/data.parquet"),
-    *("formats/data.bin", "formats", "exported", "exported/config.json", "latest", "tiny", "18b"),
-)
-OWN_OPTIONS = dict(
-    train=["preset", "resume", "overwrite"],
-    plan=["preset", "gpu", "gpu_memory_gb", "json"],
-    sample=[
-        *("checkpoint", "prompt", "n", "temperature", "top_k", "top_p", "max_new_tokens", "seed"),
-        *("device", "precision"),
-    ],
-    evaluate=["checkpoint", "data", "text_field", "limit", "json", "device", "precision"],
-    export=["checkpoint", "out", "dtype", "shard_gb"],
-    import_=["model", "out", "preset"],
-    plot=["out"],
-)
-# How many of 20 command lines each command gets.
-SHARES = dict(train=10, plan=3, sample=2, evaluate=1, export=1, import_=1, plot=2)
-
-
-def command_line(draw: Random) -> list[str]:
-    """A module of the program and its arguments: a right command line with some changes."""
-    command = draw.choices(list(SHARES), list(SHARES.values()))[0]
-    words = _right_words(command, draw)
-    for _ in range(draw.randint(1, 3)):
-        change = draw.choice(CHANGES)
-        change(words, command, draw)
-    # A path outside the folder of the case is no part of the attack.
-    return [words[0]] + [word for word in words[1:] if word != ".."]
-
-
-def _right_words(command: str, draw: Random) -> list[str]:
-    checkpoint = ["--checkpoint", "run/checkpoint_latest.pt"]
-    if command == "train":
-        return _right_training(draw)
-    if command == "plan":
-        return ["run_experiment", "plan", "--preset", "tiny"]
-    if command == "sample":
-        prompt = ["--prompt", "the model", "--max_new_tokens", "4"]
-        return ["run_experiment", "sample", *checkpoint, *prompt]
-    if command == "evaluate":
-        return ["tools.evaluate", *checkpoint, "--limit", "400"]
-    if command == "export":
-        return ["tools.export_hf", *checkpoint, "--out", "new"]
-    if command == "import_":
-        return ["tools.import_hf", "--model", "exported", "--out", "new"]
-    return ["plot", "run"]
-
-
-def _right_training(draw: Random) -> list[str]:
-    kind = draw.choice(["new", "new", "latest", "file", "overwrite"])
-    if kind == "new":
-        return train_words("new", 2)
-    if kind == "overwrite":
-        return [*train_words("run", 2), "--overwrite"]
-    if kind == "latest":
-        return [*train_words("run", STEPS), "--resume", "latest"]
-    return [*train_words("run", STEPS), "--resume", "run/checkpoint_step_2.pt"]
-
-
-def _odd_value(words: list[str], command: str, draw: Random) -> None:
-    """Adds an option with an odd value. It comes last, and so it wins."""
-    names = list(OWN_OPTIONS[command])
-    if command in ("train", "plan", "import_"):
-        names += defaults()
-    name = draw.choice(names)
-    words += [f"--{name}", _value_for(name, draw)]
-
-
-def _value_for(name: str, draw: Random) -> str:
-    """Mostly a value of the kind that the option has, and so one that gets further."""
-    kind = field_types().get(name, str)
-    if typing.get_origin(kind) is typing.Literal and draw.random() < 0.7:
-        return draw.choice(typing.get_args(kind))
-    numeric = kind in (int, float) or name in ("n", "top_p", "temperature", "limit", "shard_gb")
-    if numeric and draw.random() < 0.85:
-        return draw.choice(NUMBERS)
-    return draw.choice(TEXTS)
-
-
-def _change_value(words: list[str], command: str, draw: Random) -> None:
-    """Gives an option that the command line has an odd value."""
-    names = [number for number, word in enumerate(words[:-1]) if word.startswith("--")]
-    if names:
-        number = draw.choice(names)
-        words[number + 1] = _value_for(words[number].removeprefix("--"), draw)
-
-
-def _drop_word(words: list[str], command: str, draw: Random) -> None:
-    if len(words) > 1:
-        del words[draw.randrange(1, len(words))]
-
-
-def _repeat_word(words: list[str], command: str, draw: Random) -> None:
-    number = draw.randrange(1, len(words) + 1)
-    words[number:number] = words[number - 1 : number] if number > 1 else []
-
-
-def _stray_word(words: list[str], command: str, draw: Random) -> None:
-    words.insert(draw.randint(1, len(words)), draw.choice(TEXTS + NUMBERS))
-
-
-def _misspell(words: list[str], command: str, draw: Random) -> None:
-    """Another letter somewhere in a word, or none."""
-    if len(words) == 1:
-        return
-    number = draw.randrange(1, len(words))
-    word = words[number]
-    place = draw.randint(0, len(word))
-    words[number] = word[:place] + draw.choice(["", "-", "_", "=", "x", "é"]) + word[place + 1 :]
-
-
-def _join_value(words: list[str], command: str, draw: Random) -> None:
-    """--NAME VALUE becomes --NAME=VALUE, spelled with hyphens."""
-    names = [number for number, word in enumerate(words[:-1]) if word.startswith("--")]
-    if names:
-        number = draw.choice(names)
-        name = words[number].replace("_", "-")
-        words[number : number + 2] = [f"{name}={words[number + 1]}"]
-
-
-CHANGES: list[Callable] = [
-    _odd_value,
-    _odd_value,
-    _odd_value,
-    _odd_value,
-    _change_value,
-    _drop_word,
-    _repeat_word,
-    _stray_word,
-    _misspell,
-    _join_value,
-]
 
 # ---------------------------------------------------------------- damage to the bytes of a file
 
