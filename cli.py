@@ -6,7 +6,6 @@ It parses and reports. It trains nothing, and writes nothing but the folder that
 import argparse
 import contextlib
 import fcntl
-import io
 import os
 import re
 import signal
@@ -28,6 +27,7 @@ from config import (
     parse_value,
 )
 from planner.machine import is_out_of_memory
+from record import console, stop
 
 # ---------------------------------------------------------------- options
 
@@ -213,24 +213,23 @@ def _is_open_folder(handle: int, folder: Path) -> bool:
 # ---------------------------------------------------------------- exit codes
 
 
-def exit_code(command: Callable, argv: list[str], training: bool = False) -> int:
+def exit_code(command: Callable, argv: list[str]) -> int:
     """Calls `command(argv)` and returns the exit code of the program.
 
     An error that the user can fix becomes a line on stderr. Any other exception is a bug: it is
-    raised, with its traceback. `training` says that the command trains, so that the message also
-    says what an interruption means for the run.
+    raised, with its traceback.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot print é must not end a run whose sample contains one.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    console.prepare()
     try:
-        command(argv)
+        with stop.raised():
+            command(argv)
+        sys.stdout.flush()  # what cannot be written is an error of this command
     except ExperimentError as error:
         return _failed(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         return _failed(missing_package_message(error))
     except BrokenPipeError:
-        return _lost_reader(training)
+        return _lost_reader()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -240,9 +239,12 @@ def exit_code(command: Callable, argv: list[str], training: bool = False) -> int
             OutOfMemory.exit_code,
         )
     except OSError as error:
+        console.forget_output()
         return _failed(f"{error}. Check the path, its permissions and the free disk space.")
+    except stop.Interrupted as interruption:
+        return _interrupted(interruption.number)
     except KeyboardInterrupt:
-        return _interrupted(training)
+        return _interrupted(signal.SIGINT)
     return 0
 
 
@@ -251,25 +253,22 @@ def _failed(message: str, code: int = 1) -> int:
     return code
 
 
-def _lost_reader(training: bool) -> int:
-    """For a program such as `head` that reads our output, and has closed the pipe.
-
-    That is no error, unless it stopped a training.
-    """
-    # Python flushes stdout when it exits. That would fail too, so stdout goes to /dev/null now.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    if training:
-        return _failed(
-            "whoever read the output stopped reading, so training stopped; write it to a file "
-            "instead"
-        )
+def _lost_reader() -> int:
+    """For a program such as `head` that reads our output, and has closed the pipe: no error."""
+    console.forget_output()
     return 1
 
 
-def _interrupted(training: bool) -> int:
-    message = "\ninterrupted"
-    if training:  # the trainer itself handles the first Ctrl-C of a run, and saves
-        message += "; nothing was being trained yet, or Ctrl-C came twice"
-    print(message, file=sys.stderr)
-    return 128 + signal.SIGINT  # what shells report for a program that Ctrl-C has ended
+def _interrupted(number: int) -> int:
+    print("\ninterrupted", file=sys.stderr)
+    return 128 + number  # what shells report for a program that a signal has ended
+
+
+@contextlib.contextmanager
+def training() -> Iterator[None]:
+    """For commands that train: lost output is no error, and a signal needs no cleaning up.
+
+    The loop that trains takes over the signals for its own time.
+    """
+    with console.output_may_be_lost(), stop.exit_at_once():
+        yield

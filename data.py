@@ -7,7 +7,6 @@ function of (seed, position), so a resumed run continues with exactly the sequen
 """
 
 import functools
-import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from config import DATA_RULES, IGNORED_TARGET, Config, ExperimentError
 from corpus.cache import Corpus, prepare
 from corpus.token_reader import TokenFiles
-from corpus.workers import die_with_parent
+from corpus.workers import die_with_parent, ignore_stop_signals
 
 __all__ = ["Corpus", "Tokens", "batches", "prepare", "sequences", "validation_batches"]
 
@@ -196,12 +195,11 @@ def _inputs_and_targets(rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 def _start_worker(_worker: int) -> None:
     """Makes a worker ignore signals, and end with the trainer.
 
-    Ctrl-C goes to the trainer and its workers alike. It must not kill the workers before the
-    trainer has saved. They end with the iterator, or with the trainer's process.
+    A signal must not kill the workers before the trainer has saved. They end with the iterator, or
+    with the trainer's process.
     """
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_stop_signals()
 
 
 # ---------------------------------------------------------------- validation batches

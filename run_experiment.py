@@ -11,6 +11,11 @@ import time
 
 LAUNCHED = time.monotonic()  # before the slow imports
 
+from record import stop
+
+if __name__ == "__main__":
+    stop.by_default()  # until `main`: Ctrl-C during an import would be a traceback
+
 import argparse
 import contextlib
 import json
@@ -29,7 +34,15 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 # speed on a CPU. benchmarks/busy_cpu.py measures both.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from cli import Parser, add_config_options, config_options, exit_code, locked, new_parser
+from cli import (
+    Parser,
+    add_config_options,
+    config_options,
+    exit_code,
+    locked,
+    new_parser,
+    training,
+)
 from config import (
     DATA_RULES,
     PRESETS,
@@ -60,8 +73,8 @@ def train(argv: list[str]) -> None:
     if args.resume and args.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: choose one")
     check_training_paths(options, args.resume)
-    config, name, why = resolve(options, args.preset, _gpu_memory_gb(options))
-    with contextlib.ExitStack() as lock:
+    with training(), contextlib.ExitStack() as lock:
+        config, name, why = resolve(options, args.preset, _gpu_memory_gb(options))
         run = open_run(config, _chosen_message(name, why), options, args, lock)
         run.run()
 
@@ -556,7 +569,7 @@ def main(argv: list[str]) -> int:
             )
         commands[name](argv)
 
-    return exit_code(command, argv, training=name == "train")
+    return exit_code(command, argv)
 
 
 if __name__ == "__main__":

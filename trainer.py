@@ -7,13 +7,11 @@ it and ends it. A step is an optimizer step everywhere. What a run writes down i
 import contextlib
 import dataclasses
 import math
-import os
-import signal
 import statistics
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -32,7 +30,7 @@ from config import (
 from engine.offload import GradientOffload
 from engine.precision import LossScaler, gradient_norms
 from engine.triton_kernels import any_order, attention_backends, set_deterministic
-from generate import generate
+from generate import stream
 from model import MoETransformer
 from muon import build_optimizers
 from planner.choice import advise, check_fits, resolve_autos
@@ -42,7 +40,7 @@ from planner.machine import (
     machine_of_device,
     release_freed_memory,
 )
-from record import checkpoint, messages, tracker
+from record import checkpoint, console, messages, tracker
 from record.meter import MemoryMeter
 from record.metrics import Interval, mfu, perplexity
 from record.results import (
@@ -55,6 +53,7 @@ from record.results import (
     write_run_file,
 )
 from record.run_folder import RunCheckpoints
+from record.stop import StopSignal
 
 MEASURED_STEPS = 3  # steps after the first whose speed gives the first forecast
 SPIKE = 4.0  # a gradient norm this many times its running mean is a spike
@@ -88,38 +87,6 @@ def lr_schedule(step: int, config: Config) -> float:
     progress = min(1.0, (step - warmup) / falling_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr_fraction + (1 - config.min_lr_fraction) * cosine
-
-
-class StopSignal:
-    """SIGTERM and the first Ctrl-C let the step finish, save and stop; the second exits at once.
-
-    As a context manager it takes over the two signals. `number` is the signal that came first.
-    """
-
-    MESSAGE = b"\nstopping after this step; Ctrl-C again to stop at once without saving\n"
-
-    def __init__(self):
-        self.number: int | None = None
-        self.handlers_before: dict[int, object] = {}
-
-    @property
-    def requested(self) -> bool:
-        return self.number is not None
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers_before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_error) -> None:
-        for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            os._exit(128 + number)
-        self.number = number
-        os.write(2, self.MESSAGE)  # print is not safe in a handler: it may interrupt a print
 
 
 class Trainer:
@@ -347,15 +314,12 @@ class Trainer:
         self._open_folder()
         with self._watched():
             self._begin()
-            pin_memory = self.device.type == "cuda"
-            batches = data.batches(
-                self.corpus.train,
-                c,
-                self.data_position,
-                pin_memory=pin_memory,
-                rules=self.corpus.rules,
-            )
-            with self._progress_bar() as self.bar:
+            # Closed at an error too: the error's traceback would keep the readers of the data, and
+            # Python would wait for them at its exit.
+            with (
+                contextlib.closing(self._batches()) as batches,
+                self._progress_bar() as self.bar,
+            ):
                 while self.step < c.max_steps and not self.stop.requested:
                     if not self._timed_step(batches):
                         continue  # the gradients overflowed: the next batch is tried
@@ -375,6 +339,15 @@ class Trainer:
             if self.stop.requested:
                 self._leave_after_signal()
             self._finish()
+
+    def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
+        return data.batches(
+            self.corpus.train,
+            self.config,
+            self.data_position,
+            pin_memory=self.device.type == "cuda",
+            rules=self.corpus.rules,
+        )
 
     def _open_folder(self) -> None:
         """Prints what the run will do, and prepares its folder for writing."""
@@ -462,13 +435,14 @@ class Trainer:
         if saving and self.checkpoints.last_saved_step != self.step:
             self.save(numbered=False)
         self._write_results(last=True)
-        print(messages.stopped(self.step, self.folder, saving), flush=True)
+        console.print_somewhere(messages.stopped(self.step, self.folder, saving))
         raise SystemExit(128 + self.stop.number)
 
     def _finish(self) -> None:
         sample = None
         if self.config.sample_tokens:
             sample = self._sample(self.config.sample_tokens)
+        if sample is not None:
             print(messages.sample(**sample))
         self._write_results(sample, last=True)
         loss = self.record.latest().get("val_loss", math.nan)
@@ -480,7 +454,9 @@ class Trainer:
             self.folder / RESULTS,
             self.folder / CURVES,
         )
-        print(done, flush=True)
+        console.print_somewhere(done)
+        if self.stop.requested:  # everything is on the disk, but the sample may be missing
+            raise SystemExit(128 + self.stop.number)
 
     # ------------------------------------------------------------ what is written down
 
@@ -526,6 +502,8 @@ class Trainer:
         row = dict(step=self.step, **validation, elapsed_seconds=self._elapsed())
         if self.config.sample_tokens:
             sample = self._sample(min(EVALUATION_SAMPLE, self.config.sample_tokens))
+            if sample is None:  # the same
+                return
             row["sample"] = sample["text"]
         self.record.append(row)
         tqdm.write(messages.evaluation(row), file=sys.stdout)
@@ -571,12 +549,19 @@ class Trainer:
             disable=not sys.stdout.isatty(),
         )
 
-    def _sample(self, n_tokens: int) -> dict[str, str]:
-        """A continuation of the first validation tokens, with the same draws every time."""
+    def _sample(self, n_tokens: int) -> dict[str, str] | None:
+        """A continuation of the first validation tokens, with the same draws every time.
+
+        None when a signal requests a stop meanwhile.
+        """
         self.model.eval()
         prompt = self.corpus.validation[:SAMPLE_PROMPT].astype("int64").tolist()
+        new = []
         with any_order():
-            [new] = generate(self.model, prompt, n_tokens, temperature=0.8, top_k=50, seed=0)
+            for [token] in stream(self.model, prompt, n_tokens, temperature=0.8, top_k=50, seed=0):
+                if self.stop.requested:
+                    return None
+                new.append(token)
         decode = self.corpus.tokenizer.decode
         return dict(prompt=decode(prompt), text=decode(new))
 
@@ -609,13 +594,14 @@ class Trainer:
     def save(self, numbered: bool) -> None:
         """Writes a numbered checkpoint and links the latest to it, or writes the latest alone."""
         self.bar.set_description("saving")
-        if numbered:
-            path = self.checkpoints.begin_numbered(self.step)
-            checkpoint.save(path, self.state_dict())
-            self.checkpoints.finish_numbered(path)
-        else:
-            checkpoint.save(self.checkpoints.latest, self.state_dict())
-        self.checkpoints.note_saved(self.step)
+        with self.stop.saving():
+            if numbered:
+                path = self.checkpoints.begin_numbered(self.step)
+                checkpoint.save(path, self.state_dict())
+                self.checkpoints.finish_numbered(path)
+            else:
+                checkpoint.save(self.checkpoints.latest, self.state_dict())
+            self.checkpoints.note_saved(self.step)
         self.bar.set_description("")
 
     def checkpoint_bytes_to_come(self) -> int:

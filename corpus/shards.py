@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import os
-import signal
 import sys
 import time
 from array import array
@@ -58,7 +57,7 @@ from corpus.tokenizer import (
     unknown_token,
     vocabulary,
 )
-from corpus.workers import die_with_parent
+from corpus.workers import die_with_parent, ignore_stop_signals
 from planner.machine import cpu_cores
 from planner.plan import format_duration
 
@@ -622,8 +621,7 @@ def _start_worker(_number: int) -> None:
     die_with_parent()
     # Batches are spread over processes: each uses one core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # The first process alone decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_stop_signals()
 
 
 # --- tokens to files

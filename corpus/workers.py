@@ -6,6 +6,9 @@ import os
 import signal
 import sys
 
+# The signals at which a program ends; record/stop.py says how.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
 PR_SET_PDEATHSIG = 1  # a constant of Linux's prctl(2)
 
 _libc = ctypes.CDLL(None)
@@ -18,6 +21,16 @@ def signal_with_parent(number: int) -> None:
     """
     if sys.platform == "linux":
         _libc.prctl(PR_SET_PDEATHSIG, number)
+
+
+def ignore_stop_signals() -> None:
+    """Lets this worker process run on: its parent decides when to stop.
+
+    A terminal sends Ctrl-C to all processes of the program alike, and job schedulers do so with
+    SIGTERM.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def die_with_parent() -> None:
