@@ -222,8 +222,7 @@ def exit_code(command: Callable, argv: list[str]) -> int:
     console.prepare()
     try:
         with stop.raised():
-            command(argv)
-        sys.stdout.flush()  # what cannot be written is an error of this command
+            _run(command, argv)
     except ExperimentError as error:
         return _failed(str(error), error.exit_code)
     except ModuleNotFoundError as error:
@@ -246,6 +245,16 @@ def exit_code(command: Callable, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _interrupted(signal.SIGINT)
     return 0
+
+
+def _run(command: Callable, argv: list[str]) -> None:
+    """Calls the command, and writes what it printed: to fail at that is an error of the command."""
+    try:
+        command(argv)
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
 
 def _failed(message: str, code: int = 1) -> int:

@@ -70,19 +70,12 @@ class _Descriptor(io.RawIOBase):
         if self.number is None:
             raise OSError(errno.EBADF, "it was closed from the start")
         while True:
-            if not self._takes_bytes():
+            if not _takes_bytes(self.number):
                 raise OSError(errno.EAGAIN, "its reader does not read")
             # BlockingIOError: another program has made the terminal that it shares with us
             # non-blocking, and something else filled it since `select`.
             with contextlib.suppress(BlockingIOError):
                 return os.write(self.number, data[:BYTES_AT_ONCE])
-
-    def _takes_bytes(self) -> bool:
-        """Waits until the reader is ready. False when the program may wait no longer."""
-        while not is_ready(self.number):
-            if _State.in_a_hurry:
-                return False
-        return True
 
     def lose(self, reason: str) -> None:
         if self.is_lost:
@@ -92,6 +85,14 @@ class _Descriptor(io.RawIOBase):
             return
         note = f"\nnote: {self.name} is lost ({reason}); the program continues without it\n"
         self.other.write(note.encode())
+
+
+def _takes_bytes(descriptor: int) -> bool:
+    """Waits until the reader is ready. False when the program may wait no longer."""
+    while not is_ready(descriptor):
+        if _State.in_a_hurry:
+            return False
+    return True
 
 
 def is_ready(descriptor: int, seconds: float = POLL_SECONDS) -> bool:
@@ -177,6 +178,17 @@ def output_may_be_lost() -> Iterator[None]:
 def forget_output() -> None:
     """After an error: Python flushes stdout when it exits, and that would fail again."""
     _State.may_be_lost = True
+    descriptor = _descriptor_of(sys.stdout)
+    if descriptor:
+        descriptor.is_lost = True  # so that nothing more is said about it
+
+
+def _descriptor_of(stream) -> _Descriptor | None:
+    """The descriptor of a stream that `prepare` made; None for another stream."""
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    if isinstance(raw, _Descriptor):
+        return raw
+    return None
 
 
 # ---------------------------------------------------------------- what must be heard
@@ -185,8 +197,8 @@ def forget_output() -> None:
 def print_somewhere(text: str) -> None:
     """Prints to stdout, and to stderr when stdout is lost."""
     print(text, flush=True)
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
-    if isinstance(raw, _Descriptor) and raw.is_lost:
+    descriptor = _descriptor_of(sys.stdout)
+    if descriptor and descriptor.is_lost:
         print(text, file=sys.stderr)
 
 
