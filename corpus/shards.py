@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from config import Config, ExperimentError
 from corpus import split
 from corpus.checksums import checksum
+from corpus.safe_cuts import SafeCuts
 from corpus.sources import Source
 from corpus.split import CHUNKS_AT_ONCE, Split
 from corpus.token_files import (
@@ -325,9 +326,10 @@ def build(
     if found.whole and not (rules > 1 and found.grouped):
         key = build_key(config, tokenizer_json, rules)
 
-    batch_encoder = _BatchEncoder(ChunkEncoder(tokenizer, rules), end_of_text, dtype)
+    encode = ChunkEncoder(tokenizer, rules)
+    batch_encoder = _BatchEncoder(encode, end_of_text, dtype)
     unknown = _Unknown(config, tokenizer)
-    done = _write_shards(folder, source, found, decided, batch_encoder, unknown)
+    done = _write_shards(folder, source, found, decided, SafeCuts(encode), batch_encoder, unknown)
     for name, count in zip(TOKEN_FILES, done.tokens):
         write_header(folder / name, dtype, count, tokenizer_hash)
 
@@ -450,9 +452,11 @@ def _sampled_texts(source: Source, chunks: np.ndarray, sample: np.ndarray) -> It
 class _MarkedChunk(NamedTuple):
     """A chunk of text, and what the tokens need to know about it."""
 
-    text: str
-    before: str  # the last character of the chunk before it in its document; empty at its beginning
+    text: str  # what is encoded with it: it is cut where corpus.safe_cuts says
+    before: str  # the last character before the text in its document; empty at its beginning
     hash: int
+    length: int  # of the chunk itself, in characters
+    moved: int  # characters of the next chunk that are encoded with this one
     last: bool  # its document ends with it
     held_out: bool  # its tokens go into validation.bin, not into train.bin
     separated: bool  # an end-of-text token follows it
@@ -484,18 +488,22 @@ class _BatchFacts(NamedTuple):
         return int(self.records["last"].sum())
 
 
-def _marked_chunks(source: Source, start: dict | None, decided: Split) -> Iterator[_MarkedChunk]:
+def _marked_chunks(
+    source: Source, start: dict | None, decided: Split, cuts: SafeCuts
+) -> Iterator[_MarkedChunk]:
     """The chunks after `start`, a position of the source.
 
     End-of-text follows the last chunk of a document. In version 1 of the rules, it also follows a
-    chunk whose successor goes into the other file. So a chunk is yielded when its successor is
-    known.
+    chunk whose successor goes into the other file. In version 2, the beginning of the successor may
+    be encoded with a chunk. So a chunk is yielded when its successor is known.
     """
     number = 0  # of the chunk, counted from the beginning of the text
     before = ""
+    moved = 0
     if start:
         number = start["pieces"]
         before = start.get("before", "")
+        moved = start.get("moved", 0)
     previous = None
     key = None  # of the document, once it has begun
     for text, last in source.chunks(start):
@@ -511,8 +519,22 @@ def _marked_chunks(source: Source, start: dict | None, decided: Split) -> Iterat
             key = None
         if previous is not None:
             changes_side = previous.held_out != held_out
+            if decided.by_document and not changes_side:
+                moved = cuts.moved(previous.before, previous.text, text)
+                previous = previous._replace(text=previous.text + text[:moved], moved=moved)
+                before = previous.text[-1]
             yield previous._replace(separated=changes_side and not decided.by_document)
-        chunk = _MarkedChunk(text, before, digest, last, held_out, separated=True)
+        chunk = _MarkedChunk(
+            text=text[moved:],
+            before=before,
+            hash=digest,
+            length=len(text),
+            moved=0,
+            last=last,
+            held_out=held_out,
+            separated=True,
+        )
+        moved = 0
         before = character_before_next(text, last)
         if last:
             yield chunk
@@ -522,7 +544,7 @@ def _marked_chunks(source: Source, start: dict | None, decided: Split) -> Iterat
 
 
 def _batches(
-    source: Source, found: Scan, decided: Split, start: dict | None
+    source: Source, found: Scan, decided: Split, cuts: SafeCuts, start: dict | None
 ) -> Iterator[tuple[_EncoderInput, _BatchFacts]]:
     """Cuts the text after `start` into batches of about TOKENIZE_CHARACTERS characters.
 
@@ -535,12 +557,12 @@ def _batches(
     chunks: list[_MarkedChunk] = []
     characters = 0
     characters_since_position = 0
-    for chunk in _marked_chunks(source, start, decided):
+    for chunk in _marked_chunks(source, start, decided, cuts):
         if count < len(expected) and chunk.hash != expected[count]:
             raise _changed(source)
         chunks.append(chunk)
         count += 1
-        characters += len(chunk.text)
+        characters += chunk.length
         if characters < TOKENIZE_CHARACTERS:
             continue
         characters_since_position += characters
@@ -552,6 +574,7 @@ def _batches(
             characters_since_position = 0
             if not chunk.last:
                 position["before"] = chunk.text[-1]
+                position["moved"] = chunk.moved
         yield _encoder_input(chunks), _BatchFacts(_records(chunks), position)
         chunks = []
         characters = 0
@@ -574,7 +597,7 @@ def _encoder_input(chunks: list[_MarkedChunk]) -> _EncoderInput:
 def _records(chunks: list[_MarkedChunk]) -> np.ndarray:
     records = np.empty(len(chunks), CHUNK)
     records["hash"] = [chunk.hash for chunk in chunks]
-    records["length"] = [len(chunk.text) for chunk in chunks]
+    records["length"] = [chunk.length for chunk in chunks]
     records["last"] = [chunk.last for chunk in chunks]
     return records
 
@@ -684,6 +707,7 @@ def _write_shards(
     source: Source,
     found: Scan,
     decided: Split,
+    cuts: SafeCuts,
     batch_encoder: _BatchEncoder,
     unknown: "_Unknown",
 ) -> _Progress:
@@ -692,7 +716,7 @@ def _write_shards(
     Returns the progress at the end. Raises ExperimentError when the text cannot be tokenized.
     """
     done = _resume(folder, batch_encoder.dtype.itemsize)
-    batches = unknown.checked(_batches(source, found, decided, done.position))
+    batches = unknown.checked(_batches(source, found, decided, cuts, done.position))
     workers = _worker_count(found)
     total = _expected_characters(source, found)
     try:
