@@ -413,15 +413,17 @@ class ChunkEncoder:
         if self.rules == 1:
             return self.whole(texts)
         # Which parts of which texts each encoder gets: nearly always a text is one part.
-        parts: dict[tuple[bool, bool], list[tuple[int, str]]] = {}
+        parts: dict[tuple[bool, bool], list[tuple[int, int, str]]] = {}
+        ids_of: list[list[np.ndarray]] = []
         for number, (text, previous, is_last) in enumerate(zip(texts, before, ends)):
-            for part, begins in self._parts(text, previous):
-                parts.setdefault((begins, is_last), []).append((number, part))
-        ids_of: list[list[np.ndarray]] = [[] for _ in texts]
-        for kind, numbered in parts.items():
-            encoded = self.encoders[kind]([part for _, part in numbered])
-            for (number, _), ids in zip(numbered, encoded):
-                ids_of[number].append(ids)
+            parts_of_text = self._parts(text, previous)
+            ids_of.append([np.empty(0, np.uint32)] * len(parts_of_text))
+            for index, (part, begins) in enumerate(parts_of_text):
+                parts.setdefault((begins, is_last), []).append((number, index, part))
+        for kind, placed in parts.items():
+            encoded = self.encoders[kind]([part for _, _, part in placed])
+            for (number, index, _), ids in zip(placed, encoded):
+                ids_of[number][index] = ids
         return [np.concatenate(ids) for ids in ids_of]
 
     def ids(self, text: str, before: str, ends: bool) -> list[int]:

@@ -428,3 +428,13 @@ def test_a_cut_inside_a_document_adds_and_drops_nothing(tokenizer):
     # Version 1 encodes each chunk as a document.
     first, _ = ChunkEncoder(tokenizer, rules=1)(texts, before=["", "n"], ends=[False, True])
     assert first.tolist() == tokenizer.encode(texts[0], add_special_tokens=False).ids
+
+
+def test_the_parts_of_a_chunk_stay_in_their_order():
+    """The chunks of one batch are encoded together: the first ones decide nothing of the others."""
+    words = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace("always")])
+    tokenizer = unigram(words)
+    texts = ["To b", "e or n", "ot to be"]
+    ids = ChunkEncoder(tokenizer, rules=2)(texts, ["", "b", "n"], [False, False, True])
+    whole = tokenizer.encode("".join(texts), add_special_tokens=False).ids
+    assert tokenizer.decode(np.concatenate(ids).tolist()) == tokenizer.decode(whole)
