@@ -7,6 +7,8 @@ chunk is encoded with the chunk before it, up to a place where cutting changes n
 """
 
 import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,8 +23,15 @@ SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
 SPACE = re.compile(r"(?<=\S) ")
 
 
+# A NamedTuple of a chunk, whose fields `text`, `before` and `last` are as ChunkEncoder takes them.
+Chunk = TypeVar("Chunk", bound=NamedTuple)
+
+
 class SafeCuts:
-    """Finds such places for the chunks of one tokenizer."""
+    """Finds such places for the chunks of one tokenizer.
+
+    Version 1 of the rules of data encodes chunks as they are.
+    """
 
     def __init__(self, encode: ChunkEncoder):
         self.encode = encode
@@ -34,6 +43,8 @@ class SafeCuts:
         document. The result is less than the length of `following`. It is 0 when no better place
         is found, as in a long text without spaces, of which the tokenizer makes one long token.
         """
+        if self.encode.rules == 1:
+            return 0
         left = text[-CONTEXT:]
         if len(text) > CONTEXT:
             before = text[-CONTEXT - 1]
@@ -48,6 +59,26 @@ class SafeCuts:
         except Exception:  # tokenizers raises plain Exception
             pass  # tokenizing the chunk fails too, and says why
         return 0
+
+    def recut(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        """The same chunks of text, each with what is encoded with it in `text`.
+
+        After a chunk that does not end its document, the next chunk of the document follows.
+        """
+        previous: Any = None
+        chunk: Any
+        for chunk in chunks:
+            if previous is not None:
+                moved = self.moved(previous.before, previous.text, chunk.text)
+                previous = previous._replace(text=previous.text + chunk.text[:moved])
+                yield previous
+                chunk = chunk._replace(text=chunk.text[moved:], before=previous.text[-1])
+            previous = chunk
+            if chunk.last:
+                yield chunk
+                previous = None
+        if previous is not None:
+            yield previous
 
     def _ids(self, texts: list[str], before: list[str]) -> np.ndarray:
         return np.concatenate(self.encode(texts, before, [False] * len(texts)))

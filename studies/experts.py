@@ -42,6 +42,7 @@ import data
 from cli import exit_code, new_parser
 from config import Config, ExperimentError, resumed_config
 from corpus import sources
+from corpus.safe_cuts import SafeCuts
 from corpus.tokenizer import ChunkEncoder, character_before_next, load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
@@ -199,6 +200,15 @@ class FileTokens(NamedTuple):
     domain: str
 
 
+class HeldChunk(NamedTuple):
+    """A held-out chunk of a file. The fields are those of ChunkEncoder and of FileJob."""
+
+    text: str
+    before: str
+    last: bool
+    separated: bool
+
+
 def domain(source: sources.Source, data_name: str) -> str:
     """The domain of the source's latest chunk.
 
@@ -264,22 +274,29 @@ def _start_worker(tokenizer_json: str, end_of_text_name: str, rules: int) -> Non
 def _label_file(job: FileJob) -> FileTokens:
     """Runs in a worker process: the tokens of a file's held-out chunks, and their kinds."""
     kinds = character_kinds("".join(job.chunks), job.suffix)
-    tokens: list[int] = []
-    labels = []
+    held_chunks = []
+    held_kinds = []
     first = 0  # the index of the chunk's first character in the file
-    next_before = ""
+    before = ""
     by_chunk = zip(job.chunks, job.last, job.held_out, job.separated)
     for text, last, held, separated in by_chunk:
-        kinds_of_chunk = kinds[first : first + len(text)]
+        if held:
+            held_chunks.append(HeldChunk(text, before, last, separated))
+            held_kinds.append(kinds[first : first + len(text)])
         first += len(text)
-        before = next_before
-        next_before = character_before_next(text, last)
-        if not held:
-            continue
-        ids, offsets = encode.ids_and_offsets(text, before, last)
+        before = character_before_next(text, last)
+    kinds = np.concatenate(held_kinds)
+
+    tokens: list[int] = []
+    labels = []
+    first = 0  # from here on, of the held-out characters
+    for chunk in SafeCuts(encode).recut(held_chunks):
+        kinds_of_chunk = kinds[first : first + len(chunk.text)]
+        first += len(chunk.text)
+        ids, offsets = encode.ids_and_offsets(chunk.text, chunk.before, chunk.last)
         tokens += ids
-        labels.append(token_kinds(offsets, text, kinds_of_chunk))
-        if separated:
+        labels.append(token_kinds(offsets, chunk.text, kinds_of_chunk))
+        if chunk.separated:
             tokens.append(end_of_text)
             labels.append(np.array([NONE], np.uint8))
     return FileTokens(np.array(tokens, np.int64), np.concatenate(labels), job.domain)

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from cli import exit_code, new_parser
 from config import DATA_RULES, Config, ConfigError, ExperimentError, resumed_config
 from corpus import shards, sources
+from corpus.safe_cuts import SafeCuts
 from corpus.tokenizer import ChunkEncoder, character_before_next, load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
@@ -182,7 +183,7 @@ def evaluate(
         sums[domain] += measure(model, ids, window, end_of_text)
 
     with tqdm(desc="evaluating", unit="token", unit_scale=True, leave=False, disable=None) as bar:
-        for domain, text, before, last in chunks:
+        for domain, text, before, last in SafeCuts(encode).recut(chunks):
             if limit and taken[domain] >= limit:
                 continue
             ids = encode.ids(text, before, last)

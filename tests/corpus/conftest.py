@@ -22,11 +22,13 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def encoded(monkeypatch):
     """Every text that is tokenized from now on, in this process."""
-    texts, make = [], shards.ChunkEncoder
+    texts = []
+    item = shards._BatchEncoder.__getitem__
+
+    def noting(self, batch):
+        texts.extend(batch.texts)
+        return item(self, batch)
+
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: [])  # no workers
-    monkeypatch.setattr(
-        shards,
-        "ChunkEncoder",
-        lambda *t: lambda some, *ends: texts.extend(some) or make(*t)(some, *ends),
-    )
+    monkeypatch.setattr(shards._BatchEncoder, "__getitem__", noting)
     return texts
