@@ -420,6 +420,7 @@ def _remark(name: str, details: dict, result: dict) -> str:
         return _checkpointing_remark(details)
     remarks = {
         "first_command": _first_command_remark,
+        "deterministic": _deterministic_remark,
         "muon_step_18b": _muon_step_remark,
         "memory_5b": _memory_remark,
         "small_precisions": _precisions_remark,
@@ -451,6 +452,18 @@ def _first_command_remark(details: dict) -> str:
         f"`{details['preset']}` in {details['precision']} with {details['options']}; "
         f"peak {measured:.1f} GB; {details['times_full']:.2f} times the speed with `full`, "
         f"{details['full_tokens_per_second']:,.0f} tokens/s"
+    )
+
+
+def _deterministic_remark(details: dict) -> str:
+    usual = statistics.median(details["tokens_per_second"]["false"])
+    deterministic = statistics.median(details["tokens_per_second"]["true"])
+    equal = "differ"
+    if details["equal_losses_and_norms"]["true"]:
+        equal = "are equal to the bit"
+    return (
+        f"{usual:,.0f} tokens/s without, {deterministic:,.0f} with; losses and gradient norms of "
+        f"two such runs {equal}"
     )
 
 
