@@ -29,6 +29,15 @@ READ_SUFFIXES = (*PLAIN_SUFFIXES, JSON_LINES_SUFFIX, JSON_SUFFIX, PARQUET_SUFFIX
 OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".br", ".zip")  # not read
 NAMED_PROBLEMS = 3  # how many of the lines and rows that are left out a message describes
 
+# How files begin that are not what their names say, and what to do about it.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+OTHER_CONTENTS = {
+    LFS_POINTER: ("a pointer of Git LFS and not the data. Get the data with: git lfs pull"),
+    b"PAR1\x15": "a parquet file. Name it .parquet",
+    b"\x1f\x8b": "compressed with gzip. Let its name end with .gz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd. Let its name end with .zst",
+}
+
 Chunk = tuple[str, bool]  # text, and whether its document ends with it
 
 
@@ -117,6 +126,7 @@ def file_chunks(path: str, text_field: str, length: int, rows: RowCounter) -> It
     """
     kind = format_of(path)
     try:
+        _check_content(path, kind)
         if kind in (JSON_LINES_SUFFIX, JSON_SUFFIX):
             values = _json_values(path, text_field, rows)
             yield from value_chunks(values, text_field, length, rows)
@@ -128,6 +138,18 @@ def file_chunks(path: str, text_field: str, length: int, rows: RowCounter) -> It
                 yield from _mark_last(_valid_lines(path, file, length, rows))
     except OSError as error:
         raise cannot_read(path, error) from error
+
+
+def _check_content(path: str, kind: str | None) -> None:
+    """Raises ExperimentError when the file is plainly something else than its name says."""
+    with open(path, "rb") as file:
+        beginning = file.read(64)
+    is_pointer = beginning.startswith(LFS_POINTER)
+    if not is_pointer and (kind == PARQUET_SUFFIX or is_compressed(path)):
+        return  # their readers say what is wrong
+    for mark, what in OTHER_CONTENTS.items():
+        if beginning.startswith(mark):
+            raise ExperimentError(f"{path} is {what}")
 
 
 def cannot_read(path: str, error: OSError) -> ExperimentError:
@@ -306,10 +328,12 @@ def _value_of_line(
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
+        if place.endswith(":1") and line.strip() in ("[", "{"):
+            raise _no_object(place, line) from None
         rows.leave_out(place, functools.partial(_problem_of_json, line, error))
         return
     if not isinstance(row, dict):
-        raise no_field(place, text_field, "the line is not an object")
+        raise _no_object(place, line)
     if text_field not in row:
         raise no_field(place, text_field, f"the fields are {', '.join(row)}")
     yield place, row[text_field]
@@ -332,7 +356,7 @@ def _scan_long_line(
         return None
     rows.read += 1
     if not found.is_object:
-        raise no_field(place, text_field, "the line is not an object")
+        raise _no_object(place, parts.first)
     if not found.has_field:
         raise no_field(place, text_field, f"the fields are {', '.join(found.names)}")
     if found.bad_part is not None:
@@ -353,6 +377,8 @@ def _parquet_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tu
 
     try:
         file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+    except PermissionError:
+        raise  # file_chunks says it
     except (pyarrow.ArrowException, OSError) as error:
         raise ExperimentError(
             f"{path} is not a valid parquet file ({error}). Make or download it again"
@@ -390,6 +416,16 @@ def _python_value(scalar: Any) -> Any:
     except UnicodeDecodeError:
         # The buffer of a scalar holds the bytes of this value alone, not those of its column.
         return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
+
+
+def _no_object(place: str, line: str) -> ExperimentError:
+    remedy = "jq -c . FILE > FILE.jsonl"
+    if line.lstrip().startswith("["):
+        remedy = "jq -c '.[]' FILE > FILE.jsonl"
+    return ExperimentError(
+        f"{place}: the line is not an object in JSON. Write one object a line, for example with "
+        f"{remedy}"
+    )
 
 
 def no_field(place: str, text_field: str, found: str) -> ExperimentError:

@@ -313,3 +313,25 @@ def test_bad_bytes_of_a_compressed_text_are_named_by_their_offset(tmp_path):
     write(tmp_path / "text", {"a.txt.gz": b"x" * 100_000 + b"\xc3\xa9\n" + b"\xff\n"})
     with pytest.raises(ExperimentError, match="invalid byte at offset 100003"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid 1\n", "git lfs pull"),
+        ("a.jsonl.gz", None, "git lfs pull"),
+        ("a.txt", gzip.compress(b"text"), "Let its name end with .gz"),
+        ("a.jsonl", b"PAR1\x15\x04", "Name it .parquet"),
+        ("a.json", b'[\n{"text": "a"}\n]', "one object a line, for example with jq -c '.[]'"),
+        ("a.jsonl", b'[{"text": "a"}]', "one object a line, for example with jq -c '.[]'"),
+        ("a.json", b'{\n"text": "a"\n}', "one object a line, for example with jq -c . FILE"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content or b"version https://git-lfs.github.com/spec/v1\n")
+    config = config_for(tmp_path, data=str(path))
+    with pytest.raises(ExperimentError) as caught:
+        list(sources.open_source(config).chunks())
+    assert words in str(caught.value) and "\n" not in str(caught.value)
