@@ -304,6 +304,7 @@ def has_json_lines(path: str, text_field: str) -> bool:
     Raises ExperimentError when the file cannot be read.
     """
     try:
+        _check_content(path, JSON_SUFFIX)
         with open_text(path) as file:
             line = file.readline(LONG_LINE)
             while line.isspace():

@@ -335,3 +335,10 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, words):
     with pytest.raises(ExperimentError) as caught:
         list(sources.open_source(config).chunks())
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_clone_without_its_large_files_is_one_line(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
+    write(tmp_path / "text", {"README.md": "card", "data/a.json": pointer})
+    with pytest.raises(ExperimentError, match="a.json is a pointer of Git LFS.*git lfs pull"):
+        read(tmp_path)

@@ -448,3 +448,20 @@ def test_tokenizing_stays_within_a_memory_limit_that_the_corpus_exceeds(tmp_path
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) > 16_000_000
+
+
+def test_a_scan_without_keys_is_one_of_version_1(tmp_path, folder):
+    """Older programs saved scans that have neither keys nor groups."""
+    found = shards.read_text(sources.open_source(config_for(tmp_path), 1), to_end=True)
+    np.savez(
+        tmp_path / "survey.npz",
+        pieces=found.chunks,
+        whole=found.whole,
+        rows=found.rows,
+        bad=found.bad,
+        bad_rows=found.bad_rows,
+    )
+    loaded = shards._load_scan(tmp_path / "survey.npz")
+    assert not loaded.grouped and np.array_equal(loaded.keys, loaded.chunks["hash"])
+    expected = shards.split_of(found, 0.2, 1).held_out
+    assert np.array_equal(shards.split_of(loaded, 0.2, 1).held_out, expected)
