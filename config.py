@@ -967,6 +967,8 @@ AT_MOST = dict(
     seed=2**43 - 1,
 )
 AT_MOST_OTHERWISE = 10**10
+# The same for all other numbers. A product of two of them is a number in fp32.
+FLOAT_AT_MOST = 1e15
 DECAYS = ("muon_momentum", "adamw_beta1", "adamw_beta2")
 SHARES = ("warmup_fraction", "min_lr_fraction", "max_bad_share")
 
@@ -1039,12 +1041,14 @@ def _out_of_range(c: Config) -> list[str]:
 
 
 def _too_large(c: Config) -> list[str]:
-    """Whole numbers that exceed their bound."""
+    """Numbers that exceed their bound."""
     found = []
     for name, kind in field_types().items():
+        value = getattr(c, name)
+        if kind is float and value > FLOAT_AT_MOST:
+            found.append(f"{name}={_shown(value)}: must be at most {FLOAT_AT_MOST:g}")
         if kind is not int:
             continue
-        value = getattr(c, name)
         most = AT_MOST.get(name, AT_MOST_OTHERWISE)
         follows = name == "n_kv_heads" and value == c.n_heads  # then n_heads is the one to name
         if value > most and not follows:

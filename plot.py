@@ -579,7 +579,8 @@ def main(argv=None) -> int:
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(out)
+    # A path may hold bytes that are no text.
+    print(str(out).encode(errors="backslashreplace").decode())
     return 0
 
 

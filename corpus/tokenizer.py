@@ -212,6 +212,8 @@ def _read_tokenizer(name: str) -> str:
         path = Path(name).expanduser()
     if path.is_dir():
         path = path / "tokenizer.json"
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise ExperimentError(f"{path} is no file")
     return path.read_bytes().decode()
 
 

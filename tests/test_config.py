@@ -12,6 +12,7 @@ import config
 from config import (
     AT_MOST,
     AT_MOST_OTHERWISE,
+    FLOAT_AT_MOST,
     PARAMETER_KINDS,
     PRESET_BY_GPU_MEMORY,
     PRESETS,
@@ -484,6 +485,16 @@ def test_a_whole_number_has_a_bound_that_the_message_names(name):
             continue
         assert len(lines) == 2 and lines[1].startswith(f"  {name}=")
         assert lines[1].endswith(f": must be at most {most:,}") and len(lines[1]) < 100
+
+
+OTHER_NUMBERS = [name for name, kind in field_types().items() if kind is float]
+
+
+@pytest.mark.parametrize("name", OTHER_NUMBERS)
+def test_no_product_of_two_numbers_is_beyond_fp32(name):
+    with pytest.raises(ConfigError, match=rf"  {name}=.*: must be at most 1e\+15$"):
+        Config(**{name: 1.1e15})
+    assert torch.finfo(torch.float32).max > FLOAT_AT_MOST**2
 
 
 def test_presets_are_far_under_the_bounds():

@@ -262,6 +262,7 @@ def test_redraws_a_run(tmp_path, capsys, request):
     request.getfixturevalue("no_pictures")
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "other.png")]) == 0
     assert (tmp_path / "other.png").exists()
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "\udcff.png")]) == 0  # no text
     assert capsys.readouterr().err == ""
 
 

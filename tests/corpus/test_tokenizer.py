@@ -1,6 +1,7 @@
 """tokenizer.py: tokenizers of folders and of the Hugging Face hub, and the ids that tiktoken gives, without a network."""
 
 import json
+import os
 import subprocess
 import sys
 import unicodedata
@@ -281,6 +282,8 @@ def test_bad_tokenizers(tmp_path, folder):
         "train",
     )
     fails(config_for(tmp_path, tokenizer=str(folder)), str(folder), "--tokenizer")
+    os.mkfifo(tmp_path / "pipe")
+    fails(config_for(tmp_path, tokenizer=str(tmp_path / "pipe")), "pipe is no file", "--tokenizer")
     fails(config_for(tmp_path, tokenizer="gpt2"), "--tokenizer hf:gpt2")
     fails(config_for(tmp_path, tokenizer="Qwen/Qwen3-0.6B"), "--tokenizer hf:Qwen/Qwen3-0.6B")
     for content in (b"{}", b"not json", b"\xff"):
