@@ -9,9 +9,9 @@ python plot.py RUN ... --out FILE.png
 import argparse
 import contextlib
 import itertools
-import json
 import sys
 import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # before the imports below, which fail without their packages
@@ -25,7 +25,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+import small_files
 from config import ExperimentError, defaults
+from small_files import CURVES, METRICS, RESULTS, RUN, Rows, resume_points, starts
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE = "#0072B2"
@@ -47,9 +49,18 @@ RUN_COLORS = (BLUE, ORANGE, GREEN, RED, PINK, SKY)
 RUN_DASHES = ("-", "--", ":")
 
 OPTIMIZER_LABELS = {"muon": "Muon", "adamw": "AdamW"}
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PLACES = ("save_dir", "cache_dir")  # fields that say where a run is kept, not what it does
 
-Rows = list[dict]  # of metrics.jsonl
+# What a picture of this program says of itself, in PNG's field for the software that made it.
+SOFTWARE = "run_experiment plot.py"
+# Pictures of before this mark name matplotlib alone, and have one of these sizes in pixels.
+SIZES_BEFORE = ((1800, 1500), (1350, 825))
+
+# A line is drawn through at most about this many points. A panel is less than 800 pixels wide.
+MOST_POINTS = 2000
+# The panel of the experts shows this many rows at most: a row has a number for every expert.
+MOST_EXPERT_ROWS = 500
 
 # ---------------------------------------------------------------- one run
 
@@ -59,13 +70,15 @@ def plot_training_curves(
     path,
     title: str = "",
     unigram_cross_entropy: float | None = None,
+    resumed_at: Iterable[int] = (),
 ) -> None:
     """Draws the rows of metrics.jsonl into a PNG of 1800 x 1500 pixels at `path`.
 
     The file is replaced as a whole. `history` may be short or empty; values that are missing, None,
     nan or infinite leave a gap. `unigram_cross_entropy` (nats per token) adds a reference line to
     the loss panel: the validation loss of a model that knows nothing but how often each token
-    occurs in the training text. Raises ExperimentError when the file cannot be written.
+    occurs in the training text. `resumed_at` are the steps at which the run was resumed; a dotted
+    vertical line marks each. Raises ExperimentError when the file cannot be written.
     """
     train = _rows_with(history, "train_loss")
     validation = _rows_with(history, "val_loss")
@@ -85,6 +98,7 @@ def plot_training_curves(
     draw_memory(panels[2, 1], train)
 
     for axes in panels.flat:
+        _mark_steps(axes, resumed_at)
         _finish_panel(axes, last_step)
     for axes in panels[-1]:
         axes.set_xlabel("step")
@@ -170,6 +184,7 @@ def draw_expert_load(axes: Axes, train: Rows) -> None:
             _say(axes, "dense model: no experts")
         return
     # [rows], and [rows, layers, experts]
+    rows = rows[:: _stride(rows, MOST_EXPERT_ROWS)]
     steps, load = _series(rows, "expert_load")
     n_experts = load.shape[-1]
     busiest = load.max(axis=-1)
@@ -238,6 +253,16 @@ def _draw_validation(axes: Axes, validation: Rows, name: str) -> None:
     if len(validation) > 30:
         points["markersize"] = 2
     _draw_metric(axes, validation, name, "validation", RED, linewidth=0.8, **points)
+
+
+def _mark_steps(axes: Axes, steps: Iterable[int]) -> None:
+    """A dotted vertical line at each step, in a panel that shows data."""
+    if not axes.lines:
+        return
+    label: str | None = "resumed"
+    for step in steps:
+        axes.axvline(step, label=label, color="0.45", linewidth=1, linestyle=":", zorder=1)
+        label = None  # one entry of the legend stands for all
 
 
 def _finish_panel(axes: Axes, last_step: int) -> None:
@@ -331,7 +356,35 @@ def _line(
     if points <= 3:
         style.setdefault("marker", "o")
         style.setdefault("markersize", 4)
+    shown = _extremes(y)
+    x = x[shown]
+    y = y[shown]
     axes.plot(x, y, label=label, color=color, **style)
+
+
+def _extremes(y: np.ndarray) -> np.ndarray:
+    """The indices of the points that are drawn: all, or where there are many, few that look alike.
+
+    The points are cut into runs of equal length, several to a pixel. Of each run its lowest and its
+    highest point are drawn, so that no spike is lost. matplotlib takes seconds for 50,000 points.
+    """
+    length = 2 * _stride(y, MOST_POINTS)
+    if length == 2:
+        return np.arange(len(y))
+    n_runs = len(y) // length
+    cut = y[: n_runs * length].reshape(n_runs, length)
+    # A run without any number is represented by its first point, and leaves a gap.
+    is_number = np.isfinite(cut)
+    lowest = np.where(is_number, cut, np.inf).argmin(axis=1)
+    highest = np.where(is_number, cut, -np.inf).argmax(axis=1)
+    first = np.arange(n_runs) * length
+    rest = np.arange(n_runs * length, len(y))
+    return np.unique(np.concatenate([first + lowest, first + highest, rest]))
+
+
+def _stride(items: Sequence | np.ndarray, most: int) -> int:
+    """How far apart `most` items lie that are spread over all items; 1 where there are fewer."""
+    return max(1, -(-len(items) // most))
 
 
 def _reference_line(axes: Axes, y: float, label: str, color: str) -> None:
@@ -392,11 +445,8 @@ def _rows_with(history: Rows, name: str) -> Rows:
 
 def _series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of one metric. None becomes nan; nan and inf leave a gap in a line."""
-    steps = []
-    values = []
-    for row in rows:
-        steps.append(row["step"])
-        values.append(row.get(name))
+    steps = [row["step"] for row in rows]
+    values = [row.get(name) for row in rows]
     return np.array(steps, float), np.array(values, float)
 
 
@@ -443,7 +493,7 @@ def write_figure(figure: Figure, path: Path) -> None:
     # Making this object attaches it to the figure: savefig then draws without a display.
     FigureCanvasAgg(figure)
     try:
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata=dict(Software=SOFTWARE))
         temporary.replace(path)
     except OSError as error:
         raise ExperimentError(
@@ -461,35 +511,22 @@ def write_figure(figure: Figure, path: Path) -> None:
 
 
 def read_metrics(path) -> Rows:
-    """The rows of a metrics.jsonl. A last line that is only half written is left out.
+    """The rows of a metrics.jsonl. Lines that hold no row are left out, with a warning.
 
-    Raises ExperimentError when the file cannot be read, or when another line holds no row.
+    Raises ExperimentError when the file cannot be read.
     """
     try:
-        lines = Path(path).read_bytes().splitlines()
+        rows, unreadable = small_files.read_rows(Path(path))
     except OSError as error:
         raise ExperimentError(
-            f"{path} cannot be read: {error.strerror}. Name the folder of a run."
+            f"{path} cannot be read: {error.strerror or error}. Name the folder of a run."
         ) from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(_row(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ExperimentError(
-                    f"{path}, line {number}: {error}. Remove that line."
-                ) from error
+    if unreadable:
+        print(
+            f"warning: {len(unreadable)} lines of {path} hold no row and are left out",
+            file=sys.stderr,
+        )
     return rows
-
-
-def _row(line: bytes) -> dict:
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError("no row with a step")
-    if type(row.get("step")) is not int:
-        raise ValueError("no row with a step")
-    return row
 
 
 def read_config(run: Path) -> dict:
@@ -497,20 +534,57 @@ def read_config(run: Path) -> dict:
 
     Empty without either.
     """
-    for name in ("run.json", "training_results.json"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            text = (run / name).read_bytes()
-            content = json.loads(text)
-            return dict(content["config"])
+    for name in (RUN, RESULTS):
+        content = _json_object(run / name)
+        if isinstance(content.get("config"), dict):
+            return content["config"]
+    return {}
+
+
+def _json_object(path: Path) -> dict:
+    """The JSON object in a file; empty when there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return small_files.parse_object(small_files.read_whole(path))
     return {}
 
 
 def read_unigram_cross_entropy(run: Path) -> float | None:
     """The reference for the validation loss, from run.json; None in a run of before it was kept."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads((run / "run.json").read_bytes())
-        return float(content["data"]["unigram_cross_entropy"])
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return float(_json_object(run / RUN)["data"]["unigram_cross_entropy"])
     return None
+
+
+def read_resume_points(run: Path) -> list[int]:
+    """The steps at which a run was resumed, from run.json."""
+    with contextlib.suppress(OSError, ValueError):
+        return resume_points(starts(small_files.read_run_file(run / RUN)))
+    return []
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises ExperimentError when a file is there that this program did not draw."""
+    if not path.exists() or _drawn_here(path):
+        return
+    raise ExperimentError(
+        f"{path} is there already and is no picture of this program's: it is left as it is. Name "
+        "another file with --out, or delete it."
+    )
+
+
+def _drawn_here(path: Path) -> bool:
+    """Whether this program drew the picture: the PNG says so itself, before its pixels."""
+    try:
+        content = small_files.read_whole(path)[:4096]
+    except OSError:
+        return False
+    if not content.startswith(PNG_SIGNATURE):
+        return False
+    # The width and the height are at a fixed place, right after the signature.
+    width = int.from_bytes(content[16:20], "big")
+    height = int.from_bytes(content[20:24], "big")
+    of_before = b"Software\0Matplotlib" in content and (width, height) in SIZES_BEFORE
+    return of_before or f"Software\0{SOFTWARE}".encode() in content
 
 
 def labels(runs: list[Path], configs: list[dict]) -> list[str]:
@@ -614,21 +688,37 @@ def _without_repeats(runs: list[Path]) -> list[Path]:
 
 def draw_runs(runs: list[Path], out: Path | None) -> Path:
     """Draws one run's curves or several runs' comparison; returns the path of the PNG."""
-    files = [run / "metrics.jsonl" for run in runs]
+    if out is None:
+        out = runs[0] / CURVES
+        if len(runs) > 1:
+            out = runs[0].resolve().parent / "comparison.png"
+    check_replaceable(out)
+    files = [run / METRICS for run in runs]
     histories = [read_metrics(file) for file in files]
     if not any(histories):
         names = " and ".join(str(file) for file in files)
         raise ExperimentError(f"{names}: no rows yet, the first is written after log_every steps.")
+    try:
+        _draw(runs, histories, out)
+    except ExperimentError:
+        raise
+    except Exception as error:  # matplotlib raises what it likes, on rows that someone edited too
+        raise ExperimentError(f"{out} cannot be drawn: {error}") from error
+    return out
+
+
+def _draw(runs: list[Path], histories: list[Rows], out: Path) -> None:
     if len(runs) == 1:
-        out = out or runs[0] / "training_curves.png"
-        reference = read_unigram_cross_entropy(runs[0])
-        plot_training_curves(histories[0], out, unigram_cross_entropy=reference)
-        return out
-    out = out or runs[0].resolve().parent / "comparison.png"
+        plot_training_curves(
+            histories[0],
+            out,
+            unigram_cross_entropy=read_unigram_cross_entropy(runs[0]),
+            resumed_at=read_resume_points(runs[0]),
+        )
+        return
     configs = [read_config(run) for run in runs]
     names = labels(runs, configs)
     plot_comparison(dict(zip(names, histories)), out)
-    return out
 
 
 if __name__ == "__main__":

@@ -21,21 +21,73 @@ import torch
 from config import Config
 from planner.machine import GB
 from planner.plan import format_count
-from plot import plot_training_curves
+from record.side_work import SideWork, cause_of, path_named, warn
+from small_files import (
+    CURVES,
+    METRICS,
+    NOT_A_METRIC,
+    RESULTS,
+    RUN,
+    read_rows,
+    read_run_file,
+    starts,
+)
 
-METRICS = "metrics.jsonl"
-RESULTS = "training_results.json"
-CURVES = "training_curves.png"
-RUN = "run.json"
-
-# A run without evaluations rewrites its results this often. They repeat the whole history.
+# A run without evaluations rewrites its results this often.
 RESULTS_MINUTES = 5
 # Curves take a second or two, in which the GPU waits: they are drawn at most this often.
 CURVES_SECONDS = 60
 LONGEST_DIFF = 1_000_000  # characters of a diff that are kept
 
-# Keys of a row whose value is a list, a dict or a text, and no number: `latest` leaves them out.
-NOT_A_METRIC = ("expert_load", "grad_norm_spike", "sample")
+# While a run trains, its results repeat a part of its rows: at most this many in all, and at most
+# this many bytes of training rows and of evaluations. Rewriting them takes some milliseconds then,
+# however long the run is.
+THINNED_ROWS = 2000
+THINNED_BYTES = 4_000_000
+
+
+def plot_training_curves(*arguments, **options) -> None:
+    """plot.plot_training_curves, imported only now.
+
+    A matplotlib that cannot be imported costs a run its curves and nothing else.
+    """
+    import plot
+
+    plot.plot_training_curves(*arguments, **options)
+
+
+class ThinnedRows:
+    """Some of the rows of one kind, spread evenly over all of them, as lines of JSON.
+
+    `lines` holds (index, line); the index is that of the row in the history. They are those of
+    every `stride`-th row. When there are too many lines every second one is dropped, and the stride
+    doubles.
+    """
+
+    # There are two kinds of rows. The newest row is added to both when they are written.
+    MOST_LINES = THINNED_ROWS // 2 - 1
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, str]] = []
+        self.stride = 1
+        self.rows_seen = 0
+        self.bytes = 0
+
+    def add(self, index: int, row: dict) -> None:
+        if self.rows_seen % self.stride == 0:
+            line = json.dumps(row)
+            self.lines.append((index, line))
+            self.bytes += len(line)
+        self.rows_seen += 1
+        while self._too_many():
+            self.lines = self.lines[::2]
+            self.stride *= 2
+            self.bytes = sum(len(line) for _, line in self.lines)
+
+    def _too_many(self) -> bool:
+        if len(self.lines) == 1:
+            return False
+        return len(self.lines) > self.MOST_LINES or self.bytes > THINNED_BYTES
 
 
 class Record:
@@ -43,13 +95,25 @@ class Record:
 
     metrics.jsonl has the rows, one a line. training_results.json and training_curves.png are made
     from all rows. `history` holds the rows, the oldest first. `track` is called with every new
-    row: it sends the row to a tracker.
+    row: it sends the row to a tracker. A row that cannot be written stays in the history and is
+    written with a later one.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, side_work: SideWork | None = None):
         self.folder = folder
+        self.side_work = side_work or SideWork()
         self.history: list[dict] = []
         self.track: Callable[[dict], None] = lambda row: None
+        # Made from the history, so that no row is looked at twice.
+        self.last_values: dict = {}
+        self.thinned = dict(training=ThinnedRows(), evaluation=ThinnedRows())
+        # What this object knows of metrics.jsonl: nothing until `begin` has made it anew.
+        self.begun = False
+        self.loaded_step = -1  # rows of the file up to this step are in the history
+        self.rows_in_file = 0
+        self.bytes_in_file = 0
+        # The steps at which the run was resumed: the curves mark them.
+        self.resume_points: list[int] = []
         # When the two files were last written; at the start there is nothing to write yet.
         self.last_results = time.monotonic()
         self.last_curves = time.monotonic()
@@ -58,34 +122,94 @@ class Record:
 
     def append(self, row: dict) -> None:
         """Adds a row. It is on its way to the disk and to the tracker when this returns."""
-        self.history.append(row)
-        with open(self.folder / METRICS, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._remember(row)
+        self.side_work.run(METRICS, self.write_rows)
         self.track(row)
+
+    def _remember(self, row: dict) -> None:
+        self.history.append(row)
+        for key, value in row.items():
+            if key not in NOT_A_METRIC:
+                self.last_values[key] = value
+        kind = "training"
+        if "val_loss" in row:
+            kind = "evaluation"
+        self.thinned[kind].add(len(self.history), row)
 
     def load(self, folder: Path, step: int) -> None:
         """Reads the rows up to `step` that a run left in `folder`."""
         path = folder / METRICS
-        if path.exists():
-            self.history = [row for row in _rows(path) if row["step"] <= step]
+        if not path.exists():
+            return
+        found = self.side_work.value(str(path), lambda: read_rows(path))
+        if found is None:
+            return
+        rows, unreadable = found
+        if unreadable:
+            warn(f"warning: {len(unreadable)} lines of {path} hold no row and are left out")
+        self.loaded_step = step
+        for row in rows:
+            if row["step"] <= step:
+                self._remember(row)
 
     def begin(self) -> None:
-        """Makes the file hold the history and nothing else. A file with more rows is set aside."""
+        """Makes the file hold the history and nothing else.
+
+        What it holds more is moved to metrics.jsonl.1, or the first such name that is free.
+        """
         path = self.folder / METRICS
-        rows_in_file = 0
         if path.exists():
-            rows_in_file = len(_rows(path))
-        dropped = rows_in_file - len(self.history)
-        if dropped > 0:
-            aside = set_aside(path)
-            assert aside is not None  # the file is there: its rows were counted
+            self._move_other_lines(path)
+        lines = [json.dumps(row) + "\n" for row in self.history]
+        text = "".join(lines)
+        if lines or path.exists():
+            write_whole(path, text)
+        self.rows_in_file = len(lines)
+        self.bytes_in_file = len(text.encode())
+        self.begun = True
+
+    def _move_other_lines(self, path: Path) -> None:
+        """Keeps what is in the file and not in the history in a file of its own."""
+        try:
+            rows, unreadable = read_rows(path)
+        except OSError as error:
+            move_unreadable(path, error)
+            return
+        dropped = [row for row in rows if row["step"] > self.loaded_step]
+        if not dropped and not unreadable:
+            return
+        aside = first_free_name(path)
+        lines = [json.dumps(row).encode() for row in dropped]
+        write_whole(aside, b"\n".join([*lines, *unreadable, b""]))
+        if dropped:
             print(
-                f"{dropped} rows of {METRICS} that are past the checkpoint are dropped; "
-                f"the file as it was is {aside.name}"
+                f"{len(dropped)} rows of {METRICS} that are past the checkpoint are dropped; "
+                f"they are in {aside.name}"
             )
-        if self.history:
-            lines = [json.dumps(row) + "\n" for row in self.history]
-            write_whole(path, "".join(lines))
+        if unreadable:
+            print(f"{len(unreadable)} lines of {METRICS} hold no row; they are in {aside.name}")
+
+    def write_rows(self) -> None:
+        """Appends the rows that are not in the file yet."""
+        if not self.begun:
+            self.begin()
+        path = self.folder / METRICS
+        with path_named(path), open(path, "ab") as file:
+            size = file.tell()
+            if size > self.bytes_in_file:
+                # A full disk has cut a row short. Its beginning goes, and the row is written anew.
+                file.truncate(self.bytes_in_file)
+            elif size < self.bytes_in_file:
+                # Someone has deleted the file, or a part of it.
+                file.truncate(0)
+                self.rows_in_file = 0
+                self.bytes_in_file = 0
+            lines = [json.dumps(row) + "\n" for row in self.history[self.rows_in_file :]]
+            text = "".join(lines).encode()
+            file.write(text)
+        # Only what is in the file for certain is counted: closing it may raise an error too.
+        self.rows_in_file = len(self.history)
+        self.bytes_in_file += len(text)
 
     def evaluated(self, step: int) -> bool:
         """Whether the history has a validation loss at this step."""
@@ -93,12 +217,7 @@ class Record:
 
     def latest(self) -> dict:
         """The last value of every metric that is a single number."""
-        values = {}
-        for row in self.history:
-            for key, value in row.items():
-                if key not in NOT_A_METRIC:
-                    values[key] = value
-        return values
+        return dict(self.last_values)
 
     # ------------------------------------------------------------ results and curves
 
@@ -117,27 +236,44 @@ class Record:
         memory_gb: dict,
         totals: dict,
         sample: dict | None,
+        all_rows: bool = False,
     ) -> None:
         """Rewrites training_results.json: facts about the run, final metrics and history.
 
-        `corpus` is the data.Corpus that the run is trained on.
+        `corpus` is the data.Corpus that the run is trained on. The history has all rows at a stop
+        and at the end of a run (`all_rows`), and while it trains THINNED_ROWS at most.
         """
-        content = dict(
+        # A failed attempt counts: the next one comes as late as after a successful one.
+        self.last_results = time.monotonic()
+        facts = dict(
             config=dataclasses.asdict(config),
-            environment=environment(device),
+            environment=self.side_work.value("environment", lambda: environment(device)),
             parameters=parameter_facts(config),
             data=data_facts(corpus),
             memory_gb=memory_gb,
             totals=totals,
             sample=sample,
             final_metrics=self.latest(),
-            history=self.history,
         )
-        write_whole(self.folder / RESULTS, json.dumps(content, indent=1))
-        self.last_results = time.monotonic()
+        if all_rows:
+            lines = [json.dumps(row) for row in self.history]
+        else:
+            lines = self._thinned_lines()
+        write_whole(self.folder / RESULTS, _results_text(facts, lines))
+
+    def _thinned_lines(self) -> list[str]:
+        """Some of the rows as lines of JSON, in their order; the newest row is among them."""
+        kept = {}
+        for rows in self.thinned.values():
+            kept.update(rows.lines)
+        if self.history:
+            kept[len(self.history)] = json.dumps(self.history[-1])
+        return [kept[index] for index in sorted(kept)]
 
     def draw_curves(self, config: Config, unigram_cross_entropy: float) -> None:
         """Draws training_curves.png anew; whole or not at all."""
+        # A failed attempt counts: the GPU waits for it as long as for a successful one.
+        self.last_curves = time.monotonic()
         total = format_count(config.total_params)
         active = format_count(config.active_params)
         plot_training_curves(
@@ -145,17 +281,18 @@ class Record:
             self.folder / CURVES,
             title=f"{total} parameters, {active} active",
             unigram_cross_entropy=unigram_cross_entropy,
+            resumed_at=self.resume_points,
         )
-        self.last_curves = time.monotonic()
 
 
-def _rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl. A line that a crash cut short is passed over."""
-    rows = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+def _results_text(facts: dict, lines: list[str]) -> str:
+    """The JSON of `facts` with one key more: `history`, a list of the lines.
+
+    json.dumps with an indent is written in Python, and takes seconds for the rows of a long run.
+    """
+    text = json.dumps(facts, indent=1)
+    rows = ",\n  ".join(lines)
+    return text.removesuffix("\n}") + f',\n "history": [\n  {rows}\n ]\n}}'
 
 
 # ---------------------------------------------------------------- files of a run
@@ -175,19 +312,43 @@ def set_aside(path: Path) -> Path | None:
 
     Returns its new path, or None when there is no such file.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
+    return path.rename(first_free_name(path))
+
+
+def first_free_name(path: Path) -> Path:
+    """The first of name.1, name.2, ... that no file has."""
     number = 1
-    while path.with_name(f"{path.name}.{number}").exists():
+    while os.path.lexists(path.with_name(f"{path.name}.{number}")):
         number += 1
-    return path.rename(path.with_name(f"{path.name}.{number}"))
+    return path.with_name(f"{path.name}.{number}")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old text or the new, never a part."""
+def move_unreadable(path: Path, error: Exception) -> None:
+    """Sets a file aside that cannot be read, and says so."""
+    aside = set_aside(path)
+    if aside is not None:
+        warn(f"warning: {path} cannot be read ({cause_of(error)}); it is now {aside.name}")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Raises OSError, which names the path.
+    """
+    if isinstance(content, str):
+        content = content.encode()
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with path_named(path):
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        except BaseException:
+            # What was written takes space that a full disk does not have.
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 # ---------------------------------------------------------------- facts
@@ -249,42 +410,77 @@ def _gpu_facts(device: torch.device) -> dict | None:
     )
 
 
-def write_run_file(folder: Path, device: torch.device, **facts) -> None:
-    """Writes run.json: what this start of the run is made of, and the starts before it.
+def start_facts(device: torch.device, side_work: SideWork, **facts) -> dict:
+    """What this start of a run is made of, for run.json. `facts` are added as they are.
 
-    `facts` are added as they are. The starts before are under `earlier`, the oldest first.
+    What cannot be found out is None: a broken package beside the run is no reason to end it.
     """
-    path = folder / RUN
-    earlier = _earlier_starts(path)
-    content = dict(
+    return dict(
         started=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         **facts,
-        environment=environment(device),
-        git=git_state(),
-        gpu=_gpu_facts(device),
-        packages=_packages(),
-        earlier=earlier,
+        environment=side_work.value("environment", lambda: environment(device)),
+        git=side_work.value("the state of git", git_state),
+        gpu=side_work.value("the facts about the GPU", lambda: _gpu_facts(device)),
+        packages=side_work.value("the list of packages", _packages),
     )
-    write_whole(path, json.dumps(content, indent=1))
+
+
+def earlier_starts(folder: Path) -> list[dict]:
+    """The starts of the run that run.json holds, the oldest first.
+
+    A file that cannot be read, or that this program did not write, is set aside.
+    """
+    path = folder / RUN
+    if not os.path.lexists(path):
+        return []
+    try:
+        return starts(read_run_file(path))
+    except (OSError, ValueError) as error:
+        move_unreadable(path, error)
+        return []
+
+
+def write_run_file(folder: Path, start: dict, earlier: list[dict]) -> None:
+    """Writes run.json: this start of the run, and under `earlier` those before it."""
+    *earlier, start = _with_each_diff_once([*earlier, start])
+    content = dict(start, earlier=earlier)
+    write_whole(folder / RUN, json.dumps(content, indent=1))
+
+
+def _with_each_diff_once(all_starts: list[dict]) -> list[dict]:
+    """The starts, where a diff stands at the last start that has it, and is None at the others.
+
+    Their diff_sha256 says which diff it was. Otherwise a run that is restarted a hundred times
+    would have a hundred copies of it.
+    """
+    seen = set()
+    found: list[dict] = []
+    for start in reversed(all_starts):
+        git = start.get("git")
+        if isinstance(git, dict) and git.get("diff"):
+            if git.get("diff_sha256") in seen:
+                start = dict(start, git=dict(git, diff=None))
+            seen.add(git.get("diff_sha256"))
+        found.insert(0, start)
+    return found
 
 
 @functools.cache
 def _packages() -> dict[str, str]:
-    """The version of every installed package. Reading them all takes a quarter of a second."""
-    versions = [(found.name, found.version) for found in importlib.metadata.distributions()]
-    return dict(sorted(versions))
+    """The version of every installed package. Reading them all takes a quarter of a second.
 
-
-def _earlier_starts(path: Path) -> list[dict]:
-    """The starts that run.json holds; a file that this program did not write is set aside."""
-    if not path.exists():
-        return []
-    try:
-        last_start = json.loads(path.read_bytes())
-        return [*last_start.pop("earlier"), last_start]
-    except (ValueError, TypeError, AttributeError, KeyError):
-        set_aside(path)
-        return []
+    A package whose files are damaged or half removed is left out.
+    """
+    versions = {}
+    for found in importlib.metadata.distributions():
+        try:
+            name = found.metadata["Name"]
+            version = found.version
+        except Exception:  # whatever its files hold
+            continue
+        if isinstance(name, str) and isinstance(version, str):
+            versions.setdefault(name, version)  # the first one is imported
+    return dict(sorted(versions.items()))
 
 
 def git_state() -> dict:

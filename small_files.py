@@ -1,0 +1,145 @@
+"""The small files that a run leaves beside its checkpoints, as they are read again.
+
+There is one reader for each file. Anyone may have edited a file, and a crash or a full disk may
+have cut it short, so that a reader takes nothing for granted. No torch, numpy or matplotlib here.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+METRICS = "metrics.jsonl"
+RESULTS = "training_results.json"
+CURVES = "training_curves.png"
+RUN = "run.json"
+
+Rows = list[dict]  # of metrics.jsonl
+
+# Whole numbers beyond this are in no file of ours. As a float they would overflow sooner or later.
+LARGEST_WHOLE_NUMBER = 2**63
+
+
+def read_whole(path: Path) -> bytes:
+    """The bytes of a file. Raises OSError for what is no file, such as a folder or a pipe."""
+    if path.exists() and not path.is_file():
+        # Whoever reads from a pipe waits without end.
+        raise OSError(f"{path} is no file")
+    return path.read_bytes()
+
+
+# ---------------------------------------------------------------- metrics.jsonl
+
+
+def read_rows(path: Path) -> tuple[Rows, list[bytes]]:
+    """(the rows of a metrics.jsonl, its lines that hold no row).
+
+    A last line that a crash cut short is in neither. Raises OSError.
+    """
+    rows = []
+    unreadable = []
+    content = read_whole(path)
+    for line in content.splitlines(keepends=True):
+        text = line.strip()
+        if not text:
+            continue
+        try:
+            rows.append(parse_row(text))
+        except ValueError:
+            if line.endswith(b"\n"):
+                unreadable.append(text)
+    return rows, unreadable
+
+
+def parse_row(line: bytes) -> dict:
+    """The row of metrics in a line of metrics.jsonl. Raises ValueError when it holds none."""
+    row = parse_object(line)
+    step = row.get("step")
+    if type(step) is not int or not 0 <= step < LARGEST_WHOLE_NUMBER:
+        raise ValueError("no row with a step")
+    for key, value in row.items():
+        is_right = NOT_A_METRIC.get(key, _is_number)
+        if not is_right(value):
+            raise ValueError(f"{key} has a value of another kind")
+    return row
+
+
+def parse_object(text: bytes) -> dict:
+    """The JSON object in the text. Raises ValueError for every other text."""
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("brackets in brackets without end") from error
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+def _is_number(value) -> bool:
+    """Whether it is a number, or None where none was measured."""
+    if type(value) is int:
+        return abs(value) < LARGEST_WHOLE_NUMBER
+    return value is None or type(value) is float
+
+
+def _is_table(value) -> bool:
+    """Whether it is a list of lists of numbers, all of the same length."""
+    if type(value) is not list:
+        return False
+    for line in value:
+        if type(line) is not list or len(line) != len(value[0]):
+            return False
+        if not all(_is_number(number) for number in line):
+            return False
+    return True
+
+
+def _is_text(value) -> bool:
+    return type(value) is str
+
+
+def _is_object(value) -> bool:
+    return type(value) is dict
+
+
+# Keys of a row whose value is no single number, each with the check of its value.
+NOT_A_METRIC: dict[str, Callable[[object], bool]] = dict(
+    expert_load=_is_table,
+    grad_norm_spike=_is_object,
+    sample=_is_text,
+)
+
+
+# ---------------------------------------------------------------- run.json
+
+
+def read_run_file(path: Path) -> dict:
+    """What run.json says of the last start of a run; the starts before are under `earlier`.
+
+    Raises OSError, and ValueError when this program did not write it.
+    """
+    start = parse_object(read_whole(path))
+    earlier = start.get("earlier")
+    if type(earlier) is not list:
+        raise ValueError("no list of earlier starts")
+    if not all(_is_object(one) for one in earlier):
+        raise ValueError("an earlier start is no JSON object")
+    return start
+
+
+def starts(run: dict) -> list[dict]:
+    """All starts of a run of which `run` is the content of run.json; the oldest first."""
+    return [*run["earlier"], run]
+
+
+def resume_points(starts_of_run: list[dict]) -> list[int]:
+    """The steps at which a run was resumed, as far as what followed is still a part of the run."""
+    points: list[int] = []
+    for start in starts_of_run:
+        step = start.get("step")
+        if type(step) is not int:
+            continue
+        # Points past this step lie on a branch that this start has left.
+        points = [point for point in points if point < step]
+        if start.get("resumed_from") is not None:
+            points.append(step)
+    return points
