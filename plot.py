@@ -157,12 +157,8 @@ def draw_learning_rates(axes: Axes, train: Rows) -> None:
 
 def _learning_rate_keys(train: Rows) -> list[str]:
     """The keys that end in _lr, in the order in which they first come."""
-    found = []
-    for row in train:
-        for key in row:
-            if key.endswith("_lr") and key not in found:
-                found.append(key)
-    return found
+    keys = dict.fromkeys(itertools.chain.from_iterable(train))
+    return [key for key in keys if key.endswith("_lr")]
 
 
 def draw_throughput(axes: Axes, train: Rows) -> None:
@@ -523,7 +519,7 @@ def read_metrics(path) -> Rows:
         ) from error
     if unreadable:
         print(
-            f"warning: {len(unreadable)} lines of {path} hold no row and are left out",
+            f"warning: lines of {path} that hold no row are left out: {len(unreadable)}",
             file=sys.stderr,
         )
     return rows

@@ -44,16 +44,17 @@ from record import checkpoint, console, messages, tracker
 from record.meter import MemoryMeter
 from record.metrics import Interval, mfu, perplexity
 from record.results import (
-    CURVES,
-    METRICS,
-    RESULTS,
     Record,
     data_facts,
     data_identity,
+    earlier_starts,
+    start_facts,
     write_run_file,
 )
 from record.run_folder import RunCheckpoints
+from record.side_work import PAUSES, SideWork, cause_of, warn
 from record.stop import StopSignal
+from small_files import CURVES, METRICS, RESULTS, RUN, resume_points
 
 MEASURED_STEPS = 3  # steps after the first whose speed gives the first forecast
 SPIKE = 4.0  # a gradient norm this many times its running mean is a spike
@@ -128,7 +129,8 @@ class Trainer:
         self.mean_norm: float | None = None  # running mean of the gradient norm
         self.interval = Interval()  # since the last row of metrics
 
-        self.record = Record(self.folder)
+        self.side_work = SideWork()
+        self.record = Record(self.folder, self.side_work)
         self.checkpoints = RunCheckpoints(self.config, resumed_from)
         with self._out_of_memory_advice():
             self._build(self.config)
@@ -142,6 +144,8 @@ class Trainer:
         self.seconds_to_first_step: float | None = None
         self.stop = StopSignal()
         self.bar = tqdm(disable=True)
+        self.failed_saves = 0  # attempts since the last checkpoint that was saved
+        self.retry_save_at: int | None = None  # the step after which the next attempt comes
 
     def _resolve(self, config: Config) -> Config:
         """Resolves the fields that are auto, and prints the predicted memory."""
@@ -310,35 +314,37 @@ class Trainer:
         Raises ExperimentError with advice when the run cannot continue, and SystemExit with the
         signal's customary exit code after a signal.
         """
-        c = self.config
         self._open_folder()
         with self._watched():
-            self._begin()
-            # Closed at an error too: the error's traceback would keep the readers of the data, and
-            # Python would wait for them at its exit.
-            with (
-                contextlib.closing(self._batches()) as batches,
-                self._progress_bar() as self.bar,
-            ):
-                while self.step < c.max_steps and not self.stop.requested:
-                    if not self._timed_step(batches):
-                        continue  # the gradients overflowed: the next batch is tried
-                    self.bar.update()
-                    if self.step % c.log_every == 0 or self.step == c.max_steps:
-                        self.log()
-                    # Saving comes first: a run that resumes from here evaluates this step if the
-                    # evaluation was cut short.
-                    if self.checkpoints.numbered_due(self.step):
-                        self.save(numbered=True)
-                    elif self.checkpoints.latest_due(self.step):
-                        self.save(numbered=False)
-                    if self._evaluation_due():
-                        self.evaluate()
-                    elif self.record.results_are_old():
-                        self._write_results()
+            with self._results_of_an_error():
+                self._begin()
+                self._train()
             if self.stop.requested:
                 self._leave_after_signal()
             self._finish()
+
+    def _train(self) -> None:
+        """Steps, and what comes between them, to max_steps or until a signal requests a stop."""
+        c = self.config
+        # Closed at an error too: the error's traceback would keep the readers of the data, and
+        # Python would wait for them at its exit.
+        with (
+            contextlib.closing(self._batches()) as batches,
+            self._progress_bar() as self.bar,
+        ):
+            while self.step < c.max_steps and not self.stop.requested:
+                if not self._timed_step(batches):
+                    continue  # the gradients overflowed: the next batch is tried
+                self.bar.update()
+                if self.step % c.log_every == 0 or self.step == c.max_steps:
+                    self.log()
+                # Saving comes first: a run that resumes from here evaluates this step if the
+                # evaluation was cut short.
+                self._save_if_due()
+                if self._evaluation_due():
+                    self.evaluate()
+                elif self.record.results_are_old():
+                    self._write_results()
 
     def _batches(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         return data.batches(
@@ -358,7 +364,7 @@ class Trainer:
             print(warning, file=sys.stderr)
         checkpoint.check_free_space(self.folder, self.checkpoint_bytes_to_come())
         checkpoint.remove_leftovers(self.folder)
-        self.record.begin()
+        self.side_work.run(METRICS, self.record.begin)
         self.checkpoints.take_over(self.step)
 
     @contextlib.contextmanager
@@ -367,9 +373,8 @@ class Trainer:
         with (
             self.stop,
             attention_backends(self.device, self.config.deterministic),
-            self._last_results(),
-            self._out_of_memory_advice(),
             tracker.tracking(self.config, self.run_id, self.step) as self.record.track,
+            self._out_of_memory_advice(),
         ):
             yield
 
@@ -381,19 +386,25 @@ class Trainer:
         resumed_from = None
         if self.checkpoints.resumed_from is not None:
             resumed_from = str(self.checkpoints.resumed_from)
-        write_run_file(
-            self.folder,
+        self.start = start_facts(
             self.device,
+            self.side_work,
             run_id=self.run_id,
             step=self.step,
             config=dataclasses.asdict(self.config),
             resumed_from=resumed_from,
             data=data_facts(self.corpus),
         )
+        self.earlier = self.side_work.value(RUN, lambda: earlier_starts(self.folder)) or []
+        self.record.resume_points = resume_points([*self.earlier, self.start])
+        self.side_work.run(RUN, self._write_run_file)
         if self.step == self.config.max_steps:
             print(messages.nothing_left(self.step), flush=True)
         if self._evaluation_due() and not self.record.evaluated(self.step):
             self.evaluate()
+
+    def _write_run_file(self) -> None:
+        write_run_file(self.folder, self.start, self.earlier)
 
     def _progress_bar(self) -> tqdm:
         # In a file each redrawing is a line of its own.
@@ -431,20 +442,24 @@ class Trainer:
 
     def _leave_after_signal(self) -> None:
         """Saves, unless this step is on disk already, and raises SystemExit."""
+        not_saved = self._save_last()
+        self._write_last_results()
+        if not_saved is not None:
+            raise not_saved
         saving = self.checkpoints.enabled
-        if saving and self.checkpoints.last_saved_step != self.step:
-            self.save(numbered=False)
-        self._write_results(last=True)
         console.print_somewhere(messages.stopped(self.step, self.folder, saving))
         raise SystemExit(128 + self.stop.number)
 
     def _finish(self) -> None:
+        not_saved = self._save_last()
         sample = None
         if self.config.sample_tokens:
-            sample = self._sample(self.config.sample_tokens)
+            sample = self._sample_if_possible(self.config.sample_tokens)
         if sample is not None:
             print(messages.sample(**sample))
-        self._write_results(sample, last=True)
+        self._write_last_results(sample)
+        if not_saved is not None:
+            raise not_saved
         loss = self.record.latest().get("val_loss", math.nan)
         done = messages.done(
             self.step,
@@ -501,10 +516,12 @@ class Trainer:
             return
         row = dict(step=self.step, **validation, elapsed_seconds=self._elapsed())
         if self.config.sample_tokens:
-            sample = self._sample(min(EVALUATION_SAMPLE, self.config.sample_tokens))
-            if sample is None:  # the same
+            n_tokens = min(EVALUATION_SAMPLE, self.config.sample_tokens)
+            sample = self._sample_if_possible(n_tokens)
+            if sample is not None:
+                row["sample"] = sample["text"]
+            elif self.stop.requested:  # the same
                 return
-            row["sample"] = sample["text"]
         self.record.append(row)
         tqdm.write(messages.evaluation(row), file=sys.stdout)
         self._write_results()
@@ -565,12 +582,32 @@ class Trainer:
         decode = self.corpus.tokenizer.decode
         return dict(prompt=decode(prompt), text=decode(new))
 
-    def _write_results(self, sample: dict | None = None, last: bool = False) -> None:
-        """Rewrites training_results.json, and training_curves.png if it is old.
+    def _sample_if_possible(self, n_tokens: int) -> dict[str, str] | None:
+        return self.side_work.value("the sample", lambda: self._sample(n_tokens))
 
-        `sample` holds the texts `prompt` and `text` (see `_sample`) at the end of a run. `last`
-        says that the run ends: the curves are then drawn in any case.
+    def _write_results(self) -> None:
+        """Rewrites training_results.json with a part of the rows; the curves if they are old."""
+        self.side_work.run(RESULTS, self._make_results)
+        if self.record.curves_are_old():
+            self.side_work.run(CURVES, self._draw_curves)
+        if RUN in self.side_work.failing:
+            self.side_work.run(RUN, self._write_run_file)
+
+    def _write_last_results(self, sample: dict | None = None) -> None:
+        """What a run leaves at a stop and at its end: all rows, results and curves.
+
+        `sample` holds the texts `prompt` and `text` (see `_sample`) at the end of a run.
         """
+        actions = {
+            METRICS: self.record.write_rows,
+            RESULTS: lambda: self._make_results(sample, all_rows=True),
+            CURVES: self._draw_curves,
+        }
+        if RUN in self.side_work.failing:
+            actions[RUN] = self._write_run_file
+        self.side_work.finish(actions)
+
+    def _make_results(self, sample: dict | None = None, all_rows: bool = False) -> None:
         speed = None
         if self.train_seconds:
             speed = self.tokens_seen / self.train_seconds
@@ -585,11 +622,54 @@ class Trainer:
         )
         # Both hold GB by component of the memory table.
         memory_gb = dict(predicted=self.predicted, measured=self.meter.measured_gb)
-        self.record.write_results(self.config, self.device, self.corpus, memory_gb, totals, sample)
-        if last or self.record.curves_are_old():
-            self.record.draw_curves(self.config, self.corpus.unigram_cross_entropy)
+        self.record.write_results(
+            self.config, self.device, self.corpus, memory_gb, totals, sample, all_rows
+        )
+
+    def _draw_curves(self) -> None:
+        self.record.draw_curves(self.config, self.corpus.unigram_cross_entropy)
 
     # ------------------------------------------------------------ checkpoints
+
+    def _save_if_due(self) -> None:
+        """Saves when a checkpoint is due, or when one that failed is tried again.
+
+        A failure costs the run nothing but this checkpoint. It is tried again after the next step.
+        While it fails, the number of steps between the attempts doubles: a large checkpoint takes
+        minutes to fill a disk up.
+        """
+        retrying = self.retry_save_at is not None and self.step >= self.retry_save_at
+        numbered = self.checkpoints.numbered_due(self.step)
+        if not (numbered or retrying or self.checkpoints.latest_due(self.step)):
+            return
+        if retrying and self.config.save_every:
+            numbered = True
+        try:
+            self.save(numbered)
+        except Exception as error:
+            steps_until_retry = 2**self.failed_saves
+            self.retry_save_at = self.step + steps_until_retry
+            self.failed_saves += 1
+            warn(messages.save_failed(self.step, cause_of(error), self.retry_save_at))
+
+    def _save_last(self) -> checkpoint.CheckpointError | None:
+        """Saves the state in which the run ends, unless it is on disk already.
+
+        Returns the error if that fails: the caller raises it when the results are written.
+        """
+        if not self.checkpoints.enabled or self.checkpoints.last_saved_step == self.step:
+            return None
+        cause = ""
+        for pause in PAUSES:
+            time.sleep(pause)
+            try:
+                self.save(numbered=self.checkpoints.numbered_due(self.step))
+            except Exception as error:
+                cause = cause_of(error)
+            else:
+                return None
+        text = messages.last_save_failed(self.step, cause, self._last_checkpoint())
+        return checkpoint.CheckpointError(text)
 
     def save(self, numbered: bool) -> None:
         """Writes a numbered checkpoint and links the latest to it, or writes the latest alone."""
@@ -602,6 +682,10 @@ class Trainer:
             else:
                 checkpoint.save(self.checkpoints.latest, self.state_dict())
             self.checkpoints.note_saved(self.step)
+        if self.failed_saves:
+            warn(messages.saved_after_all(self.step))
+        self.failed_saves = 0
+        self.retry_save_at = None
         self.bar.set_description("")
 
     def checkpoint_bytes_to_come(self) -> int:
@@ -682,14 +766,12 @@ class Trainer:
     # ------------------------------------------------------------ errors
 
     @contextlib.contextmanager
-    def _last_results(self) -> Iterator[None]:
+    def _results_of_an_error(self) -> Iterator[None]:
         """When a run ends in an error, writes results and curves that show its last steps."""
         try:
             yield
-        except (Diverged, OutOfMemory):
-            # An error in writing them, such as a full disk, must not hide what went wrong.
-            with contextlib.suppress(OSError, ExperimentError):
-                self._write_results(last=True)
+        except Exception:
+            self._write_last_results()
             raise
 
     @contextlib.contextmanager

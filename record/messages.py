@@ -145,6 +145,17 @@ def overflow(config: Config, step: int, loss_scale: float) -> str:
     return f"step {step}: the gradients are inf or nan; batch skipped"
 
 
+def save_failed(step: int, cause: str, retry_at: int) -> str:
+    return (
+        f"warning: step {step}: {cause}\n"
+        f"  Training continues; saving is tried again after step {retry_at}."
+    )
+
+
+def saved_after_all(step: int) -> str:
+    return f"note: step {step}: the checkpoint is saved; saving works again"
+
+
 # ---------------------------------------------------------------- the end
 
 
@@ -225,6 +236,10 @@ def last_checkpoint(latest) -> str:
     if latest.exists():
         return f"The last checkpoint is {latest}."
     return "No checkpoint was saved yet."
+
+
+def last_save_failed(step: int, cause: str, last_checkpoint: str) -> str:
+    return f"the run ends at step {step} and is not saved: {cause}\n  {last_checkpoint}"
 
 
 def out_of_memory(config: Config, machine: Machine, step: int, last_checkpoint: str) -> str:

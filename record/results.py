@@ -145,8 +145,8 @@ class Record:
         if found is None:
             return
         rows, unreadable = found
-        if unreadable:
-            warn(f"warning: {len(unreadable)} lines of {path} hold no row and are left out")
+        if unreadable and folder != self.folder:  # `begin` looks at the file of this folder
+            warn(f"warning: lines of {path} that hold no row are left out: {len(unreadable)}")
         self.loaded_step = step
         for row in rows:
             if row["step"] <= step:
@@ -187,7 +187,7 @@ class Record:
                 f"they are in {aside.name}"
             )
         if unreadable:
-            print(f"{len(unreadable)} lines of {METRICS} hold no row; they are in {aside.name}")
+            warn(f"warning: lines of {METRICS} that hold no row are in {aside.name}")
 
     def write_rows(self) -> None:
         """Appends the rows that are not in the file yet."""

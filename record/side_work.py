@@ -26,11 +26,11 @@ Result = TypeVar("Result")
 class SideWork:
     """Runs actions beside training, and says which of them fail: once each, until it works again.
 
-    `failing` has the names of the actions whose last attempt failed.
+    `failing` has the names of the actions whose last attempt failed, each with the cause.
     """
 
     def __init__(self) -> None:
-        self.failing: set[str] = set()
+        self.failing: dict[str, str] = {}
 
     def run(self, name: str, action: Callable[[], object]) -> bool:
         """Calls the action. False when it raised an error, which becomes a warning.
@@ -42,7 +42,7 @@ class SideWork:
         except ON_PURPOSE:
             raise
         except BaseException as error:
-            self.note_failure(name, error)
+            self._note_failure(name, error)
             return False
         self._note_success(name)
         return True
@@ -68,19 +68,19 @@ class SideWork:
                     del remaining[name]
             if not remaining:
                 return True
+        for name in remaining:
+            warn(f"warning: {name} is not as it should be when the run ends: {self.failing[name]}")
         return False
 
-    def note_failure(self, name: str, error: BaseException) -> None:
-        if name in self.failing:
-            return
-        self.failing.add(name)
-        warn(
-            f"warning: {name} failed: {cause_of(error)}. Training continues, and it is tried again"
-        )
+    def _note_failure(self, name: str, error: BaseException) -> None:
+        cause = cause_of(error)
+        if name not in self.failing:
+            warn(f"warning: {name} failed: {cause}. Training continues, and it is tried again")
+        self.failing[name] = cause
 
     def _note_success(self, name: str) -> None:
         if name in self.failing:
-            self.failing.remove(name)
+            del self.failing[name]
             warn(f"note: {name} works again")
 
 
@@ -98,7 +98,7 @@ def cause_of(error: BaseException) -> str:
     else:
         text = str(error) or type(error).__name__
     first_line = text.split("\n")[0]
-    return " ".join(first_line.split())[:300]
+    return " ".join(first_line.split())[:1000]
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ FLOORS = [
     ["data", "early_checks", "model"],
     ["corpus", "moe", "muon"],
     ["engine", "planner", "plot"],
-    ["config"],
+    ["config", "small_files"],
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 

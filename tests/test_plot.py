@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -230,6 +231,41 @@ def test_ten_thousand_rows_are_fast(tmp_path):
     assert time.process_time() - start < 15  # about 1 s on an idle machine
 
 
+@pytest.mark.slow
+def test_a_long_run_is_drawn_as_fast_as_a_short_one(tmp_path, draw):
+    rows = run(50_000, layers=4, experts=8)
+    rows[40_000]["train_loss"] = 99.0
+    panels = draw(rows)
+    drawn = sum(len(line.get_xdata()) for panel in panels.values() for line in panel.lines)
+    assert drawn < 60_000, "not every point of 500,000"
+    assert max(panels["loss"].lines[0].get_ydata()) == 99, "no spike is left out"
+
+
+def test_few_points_are_drawn_of_many_and_gaps_stay():
+    y = np.arange(100_000.0)
+    y[50_000:60_000] = np.nan
+    shown = plot._extremes(y)
+    assert 1000 < len(shown) <= plot.MOST_POINTS
+    assert (shown[0], shown[-1]) == (0, len(y) - 1)
+    assert np.isnan(y[shown]).any()
+    assert list(plot._extremes(np.zeros(1500))) == list(range(1500))
+
+
+def test_resume_points_are_marked_where_there_are_data(draw, tmp_path):
+    panels = draw(run(20, layers=0), resumed_at=[5, 12])
+    marks = [line for line in panels["loss"].lines if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in marks] == [5, 12]
+    _, names = panels["loss"].get_legend_handles_labels()
+    assert names.count("resumed") == 1
+    assert not panels["experts"].lines, "dense: nothing is drawn there"
+    starts = [dict(step=0, resumed_from=None), dict(step=5, resumed_from="a")]
+    content = dict(step=12, resumed_from="b", earlier=starts)
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert plot.read_resume_points(tmp_path) == [5, 12]
+    (tmp_path / "run.json").write_text("[]")
+    assert plot.read_resume_points(tmp_path) == []
+
+
 # --- command line
 
 
@@ -238,7 +274,8 @@ def no_pictures(monkeypatch):
     """Rendering a figure takes a second; its file is written without it."""
 
     def write(figure, path):
-        Path(path).write_bytes(b"\x89PNG")
+        mark = b"Software\0" + plot.SOFTWARE.encode()
+        Path(path).write_bytes(plot.PNG_SIGNATURE + bytes(16) + mark)
 
     monkeypatch.setattr(plot, "write_figure", write)
 
@@ -259,6 +296,7 @@ def test_redraws_a_run(tmp_path, capsys, request):
     assert plot.main([str(tmp_path)]) == 0
     picture = (tmp_path / "training_curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
+    plot.check_replaceable(tmp_path / "training_curves.png")  # it is ours
     request.getfixturevalue("no_pictures")
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "other.png")]) == 0
     assert (tmp_path / "other.png").exists()
@@ -272,8 +310,9 @@ def test_command_line_errors(tmp_path, capsys):
     assert "metrics.jsonl cannot be read: No such file" in capsys.readouterr().err
     for bad in ("{oops\n", "[1]\n", '{"train_loss": 1}\n'):
         (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + bad + '{"step": 2}\n')
-        assert plot.main([str(tmp_path)]) == 1
-        assert "line 2" in capsys.readouterr().err
+        rows = plot.read_metrics(tmp_path / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [1, 2]
+        assert "metrics.jsonl that hold no row are left out: 1" in capsys.readouterr().err
     write_metrics(tmp_path, [], '{"ste')
     assert plot.main([str(tmp_path)]) == 1
     assert (
@@ -282,6 +321,63 @@ def test_command_line_errors(tmp_path, capsys):
     write_metrics(tmp_path, run(2))
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "no" / "c.png")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+def png(width: int, height: int, software: bytes) -> bytes:
+    """The beginning of a PNG of this size."""
+    header = b"\0\0\0\rIHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    return plot.PNG_SIGNATURE + header + b"....tEXtSoftware\0" + software
+
+
+OURS = plot.SOFTWARE.encode()
+MATPLOTLIB = b"Matplotlib version3.10"
+
+
+@pytest.mark.parametrize(
+    "content, ours",
+    [
+        (png(5, 5, OURS), True),
+        (png(1800, 1500, MATPLOTLIB), True),  # of before the mark
+        (png(1350, 825, MATPLOTLIB), True),
+        (png(640, 480, MATPLOTLIB), False),
+        (png(1800, 1500, b"GIMP"), False),
+        (b"my notes", False),
+        (b"", False),
+        (None, False),
+    ],
+)
+@pytest.mark.parametrize("out", ["", "training_curves.png"])
+def test_a_file_that_was_not_drawn_here_is_not_overwritten(
+    tmp_path, capsys, no_pictures, content, ours, out
+):
+    write_metrics(tmp_path, run(2))
+    path = tmp_path / "training_curves.png"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    options = ["--out", str(tmp_path / out)] if out else []
+    code = plot.main([str(tmp_path), *options])
+    assert code == (0 if ours else 1)
+    error = capsys.readouterr().err
+    if not ours:
+        assert "training_curves.png is there already" in error
+        assert "Name another file with --out, or delete it" in error
+        assert path.is_dir() or path.read_bytes() == content
+
+
+def test_a_pipe_or_a_device_is_not_replaced(tmp_path, capsys, no_pictures):
+    write_metrics(tmp_path, run(2))
+    os.mkfifo(tmp_path / "pipe")
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "pipe")]) == 1
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_any_error_of_matplotlib_is_one_line(tmp_path, capsys, monkeypatch):
+    write_metrics(tmp_path, run(2))
+    monkeypatch.setattr(plot, "plot_training_curves", lambda *_, **__: 1 / 0)
+    assert plot.main([str(tmp_path)]) == 1
+    assert "cannot be drawn: division by zero" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,6 +1,11 @@
 """What a run writes down: rows, sums, results, run.json, measured memory, which checkpoints stay."""
 
+import errno
+import functools
 import json
+import os
+import signal
+import time
 import types
 
 import pytest
@@ -10,13 +15,40 @@ from config import optimizer_groups
 from muon import build_optimizers
 from planner.machine import GB, Machine, known_gpu
 from record import checkpoint, messages, meter, results
+from record import side_work as side_work_module
 from record.meter import MemoryMeter
 from record.metrics import Interval, mfu, perplexity
-from record.results import Record, run_files, set_aside, write_run_file
+from record.results import (
+    Record,
+    earlier_starts,
+    run_files,
+    set_aside,
+    start_facts,
+    write_run_file,
+)
 from record.run_folder import RunCheckpoints
+from record.side_work import SideWork
+from small_files import resume_points
 from tests.helpers import tiny_config
 
 CPU = torch.device("cpu")
+
+# Lines of metrics.jsonl that are no rows of this program's.
+STRANGE_LINES = [
+    b"123",
+    b'{"a": 1}',
+    b"\xff",
+    b'{"step": true}',
+    b'{"step": -1}',
+    b'{"step": 1.0}',
+    b'{"step": 1e400}',
+    b'{"step": 1, "elapsed_seconds": "long"}',
+    b'{"step": 1, "train_loss": [1]}',
+    b'{"step": 1, "expert_load": [[0.5], [0.5, 0.5]]}',
+    b'{"step": 1, "expert_load": [1]}',
+    b'{"step": 1, "train_loss": 1' + b"0" * 400 + b"}",
+    b"[" * 100_000,
+]
 
 
 # ---------------------------------------------------------------- rows
@@ -35,7 +67,8 @@ def test_a_record_continues_with_the_rows_up_to_its_step(tmp_path, capsys):
     second.begin()
     assert "2 rows of metrics.jsonl" in capsys.readouterr().out
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-    assert len((tmp_path / "metrics.jsonl.1").read_text().splitlines()) == 5
+    dropped = (tmp_path / "metrics.jsonl.1").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in dropped] == [3, 4], "the dropped rows alone"
 
     sent = []
     second.track = sent.append
@@ -74,16 +107,142 @@ def test_run_files_are_those_of_a_run(tmp_path):
     ]
 
 
-def test_run_json_keeps_the_earlier_starts(tmp_path):
+@pytest.mark.parametrize("line", STRANGE_LINES)
+def test_a_line_without_a_row_is_moved_and_said(tmp_path, capsys, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "train_loss": 2.0}\n' + line + b'\n{"step": 2}\n')
+    record = Record(tmp_path)
+    record.load(tmp_path, 1)
+    record.begin()
+    record.append(dict(step=2, train_loss=1.0))
+    assert [row["step"] for row in record.history] == [1, 2]
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == b'{"step": 2}\n' + line + b"\n"
+    assert [json.loads(row)["step"] for row in path.read_text().splitlines()] == [1, 2]
+    assert capsys.readouterr().err.count("hold no row are in metrics.jsonl.1") == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_metrics_that_are_no_file_are_set_aside(tmp_path, capsys, kind):
+    path = tmp_path / "metrics.jsonl"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    record = Record(tmp_path)
+    record.load(tmp_path, 5)
+    record.begin()
+    record.append(dict(step=6))
+    assert path.read_text() == '{"step": 6}\n'
+    assert (tmp_path / "metrics.jsonl.1").exists()
+    assert "it is now metrics.jsonl.1" in capsys.readouterr().err
+
+
+class FullDisk:
+    """A file on a disk that is full after some bytes."""
+
+    def __init__(self, file, free):
+        self.file = file
+        self.free = free
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, content):
+        self.file.write(content[: self.free])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_rows_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch, capsys):
+    record = Record(tmp_path)
+    record.append(dict(step=1))
+    monkeypatch.setattr(
+        results, "open", lambda path, mode: FullDisk(open(path, mode), 5), raising=False
+    )
+    record.append(dict(step=2))
+    record.append(dict(step=3))
+    path = tmp_path / "metrics.jsonl"
+    assert path.read_text() == '{"step": 1}\n{"ste', "the last write was cut short"
+    monkeypatch.undo()
+    record.append(dict(step=4))
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4]
+    said = capsys.readouterr().err
+    assert said.count(f"warning: metrics.jsonl failed: {path}: No space left on device") == 1
+    assert said.count("note: metrics.jsonl works again") == 1
+    path.unlink()  # by someone who tidies up
+    record.append(dict(step=5))
+    assert len(path.read_text().splitlines()) == 5
+
+
+def write_start(folder, **facts) -> dict:
+    """Writes run.json as a start of a run does, and returns its content."""
+    start = start_facts(CPU, SideWork(), **facts)
+    write_run_file(folder, start, earlier_starts(folder))
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_run_json_keeps_the_earlier_starts(tmp_path, capsys):
     (tmp_path / "run.json").write_text("[1]")  # not this program's: it is not lost
     for step in (0, 5, 9):
-        write_run_file(tmp_path, CPU, step=step)
-    facts = json.loads((tmp_path / "run.json").read_text())
+        facts = write_start(tmp_path, step=step)
     assert facts["step"] == 9
     assert [start["step"] for start in facts["earlier"]] == [0, 5]
     assert facts["gpu"] is None
     assert facts["packages"]["torch"]
     assert (tmp_path / "run.json.1").read_text() == "[1]"
+    assert capsys.readouterr().err.count("it is now run.json.1") == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\xff", b"[" * 10**5, b'{"earlier": 1}', b'{"earlier": [1]}', b"1e999"]
+)
+def test_a_run_json_that_is_not_ours_is_set_aside(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    assert earlier_starts(tmp_path) == []
+    assert (tmp_path / "run.json.1").read_bytes() == content
+
+
+def test_a_diff_is_stored_once(tmp_path, monkeypatch):
+    states = [("one", "a"), ("one", "a"), ("two", "b"), ("one", "a"), ("", "c"), ("", "c")]
+    for step, (diff, sha) in enumerate(states):
+        state = dict(commit="x", clean=not diff, diff=diff, diff_sha256=sha)
+        monkeypatch.setattr(results, "git_state", lambda state=state: state)
+        facts = write_start(tmp_path, step=step)
+    found = [start["git"] for start in [*facts["earlier"], facts]]
+    assert [git["diff"] for git in found] == [None, None, "two", "one", "", ""]
+    assert [git["diff_sha256"] for git in found] == ["a", "a", "b", "a", "c", "c"]
+
+
+def test_what_cannot_be_found_out_about_a_machine_is_left_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "~orch-2.4.0.dist-info").mkdir()  # as a package that was removed halfway
+    monkeypatch.syspath_prepend(str(tmp_path))
+    results._packages.cache_clear()
+    facts = write_start(tmp_path, step=0)
+    assert facts["packages"]["torch"] == torch.__version__
+    results._packages.cache_clear()
+
+    monkeypatch.setattr(results, "environment", lambda device: 1 / 0)
+    facts = write_start(tmp_path, step=1)
+    assert facts["environment"] is None
+    assert facts["packages"]["torch"]
+    assert "warning: environment failed: division by zero" in capsys.readouterr().err
+
+
+def test_resume_points_are_those_of_the_branch():
+    def start(step, resumed=True):
+        return dict(step=step, resumed_from="a checkpoint" if resumed else None)
+
+    assert resume_points([start(0, False), start(5), start(9)]) == [5, 9]
+    assert resume_points([start(0, False), start(5), start(9), start(6)]) == [5, 6]
+    assert resume_points([start(0, False), start(5), start(5)]) == [5]
+    assert resume_points([start(0, False), start(5), start(0, False)]) == []
+    assert resume_points([dict(step="5"), dict()]) == []
 
 
 def test_results_are_written_whole(tmp_path):
@@ -110,6 +269,107 @@ def test_results_are_written_whole(tmp_path):
     with pytest.raises(TypeError):
         record.write_results(config, CPU, corpus, {}, dict(steps=object()), None)
     assert (tmp_path / results.RESULTS).read_text() == before
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
+
+
+def long_record(folder, n_rows: int, numbers: int) -> Record:
+    """A record of training rows with so many numbers each, and an evaluation every 50 rows."""
+    record = Record(folder)
+    record.begun = True  # its file is not what is tested
+    record.write_rows = lambda: None
+    load = [[0.12345] * (numbers // 4)] * 4
+    for step in range(1, n_rows + 1):
+        record.append(dict(step=step, train_loss=3.0 / step, expert_load=load))
+        if step % 50 == 0:
+            record.append(dict(step=step, val_loss=3.0))
+    return record
+
+
+@pytest.mark.parametrize("n_rows, numbers", [(900, 4), (5000, 4), (600, 4000)])
+def test_results_hold_few_rows_while_training_and_all_at_the_end(tmp_path, n_rows, numbers):
+    corpus = types.SimpleNamespace(
+        data_hash="d",
+        tokenizer_hash="t",
+        train=[0],
+        validation=[0],
+        unigram_entropy=3.0,
+        unigram_cross_entropy=3.5,
+        rules=2,
+    )
+    record = long_record(tmp_path, n_rows, numbers)
+
+    def written(**options) -> list[dict]:
+        record.write_results(tiny_config(), CPU, corpus, {}, {}, None, **options)
+        return json.loads((tmp_path / results.RESULTS).read_text())["history"]
+
+    thinned = written()
+    assert len(thinned) <= 2000
+    assert (tmp_path / results.RESULTS).stat().st_size < 9e6
+    assert thinned[-1] == record.history[-1]
+    assert thinned[0]["step"] == 1
+    steps = [row["step"] for row in thinned]
+    assert steps == sorted(steps)
+    if n_rows == 900:
+        assert thinned == record.history, "nothing is left out of a short history"
+    distances = {b - a for a, b in zip(steps, steps[1:])}
+    assert max(distances) <= n_rows / 50, "they are spread over the run"
+    assert sum("val_loss" in row for row in thinned) == n_rows // 50
+    start = time.process_time()
+    written()
+    # About 15 ms on an idle machine, reading the file included.
+    assert time.process_time() - start < 1
+    assert written(all_rows=True) == record.history
+
+
+# ---------------------------------------------------------------- work beside training
+
+
+class Panic(BaseException):
+    """As packages that are written in Rust raise it."""
+
+
+@pytest.mark.parametrize("error", [ValueError, MemoryError, Panic])
+def test_side_work_warns_once_until_it_works_again(capsys, error):
+    side_work = SideWork()
+    broken = [True]
+
+    def action():
+        if broken[0]:
+            raise error("it broke\nfor a reason")
+
+    for _ in range(3):
+        assert not side_work.run("the picture", action)
+    assert side_work.failing == {"the picture": "it broke"}
+    broken[0] = False
+    for _ in range(2):
+        assert side_work.run("the picture", action)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("warning: the picture failed: it broke. Training continues")
+    assert lines[1:] == ["note: the picture works again"]
+    assert side_work.value("a value", lambda: 5) == 5
+    assert side_work.value("a value", lambda: 1 / 0) is None
+    with pytest.raises(KeyboardInterrupt):
+        side_work.run("the picture", lambda: signal.raise_signal(signal.SIGINT))
+
+
+def test_the_last_side_work_is_tried_again(capsys, monkeypatch):
+    monkeypatch.setattr(side_work_module, "PAUSES", (0, 0, 0))
+    fails = dict(never=0, twice=2, always=99)
+    done = []
+
+    def action(name):
+        fails[name] -= 1
+        if fails[name] >= 0:
+            raise OSError(errno.ENOSPC, "full", f"/a/{name}")
+        done.append(name)
+
+    actions = {name: functools.partial(action, name) for name in fails}
+    assert not SideWork().finish(actions)
+    assert done == ["never", "twice"]
+    said = capsys.readouterr().err
+    end = "warning: always is not as it should be when the run ends: /a/always: No space left"
+    assert end in said
+    assert "never" not in said
 
 
 # ---------------------------------------------------------------- sums
