@@ -110,7 +110,9 @@ def test_rows_past_the_checkpoint_are_dropped_and_kept_aside(settings, tmp_path)
     assert [row["step"] for row in rows(config, "train_loss")] == [1, 2, 3]
     resume(config, checkpoint.latest_path(config.save_dir)).run()
     assert [row["step"] for row in rows(config, "train_loss")] == [1, 2, 3, 4]
-    assert (folder / "metrics.jsonl.1").read_text().startswith(before)
+    dropped = (folder / "metrics.jsonl.1").read_text()
+    assert before.endswith(dropped), "the dropped rows and nothing else"
+    assert [json.loads(line)["step"] for line in dropped.splitlines()] == [3, 4, 4]
     # The first branch's later checkpoint is not written over.
     assert (folder / "checkpoint_step_4.pt.1").exists()
 
