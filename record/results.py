@@ -263,7 +263,7 @@ class Record:
 
     def _thinned_lines(self) -> list[str]:
         """Some of the rows as lines of JSON, in their order; the newest row is among them."""
-        kept = {}
+        kept: dict[int, str] = {}
         for rows in self.thinned.values():
             kept.update(rows.lines)
         if self.history:
@@ -471,7 +471,7 @@ def _packages() -> dict[str, str]:
 
     A package whose files are damaged or half removed is left out.
     """
-    versions = {}
+    versions: dict[str, str] = {}
     for found in importlib.metadata.distributions():
         try:
             name = found.metadata["Name"]
