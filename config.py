@@ -66,7 +66,8 @@ def missing_package_message(error: ModuleNotFoundError) -> str:
 def explain_missing_packages() -> None:
     """Makes this program report a missing package in one line, without a traceback.
 
-    A command calls it before it imports packages, so that it also covers these imports.
+    A command calls it before it imports packages, so that it also covers these imports. Ctrl-C
+    during the imports is one line too.
     """
     sys.excepthook = _report_uncaught
 
@@ -74,6 +75,8 @@ def explain_missing_packages() -> None:
 def _report_uncaught(kind, error, traceback) -> None:
     if isinstance(error, ModuleNotFoundError):
         print(f"error: {missing_package_message(error)}", file=sys.stderr)
+    elif isinstance(error, KeyboardInterrupt):  # Ctrl-C while the imports are under way
+        print("\ninterrupted", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

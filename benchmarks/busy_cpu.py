@@ -30,7 +30,9 @@ if __name__ == "__main__":  # before the imports below, which fail without their
 import torch
 
 from benchmarks.result_files import ROOT, SHORT, option_words, train_command, write
+from cli import exit_code
 from config import PRESETS
+from corpus.workers import kill_with_parent
 from planner.machine import cpu_cores
 from record.results import METRICS, environment
 
@@ -57,7 +59,10 @@ def measure(spin_count: int, folder: Path) -> tuple[float, float]:
     )
     variables = {**os.environ, "GOMP_SPINCOUNT": str(spin_count)}
     run = subprocess.Popen(
-        train_command(folder, [*options, *SHORT]), env=variables, stdout=subprocess.DEVNULL
+        train_command(folder, [*options, *SHORT]),
+        env=variables,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=kill_with_parent,
     )
     metrics = folder / METRICS
     try:
@@ -101,7 +106,9 @@ def _speed(metrics: Path, seconds: float) -> float:
 def _busy_processes(count: int) -> Iterator[None]:
     """`count` processes that compute without end."""
     command = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(command) for _ in range(count)]
+    processes = []
+    for _ in range(count):
+        processes.append(subprocess.Popen(command, preexec_fn=kill_with_parent))
     try:
         yield
     finally:
@@ -111,7 +118,7 @@ def _busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-def main() -> None:
+def main(_argv: list[str]) -> None:
     alone: dict[int, list[float]] = {spin_count: [] for spin_count in SPIN_COUNTS}
     busy: dict[int, list[float]] = {spin_count: [] for spin_count in SPIN_COUNTS}
     for round_number in range(ROUNDS):
@@ -142,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, sys.argv[1:]))

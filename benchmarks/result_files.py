@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from config import ExperimentError
+from corpus.workers import kill_with_parent
 from planner.machine import known_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,10 @@ SHORT = option_words(
 EXTRA_OPTIONS: list[str] = []
 
 
+# The runs of this process that are under way
+RUNNING: list[subprocess.Popen] = []
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -62,10 +67,21 @@ def train(folder: Path, options: list[str], gpu: int | None = None, **variables:
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     command = train_command(folder, options)
-    done = subprocess.run(command, env=environment)
-    if done.returncode != 0:
+    if _exit_code_of(command, environment) != 0:
         raise ExperimentError(f"this run failed: {shlex.join(command)}")
     return json.loads((folder / "training_results.json").read_text())
+
+
+def _exit_code_of(command: list[str], environment: dict[str, str]) -> int:
+    """Runs the command, and kills it when an exception ends the wait or this process ends."""
+    process = subprocess.Popen(command, env=environment, preexec_fn=kill_with_parent)
+    RUNNING.append(process)
+    try:
+        return process.wait()
+    finally:
+        process.kill()  # does nothing when it has ended
+        process.wait()
+        RUNNING.remove(process)
 
 
 def train_side_by_side(runs: dict[str, list[str]], folder: Path) -> dict[str, dict]:
@@ -80,7 +96,12 @@ def train_side_by_side(runs: dict[str, list[str]], folder: Path) -> dict[str, di
             run_folder = folder / label.replace(" ", "_")
             gpu = number % torch.cuda.device_count()
             running[label] = pool.submit(train, run_folder, options, gpu)
-        return {label: run.result() for label, run in running.items()}
+        try:
+            return {label: run.result() for label, run in running.items()}
+        except BaseException:  # Ctrl-C too: the pool would wait for the other runs
+            for process in list(RUNNING):
+                process.kill()
+            raise
 
 
 # ---------------------------------------------------------------- result files

@@ -23,6 +23,11 @@ def signal_with_parent(number: int) -> None:
         _libc.prctl(PR_SET_PDEATHSIG, number)
 
 
+def kill_with_parent() -> None:
+    """Lets the kernel kill this process when its parent ends: for `preexec_fn` of subprocess."""
+    signal_with_parent(signal.SIGKILL)
+
+
 def ignore_stop_signals() -> None:
     """Lets this worker process run on: its parent decides when to stop.
 

@@ -18,15 +18,15 @@ from pathlib import Path
 
 from cli import locked
 from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory
-from corpus.workers import signal_with_parent
+from corpus.workers import STOP_SIGNALS, signal_with_parent
 from planner.machine import cpu_cores
 from studies.grids import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_METRICS = 12e6  # bytes that metrics.jsonl.gz of a study may have
 GRACE = 45  # seconds that a run has to save its checkpoint after SIGTERM
-# Exit codes after SIGINT and SIGTERM: where the run handled the signal, and where it did not
-CUT_OFF_CODES = (130, 143, -2, -15)
+# Exit codes after a signal: where the run handled it, and where it did not
+CUT_OFF_CODES = [128 + number for number in STOP_SIGNALS] + [-number for number in STOP_SIGNALS]
 # Rows of the memory table that grow with the parameters
 STATE = ("weights", "gradients", "master", "momentum", "adamw")
 CPU = "cpu"  # stands in place of a GPU's name

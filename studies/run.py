@@ -36,7 +36,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -49,10 +48,19 @@ if __name__ == "__main__":  # before the imports below, which fail without their
     explain_missing_packages()
 
 import data
-from cli import Parser, add_config_options, config_options, exit_code, locked, new_parser
+from cli import (
+    Parser,
+    add_config_options,
+    config_options,
+    exit_code,
+    locked,
+    new_parser,
+    training,
+)
 from config import Config, ConfigError, nearest, resolve
 from planner.plan import format_duration
 from record.results import git_state
+from record.stop import handled
 from studies.figures import draw
 from studies.grids import STUDIES, TOKENS, Run
 from studies.one_run import CPU, ROOT, environment_of, folder_of, keep_metrics, perform
@@ -197,20 +205,22 @@ class _Scheduler:
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
             _signals(self.stop) as signals,
         ):
-            missing = self._loop(pool)
+            missing = self._loop(pool, signals)
         self._finish(missing)
         if signals:
             print("Stopped; the same command continues.")
             raise SystemExit(128 + signals[0])  # the exit code that shells give for a signal
         return not missing
 
-    def _loop(self, pool: concurrent.futures.Executor) -> list[Run]:
+    def _loop(self, pool: concurrent.futures.Executor, signals: list[int]) -> list[Run]:
         """Starts and collects runs until none is running and none may start.
+
+        After a signal, whose number is in `signals`, none may start and the running ones end.
 
         Returns the runs that are still missing.
         """
         while True:
-            if self.record.elapsed() >= self.seconds:
+            if signals or self.record.elapsed() >= self.seconds:
                 self.stop.set()
             self._update_wanted()
             if not self._is_late():
@@ -443,27 +453,22 @@ def _check_timed(run: Run, result: dict | None, found: dict[str, dict]) -> None:
 
 @contextlib.contextmanager
 def _signals(stop: threading.Event):
-    """Sets `stop` at Ctrl-C, at SIGTERM and at an error in the block: the runs save and end.
+    """Yields a list, to which the numbers of the received signals are added.
 
-    Yields a list, to which the numbers of the received signals are added.
+    An error in the block sets `stop`: the runs save and end.
     """
     received: list[int] = []
 
     def handle(number: int, _frame) -> None:
+        # It must not set `stop`, which takes a lock: the line that it interrupts may have the lock.
         received.append(number)
-        stop.set()
 
-    before = {}  # the handlers that were set
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
     try:
-        yield received
+        with handled(handle):
+            yield received
     except BaseException:
         stop.set()
         raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- is it the same study?
@@ -555,16 +560,16 @@ def run_study(argv: list[str]) -> None:
     if not (folder / "results.json").exists():
         # A study that has begun continues with whatever options it began with.
         _refuse_what_it_sets(args.name, given, args.preset, tokens, seeds)
-    with locked(folder, "--out"):
+    with training(), locked(folder, "--out"):
         corpus = _corpus_facts(base)
         seconds = 60 * args.minutes - (time.monotonic() - began)
         done = study(
             args.name, base, options, tokens, seeds, folder, corpus, seconds, gpus, args.jobs
         )
-    if done:
-        print(f"{folder / 'results.json'}, {folder / 'figure.png'}")
-    else:
-        print("The time is over; the same command continues.")
+        if done:
+            print(f"{folder / 'results.json'}, {folder / 'figure.png'}")
+        else:
+            print("The time is over; the same command continues.")
 
 
 def _list_of_studies() -> str:
