@@ -120,7 +120,7 @@ def find_files(config: Config, path: str, rules: int) -> FoundFiles:
     read = [file for file in files if file not in left_out]
     found = FoundFiles(path, read, left_out, len(hidden))
     if not read:
-        raise ExperimentError(_nothing_to_read_message(found))
+        raise ExperimentError(nothing_to_read_message(found))
     _check_one_kind(found)
     return found
 
@@ -194,7 +194,7 @@ def _check_one_kind(found: FoundFiles) -> None:
         )
 
 
-def _nothing_to_read_message(found: FoundFiles) -> str:
+def nothing_to_read_message(found: FoundFiles) -> str:
     left_out = ""
     if found.left_out or found.hidden:
         left_out = f" It has {found.left_out_message()}."

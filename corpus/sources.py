@@ -20,7 +20,14 @@ from typing import Any, Protocol
 
 from config import DATA_RULES, Config, ConfigError, ExperimentError, nearest
 from corpus import near_duplicates
-from corpus.files import count_suffixes, find_files, is_shard, walk
+from corpus.files import (
+    FoundFiles,
+    count_suffixes,
+    find_files,
+    is_shard,
+    nothing_to_read_message,
+    walk,
+)
 from corpus.formats import (
     NAMED_PROBLEMS,
     Chunk,
@@ -155,11 +162,11 @@ def check_path(data: str) -> None:
     path = os.path.expanduser(data)
     if os.path.exists(path):
         return
-    matches: Iterable[str] = ()
-    if glob.has_magic(path):
-        matches = glob.iglob(path, recursive=True)
-    if not any(matches):
+    if not glob.has_magic(path):
         raise ExperimentError(_nothing_there_message(path, data))
+    if not any(glob.iglob(path, recursive=True)):
+        nothing_found = FoundFiles(path, read=[], left_out={}, hidden=0)
+        raise ExperimentError(nothing_to_read_message(nothing_found))
 
 
 @functools.cache

@@ -125,7 +125,7 @@ class TokenFiles:
         """The tokens of a part, in its own type. Returns [num_tokens]."""
         file = self._open(part)
         tokens = np.empty(part.num_tokens, part.dtype)
-        unread = memoryview(tokens).cast("B")
+        unread = tokens.view(np.uint8).data
         offset = part.offset
         while unread:  # the kernel reads at most 2 GiB at a time
             try:
