@@ -7,11 +7,15 @@ function of (seed, position), so a resumed run continues with exactly the sequen
 """
 
 import functools
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from config import DATA_RULES, IGNORED_TARGET, Config, ExperimentError
 from corpus.cache import Corpus, prepare
@@ -123,27 +127,89 @@ def batches(
 
     The first sequence is the one at data position `position`. `pin_memory` puts the tensors in
     page-locked memory, from which a GPU copies while the CPU continues. With config.num_workers > 0
-    background processes read in advance. They end when the iterator is closed or collected.
+    background processes read in advance. They end when the iterator is closed or collected. When
+    one of them dies, this process reads on from the same position.
     """
-    start_method = None
+    dataset = _TrainingBatches(tokens, config, rules)
     if config.num_workers:
+        loader = _loader(dataset, position, config.num_workers, pin_memory)
+        for batch in _until_a_worker_dies(loader):
+            yield _checked(batch)
+            position += config.batch_size
+    for batch in _loader(dataset, position, 0, pin_memory):
+        yield _checked(batch)
+
+
+def _loader(
+    dataset: "_TrainingBatches", position: int, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """A loader of all micro-batches from the one that begins at `position`."""
+    start_method = None
+    if num_workers:
         start_method = "fork"  # the other methods import torch again, and copy arrays of tokens
-    first_sequences = range(position, 2**62, config.batch_size)  # of each micro-batch, endless
-    loader = DataLoader(
-        _TrainingBatches(tokens, config, rules),
+    first_sequences = range(position, 2**62, dataset.batch_size)  # of each micro-batch, endless
+    return DataLoader(
+        dataset,
         sampler=first_sequences,
         batch_size=None,  # an item is a whole micro-batch already
-        num_workers=config.num_workers,
+        num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         multiprocessing_context=start_method,
         # A generator of its own: otherwise starting workers would advance the global one.
         generator=torch.Generator(),
     )
-    for batch in loader:
-        if isinstance(batch, str):  # the message of an error, perhaps one of a worker
-            raise ExperimentError(batch)
-        yield batch
+
+
+def _checked(batch: tuple[torch.Tensor, torch.Tensor] | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch. Raises ExperimentError where its tokens could not be read."""
+    if isinstance(batch, str):  # the message of the error, perhaps one of a worker
+        raise ExperimentError(batch)
+    return batch
+
+
+def _until_a_worker_dies(loader: DataLoader) -> Iterator:
+    """Yields the items of a loader with workers. Ends, with a warning, when a worker has died.
+
+    The system kills a worker when memory runs out, for example. PyTorch notices it within seconds.
+    """
+    iterator = None
+    try:
+        iterator = _iterator_without_handler(loader)
+        while True:
+            yield next(iterator)
+    except Exception as error:  # a half-sent item can make the loader raise anything
+        cause = str(error).partition("\n")[0]
+        tqdm.write(
+            f"warning: a worker that reads data has died ({cause}). The main process reads the "
+            "data from here on, which may be slower; a resumed run has workers again.",
+            file=sys.stderr,
+        )
+        if iterator is not None:
+            _kill_workers(iterator)
+
+
+def _iterator_without_handler(loader: DataLoader) -> Iterator:
+    """iter(loader), without the signal handler that PyTorch adds when it starts workers.
+
+    The handler would raise an error the moment a worker dies, in the middle of whatever training
+    does then. Without it the error comes out of the iterator.
+    """
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if is_main_thread:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return iterator
+
+
+def _kill_workers(iterator: Iterator) -> None:
+    """Kills the workers that are left.
+
+    They may wait for a lock that the dead worker held, and they ignore PyTorch's SIGTERM.
+    """
+    for worker in iterator._workers:
+        worker.kill()
 
 
 class _TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor] | str]):

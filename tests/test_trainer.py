@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import random
+import signal
 from pathlib import Path
 
 import numpy
@@ -97,6 +100,30 @@ def test_stopped_and_resumed_run_equals_one_run_to_the_bit(settings, tmp_path, f
         for one_run, two_runs in pairs:
             for key in (kind, *exact):
                 assert one_run.get(key) == two_runs.get(key), key
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_costs_a_run_nothing(settings, tmp_path, capsys):
+    """It waits five seconds until PyTorch notices."""
+    short = dict(max_steps=8, log_every=1, eval_every=100, save_every=0)
+    whole = settings(save_dir=str(tmp_path / "whole"), **short)
+    build(whole).run()
+    trainer = build(settings(num_workers=2, **short))
+    take = trainer.train_step
+
+    def train_step(batches):
+        if trainer.step == 2:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return take(batches)
+
+    trainer.train_step = train_step
+    trainer.run()
+    for one, other in zip(rows(whole, "train_loss"), rows(trainer.config, "train_loss")):
+        for key in ("step", "train_loss", "grad_norm", "tokens_seen"):
+            assert one[key] == other[key], key
+    assert trainer.step == 8
+    assert capsys.readouterr().err.count("warning: a worker that reads data has died") == 1
+    assert not multiprocessing.active_children()
 
 
 def test_rows_past_the_checkpoint_are_dropped_and_kept_aside(settings, tmp_path):
