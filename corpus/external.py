@@ -43,6 +43,7 @@ class _Format(NamedTuple):
 # writes the first kind.
 LLM_C_FORMATS = {20240520: _Format(1, "<u2"), 20240801: _Format(7, "<u4")}
 LLM_C_EVALUATION = 20240522  # the magic number of llm.c's multiple-choice questions
+NUMPY_MAGIC = b"\x93NUMPY"  # numpy.save writes it: the header's letters would be read as tokens
 SIDES = ("training", "validation")
 
 NANO_GPT = "<u2"  # nanoGPT writes tokens of this type without a header
@@ -74,6 +75,13 @@ def open_external_shard(path: str, without_header: str = NANO_GPT) -> TokenFiles
         ) from error
     if head.header.startswith(MAGIC):
         raise ExperimentError(_our_own_shard_message(path))
+    if head.header.startswith(NUMPY_MAGIC):
+        raise ExperimentError(
+            f"{path} was written by numpy.save, whose header is no token. Write the array with its "
+            "tofile"
+        )
+    if not head.header:
+        raise ExperimentError(f"{path} is empty. Take it out of --data, or make it again")
     magic, version, count = _llm_c_header(head)
     if magic == LLM_C_EVALUATION:
         raise ExperimentError(
@@ -109,7 +117,7 @@ def _llm_c_header(head: FileHead) -> tuple[int, int, int]:
 
 def _open_without_header(path: str, head: FileHead, dtype: np.dtype) -> TokenFiles:
     """Opens a file that holds nothing but tokens. Returns [tokens]."""
-    if head.size % dtype.itemsize or not head.size:
+    if head.size % dtype.itemsize:
         raise ExperimentError(
             f"{path} is cut short: {head.size:,} bytes are no whole number of {dtype.name} tokens. "
             "Make or download it again"

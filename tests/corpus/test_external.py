@@ -193,7 +193,10 @@ def test_shards_that_cannot_be_used(tmp_path, bins):
     path.write_bytes(b"abc")
     fails(config, "train.bin", "cut short: 3 bytes", "uint16")
     path.write_bytes(b"")
-    fails(config, "train.bin", "cut short: 0 bytes")
+    fails(config, "train.bin", "is empty", "--data")
+    with open(path, "wb") as file:
+        np.save(file, np.array(ids, "<u2"))
+    fails(config, "train.bin", "numpy.save", "tofile")
     external_shard(path, ids)
     external_shard(tmp_path / "bins" / "val.bin", ids[:16])
     fails(config, "too small", "16 validation tokens", "17 (max_seq_len + 1)")
