@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.result_files import write
 from config import KNOWN_DATA_RULES, Config
-from corpus import shards
+from corpus import text_scan
 from corpus.sources import BUILT_IN, Source, open_source
 from corpus.split import document_keys
 from record.results import environment
@@ -44,9 +44,9 @@ def measure(data: str, rules: int) -> dict:
     config = Config(data=data)
     source = open_source(config, rules)
     start = time.perf_counter()
-    found = shards.read_text(source, to_end=True)
+    found = text_scan.read_text(source, to_end=True)
     seconds = time.perf_counter() - start
-    held_out = shards.held_out_chunks(source, found, config.validation_fraction, rules)
+    held_out = text_scan.held_out_chunks(source, found, config.validation_fraction, rules)
     lengths = found.lengths
     documents = document_keys(found.chunks)
     is_split = np.isin(documents, documents[~held_out]) & held_out

@@ -23,19 +23,12 @@ from tokenizers import Tokenizer
 from config import DATA_RULES, KNOWN_DATA_RULES, Config, ConfigError, ExperimentError
 from corpus import checksums, sources
 from corpus.external import import_shards, open_counted
-from corpus.shards import (
-    PROGRESS_FILE,
-    TEMPORARY_FILES,
-    TOKEN_FILES,
-    Scan,
-    build,
-    build_key,
-    data_hash,
-    scan,
-)
+from corpus.shards import TEMPORARY_FILES, build, build_key
 from corpus.sources import Source
+from corpus.text_scan import Scan, data_hash, scan
 from corpus.token_files import count_both, open_shard, replace_file, unigram_cross_entropy
 from corpus.token_reader import TokenFiles
+from corpus.token_writer import PROGRESS_FILE, TOKEN_FILES
 from corpus.tokenizer import (
     check_vocabulary,
     load_tokenizer,

@@ -1,7 +1,7 @@
 """Files of tokens: their format, opening them, and counting what they hold.
 
 A token shard of ours is a header of HEADER_BYTES bytes, then the tokens as little-endian uint16 or
-uint32. corpus.shards writes such files; corpus.external reads those of other programs.
+uint32. corpus.token_writer writes such files; corpus.external reads those of other programs.
 """
 
 import math

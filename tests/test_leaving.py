@@ -388,7 +388,7 @@ def test_a_signal_during_the_last_sample_keeps_the_finished_run(settings, tmp_pa
 
 @pytest.mark.slow
 def test_a_signal_while_tokenizing_ends_the_program_at_once(text, tmp_path, monkeypatch):
-    interrupt(monkeypatch, shards, "_write_shards", signal.SIGUSR1)
+    interrupt(monkeypatch, shards, "write_shards", signal.SIGUSR1)
     err = tmp_path / "err.txt"
 
     def prepare():

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from cli import exit_code, new_parser
 from config import DATA_RULES, Config, ConfigError, ExperimentError, resumed_config
-from corpus import shards, sources
+from corpus import sources, text_scan
 from corpus.safe_cuts import SafeCuts
 from corpus.tokenizer import ChunkEncoder, character_before_next, load_tokenizer
 from engine.triton_kernels import attention_backends
@@ -143,13 +143,13 @@ def held_out(
 
     Raises ExperimentError, which ends with `remedy`, when the hash of the text is another one.
     """
-    found = shards.read_text(source, to_end=True)
-    if shards.data_hash(found.chunks) != data_hash:
+    found = text_scan.read_text(source, to_end=True)
+    if text_scan.data_hash(found.chunks) != data_hash:
         raise ExperimentError(
             f"{config.data} is not the text that the checkpoint was trained on, so what was held "
             f"out is not known. {remedy}"
         )
-    return shards.held_out_chunks(source, found, config.validation_fraction, rules)
+    return text_scan.held_out_chunks(source, found, config.validation_fraction, rules)
 
 
 # ---------------------------------------------------------------- the measurement

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from corpus import shards
+from corpus import token_writer
 from tests.corpus.stories import STORIES
 
 
@@ -23,12 +23,12 @@ def folder(tmp_path) -> Path:
 def encoded(monkeypatch):
     """Every text that is tokenized from now on, in this process."""
     texts = []
-    item = shards._BatchEncoder.__getitem__
+    item = token_writer.BatchEncoder.__getitem__
 
     def noting(self, batch):
         texts.extend(batch.texts)
         return item(self, batch)
 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: [])  # no workers
-    monkeypatch.setattr(shards._BatchEncoder, "__getitem__", noting)
+    monkeypatch.setattr(token_writer.BatchEncoder, "__getitem__", noting)
     return texts

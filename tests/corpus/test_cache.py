@@ -14,7 +14,7 @@ import pytest
 
 import data
 from config import DATA_RULES, ConfigError, ExperimentError
-from corpus import cache, shards, sources
+from corpus import cache, shards, sources, text_scan
 from corpus.cache import _cache_key, _lock, _unfinished
 from corpus.token_files import open_shard
 from tests.corpus.stories import (
@@ -238,16 +238,20 @@ def test_a_file_system_without_links_builds_and_harms_no_other_cache(
 # --- builds that end early
 
 
-@pytest.mark.parametrize("moment", ["train_tokenizer", "_write_shards"])
+@pytest.mark.parametrize(
+    "module, moment", [(text_scan, "train_tokenizer"), (shards, "write_shards")]
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_end_in_the_middle_leaves_no_half_cache(tmp_path, folder, monkeypatch, moment, error):
+def test_an_end_in_the_middle_leaves_no_half_cache(
+    tmp_path, folder, monkeypatch, module, moment, error
+):
     def stop(folder_or_texts, *rest):
         if isinstance(folder_or_texts, Path):
             (folder_or_texts / "train.bin").write_bytes(b"half")
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, moment, stop)
+        patch.setattr(module, moment, stop)
         with pytest.raises(error):
             data.prepare(config_for(tmp_path))
     assert not list((tmp_path / "cache").iterdir())
@@ -257,7 +261,7 @@ def test_an_end_in_the_middle_leaves_no_half_cache(tmp_path, folder, monkeypatch
 @pytest.mark.slow
 def test_a_killed_build_is_not_taken_for_a_cache(tmp_path, folder):
     def build():
-        shards._write_shards = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        shards.write_shards = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         data.prepare(config_for(tmp_path))
 
     assert forked(build) == -signal.SIGKILL
@@ -266,7 +270,7 @@ def test_a_killed_build_is_not_taken_for_a_cache(tmp_path, folder):
 
 
 def test_the_loser_of_a_race_uses_the_winners_cache(tmp_path, folder, monkeypatch):
-    write, winner = shards._write_shards, []
+    write, winner = shards.write_shards, []
 
     def slow(*args):
         if not winner:  # another run starts and finishes while this one is writing
@@ -274,7 +278,7 @@ def test_the_loser_of_a_race_uses_the_winners_cache(tmp_path, folder, monkeypatc
             winner[0] = data.prepare(config_for(tmp_path))
         return write(*args)
 
-    monkeypatch.setattr(shards, "_write_shards", slow)
+    monkeypatch.setattr(shards, "write_shards", slow)
     loser = data.prepare(config_for(tmp_path))
     assert np.array_equal(loser.train, winner[0].train)
     assert Path(loser.train.paths[0]).samefile(winner[0].train.paths[0])

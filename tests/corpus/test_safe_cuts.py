@@ -9,8 +9,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from corpus.formats import cut
 from corpus.safe_cuts import SafeCuts
-from corpus.shards import _marked_chunks
 from corpus.split import Split
+from corpus.token_writer import _marked_chunks
 from corpus.tokenizer import ChunkEncoder, load_tokenizer
 
 CODE = Path(__file__).read_text()

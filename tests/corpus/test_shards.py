@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import data
 from config import ExperimentError
-from corpus import shards, sources, split
+from corpus import shards, sources, split, text_scan, token_writer
 from corpus.token_files import unigram_cross_entropy
 from corpus.tokenizer import train_tokenizer
 from tests.corpus.stories import (
@@ -40,8 +40,8 @@ ROOT = Path(data.__file__).parent
 @pytest.fixture
 def small_shards(monkeypatch):
     """Many batches and shards even of a small corpus, on worker processes."""
-    monkeypatch.setattr(shards, "TOKENIZE_CHARACTERS", 700)
-    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 3000)
+    monkeypatch.setattr(token_writer, "TOKENIZE_CHARACTERS", 700)
+    monkeypatch.setattr(token_writer, "SHARD_CHARACTERS", 3000)
 
 
 # --- split
@@ -150,7 +150,7 @@ def test_pieces_of_a_long_file_are_joined_on_their_side(tmp_path, monkeypatch):
 
 def test_tokenizing_in_small_batches_changes_nothing(tmp_path, folder, monkeypatch):
     whole = data.prepare(config_for(tmp_path))
-    monkeypatch.setattr(shards, "TOKENIZE_CHARACTERS", 700)
+    monkeypatch.setattr(token_writer, "TOKENIZE_CHARACTERS", 700)
     parts = data.prepare(config_for(tmp_path, cache_dir=str(tmp_path / "cache2")))
     assert np.array_equal(whole.train, parts.train) and np.array_equal(
         whole.validation, parts.validation
@@ -202,11 +202,11 @@ def test_tokenizer_is_trained_on_an_even_sample_of_training_documents(
     seen = []
     train = train_tokenizer
     monkeypatch.setattr(
-        shards,
+        text_scan,
         "train_tokenizer",
         lambda texts, *options: train(seen.append(list(texts)) or seen[0], *options),
     )
-    monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", corpus.characters // 4)
+    monkeypatch.setattr(text_scan, "TOKENIZER_SAMPLE", corpus.characters // 4)
     data.prepare(config_for(tmp_path))  # the sample's size is part of the cache key
     chosen = [in_order.index(int(re.search(r"doc(\d+)x", t).group(1))) for t in seen[0]]
     gaps = np.diff([-1] + chosen + [len(in_order)])
@@ -216,7 +216,7 @@ def test_tokenizer_is_trained_on_an_even_sample_of_training_documents(
 def test_files_that_change_while_they_are_read(tmp_path, folder, monkeypatch):
     train = train_tokenizer
     monkeypatch.setattr(
-        shards,
+        text_scan,
         "train_tokenizer",
         lambda *a: train(*a) + (folder / "05.txt").write_text("other") * "",
     )
@@ -231,10 +231,10 @@ def killed_build(tmp_path, commits: int, **changes) -> None:
 
     def build():
         # A forked process has these to itself.
-        shards.TOKENIZE_CHARACTERS = 700
-        shards.SHARD_CHARACTERS = 3000
+        token_writer.TOKENIZE_CHARACTERS = 700
+        token_writer.SHARD_CHARACTERS = 3000
         os.sched_getaffinity = lambda _: range(2)
-        replace_file = shards.replace_file
+        replace_file = token_writer.replace_file
         written = []
 
         def counted(path, content):
@@ -243,7 +243,7 @@ def killed_build(tmp_path, commits: int, **changes) -> None:
             if written.count("progress.json") == commits:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        shards.replace_file = counted
+        token_writer.replace_file = counted
         data.prepare(config_for(tmp_path, **changes))
 
     assert forked(build) == -signal.SIGKILL
@@ -277,7 +277,7 @@ def test_a_killed_build_continues_without_doing_finished_shards_again(
         file.write(b"what was not finished")
     encoded.clear()
     monkeypatch.setattr(
-        shards, "train_tokenizer", lambda *_: pytest.fail("the tokenizer was trained again")
+        text_scan, "train_tokenizer", lambda *_: pytest.fail("the tokenizer was trained again")
     )
     corpus = data.prepare(config_for(tmp_path, **changes))
     assert same(corpus, whole)
@@ -299,7 +299,7 @@ def test_a_killed_build_continues_without_doing_finished_shards_again(
 @pytest.mark.slow
 def test_a_killed_build_of_a_long_data_set_continues(tmp_path, hub, monkeypatch):
     """Only its beginning was scanned; the data set must say again how long it is."""
-    monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
+    monkeypatch.setattr(text_scan, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
     changes = dict(data=f"hf:{hub}:big")
     whole = data.prepare(config_for(tmp_path, cache_dir=str(tmp_path / "other"), **changes))
     killed_build(tmp_path, 2, **changes)
@@ -326,7 +326,7 @@ def test_what_progress_promises_is_on_the_disk_before_it(
     assert {"progress.json.tmp", "tokenizer.json.tmp", "corpus.json.tmp"} <= set(synced)
     for i, name in enumerate(synced):
         if name == "progress.json.tmp":
-            assert synced[i - 3 : i] == [*shards.TOKEN_FILES, shards.CHUNK_FILE]
+            assert synced[i - 3 : i] == [*token_writer.TOKEN_FILES, token_writer.CHUNK_FILE]
 
 
 def test_a_full_disk_keeps_the_finished_shards(tmp_path, folder, small_shards, encoded):
@@ -435,9 +435,10 @@ def test_tokenizing_stays_within_a_memory_limit_that_the_corpus_exceeds(tmp_path
         import os, re, resource, threading
         from pathlib import Path
         import data
-        from corpus import shards, token_files
+        from corpus import text_scan, token_files, token_writer
         from tests.corpus.stories import config_for
-        shards.TOKENIZER_SAMPLE = shards.TOKENIZE_CHARACTERS = token_files.TOKENS_AT_ONCE = 50_000
+        text_scan.TOKENIZER_SAMPLE = token_writer.TOKENIZE_CHARACTERS = 50_000
+        token_files.TOKENS_AT_ONCE = 50_000
         os.sched_getaffinity = lambda _: range(2)
         threading.stack_size(512 * 1024)
         used = int(re.search(r'VmData:\\s*(\\d+)', Path('/proc/self/status').read_text()).group(1))
@@ -452,7 +453,7 @@ def test_tokenizing_stays_within_a_memory_limit_that_the_corpus_exceeds(tmp_path
 
 def test_a_scan_without_keys_is_one_of_version_1(tmp_path, folder):
     """Older programs saved scans that have neither keys nor groups."""
-    found = shards.read_text(sources.open_source(config_for(tmp_path), 1), to_end=True)
+    found = text_scan.read_text(sources.open_source(config_for(tmp_path), 1), to_end=True)
     np.savez(
         tmp_path / "survey.npz",
         pieces=found.chunks,
@@ -461,7 +462,7 @@ def test_a_scan_without_keys_is_one_of_version_1(tmp_path, folder):
         bad=found.bad,
         bad_rows=found.bad_rows,
     )
-    loaded = shards._load_scan(tmp_path / "survey.npz")
+    loaded = text_scan._load_scan(tmp_path / "survey.npz")
     assert not loaded.grouped and np.array_equal(loaded.keys, loaded.chunks["hash"])
-    expected = shards.split_of(found, 0.2, 1).held_out
-    assert np.array_equal(shards.split_of(loaded, 0.2, 1).held_out, expected)
+    expected = text_scan.split_of(found, 0.2, 1).held_out
+    assert np.array_equal(text_scan.split_of(loaded, 0.2, 1).held_out, expected)

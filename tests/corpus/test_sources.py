@@ -16,7 +16,7 @@ import pytest
 
 import data
 from config import Config, ConfigError, ExperimentError
-from corpus import shards, sources
+from corpus import sources, text_scan, token_writer
 from corpus.formats import RowCounter
 from corpus.sources import open_source
 from corpus.tokenizer import train_tokenizer
@@ -376,7 +376,7 @@ def test_of_a_long_data_set_the_beginning_decides_split_and_tokenizer(tmp_path, 
     whole = data.prepare(
         config_for(tmp_path, data=f"hf:{hub}:big", cache_dir=str(tmp_path / "other")), rules=1
     )
-    monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
+    monkeypatch.setattr(text_scan, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
     corpus = data.prepare(config_for(tmp_path, data=f"hf:{hub}:big"), rules=1)
     assert (
         corpus.data_hash == whole.data_hash
@@ -389,10 +389,10 @@ def test_of_a_long_data_set_the_beginning_decides_split_and_tokenizer(tmp_path, 
         for t in (corpus.train, corpus.validation)
     ]
     assert sorted(sides[0] + sides[1]) == sorted(STORIES)
-    limit = max(shards.text_hash(text) for text in sides[1])
-    assert all(shards.text_hash(text) > limit for text in sides[0])
+    limit = max(text_scan.text_hash(text) for text in sides[1])
+    assert all(text_scan.text_hash(text) > limit for text in sides[0])
     held = [
-        text for text in STORIES[:20] if shards.text_hash(text) <= limit
+        text for text in STORIES[:20] if text_scan.text_hash(text) <= limit
     ]  # a fifth of the beginning, not of all
     assert 0.2 <= sum(map(len, held)) / sum(map(len, STORIES[:20])) < 0.3
     assert corpus.tokenizer_json == train_tokenizer(
@@ -405,7 +405,7 @@ def test_the_same_text_from_a_file_does_not_take_over_a_split_that_the_beginning
 ):
     rows = str(write_rows(tmp_path / "rows.jsonl", STORIES))
     own = data.prepare(config_for(tmp_path, data=rows, cache_dir=str(tmp_path / "other")))
-    monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
+    monkeypatch.setattr(text_scan, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
     changes = dict(tokenizer=str(tmp_path / "tokenizer.json"))
     Path(changes["tokenizer"]).write_text(own.tokenizer_json)
     beginning = data.prepare(config_for(tmp_path, data=f"hf:{hub}:big", **changes))
@@ -598,10 +598,10 @@ def test_a_source_of_ones_own_becomes_the_corpus_that_its_files_are(tmp_path, mo
 def test_a_build_from_a_source_of_ones_own_continues_at_its_position(
     tmp_path, strings, monkeypatch
 ):
-    monkeypatch.setattr(shards, "TOKENIZE_CHARACTERS", 700)
-    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 3000)
+    monkeypatch.setattr(token_writer, "TOKENIZE_CHARACTERS", 700)
+    monkeypatch.setattr(token_writer, "SHARD_CHARACTERS", 3000)
     config = config_for(tmp_path, data="anything")
-    write = shards.replace_file
+    write = token_writer.replace_file
 
     def fail_after_some_work(path, content):
         write(path, content)
@@ -609,7 +609,7 @@ def test_a_build_from_a_source_of_ones_own_continues_at_its_position(
             raise ExperimentError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "replace_file", fail_after_some_work)
+        patch.setattr(token_writer, "replace_file", fail_after_some_work)
         with pytest.raises(ExperimentError, match="stopped"):
             data.prepare(config)
     strings.begun_at.clear()

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import data
 from config import Config, ExperimentError
-from corpus import near_duplicates, shards, sources, split
-from corpus.shards import CHUNK
+from corpus import near_duplicates, sources, split, text_scan
 from corpus.split import decide, document_keys
+from corpus.text_scan import CHUNK
 from tests.corpus.stories import STORIES, config_for, same, story, text_of
 from tests.corpus.test_sources import hub, write_rows  # noqa: F401 (hub is a fixture)
 
@@ -239,7 +239,7 @@ def test_a_share_far_from_the_fraction_is_warned_of_or_refused(tmp_path, capsys)
 
 
 def test_a_stream_is_split_by_document_beyond_its_beginning(tmp_path, hub, monkeypatch):
-    monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
+    monkeypatch.setattr(text_scan, "TOKENIZER_SAMPLE", sum(map(len, STORIES[:20])))
     monkeypatch.setattr(sources, "CHUNK_CHARACTERS", (100, 100))
     config = config_for(tmp_path, data=f"hf:{hub}:big", validation_fraction=0.3)
     corpus = data.prepare(config, rules=2)
@@ -248,8 +248,8 @@ def test_a_stream_is_split_by_document_beyond_its_beginning(tmp_path, hub, monke
     assert sorted(sides[0] + sides[1]) == sorted(STORIES)
     # What evaluation finds is what was held out.
     source = sources.open_source(config, 2)
-    found = shards.read_text(source, to_end=True)
-    held_out = shards.held_out_chunks(source, found, 0.3, 2)
+    found = text_scan.read_text(source, to_end=True)
+    held_out = text_scan.held_out_chunks(source, found, 0.3, 2)
     texts = [text for (text, _), held in zip(source.chunks(), held_out) if held]
     assert "".join(texts) == "".join(sides[1])
 
@@ -289,8 +289,8 @@ def test_packages_stay_together_and_near_duplicates_are_dropped(tmp_path, monkey
     assert len(files) - 2 == corpus.documents
 
     source = sources.open_source(config, 2)
-    found = shards.read_text(source, to_end=True)
-    held_out = shards.held_out_chunks(source, found, 0.1, 2)
+    found = text_scan.read_text(source, to_end=True)
+    held_out = text_scan.held_out_chunks(source, found, 0.1, 2)
     sides: tuple[set, set] = (set(), set())
     for _, is_held_out in zip(source.chunks(), held_out):
         sides[int(is_held_out)].add(source.group())
@@ -329,8 +329,8 @@ def test_package_of_a_path():
 def test_the_python_corpus_is_split_by_package_without_near_duplicates():
     config = Config(data="python")
     source = sources.open_source(config, 2)
-    found = shards.read_text(source, to_end=True)
-    held_out = shards.held_out_chunks(source, found, 0.01, 2)
+    found = text_scan.read_text(source, to_end=True)
+    held_out = text_scan.held_out_chunks(source, found, 0.01, 2)
     assert found.grouped
     share = found.lengths[held_out].sum() / found.lengths.sum()
     assert 0.005 <= share <= 0.015

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 import data
 from config import ConfigError, ExperimentError
-from corpus import shards
+from corpus import token_writer
 from corpus.tokenizer import (
     LONGEST_WORD,
     ChunkEncoder,
@@ -356,7 +356,7 @@ def backtracking(path: Path) -> str:
 @pytest.mark.slow
 def test_a_tokenizer_that_panics_is_one_line(tmp_path, capfd, monkeypatch, workers):
     (tmp_path / "text.txt").write_text("a" * 60 + "b " + "words " * 50)
-    monkeypatch.setattr(shards, "_worker_count", lambda _: workers)
+    monkeypatch.setattr(token_writer, "_worker_count", lambda _: workers)
     path = backtracking(tmp_path / "t.json")
     config = config_for(tmp_path, data=str(tmp_path / "text.txt"), tokenizer=path)
     fails(config, "cannot encode this corpus", "retry-limit", "--tokenizer")

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 import run_experiment
 from cli import exit_code
 from config import PRESETS, Config
-from corpus import shards, sources, split
+from corpus import sources, split, text_scan
 from corpus.tokenizer import load_tokenizer
 from record import checkpoint, results
 from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
@@ -270,20 +270,20 @@ def test_of_a_long_data_set_the_beginning_decided_what_was_held_out(corpus, tmp_
     source = sources.open_source(config)
     source.scan_to_end = False
     chunks = list(evaluate.texts(source))
-    whole = shards.read_text(source, to_end=True)
+    whole = text_scan.read_text(source, to_end=True)
     characters = int(whole.lengths.sum())
     monkeypatch.setattr(sources, "open_source", lambda config, rules=1: source)
     sizes = set()
     for sample in (characters // 3, 10**9):
-        monkeypatch.setattr(shards, "TOKENIZER_SAMPLE", sample)
-        data_hash = shards.data_hash(whole.chunks)
+        monkeypatch.setattr(text_scan, "TOKENIZER_SAMPLE", sample)
+        data_hash = text_scan.data_hash(whole.chunks)
         found = [chunk.text for chunk in evaluate.held_out_texts(config, data_hash, rules=1)]
-        beginning = shards.read_text(source, to_end=False)
+        beginning = text_scan.read_text(source, to_end=False)
         assert (len(beginning.chunks) < len(whole.chunks)) == (sample < 10**9)
         assert beginning.lengths.sum() >= min(sample, characters)
         chosen = split.split_chunks(beginning.chunks["hash"], beginning.lengths, 0.3)
         limit = beginning.chunks["hash"][chosen].max()
-        assert found == [chunk.text for chunk in chunks if shards.text_hash(chunk.text) <= limit]
+        assert found == [chunk.text for chunk in chunks if text_scan.text_hash(chunk.text) <= limit]
         sizes.add(len(found))
     assert len(sizes) == 2
 

@@ -1,0 +1,277 @@
+"""One reading of a text: the hash and the length of every chunk, and what is decided from them.
+
+`scan` notes them. From a scan follow which documents are held out, the identity of the corpus, and
+the sample that a tokenizer is trained on.
+
+File names and keys in files are what caches on disk have: survey.npz, pieces.bin and the key
+"pieces" are older than the words "scan" and "chunk" in this code.
+"""
+
+import hashlib
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from config import Config, ExperimentError
+from corpus import split
+from corpus.sources import Source
+from corpus.split import CHUNKS_AT_ONCE, Split
+from corpus.token_files import ProgressBar
+from corpus.tokenizer import train_tokenizer, trained_size
+from planner.plan import format_duration
+
+# Characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores.
+TOKENIZER_SAMPLE = 20_000_000
+SCAN_FILE = "survey.npz"
+
+# What is kept of a chunk of text: its hash, its length in characters, whether its document ends
+# with it.
+CHUNK = np.dtype([("hash", "<u8"), ("length", "<u4"), ("last", "?")])
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one reading of a text found. All fields but `chunks` are keys of the scan's file."""
+
+    chunks: np.ndarray  # CHUNK records, in reading order
+    keys: np.ndarray  # uint64 [chunks], by which version 2 of the rules splits the text
+    grouped: bool  # whether the source keeps groups of documents on one side
+    whole: bool  # whether these are all chunks of the text
+    rows: int  # lines and rows that were read
+    bad: int  # of these, how many cannot be read and are left out
+    bad_rows: str  # where the first of them are, and what is wrong with them
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.chunks["length"].astype(np.int64)
+
+
+def scan(source: Source, folder: Path) -> Scan:
+    """Reads the text once, or only its beginning when reading the rest means downloading it.
+
+    What was found is kept in `folder` for a build that continues there after a kill.
+    Raises ExperimentError when there is no text.
+    """
+    path = folder / SCAN_FILE
+    if path.exists():
+        return _load_scan(path)
+    found = read_text(source, to_end=source.scan_to_end)
+    _save_scan(found, path)
+    return found
+
+
+def read_text(source: Source, to_end: bool) -> Scan:
+    """Reads the text of a source and notes hash, length and end of every chunk.
+
+    Unless `to_end`, it stops after the first document that brings the characters to
+    TOKENIZER_SAMPLE. Raises ExperimentError when there is no text.
+    """
+    # These arrays take 25 bytes a chunk; lists of Python's numbers would take five times as much.
+    hashes = array("Q")
+    keys = array("Q")
+    lengths = array("L")
+    ends = bytearray()
+    characters = 0
+    whole = True
+    grouped = False
+    group_of_latest = getattr(source, "group", _no_group)
+    first = True  # whether the next chunk is the first one of its document
+    with ProgressBar("reading the corpus") as bar:
+        for text, last in source.chunks():
+            hashes.append(text_hash(text))
+            if first:
+                group = group_of_latest()
+                grouped |= group is not None
+                key = document_key(hashes[-1], group)
+            keys.append(key)
+            lengths.append(len(text))
+            ends.append(last)
+            first = last
+            characters += len(text)
+            bar.add(len(text), last)
+            # `_beginning` cuts a whole scan at the same chunk: change both together.
+            if not to_end and last and characters >= TOKENIZER_SAMPLE:
+                whole = False
+                break
+    if not hashes:
+        raise ExperimentError(f"{source.name} is empty. Give --data a corpus with text")
+    chunks = np.empty(len(hashes), CHUNK)
+    chunks["hash"] = hashes
+    chunks["length"] = lengths
+    chunks["last"] = np.frombuffer(ends, bool)
+    rows = source.rows
+    return Scan(
+        chunks=chunks,
+        keys=np.frombuffer(keys, np.uint64),
+        grouped=grouped,
+        whole=whole,
+        rows=rows.read,
+        bad=rows.bad,
+        bad_rows="; ".join(rows.problems),
+    )
+
+
+def _no_group() -> None:
+    return None
+
+
+def document_key(first_hash: int, group: str | None) -> int:
+    """What version 2 of the rules splits a text by: the hash of a document's group.
+
+    Where it has no group, it is the hash of its first chunk. So the side of a document is known
+    when it begins.
+    """
+    if group is None:
+        return first_hash
+    return text_hash(f"group {group}")
+
+
+def _save_scan(found: Scan, path: Path) -> None:
+    temporary = path.with_name("survey.tmp.npz")
+    np.savez(
+        temporary,
+        pieces=found.chunks,
+        keys=found.keys,
+        grouped=found.grouped,
+        whole=found.whole,
+        rows=found.rows,
+        bad=found.bad,
+        bad_rows=found.bad_rows,
+    )
+    temporary.replace(path)
+
+
+def _load_scan(path: Path) -> Scan:
+    with np.load(path) as saved:
+        chunks = saved["pieces"]
+        # Scans of version 1 that an older program saved have neither keys nor groups.
+        keys = chunks["hash"]
+        grouped = False
+        if "keys" in saved:
+            keys = saved["keys"]
+            grouped = saved["grouped"].item()
+        return Scan(
+            chunks=chunks,
+            keys=keys,
+            grouped=grouped,
+            whole=saved["whole"].item(),
+            rows=saved["rows"].item(),
+            bad=saved["bad"].item(),
+            bad_rows=saved["bad_rows"].item(),
+        )
+
+
+def text_hash(text: str) -> int:
+    """64 bits that identify a text: the same on every machine."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def data_hash(chunks: np.ndarray) -> str:
+    """The identity of a corpus with these chunks (CHUNK records): the same on every machine.
+
+    The records may be mapped from a file: they are read a part at a time.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("hash", "last"):
+        for first in range(0, len(chunks), CHUNKS_AT_ONCE):
+            digest.update(chunks[name][first : first + CHUNKS_AT_ONCE].tobytes())
+    return digest.hexdigest()
+
+
+def split_of(found: Scan, validation_fraction: float, rules: int) -> Split:
+    """What is held out of the text of a scan."""
+    return split.decide(found.chunks, found.keys, found.whole, validation_fraction, rules)
+
+
+def held_out_chunks(
+    source: Source, found: Scan, validation_fraction: float, rules: int
+) -> np.ndarray:
+    """Which chunks a build holds out, bool [chunks]. `found` is a scan of the text to its end."""
+    chunks = found.chunks
+    if not source.scan_to_end:
+        # The build knew the beginning only.
+        found = _beginning(found)
+    decided = split_of(found, validation_fraction, rules)
+    return np.concatenate([held_out for _, held_out in decided.blocks(chunks)])
+
+
+def _beginning(found: Scan) -> Scan:
+    """The scan of a text that is not scanned to its end, of one that was scanned to its end.
+
+    It ends with the first document that brings the characters to TOKENIZER_SAMPLE.
+    """
+    characters = np.cumsum(found.lengths)
+    enough = (characters >= TOKENIZER_SAMPLE) & found.chunks["last"]
+    if not enough.any():
+        return found
+    count = enough.argmax() + 1
+    return replace(found, chunks=found.chunks[:count], keys=found.keys[:count], whole=False)
+
+
+def changed_error(source: Source) -> ExperimentError:
+    return ExperimentError(f"the corpus {source.name} changed while it was being read; run again")
+
+
+# --- the tokenizer
+
+
+def train_or_read_tokenizer(
+    config: Config,
+    source: Source,
+    found: Scan,
+    training: np.ndarray,
+    folder: Path,
+    rules: int,
+) -> str:
+    """The tokenizer.json that a killed build left in the folder, else that of a new tokenizer.
+
+    `training` (bool) says which of the scanned chunks are not held out.
+    """
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return path.read_bytes().decode()
+    start = time.perf_counter()
+    sample = _even_sample(training, found.lengths)
+    size = trained_size(config)
+    assert size is not None  # else the tokenizer is a given one
+    texts = _sampled_texts(source, found.chunks, sample)
+    tokenizer_json = train_tokenizer(texts, size, rules)
+    seconds = time.perf_counter() - start
+    characters = found.lengths[sample].sum()
+    print(f"data: tokenizer trained on {characters:,} characters in {format_duration(seconds)}")
+    return tokenizer_json
+
+
+def _even_sample(training: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Which chunks a tokenizer is trained on, bool [chunks].
+
+    They are about TOKENIZER_SAMPLE characters of the training chunks, spread evenly over the text.
+    `training` (bool) says which chunks are not held out; `lengths` are in characters.
+    """
+    share = min(1, TOKENIZER_SAMPLE / lengths[training].sum())
+    # Training chunk i is taken where i * share passes a whole number: with a share of 1/3 these are
+    # every third chunk.
+    totals = np.floor(np.arange(training.sum() + 1) * share)
+    sample = training.copy()
+    sample[training] = np.diff(totals) > 0
+    return sample
+
+
+def _sampled_texts(source: Source, chunks: np.ndarray, sample: np.ndarray) -> Iterator[str]:
+    """The texts of the chunks that `sample` (bool [chunks]) takes, read from the source again.
+
+    Raises ExperimentError when the text is not what was scanned.
+    """
+    characters = int(chunks["length"][sample].sum())
+    with ProgressBar("training the tokenizer", characters) as bar:
+        for (text, last), expected, taken in zip(source.chunks(), chunks["hash"], sample):
+            if text_hash(text) != expected:
+                raise changed_error(source)
+            if taken:
+                yield text
+                bar.add(len(text), last)
