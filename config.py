@@ -867,13 +867,8 @@ def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
     checkpoint's run validated. Raises ConfigError for changes to the shape of the model, to its
     state or to the data order.
     """
-    known = {name: saved[name] for name in defaults() if name in saved}
-    before = Config(**known)
-    before = dataclasses.replace(before, eval_sequences=before.validation_sequences)
-    options = _with_eval_sequences(before, options)
-    known["eval_sequences"] = before.eval_sequences
-    config = Config(**{**known, **options})
-    changed = [name for name in sorted(options) if getattr(config, name) != getattr(before, name)]
+    before, config = _before_and_after(saved, options)
+    changed = _changed(before, config, options)
     refused = [
         f"{name}: the checkpoint has {getattr(before, name)}, not {getattr(config, name)}"
         for name in changed
@@ -891,8 +886,32 @@ def resumed_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
             + "\nLeave these options out, or start a new run with another --save_dir. An imported "
             "model is imported again with them."
         )
-    words = [f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in changed]
-    return config, words
+    return config, _changes_in_words(before, config, changed)
+
+
+def restarted_config(saved: dict, options: dict) -> tuple[Config, list[str]]:
+    """`resumed_config` of a run that starts again at its first step: any field may change."""
+    before, config = _before_and_after(saved, options)
+    return config, _changes_in_words(before, config, _changed(before, config, options))
+
+
+def _before_and_after(saved: dict, options: dict) -> tuple[Config, Config]:
+    known = {name: saved[name] for name in defaults() if name in saved}
+    before = Config(**known)
+    before = dataclasses.replace(before, eval_sequences=before.validation_sequences)
+    options = _with_eval_sequences(before, options)
+    known["eval_sequences"] = before.eval_sequences
+    return before, Config(**{**known, **options})
+
+
+def _changed(before: Config, config: Config, options: dict) -> list[str]:
+    """The names of the fields that differ, of those that `options` set."""
+    options = _with_eval_sequences(before, options)
+    return [name for name in sorted(options) if getattr(config, name) != getattr(before, name)]
+
+
+def _changes_in_words(before: Config, config: Config, changed: list[str]) -> list[str]:
+    return [f"{name}: {getattr(before, name)} -> {getattr(config, name)}" for name in changed]
 
 
 def _with_eval_sequences(before: Config, options: dict) -> dict:

@@ -18,10 +18,12 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 # Before torch is imported: an 18B run fills its GPU, and fixed segments lose gigabytes to
@@ -140,25 +142,21 @@ def open_run(
     """
     import data
     import trainer
-    from record import checkpoint, tracker
+    from record import run_folder, tracker
 
-    resumes_file = args.resume not in (None, "latest")
-    if not resumes_file:  # before the folder is looked into
+    if args.resume in (None, "latest"):  # the folder is locked before it is looked into
         lock.enter_context(locked(Path(config.save_dir), "--save_dir"))
-    path = resume_path(args.resume, config)
-    state = None
-    if path is None:
-        print(chosen)
+        start = find_start(config, chosen, options, args)
     else:
-        state = checkpoint.load(path)
-        if args.resume == "latest":  # the folder may have been moved since
-            options = {**options, "save_dir": config.save_dir}
-        config = _resume(state, options, path, args.preset)
+        start = _start_from_file(Path(args.resume), config, options, args.preset)
+        lock.enter_context(locked(Path(start.config.save_dir), "--save_dir"))
+    config = start.config
     folder = Path(config.save_dir)
-    if resumes_file:  # the folder may be the one that the checkpoint names
-        lock.enter_context(locked(folder, "--save_dir"))
+    if args.resume or args.overwrite:
+        run_folder.set_odd_files_aside(folder)
+    if not args.overwrite and not start.continues(folder):
+        _refuse_used_folder(folder)
 
-    old_files = _old_files(folder, path, args)
     print(
         f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
         f"{config.tokens_per_step:,} tokens a step",
@@ -167,32 +165,112 @@ def open_run(
     # What cannot start is refused before minutes of tokenizing.
     tracker.require(config.tracker)
     check_fits(config, machine_of_device(find_device(config), config.host_memory_gb))
-    rules = DATA_RULES
-    if state is not None:
-        rules = checkpoint.data_rules(state)
-    corpus = data.prepare(config, rules)
+    corpus = data.prepare(config, start.rules)
     # The state is mapped from the checkpoint's file. It must not outlive this function: the disk
     # space of a checkpoint that is deleted would stay taken.
-    run = trainer.Trainer(config, corpus, state, path, LAUNCHED)
-    if args.overwrite:  # only now that nothing can be wrong any more
-        _delete_files(folder, old_files, run.checkpoint_bytes_to_come())
+    run = trainer.Trainer(config, corpus, start.state, start.path, LAUNCHED)
+    # Only now that nothing can be wrong any more
+    if args.overwrite:
+        run_folder.delete_run(folder, run.checkpoint_bytes_to_come())
+    if start.again:
+        _set_run_aside(folder)
     return run
 
 
-def resume_path(resume: str | None, config: Config) -> Path | None:
-    """The checkpoint that --resume names; None for a fresh start."""
-    if resume is None:
-        return None
-    if resume != "latest":
-        return Path(resume)
+@dataclass
+class Start:
+    """Where a run starts: with which configuration, and from which checkpoint if any."""
+
+    config: Config
+    rules: int = DATA_RULES  # the version of the rules of data
+    path: Path | None = None  # the checkpoint, and its content
+    state: dict | None = None
+    again: bool = False  # the run that the folder holds has no checkpoint, and starts anew
+
+    def continues(self, folder: Path) -> bool:
+        """Whether the run that the folder holds is the one that starts."""
+        if self.again:
+            return True
+        return self.path is not None and self.path.resolve().parent == folder.resolve()
+
+
+def find_start(config: Config, chosen: str, options: dict, args: argparse.Namespace) -> Start:
+    """A new run, or with --resume latest what the folder holds. The folder is locked already."""
+    from record import latest, run_file, run_folder
+
+    folder = Path(config.save_dir)
+    if args.resume is None:
+        print(chosen)
+        return Start(config)
+    run_folder.set_odd_files_aside(folder)
+    last_start = run_folder.last_start(folder)
+    branches = []
+    if last_start is not None:
+        branches = run_file.branches(last_start)
+    found = latest.newest_intact(folder, branches)
+    options = {**options, "save_dir": config.save_dir}  # the folder may have been moved since
+    if found is not None:
+        path, state = found
+        return _start_from_state(path, state, options, args.preset)
+    nothing = f"Nothing to resume: no checkpoint in {folder}."
+    if last_start is not None:
+        return _start_again(nothing, last_start, options, args.preset)
+    print(f"{nothing} A new run starts.\n{chosen}")
+    return Start(config, again=True)
+
+
+def _start_again(nothing: str, last_start: dict, options: dict, preset: str | None) -> Start:
+    """The run that run.json describes, from its beginning: it ended before its first checkpoint."""
+    from record import checkpoint, run_file
+
+    config, changes = run_file.config_of(last_start, options)
+    message = f"{nothing} The run of its run.json starts again with the same configuration"
+    path = run_file.beginning(last_start)
+    if path is not None:
+        message += f", from {path}"
+    print(message + _changes_message(preset, changes, "its configuration holds"))
+    if path is None:
+        return Start(config, run_file.data_rules(last_start), again=True)
+    start = _start_from_state(path, checkpoint.load_run(path), dataclasses.asdict(config), None)
+    start.again = True
+    return start
+
+
+def _start_from_file(path: Path, config: Config, options: dict, preset: str | None) -> Start:
+    """The run of a checkpoint file that --resume names.
+
+    It writes beside the file, or where the command line says. The file's content has no part in
+    that: who wrote it is not known.
+    """
     from record import checkpoint
 
-    latest = checkpoint.latest_path(config.save_dir)
-    if latest.exists():
-        return latest
-    # numbered files stand alone when the first save was cut off before its link was made
-    numbered = Path(config.save_dir).glob("checkpoint_step_*.pt")
-    return max(numbered, key=lambda path: path.stat().st_mtime_ns, default=None)
+    places = dict(save_dir=str(path.parent), cache_dir=config.cache_dir)
+    state = checkpoint.load_run(path)
+    start = _start_from_state(path, state, {**places, **options}, preset)
+    cache_before = state["config"].get("cache_dir")
+    if cache_before != start.config.cache_dir:
+        print(
+            f"The cache of tokens is {start.config.cache_dir}. The checkpoint's run had "
+            f"{cache_before}: --cache_dir names another."
+        )
+    return start
+
+
+def _start_from_state(path: Path, state: dict, options: dict, preset: str | None) -> Start:
+    from record import checkpoint
+
+    config = _resume(state, options, path, preset)
+    return Start(config, checkpoint.data_rules(state), path, state)
+
+
+def _changes_message(preset: str | None, changes: list[str], why: str) -> str:
+    """What of the command line changes the configuration of a run that is there already."""
+    message = ""
+    if preset:
+        message += f", {preset} ignored: {why}"
+    if changes:
+        message += ". Changed: " + "; ".join(changes)
+    return message
 
 
 def _resume(state: dict, options: dict, path: Path, preset: str | None) -> Config:
@@ -206,12 +284,8 @@ def _resume(state: dict, options: dict, path: Path, preset: str | None) -> Confi
             f"max_steps={config.max_steps}: the checkpoint is at step {step} already; give more, "
             "or resume an earlier checkpoint"
         )
-    message = f"Resuming {path} at step {step}"
-    if preset:
-        message += f", {preset} ignored: the checkpoint's configuration holds"
-    if changes:
-        message += ". Changed: " + "; ".join(changes)
-    print(message)
+    words = _changes_message(preset, changes, "the checkpoint's configuration holds")
+    print(f"Resuming {path} at step {step}{words}")
 
     saved, _ = resumed_config(state["config"], {})
     lr_before = trainer.lr_schedule(step, saved)
@@ -224,25 +298,13 @@ def _resume(state: dict, options: dict, path: Path, preset: str | None) -> Confi
     return config
 
 
-def _old_files(folder: Path, resumed: Path | None, args: argparse.Namespace) -> list[Path]:
-    """The files of a run that the folder holds, and that this run continues or may delete.
-
-    Raises ConfigError when it may do neither.
-    """
+def _refuse_used_folder(folder: Path) -> None:
+    """Raises ConfigError where a run would write over another one."""
     from record import results
 
-    if args.resume == "latest" and resumed is None:
-        print(f"Nothing to resume: no checkpoint in {folder}. A new run starts.")
     found = results.run_files(folder)
-    continued = resumed is not None and resumed.resolve().parent == folder.resolve()
-    if not found or args.overwrite or continued:
-        return found
-    if args.resume == "latest" and resumed is None:
-        # a run that ended before its first checkpoint
-        names = [results.set_aside(file).name for file in found]
-        print("What a run left there is set aside as " + ", ".join(names))
-        return []
-    raise ConfigError(_holds_a_run_message(folder, found))
+    if found:
+        raise ConfigError(_holds_a_run_message(folder, found))
 
 
 def _holds_a_run_message(folder: Path, found: list[Path]) -> str:
@@ -255,15 +317,12 @@ def _holds_a_run_message(folder: Path, found: list[Path]) -> str:
     )
 
 
-def _delete_files(folder: Path, files: list[Path], bytes_to_come: int) -> None:
-    """Deletes the files of an old run, once the new one is sure to find space on the disk."""
-    from record import checkpoint
+def _set_run_aside(folder: Path) -> None:
+    from record import run_folder
 
-    # a file with two names, such as the latest checkpoint, counts once
-    freed = sum(file.stat().st_size / file.stat().st_nlink for file in files)
-    checkpoint.check_free_space(folder, int(bytes_to_come - freed))
-    for file in files:
-        file.unlink(missing_ok=True)
+    names = [path.name for path in run_folder.set_run_aside(folder)]
+    if names:
+        print("What the run left there is set aside as " + ", ".join(names))
 
 
 # ---------------------------------------------------------------- plan

@@ -40,7 +40,7 @@ from planner.machine import (
     machine_of_device,
     release_freed_memory,
 )
-from record import checkpoint, console, messages, tracker
+from record import checkpoint, console, latest, lineage, messages, tracker
 from record.meter import MemoryMeter
 from record.metrics import Interval, mfu, perplexity
 from record.results import (
@@ -128,6 +128,7 @@ class Trainer:
         self.train_seconds = 0.0  # inside train_step, over the whole run
         self.mean_norm: float | None = None  # running mean of the gradient norm
         self.interval = Interval()  # since the last row of metrics
+        self.lineage = self._begin_branch(state, resumed_from)
 
         self.side_work = SideWork()
         self.record = Record(self.folder, self.side_work)
@@ -146,6 +147,12 @@ class Trainer:
         self.bar = tqdm(disable=True)
         self.failed_saves = 0  # attempts since the last checkpoint that was saved
         self.retry_save_at: int | None = None  # the step after which the next attempt comes
+
+    def _begin_branch(self, state: dict | None, resumed_from: Path | None) -> list[dict]:
+        """The branches that led here, with the new one of this start: see record/lineage.py."""
+        if state is None:
+            return lineage.begin([], 0, None)
+        return lineage.begin(state.get("lineage", []), state["step"], resumed_from)
 
     def _resolve(self, config: Config) -> Config:
         """Resolves the fields that are auto, and prints the predicted memory."""
@@ -362,10 +369,9 @@ class Trainer:
         resumed = self.checkpoints.resumed_from is not None
         for warning in messages.forecast_warnings(self.config, self.corpus, on_cpu, resumed):
             print(warning, file=sys.stderr)
+        latest.remove_leftovers(self.folder)
         checkpoint.check_free_space(self.folder, self.checkpoint_bytes_to_come())
-        checkpoint.remove_leftovers(self.folder)
         self.side_work.run(METRICS, self.record.begin)
-        self.checkpoints.take_over(self.step)
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -392,12 +398,16 @@ class Trainer:
             run_id=self.run_id,
             step=self.step,
             config=dataclasses.asdict(self.config),
+            requested=self._fields_left_auto(),
             resumed_from=resumed_from,
+            lineage=self.lineage,
             data=data_facts(self.corpus),
         )
         self.earlier = self.side_work.value(RUN, lambda: earlier_starts(self.folder)) or []
         self.record.resume_points = resume_points([*self.earlier, self.start])
         self.side_work.run(RUN, self._write_run_file)
+        # After run.json, which names the new branch: until the branch saves, nothing else does.
+        self.checkpoints.take_over(self.step)
         if self.step == self.config.max_steps:
             print(messages.nothing_left(self.step), flush=True)
         if self._evaluation_due() and not self.record.evaluated(self.step):
@@ -405,6 +415,12 @@ class Trainer:
 
     def _write_run_file(self) -> None:
         write_run_file(self.folder, self.start, self.earlier)
+
+    def _fields_left_auto(self) -> dict:
+        """The fields of the configuration that were resolved, as they were requested."""
+        resolved = dataclasses.asdict(self.config)
+        requested = dataclasses.asdict(self.requested_config)
+        return {name: value for name, value in requested.items() if value != resolved[name]}
 
     def _progress_bar(self) -> tqdm:
         # In a file each redrawing is a line of its own.
@@ -710,6 +726,7 @@ class Trainer:
             config=dataclasses.asdict(self.requested_config),
             **{name: getattr(self, name) for name in PROGRESS},
             saved_steps=self.checkpoints.saved_steps,
+            lineage=self.lineage,
             model={name: tensor.detach() for name, tensor in self._saved_tensors().items()},
             optimizer={name: o.state_dict() for name, o in self.optimizers.items()},
             schedule=schedule,

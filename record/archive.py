@@ -173,13 +173,18 @@ def checksums(tensors: NamedTensors, plain: dict) -> dict[str, int]:
     """CRC-32 of each compact tensor under its key path, and of the plain values under PLAIN."""
     crcs = _in_threads(_checksum, tensors.values())
     found = dict(zip(tensors, crcs))
+    found[PLAIN] = plain_checksum(tensors, plain)
+    return found
+
+
+def plain_checksum(tensors: NamedTensors, plain: dict) -> int:
+    """CRC-32 of the plain values and of the names of the tensors."""
     # The checksum of the plain values covers the names of the tensors too. A pickle stores equal
     # strings once. So one damaged string would rename both a tensor and its checksum, and the two
     # would still agree.
     names = sorted(tensors)
     text = json.dumps([names, plain], sort_keys=True)  # JSON keeps floats exact
-    found[PLAIN] = zlib.crc32(text.encode())
-    return found
+    return zlib.crc32(text.encode())
 
 
 def _checksum(tensor: Tensor) -> int:

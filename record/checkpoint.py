@@ -6,8 +6,8 @@ torch.load(path, weights_only=True) opens it without this program. Two keys are 
 run saves: `format`, and `checksums` with a CRC-32 for each tensor and one for all plain values
 together. A GB is 1e9 bytes.
 
-From top to bottom: names; save; load; opening a model; `checkpoint_latest.pt` and old files; disk
-space; random states.
+From top to bottom: names; save; load; opening a model; disk space; random states. latest.py has
+`checkpoint_latest.pt` and which checkpoint it gives way to, schema.py what a file must hold.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from config import DATA_RULES, Config, ConfigError, ExperimentError, resumed_config
-from record import archive
+from record import archive, schema
 
 FORMAT = 1
 # torch.save's zip archives end with a record that begins so and has this length.
@@ -41,6 +41,14 @@ class CheckpointError(ExperimentError):
     """A checkpoint that cannot be written or read. The text names file, cause and remedy."""
 
 
+class UnusableFile(CheckpointError):
+    """A file that is missing, damaged or no checkpoint. `what` says so without the remedy."""
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what}. {remedy}.")
+        self.what = what
+
+
 def step_path(folder, step: int) -> Path:
     return Path(folder) / f"checkpoint_step_{step}.pt"
 
@@ -49,7 +57,26 @@ def latest_path(folder) -> Path:
     return Path(folder) / "checkpoint_latest.pt"
 
 
-def _temporary_path(path: Path) -> Path:
+# Where a file system has no links, checkpoint_latest.pt is a text of one line: this, and the name
+# of the checkpoint in the same folder.
+POINTER = "The latest checkpoint is "
+MOST_POINTER_BYTES = 300
+
+
+def followed(path: Path) -> Path:
+    """The file that `path` stands for: the checkpoint that a pointer file names, else `path`."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if not path.is_file() or path.stat().st_size > MOST_POINTER_BYTES:
+            return path
+        line = path.read_text()
+        name = line.removeprefix(POINTER).strip()
+        is_pointer = line.startswith(POINTER) and name == Path(name).name
+        if is_pointer:
+            return path.resolve().with_name(name)
+    return path
+
+
+def temporary_path(path: Path) -> Path:
     """A file is written under this name, in the same folder, and renamed when it is whole."""
     return path.with_name(f".{path.name}.tmp")
 
@@ -69,7 +96,7 @@ def save(path, state: dict) -> None:
     type.
     """
     path = Path(path)
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     if not isinstance(state, dict):
         raise TypeError(f"checkpoint: the state is a {type(state).__name__} and must be a dict")
     if "format" in state or "checksums" in state:
@@ -94,9 +121,9 @@ def save(path, state: dict) -> None:
             raise
         # The system's own error says more than the one that torch raises on top of it.
         system_errors = [cause for cause in causes if isinstance(cause, OSError)]
-        reason = _reason([*system_errors, error][0])
+        reason = cause_of([*system_errors, error][0])
         raise CheckpointError(_not_saved_message(path, tensors, reason)) from error
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _write(path: Path, state: dict, tensors: dict[str, Tensor], plain: dict) -> None:
@@ -140,7 +167,7 @@ def _not_saved_message(path: Path, tensors: dict[str, Tensor], reason: str) -> s
     )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes renames in the folder survive a power cut, where the file system can do that."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -156,27 +183,59 @@ def _sync_folder(folder: Path) -> None:
 def load(path, mmap: bool = True) -> dict:
     """Reads the checkpoint at `path` onto the CPU and verifies every checksum.
 
-    Returns what `save` was given.
+    Returns what `save` was given. A pointer file is followed.
 
     With `mmap` the tensors are backed by the file and take host memory only as it is free
     (writing to them changes a private copy, not the file). Raises CheckpointError when the file
     is missing, damaged, or no checkpoint.
     """
-    path = Path(path)
+    path = followed(Path(path))
+    state, stored = _read_content(path, mmap)
+    try:
+        tensors, plain = archive.split(state)
+        found = archive.checksums(tensors, plain)
+    except Exception as error:  # damage may put any type in any place
+        raise _load_error(path, f"checkpoint {path} is damaged ({cause_of(error)})") from error
+    _compare(path, found, stored)
+    return state
+
+
+def load_plain(path) -> dict:
+    """`load` of the plain values alone: the tensors are neither returned nor read.
+
+    It takes milliseconds for a file of any size. Whether the tensors are intact is not known then.
+    """
+    path = followed(Path(path))
+    state, stored = _read_content(path, mmap=True)
+    try:
+        tensors, plain = archive.split(state)
+        found = {archive.PLAIN: archive.plain_checksum(tensors, plain)}
+        stored = {archive.PLAIN: stored[archive.PLAIN]}
+    except Exception as error:
+        raise _load_error(path, f"checkpoint {path} is damaged ({cause_of(error)})") from error
+    _compare(path, found, stored)
+    return plain
+
+
+def _read_content(path: Path, mmap: bool) -> tuple[dict, dict]:
+    """(the state, the checksums that are stored with it), of which nothing is verified yet."""
     _check_archive(path)
     state = _read(path, mmap)
     if not isinstance(state, dict) or "format" not in state or "checksums" not in state:
         raise _load_error(path, f"{path} is not a checkpoint of this program")
     version = state.pop("format")
     stored = state.pop("checksums")
-    if type(version) is not int or version != FORMAT:
-        raise _load_error(
-            path,
+    if type(version) is not int or version < FORMAT:
+        raise _load_error(path, f"{path} is damaged or no checkpoint of this program")
+    if version > FORMAT:
+        # No UnusableFile: the file is intact, and no other one may take its place unnoticed.
+        raise CheckpointError(
             f"checkpoint {path} has format {version} and this program reads format {FORMAT}: read "
-            "it with the version of the program that wrote it",
+            "it with the version of the program that wrote it"
         )
-    _verify(path, state, stored)
-    return state
+    if not isinstance(stored, dict):
+        raise _load_error(path, f"checkpoint {path} is damaged: it has no checksums")
+    return state, stored
 
 
 def _check_archive(path: Path) -> None:
@@ -187,6 +246,11 @@ def _check_archive(path: Path) -> None:
     """
     # A path that cannot be opened is left to torch.load, whose error says why.
     with contextlib.suppress(OSError):
+        if path.is_dir():
+            raise _load_error(path, f"{path} is a directory and no checkpoint")
+        if path.exists() and not path.is_file():
+            # Whoever reads from a pipe waits without end.
+            raise _load_error(path, f"{path} is a pipe or a device and no checkpoint")
         if not path.is_file():
             return
         size = path.stat().st_size
@@ -211,39 +275,34 @@ def _read(path: Path, mmap: bool):
     try:
         return torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
-        text = f"checkpoint {path} cannot be read: {_reason(error)}"
+        text = f"checkpoint {path} cannot be read: {cause_of(error)}"
         raise _load_error(path, text) from error
     except Exception as error:  # a damaged pickle or zip file can raise anything
-        text = f"{path} is damaged or no checkpoint ({_reason(error)})"
+        text = f"{path} is damaged or no checkpoint ({cause_of(error)})"
         raise _load_error(path, text) from error
 
 
-def _verify(path: Path, state: dict, stored) -> None:
-    """Raises CheckpointError unless the checksums of the state are those that are stored with
-    it."""
-    try:
-        tensors, plain = archive.split(state)
-        found = archive.checksums(tensors, plain)
-        names = sorted({*found, *stored})
-        wrong = [name for name in names if found.get(name) != stored.get(name)]
-    except Exception as error:  # damage may put any type in any place, `stored` included
-        raise _load_error(path, f"checkpoint {path} is damaged ({_reason(error)})") from error
+def _compare(path: Path, found: dict, stored: dict) -> None:
+    """Raises CheckpointError unless the checksums are those that are stored."""
+    names = [*found, *(name for name in stored if name not in found)]
+    wrong = [str(name) for name in names if found.get(name) != stored.get(name)]
     if wrong:
-        text = ", ".join(wrong[:3])
+        text = ", ".join(sorted(wrong)[:3])
         if len(wrong) > 3:
             text += f" and {len(wrong) - 3} more"
         raise _load_error(path, f"checkpoint {path} is damaged: wrong checksum for {text}")
 
 
-def _load_error(path: Path, text: str) -> CheckpointError:
+def _load_error(path: Path, text: str) -> UnusableFile:
     """An error about the file at `path`, whose remedy is another checkpoint of the same folder."""
     others: list[Path] = []
     with contextlib.suppress(OSError):
         others = _other_checkpoints(path)
+    remedy = f"There is no other checkpoint in {path.parent.absolute()}"
     if others:
         names = ", ".join(other.name for other in others[:5])
-        return CheckpointError(f"{text}. Use another checkpoint of {path.parent}: {names}.")
-    return CheckpointError(f"{text}. There is no other checkpoint in {path.parent.absolute()}.")
+        remedy = f"Use another checkpoint of {path.parent}: {names}"
+    return UnusableFile(text, remedy)
 
 
 def _other_checkpoints(path: Path) -> list[Path]:
@@ -251,21 +310,48 @@ def _other_checkpoints(path: Path) -> list[Path]:
     found = []
     for other in path.parent.glob("checkpoint_*.pt"):
         # checkpoint_latest.pt may be a link to nothing, or to the very file that is damaged.
-        if not other.exists():
+        if not other.is_file():
             continue
-        if path.exists() and path.samefile(other):
+        if path.exists() and path.samefile(followed(other)):
             continue
         found.append(other)
-    return sorted(found, key=_time_and_step, reverse=True)
+    return sorted(found, key=time_and_step, reverse=True)
 
 
-def _time_and_step(path: Path) -> tuple[int, int]:
+def time_and_step(path: Path) -> tuple[int, int]:
     """Sort key: when the file was written (ns), and its step where two were written at once."""
-    step = -1  # of checkpoint_latest.pt, whose name has no step
+    return path.stat().st_mtime_ns, step_of(path)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a numbered checkpoint; -1 for checkpoint_latest.pt."""
     numbered = re.fullmatch(r"checkpoint_step_(\d+)\.pt", path.name)
-    if numbered:
-        step = int(numbered[1])
-    return path.stat().st_mtime_ns, step
+    if not numbered:
+        return -1
+    return int(numbered[1])
+
+
+def check_content(path, state: dict, resuming: bool) -> None:
+    """Raises CheckpointError unless `load`'s state has what opening its model needs.
+
+    With `resuming` it also has what a run needs that continues from it.
+    """
+    try:
+        if resuming:
+            schema.check_run(state)
+        else:
+            schema.check_model(state)
+    except schema.WrongContent as error:
+        raise _load_error(
+            Path(path), f"checkpoint {path} is not what this program writes: {error}"
+        ) from error
+
+
+def load_run(path) -> dict:
+    """`load` of a checkpoint that a run is resumed from: its content is checked too."""
+    state = load(path)
+    check_content(path, state, resuming=True)
+    return state
 
 
 # ---------------------------------------------------------------- opening a model
@@ -280,7 +366,7 @@ def load_model(path, device="cpu", precision: str = "fp32"):
 
     Raises CheckpointError when the file is missing, damaged or no checkpoint.
     """
-    return model_from_state(load(path), device, precision)
+    return model_from_state(load_option(path), device, precision)
 
 
 def open_model(path: str, device: str, precision: str | None):
@@ -319,12 +405,17 @@ def data_rules(state: dict) -> int:
 
 
 def load_option(path: str) -> dict:
-    """`load` of the file that the option --checkpoint names. Raises ConfigError for a folder."""
+    """`load` of the file that the option --checkpoint names, with what opening its model needs.
+
+    Raises ConfigError for a folder.
+    """
     if Path(path).is_dir():
         raise ConfigError(
             f"--checkpoint {path} is a folder: name a file of it, such as checkpoint_latest.pt"
         )
-    return load(path)
+    state = load(path)
+    check_content(path, state, resuming=False)
+    return state
 
 
 def model_from_state(state: dict, device="cpu", precision: str = "fp32"):
@@ -358,77 +449,6 @@ def optimizer_tensors(state: dict) -> dict[str, dict[str, Tensor]]:
     for group in state["optimizer"].values():
         found |= group["state"]
     return found
-
-
-# ---------------------------------------------------------------- the latest and the old ones
-
-
-def link_latest(path, latest) -> None:
-    """Makes `latest` the same file as `path`. There is no moment without a `latest`.
-
-    It is a hard link or, where the file system has none, a relative symbolic link. Raises
-    CheckpointError.
-    """
-    path = Path(path)
-    latest = Path(latest)
-    temporary = _temporary_path(latest)
-    try:
-        # For two links to one file replace() does nothing, and the temporary name would stay.
-        if latest.exists() and path.samefile(latest):
-            return
-        path.stat()  # raises for a missing file, which a symbolic link would not notice
-        temporary.unlink(missing_ok=True)
-        try:
-            temporary.hardlink_to(path)
-        except OSError:
-            # Relative, so that the folder of the run can be moved.
-            target = os.path.relpath(path.resolve(), latest.parent.resolve())
-            temporary.symlink_to(target)
-        temporary.replace(latest)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        raise CheckpointError(
-            f"{latest} could not be made a link to {path}: {_reason(error)}. Choose another "
-            "--save_dir."
-        ) from error
-    _sync_folder(latest.parent)
-
-
-def prune(folder, steps, keep: int) -> list[int]:
-    """Deletes the oldest checkpoints of a run so that `keep` remain.
-
-    `steps` are those that this run saved in `folder`. Checkpoints of other steps are not touched,
-    nor one that checkpoint_latest.pt is a symbolic link to. Returns the steps that remain,
-    ascending; those whose file is missing are left out. Raises CheckpointError.
-    """
-    assert keep >= 1
-    steps = [step for step in sorted(set(steps)) if step_path(folder, step).exists()]
-    latest = latest_path(folder)
-    pinned = None
-    if latest.is_symlink():
-        pinned = latest.resolve()
-    for step in steps[:-keep]:
-        path = step_path(folder, step)
-        if path.resolve() != pinned:
-            _delete(path, f"the old checkpoint {path}", "Delete it, or raise --keep_checkpoints.")
-    return [step for step in steps if step_path(folder, step).exists()]
-
-
-def remove_leftovers(folder) -> None:
-    """Deletes the temporary files of saves in `folder` that were killed. Raises CheckpointError."""
-    for path in Path(folder).glob(".checkpoint*.tmp"):
-        what = f"{path}, left by a save that was killed,"
-        _delete(path, what, "Delete it, or choose another --save_dir.")
-
-
-def _delete(path: Path, what: str, remedy: str) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{what} could not be deleted: {_reason(error)}. {remedy}") from error
 
 
 # ---------------------------------------------------------------- disk space
@@ -480,7 +500,7 @@ def check_free_space(folder, bytes_needed: int, option: str = "--save_dir") -> N
                 file.write(b"x")
     except OSError as error:
         raise CheckpointError(
-            f"the folder {folder} cannot be written to: {_reason(error)}. Choose another {option}."
+            f"the folder {folder} cannot be written to: {cause_of(error)}. Choose another {option}."
         ) from error
     if free < bytes_needed:
         raise CheckpointError(
@@ -493,10 +513,10 @@ def _free_space(folder) -> str:
     try:
         return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free in {folder}"
     except OSError as error:
-        return f"and {folder} cannot be examined ({_reason(error)})"
+        return f"and {folder} cannot be examined ({cause_of(error)})"
 
 
-def _reason(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """The cause in a few words: the system's own, or else the first line of the error."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)

@@ -1,13 +1,75 @@
-"""The checkpoints that a run keeps in its folder: when they are due, and which stay."""
+"""A run's folder: what was left there, and which checkpoints the run keeps, and when."""
 
+import os
 import time
 from pathlib import Path
 
 from config import Config
 from planner.machine import GB
 from planner.sizes import checkpoint_gb
-from record import checkpoint
-from record.results import set_aside
+from record import checkpoint, latest, run_file
+from record.results import move_unreadable, run_files, set_aside
+from small_files import CURVES, METRICS, RESULTS, RUN, read_run_file
+
+# ---------------------------------------------------------------- what was left there
+
+
+def set_odd_files_aside(folder: Path) -> None:
+    """Sets aside what has the name of a run's file and is none: a folder, or a pipe.
+
+    Whoever reads from a pipe waits without end, and no file can be renamed over a folder.
+    """
+    names = [METRICS, RESULTS, CURVES, RUN, "checkpoint_latest.pt"]
+    paths = [folder / name for name in names] + sorted(folder.glob("checkpoint_step_*.pt"))
+    for path in paths:
+        if path.exists() and not path.is_file():
+            move_unreadable(path, OSError("it is no file"))
+
+
+def last_start(folder: Path) -> dict | None:
+    """What run.json says of the run in the folder. A file that cannot be read is set aside."""
+    path = folder / RUN
+    if not path.exists():
+        return None
+    try:
+        found = read_run_file(path)
+        run_file.branches(found)
+        run_file.config_of(found, {})
+    except (OSError, ValueError) as error:
+        move_unreadable(path, error)
+        return None
+    return found
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """The files of a checkpoint's size that no run reads: saves that were killed, and set-aside
+    checkpoints."""
+    aside = [path for path in folder.glob("checkpoint_*.pt.*") if path.is_file()]
+    aside = [path for path in aside if path.suffix[1:].isdecimal()]
+    return latest.unfinished_saves(folder) + sorted(aside)
+
+
+def delete_run(folder: Path, bytes_to_come: int) -> None:
+    """Deletes the run in the folder, once the new one is sure to find space on the disk."""
+    files = run_files(folder) + leftovers(folder)
+    # A file with two names, such as the latest checkpoint, counts once.
+    sizes = [os.lstat(file) for file in files]
+    freed = sum(size.st_size / size.st_nlink for size in sizes)
+    checkpoint.check_free_space(folder, int(bytes_to_come - freed))
+    for file in files:
+        file.unlink(missing_ok=True)
+
+
+def set_run_aside(folder: Path) -> list[Path]:
+    """Sets aside what a run left that starts again, and returns the new paths.
+
+    run.json stays: the new start keeps it among its earlier ones.
+    """
+    paths = [set_aside(file) for file in run_files(folder) if file.name != RUN]
+    return [path for path in paths if path is not None]
+
+
+# ---------------------------------------------------------------- the checkpoints of a run
 
 
 class RunCheckpoints:
@@ -66,10 +128,8 @@ class RunCheckpoints:
 
     def finish_numbered(self, path: Path) -> None:
         """After the file is whole: makes it the latest, and deletes the oldest over the limit."""
-        checkpoint.link_latest(path, self.latest)
-        self.saved_steps = checkpoint.prune(
-            self.folder, self.saved_steps, self.config.keep_checkpoints
-        )
+        latest.link_latest(path, self.latest)
+        self.saved_steps = latest.prune(self.folder, self.saved_steps, self.config.keep_checkpoints)
 
     def note_saved(self, step: int) -> None:
         self.last_saved_step = step
@@ -102,15 +162,16 @@ class RunCheckpoints:
         if not self._resumed_from_latest():
             if self.latest.exists() and not self._latest_is_numbered():
                 set_aside(self.latest)  # the other branch's only copy
-            checkpoint.link_latest(self.resumed_from, self.latest)
+            latest.link_latest(self.resumed_from, self.latest)
         self.last_saved_step = step
 
     def _resumed_from_latest(self) -> bool:
         if self.resumed_from is None or not self.latest.exists():
             return False
-        return self.latest.samefile(self.resumed_from)
+        resumed_from = checkpoint.followed(self.resumed_from)
+        return checkpoint.followed(self.latest).samefile(resumed_from)
 
     def _latest_is_numbered(self) -> bool:
         """Whether checkpoint_latest.pt is a link to a numbered checkpoint of the folder."""
         numbered = self.folder.glob("checkpoint_step_*.pt")
-        return any(self.latest.samefile(path) for path in numbered)
+        return any(checkpoint.followed(self.latest).samefile(path) for path in numbered)

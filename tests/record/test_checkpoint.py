@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from config import ConfigError
 from record import archive, checkpoint
+from record import latest as latest_file
 from record.checkpoint import CheckpointError
 from tests.helpers import tiny_config, write_checkpoint
 
@@ -572,7 +573,7 @@ def test_latest_is_a_hard_link(tmp_path):
         path = checkpoint.step_path(tmp_path, step)
         if not path.exists():
             checkpoint.save(path, {"step": step})
-        checkpoint.link_latest(path, latest)
+        latest_file.link_latest(path, latest)
         assert latest.stat().st_ino == path.stat().st_ino and not latest.is_symlink()
         assert not any(name.endswith(".tmp") for name in names(tmp_path))
     assert names(tmp_path) == [
@@ -593,7 +594,7 @@ def test_latest_falls_back_to_a_symbolic_link(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     for step in (1, 2, 2):
         checkpoint.save(checkpoint.step_path(tmp_path / "run", step), {"step": step})
-        checkpoint.link_latest(checkpoint.step_path(tmp_path / "run", step), latest)
+        latest_file.link_latest(checkpoint.step_path(tmp_path / "run", step), latest)
         assert latest.readlink() == Path(f"checkpoint_step_{step}.pt")
     assert names(latest.parent) == [
         "checkpoint_latest.pt",
@@ -611,13 +612,13 @@ def test_latest_replaces_a_dangling_link_and_refuses_a_missing_file(tmp_path):
     latest.symlink_to("gone.pt")
     path = checkpoint.step_path(tmp_path, 1)
     with pytest.raises(CheckpointError):
-        checkpoint.link_latest(path, latest)
+        latest_file.link_latest(path, latest)
     checkpoint.save(path, {"step": 1})
-    checkpoint.link_latest(path, latest)
+    latest_file.link_latest(path, latest)
     assert path.samefile(latest) and len(names(tmp_path)) == 2
     path.unlink()
     with pytest.raises(CheckpointError):
-        checkpoint.link_latest(path, latest)
+        latest_file.link_latest(path, latest)
     assert names(tmp_path) == ["checkpoint_latest.pt"]
 
 
@@ -632,20 +633,20 @@ def test_a_leftover_link_is_not_written_through(tmp_path):
 def test_prune(tmp_path):
     for step in (5, 10, 20, 100, 1000):
         checkpoint.step_path(tmp_path, step).touch()
-    assert checkpoint.prune(tmp_path, [], 1) == []
-    assert checkpoint.prune(tmp_path, [100, 5, 10], 3) == [5, 10, 100]
-    assert checkpoint.prune(tmp_path, [100, 5, 10, 7], 2) == [
+    assert latest_file.prune(tmp_path, [], 1) == []
+    assert latest_file.prune(tmp_path, [100, 5, 10], 3) == [5, 10, 100]
+    assert latest_file.prune(tmp_path, [100, 5, 10, 7], 2) == [
         10,
         100,
     ]  # 7 was deleted by someone else
-    assert checkpoint.prune(tmp_path, [10, 100], 1) == [100]
+    assert latest_file.prune(tmp_path, [10, 100], 1) == [100]
     assert names(tmp_path) == [
         "checkpoint_step_100.pt",
         "checkpoint_step_1000.pt",
         "checkpoint_step_20.pt",
     ]
     checkpoint.latest_path(tmp_path).symlink_to("checkpoint_step_20.pt")
-    assert checkpoint.prune(tmp_path, [20, 100, 1000], 1) == [20, 1000]
+    assert latest_file.prune(tmp_path, [20, 100, 1000], 1) == [20, 1000]
 
 
 @pytest.mark.parametrize("save_every", [0, 1, 3, 10, 25])
@@ -700,9 +701,9 @@ def test_leftovers(tmp_path):
     keep = {".other.tmp", "checkpoint_step_1.pt", "metrics.jsonl"}
     for name in keep | {".checkpoint_step_2.pt.tmp", ".checkpoint_latest.pt.tmp"}:
         (tmp_path / name).touch()
-    checkpoint.remove_leftovers(tmp_path)
+    latest_file.remove_leftovers(tmp_path)
     assert set(names(tmp_path)) == keep
-    checkpoint.remove_leftovers(tmp_path / "missing")
+    latest_file.remove_leftovers(tmp_path / "missing")
 
 
 # --- opening a model

@@ -1,0 +1,84 @@
+"""Which checkpoint descends from which: the branches that led to it.
+
+Each start of the program begins a branch: the first start at step 0, a resumed one at the step of
+the checkpoint that it continues. A checkpoint holds the list of branches from its own back to the
+first one, and so does run.json for the last start. A folder may hold checkpoints of branches that
+were given up: run.json and the lists say which ones still count.
+
+A list of branches has plain values, as checkpoints and JSON hold them. Checkpoints of older
+versions of this program have no list: here it is empty.
+"""
+
+import math
+import time
+import uuid
+from pathlib import Path
+
+MOST_BRANCHES = 100_000
+
+
+def begin(before: list[dict], step: int, resumed_from: Path | None) -> list[dict]:
+    """The branches of a start that continues the checkpoint `resumed_from`, which is at `step`.
+
+    `before` are those of the checkpoint. The new branch has an `id` of its own. `step` and `file`
+    name its parent, and `began` is when it began, in seconds since 1970: never before the branches
+    that it comes from, whatever the clock says.
+    """
+    file = None
+    if resumed_from is not None:
+        file = str(resumed_from.absolute())
+    began = time.time()
+    if before:
+        began = max(began, before[-1]["began"] + 0.001)
+    return [*before, dict(id=uuid.uuid4().hex, began=began, step=step, file=file)]
+
+
+def problem(branches) -> str:
+    """What is wrong with a list of branches that was read from a file; empty if nothing is."""
+    if type(branches) is not list or len(branches) > MOST_BRANCHES:
+        return "is no list of branches"
+    step = 0
+    for branch in branches:
+        if not _is_branch(branch):
+            return "has an entry that is no branch"
+        if branch["step"] < step:
+            return "has a branch that begins before its parent"
+        step = branch["step"]
+    return ""
+
+
+def _is_branch(branch) -> bool:
+    if type(branch) is not dict:
+        return False
+    step = branch.get("step")
+    began = branch.get("began")
+    return (
+        type(branch.get("id")) is str
+        and type(step) is int
+        and step >= 0
+        and type(began) in (int, float)
+        and math.isfinite(began)
+        and type(branch.get("file")) in (str, type(None))
+    )
+
+
+def began(branches: list[dict]) -> float:
+    """When the last of the branches began; 0 where there is none."""
+    if not branches:
+        return 0.0
+    return branches[-1]["began"]
+
+
+def leads_to(branches: list[dict], step: int, current: list[dict]) -> bool:
+    """Whether a checkpoint is on the way to the current branch, or on that branch itself.
+
+    `branches` and `step` are the checkpoint's. `current` are the branches up to the current one.
+    """
+    if len(branches) > len(current):
+        return False
+    for own, other in zip(branches, current):
+        if own["id"] != other["id"]:
+            return False
+    following = current[len(branches) :]
+    # The next branch left this one at a step: what came after that step was given up.
+    return not following or step <= following[0]["step"]

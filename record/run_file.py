@@ -1,0 +1,59 @@
+"""What run.json says about starting a run again. small_files.py reads it, results.py writes it."""
+
+from pathlib import Path
+
+from config import DATA_RULES, KNOWN_DATA_RULES, Config, ConfigError, restarted_config
+from record import lineage
+
+
+def branches(last_start: dict) -> list[dict]:
+    """The branches up to the last start (see lineage.py); older files have none.
+
+    Raises ValueError for what is no list of branches.
+    """
+    found = last_start.get("lineage", [])
+    problem = lineage.problem(found)
+    if problem:
+        raise ValueError(f"its lineage {problem}")
+    return found
+
+
+def config_of(last_start: dict, options: dict) -> tuple[Config, list[str]]:
+    """The configuration of the last start with the changes of `options`, and these in words.
+
+    What was auto is auto again: another machine may resolve it otherwise. Raises ValueError where
+    the file holds no configuration of this program, and ConfigError for the options.
+    """
+    fields = last_start.get("config")
+    requested = last_start.get("requested", {})  # older files have none
+    if not isinstance(fields, dict) or not isinstance(requested, dict):
+        raise ValueError("it has no configuration")
+    fields = {**fields, **requested}
+    try:
+        restarted_config(fields, {})
+    except ConfigError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return restarted_config(fields, options)
+
+
+def beginning(last_start: dict) -> Path | None:
+    """The checkpoint that the run in this folder began from; None where it began at step 0."""
+    first_start = [*last_start["earlier"], last_start][0]
+    known = first_start.get("lineage", [])
+    file = first_start.get("resumed_from")
+    if known and not lineage.problem(known):
+        file = known[-1]["file"]
+    if type(file) is not str or not file:
+        return None
+    return Path(file)
+
+
+def data_rules(last_start: dict) -> int:
+    """The version of the rules of data of the last start; older files do not name theirs."""
+    data = last_start.get("data")
+    if not isinstance(data, dict):
+        return DATA_RULES
+    rules = data.get("rules", 1)
+    if rules not in KNOWN_DATA_RULES:
+        return DATA_RULES
+    return rules
