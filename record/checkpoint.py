@@ -70,8 +70,8 @@ def followed(path: Path) -> Path:
             return path
         line = path.read_text()
         name = line.removeprefix(POINTER).strip()
-        is_pointer = line.startswith(POINTER) and name == Path(name).name
-        if is_pointer:
+        is_bare = name == Path(name).name and name not in ("", ".", "..")
+        if line.startswith(POINTER) and is_bare:
             return path.resolve().with_name(name)
     return path
 
