@@ -1,7 +1,10 @@
 """What a run leaves behind, and what it says while it runs.
 
     checkpoint.py, archive.py   one file of tensors and plain values, whole or not at all
-    run_folder.py               which checkpoints a run keeps, and when they are due
+    schema.py                   what a checkpoint must hold, checked before it is used
+    latest.py, lineage.py       checkpoint_latest.pt; which checkpoint of a folder a run continues
+    run_folder.py               what a folder holds; which checkpoints a run keeps, and when
+    run_file.py                 reading run.json
     metrics.py, meter.py        what is measured between two rows of metrics.jsonl; memory
     results.py                  metrics.jsonl, training_results.json, run.json, the curves
     tracker.py                  rows of metrics for TensorBoard, trackio or wandb

@@ -51,15 +51,13 @@ def _is_branch(branch) -> bool:
     if type(branch) is not dict:
         return False
     step = branch.get("step")
+    if type(step) is not int or step < 0:
+        return False
     began = branch.get("began")
-    return (
-        type(branch.get("id")) is str
-        and type(step) is int
-        and step >= 0
-        and type(began) in (int, float)
-        and math.isfinite(began)
-        and type(branch.get("file")) in (str, type(None))
-    )
+    if not isinstance(began, (int, float)) or not math.isfinite(began):
+        return False
+    file = branch.get("file")
+    return type(branch.get("id")) is str and (file is None or type(file) is str)
 
 
 def began(branches: list[dict]) -> float:

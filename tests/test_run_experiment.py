@@ -1210,12 +1210,12 @@ def test_a_folder_in_use_is_left_alone(cli, base, finished):
 
 
 def test_the_folder_is_looked_into_only_when_it_is_locked(cli, base, finished, monkeypatch):
-    def resume_path(*_):
+    def find_start(*_):
         with pytest.raises(ConfigError, match="another process"), locked(finished, "--save_dir"):
             pass
         raise ConfigError("seen")
 
-    monkeypatch.setattr(run_experiment, "resume_path", resume_path)
+    monkeypatch.setattr(run_experiment, "find_start", find_start)
     for how in ([], ["--resume", "latest"]):
         assert_refused(cli(*arguments(base, save_dir=finished), *how), 2, "seen")
 
