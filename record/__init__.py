@@ -4,7 +4,7 @@
     schema.py                   what a checkpoint must hold, checked before it is used
     latest.py, lineage.py       checkpoint_latest.pt; which checkpoint of a folder a run continues
     run_folder.py               what a folder holds; which checkpoints a run keeps, and when
-    run_file.py                 reading run.json
+    run_file.py                 what run.json says about starting a run again
     metrics.py, meter.py        what is measured between two rows of metrics.jsonl; memory
     results.py                  metrics.jsonl, training_results.json, run.json, the curves
     tracker.py                  rows of metrics for TensorBoard, trackio or wandb

@@ -293,7 +293,7 @@ def test_a_run_json_that_cannot_be_read_is_set_aside(tmp_path, capsys, text):
     (tmp_path / "run.json").write_text(text, "latin-1")
     assert run_folder.last_start(tmp_path) is None
     [line] = capsys.readouterr().err.splitlines()
-    assert line.endswith("it is set aside as run.json.1")
+    assert line.endswith("it is now run.json.1")
     assert (tmp_path / "run.json.1").read_text("latin-1") == text
 
 
@@ -309,7 +309,7 @@ def test_folders_and_pipes_with_the_name_of_a_file(cli, base, run, make):  # noq
     code, out, err = cli("--resume", "latest", "--save_dir", run, "--max_steps", 9)
     assert code == 0, err
     assert "Resuming" in out and "checkpoint_step_8.pt at step 8" in out
-    assert err.count("it is no file): it is set aside as") == 4
+    assert err.count("it is no file); it is now") == 4
     assert step_of(run) == 9
 
     (run / LATEST).unlink()
