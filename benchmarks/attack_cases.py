@@ -282,17 +282,16 @@ CaseFunction = Callable[[Path, Random, dict[str, Tensors]], Finding]
 
 
 class Kind(NamedTuple):
-    """A kind of case, and how many of it the whole attack has."""
+    """A kind of case, and how many of them the whole attack has."""
 
     run: CaseFunction
     cases: int
-    title: str
 
 
 KINDS = dict(
-    commands=Kind(command_line_case, 500, "command lines"),
-    data=Kind(data_case, 200, "data files and tokenizers"),
-    files=Kind(small_file_case, 100, "files beside a run and in its cache"),
-    signals=Kind(signal_case, 20, "signals, pipes, terminals"),
-    kills=Kind(kill_case, 40, "kills"),
+    commands=Kind(command_line_case, 500),
+    data=Kind(data_case, 200),
+    files=Kind(small_file_case, 100),
+    signals=Kind(signal_case, 20),
+    kills=Kind(kill_case, 40),
 )

@@ -237,6 +237,28 @@ def busy_cpu() -> str:
     return table(header, rows)
 
 
+# ---------------------------------------------------------------- docs/development.md
+
+
+def attack() -> str:
+    """The faults that the attack on the program found, by kind of attack."""
+    if not has_result("attack", "cpu"):
+        return ""
+    result = load_result("attack", "cpu")
+    titles = dict(
+        commands="odd command lines",
+        data="damaged data files and tokenizers",
+        files="damaged files beside a run and in its cache",
+        signals="signals, lost outputs and terminals",
+        kills="kills",
+    )
+    rows = []
+    for kind, found in result["details"]["kinds"].items():
+        numbers = [found[key] for key in ("cases", "traceback", "hang", "unsaved")]
+        rows.append([titles[kind], *map(str, numbers)])
+    return table(["attack", "cases", "tracebacks", "hangs", "unsaved"], rows)
+
+
 # ---------------------------------------------------------------- docs/data.md, docs/models.md
 
 
@@ -598,6 +620,7 @@ def blocks() -> dict[str, Callable[[], str]]:
         memory_with_full=memory_with_full,
         memory_with_auto=memory_with_auto,
         busy_cpu=busy_cpu,
+        attack=attack,
         data_speed=data_speed,
         held_out=held_out,
         sampling=sampling,
