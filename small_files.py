@@ -128,7 +128,8 @@ def read_run_file(path: Path) -> dict:
 
 def starts(run: dict) -> list[dict]:
     """All starts of a run of which `run` is the content of run.json; the oldest first."""
-    return [*run["earlier"], run]
+    last = {key: value for key, value in run.items() if key != "earlier"}
+    return [*run["earlier"], last]
 
 
 def resume_points(starts_of_run: list[dict]) -> list[int]:
