@@ -646,7 +646,7 @@ def main(argv=None) -> int:
         print(f"note: a run that is named twice is drawn once: {names}", file=sys.stderr)
     try:
         out = draw_runs(runs, options.out)
-    except ExperimentError as error:
+    except (ExperimentError, OSError) as error:  # an OSError names its path: it is too long
         print(f"error: {error}", file=sys.stderr)
         return 1
     # A path may hold bytes that are no text.

@@ -321,6 +321,8 @@ def test_command_line_errors(tmp_path, capsys):
     write_metrics(tmp_path, run(2))
     assert plot.main([str(tmp_path), "--out", str(tmp_path / "no" / "c.png")]) == 1
     assert "cannot be written" in capsys.readouterr().err
+    assert plot.main([str(tmp_path), "--out", "a" * 300]) == 1
+    assert "error: " in capsys.readouterr().err
 
 
 def png(width: int, height: int, software: bytes) -> bytes:
