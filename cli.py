@@ -26,6 +26,7 @@ from config import (
     nearest,
     parse_value,
 )
+from layout import say
 from planner.machine import is_out_of_memory
 from record import console, stop
 
@@ -258,7 +259,7 @@ def _run(command: Callable, argv: list[str]) -> None:
 
 
 def _failed(message: str, code: int = 1) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", sys.stderr)
     return code
 
 

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from config import ConfigError, ExperimentError, defaults
+from layout import say
 
 
 def check_training_paths(options: dict, resume: str | None) -> None:
@@ -31,8 +32,16 @@ def check_training_paths(options: dict, resume: str | None) -> None:
         check_data(given["data"])
     if "tokenizer" in given:
         check_tokenizer(given["tokenizer"])
-    if "save_dir" in given or not resumes_file:
-        check_writable(Path(given.get("save_dir", defaults()["save_dir"])), "--save_dir")
+    check_writable(_save_dir(given, resume), "--save_dir")
+
+
+def _save_dir(given: dict, resume: str | None) -> Path:
+    """Where the run will write: beside the checkpoint that it resumes, if nothing else is said."""
+    if "save_dir" in given:
+        return Path(given["save_dir"])
+    if resume not in (None, "latest"):
+        return Path(resume).parent
+    return Path(defaults()["save_dir"])
 
 
 def check_data(data: str) -> None:
@@ -143,7 +152,7 @@ def exit_at_a_wrong_path(argv: list[str]) -> None:
         if data is not None:
             check_data(data)
     except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         sys.exit(error.exit_code)
 
 

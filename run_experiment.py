@@ -23,6 +23,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,19 @@ from config import (
     resumed_config,
 )
 from early_checks import check_checkpoint, check_training_paths
+from layout import (
+    COLUMNS,
+    command_lines,
+    format_count,
+    format_duration,
+    format_size,
+    say,
+    wrapped,
+)
 from planner.choice import check_fits
 from planner.machine import GB, GPUS, Machine, find_device, find_machine, machine_of_device
-from planner.plan import build_plan, format_count, format_duration, memory_table
+from planner.plan import build_plan, memory_table
+from planner.sizes import checkpoint_gb
 from planner.speed import MeasuredRun
 
 # torch takes seconds to import: --help and `plan` answer without it, so that what needs it is
@@ -115,7 +126,7 @@ def _gpu_memory_gb(options: dict) -> float | None:
     if device == "cpu" or not torch.cuda.is_available():
         return None
     if torch.cuda.device_count() > 1:
-        print(
+        say(
             f"{torch.cuda.device_count()} GPUs are visible; a run uses one by design, the first "
             "of CUDA_VISIBLE_DEVICES."
         )
@@ -157,10 +168,9 @@ def open_run(
     if not args.overwrite and not start.continues(folder):
         _refuse_used_folder(folder)
 
-    print(
+    say(
         f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
-        f"{config.tokens_per_step:,} tokens a step",
-        flush=True,
+        f"{config.tokens_per_step:,} tokens a step"
     )
     # What cannot start is refused before minutes of tokenizing.
     tracker.require(config.tracker)
@@ -200,7 +210,7 @@ def find_start(config: Config, chosen: str, options: dict, args: argparse.Namesp
 
     folder = Path(config.save_dir)
     if args.resume is None:
-        print(chosen)
+        say(chosen)
         return Start(config)
     run_folder.set_odd_files_aside(folder)
     last_start = run_folder.last_start(folder)
@@ -215,7 +225,7 @@ def find_start(config: Config, chosen: str, options: dict, args: argparse.Namesp
     nothing = f"Nothing to resume: no checkpoint in {folder}."
     if last_start is not None:
         return _start_again(nothing, last_start, options, args.preset)
-    print(f"{nothing} A new run starts.\n{chosen}")
+    say(f"{nothing} A new run starts.\n{chosen}")
     return Start(config, again=True)
 
 
@@ -228,7 +238,7 @@ def _start_again(nothing: str, last_start: dict, options: dict, preset: str | No
     path = run_file.beginning(last_start)
     if path is not None:
         message += f", from {path}"
-    print(message + _changes_message(preset, changes, "its configuration holds"))
+    say(message + _changes_message(preset, changes, "its configuration holds"))
     if path is None:
         return Start(config, run_file.data_rules(last_start), again=True)
     start = _start_from_state(path, checkpoint.load_run(path), dataclasses.asdict(config), None)
@@ -249,7 +259,7 @@ def _start_from_file(path: Path, config: Config, options: dict, preset: str | No
     start = _start_from_state(path, state, {**places, **options}, preset)
     cache_before = state["config"].get("cache_dir")
     if cache_before != start.config.cache_dir:
-        print(
+        say(
             f"The cache of tokens is {start.config.cache_dir}. The checkpoint's run had "
             f"{cache_before}: --cache_dir names another."
         )
@@ -276,6 +286,7 @@ def _changes_message(preset: str | None, changes: list[str], why: str) -> str:
 def _resume(state: dict, options: dict, path: Path, preset: str | None) -> Config:
     """The configuration of a resumed run. Prints what changes in it."""
     import trainer
+    from record import messages
 
     config, changes = resumed_config(state["config"], options)
     step = state["step"]
@@ -285,16 +296,13 @@ def _resume(state: dict, options: dict, path: Path, preset: str | None) -> Confi
             "or resume an earlier checkpoint"
         )
     words = _changes_message(preset, changes, "the checkpoint's configuration holds")
-    print(f"Resuming {path} at step {step}{words}")
+    say(f"Resuming {path} at step {step}{words}")
 
     saved, _ = resumed_config(state["config"], {})
-    lr_before = trainer.lr_schedule(step, saved)
-    lr_now = trainer.lr_schedule(step, config)
-    if lr_now != lr_before:
-        print(
-            f"The schedule is another: learning rates continue at {lr_now:.3g} of their peaks, "
-            f"where they were at {lr_before:.3g}."
-        )
+    lrs_before = trainer.learning_rates(step, saved)
+    lrs_now = trainer.learning_rates(step, config)
+    if lrs_now != lrs_before:
+        say(messages.schedule_changed(lrs_before, lrs_now))
     return config
 
 
@@ -322,7 +330,7 @@ def _set_run_aside(folder: Path) -> None:
 
     names = [path.name for path in run_folder.set_run_aside(folder)]
     if names:
-        print("What the run left there is set aside as " + ", ".join(names))
+        say("What the run left there is set aside as " + ", ".join(names))
 
 
 # ---------------------------------------------------------------- plan
@@ -411,21 +419,36 @@ def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:
     memory_gb = facts["advised_memory_gb"] or facts["memory_gb"]
     capacity_gb = machine.memory_gb or machine.host_memory_gb
     lines = [
-        f"{facts['preset']}: {why}.",
-        f"parameters        {_count(config.total_params)}, "
-        f"{_count(config.active_params)} active for a token",
-        f"tokens            {facts['tokens_per_step']:,} a step, "
-        f"{format_count(facts['tokens_per_run'])} a run",
-        f"checkpoint        {facts['checkpoint_gb']:.2f} GB a file",
-        f"training time     {_training_time(facts)}",
-        f"plan for {_place(facts)}: {_verdict(config, facts)}",
+        wrapped(f"{facts['preset']}: {why}."),
+        _labelled(
+            "parameters",
+            f"{_count(config.total_params)}, {_count(config.active_params)} active for a token",
+        ),
+        _labelled(
+            "tokens",
+            f"{facts['tokens_per_step']:,} a step, {format_count(facts['tokens_per_run'])} a run",
+        ),
+        _labelled("checkpoint", f"{format_size(checkpoint_gb(config), 2)} a file"),
+        _labelled("training time", _training_time(facts)),
+        wrapped(f"plan for {_place(facts)}: {_verdict(config, facts)}"),
         "",
         memory_table(memory_gb, optimizer_groups(config), capacity_gb=capacity_gb),
         "",
-        "All sizes are predicted, in GB of 1e9 bytes; training prints the measured ones beside "
-        "them.",
+        "All sizes are predicted; a GB is 1e9 bytes. Training prints the measured ones\n"
+        "beside them.",
     ]
     print("\n".join(lines))
+
+
+# Columns of a label and of the space behind it, in what `plan` prints.
+LABEL_COLUMNS = 15
+
+
+def _labelled(label: str, text: str) -> str:
+    """A label, and the text beside it in a column of its own."""
+    beside = wrapped(text, COLUMNS - LABEL_COLUMNS)
+    indented = textwrap.indent(beside, " " * LABEL_COLUMNS)
+    return label + indented[len(label) :]
 
 
 def _count(parameters: int) -> str:
@@ -434,13 +457,12 @@ def _count(parameters: int) -> str:
 
 def _training_time(facts: dict) -> str:
     """The time of a whole run: measured, predicted from what was measured elsewhere, or both."""
-    indent = "\n" + " " * 18
     lines = []
     if facts["hours"]:
         lines.append(_time_at(facts["hours"], facts["tokens_per_second"]) + ", measured with")
-        lines.append(facts["measured_with"])
+        lines.append(_measured_options(facts["measured_with"]))
         if facts["measured_with"] == facts["options"]:
-            return indent.join(lines)
+            return "\n".join(lines)
         lines[0] = "not measured for the setup below; " + lines[0]
     if facts["predicted_hours"]:
         time_needed = _time_at(facts["predicted_hours"], facts["predicted_tokens_per_second"])
@@ -448,7 +470,14 @@ def _training_time(facts: dict) -> str:
         lines.append(f"from the measured speed of {facts['predicted_from']}")
     if not lines:
         return "not measured; training prints it after its first steps"
-    return indent.join(lines)
+    return "\n".join(lines)
+
+
+def _measured_options(measured_with: str) -> str:
+    """Options in the column beside the label "training time", or words that stand for them."""
+    if not measured_with.startswith("--"):
+        return measured_with
+    return command_lines(measured_with, "", COLUMNS - LABEL_COLUMNS)
 
 
 def _time_at(hours: float, tokens_per_second: float) -> str:
@@ -469,22 +498,22 @@ def _place(facts: dict) -> str:
 
 def _verdict(config: Config, facts: dict) -> str:
     """Whether the plan fits and how, or what would fit."""
+    options = command_lines(facts["options"], "  ")
     if not facts["fits"]:
         verdict = f"does not fit ({facts['shortage']}).\n{facts['advice']}"
         if facts["advised_memory_gb"]:
             return verdict + ", with this memory:"
-        return f"{verdict}\nThe smallest choice, whose memory follows:\n  {facts['options']}"
+        return f"{verdict}\nThe smallest choice, whose memory follows:\n{options}"
     verdict = "fits"
     batch_size = facts["choice"]["batch_size"]
     if not facts["as_configured"]:
         verdict += ", but not as configured"
     elif batch_size < config.batch_size:
         verdict += f", in micro-batches of {batch_size} instead of {config.batch_size}"
-    verdict += f"\n  {facts['options']}"
+    verdict += f"\n{options}"
     if facts["fastest_options"] != facts["options"]:
-        verdict += (
-            f"\nthe fastest by prediction, if every choice is free:\n  {facts['fastest_options']}"
-        )
+        fastest_options = command_lines(facts["fastest_options"], "  ")
+        verdict += f"\nthe fastest by prediction, if every choice is free:\n{fastest_options}"
     return verdict
 
 

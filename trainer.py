@@ -7,6 +7,7 @@ it and ends it. A step is an optimizer step everywhere. What a run writes down i
 import contextlib
 import dataclasses
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -31,6 +32,7 @@ from engine.offload import GradientOffload
 from engine.precision import LossScaler, gradient_norms
 from engine.triton_kernels import any_order, attention_backends, set_deterministic
 from generate import stream
+from layout import fitted, say
 from model import MoETransformer
 from muon import build_optimizers
 from planner.choice import advise, check_fits, resolve_autos
@@ -88,6 +90,15 @@ def lr_schedule(step: int, config: Config) -> float:
     progress = min(1.0, (step - warmup) / falling_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr_fraction + (1 - config.min_lr_fraction) * cosine
+
+
+def learning_rates(step: int, config: Config) -> dict[str, float]:
+    """The learning rate of each optimizer at update `step` (from 0), by its name."""
+    share = lr_schedule(step, config)
+    rates = {}
+    for name, group in optimizer_groups(config).items():
+        rates[name] = share * group.peak_lr
+    return rates
 
 
 class Trainer:
@@ -162,13 +173,13 @@ class Trainer:
         if fitting is not None:
             # The prediction may be wrong: the run starts as requested, with a warning.
             advice, _ = advise(fitting, config, self.machine)
-            print(messages.not_expected_to_fit(self.machine, advice), file=sys.stderr)
-        print(messages.memory_plan(config, self.predicted, self.machine))
+            say(messages.not_expected_to_fit(self.machine, advice), sys.stderr)
+        say(messages.memory_plan(config, self.predicted, self.machine))
         return config
 
     def _build(self, config: Config) -> None:
         """The model, compiled or not, its optimizers, and what watches them."""
-        print("Building the model ...", flush=True)
+        say("Building the model ...")
         set_deterministic(config.deterministic)
         with torch.device("meta"):
             self.model = MoETransformer(config)
@@ -182,7 +193,7 @@ class Trainer:
         offload = config.offload_optimizer == "true"
         if offload:
             self._check_host_memory()
-            print(messages.reserving_host_memory(self.predicted["host"]), flush=True)
+            say(messages.reserving_host_memory(self.predicted["host"]))
         compiling = config.compile == "true" or (config.compile == "auto" and on_gpu)
         fused = compiling and on_gpu
         self.gradient_offload = GradientOffload(self.model, config.host_gradient_blocks)
@@ -284,7 +295,7 @@ class Trainer:
         if not overflow:
             return
         self.skipped_steps += 1
-        self.bar.write(messages.overflow(self.config, self.step + 1, self.scaler.scale))
+        _say_above_bar(messages.overflow(self.config, self.step + 1, self.scaler.scale))
         if self.scaler.stuck_steps >= STUCK_STEPS:
             raise Diverged(
                 messages.gradients_not_finite(
@@ -310,7 +321,7 @@ class Trainer:
             step = self.step + 1
             largest = list(self.parameters)[norms.argmax().item()]
             self.interval.note_spike(grad_norm=norm, usual=usual, parameter=largest, at_step=step)
-            self.bar.write(messages.spike(step, norm, usual, largest))
+            _say_above_bar(messages.spike(step, norm, usual, largest))
         self.mean_norm = 0.95 * usual + 0.05 * norm
 
     # ------------------------------------------------------------ the run
@@ -364,11 +375,11 @@ class Trainer:
 
     def _open_folder(self) -> None:
         """Prints what the run will do, and prepares its folder for writing."""
-        print(messages.forecast(self.config, self.corpus), flush=True)
+        say(messages.forecast(self.config, self.corpus))
         on_cpu = self.device.type == "cpu"
         resumed = self.checkpoints.resumed_from is not None
         for warning in messages.forecast_warnings(self.config, self.corpus, on_cpu, resumed):
-            print(warning, file=sys.stderr)
+            say(warning, sys.stderr)
         latest.remove_leftovers(self.folder)
         checkpoint.check_free_space(self.folder, self.checkpoint_bytes_to_come())
         self.side_work.run(METRICS, self.record.begin)
@@ -409,7 +420,7 @@ class Trainer:
         # After run.json, which names the new branch: until the branch saves, nothing else does.
         self.checkpoints.take_over(self.step)
         if self.step == self.config.max_steps:
-            print(messages.nothing_left(self.step), flush=True)
+            say(messages.nothing_left(self.step))
         if self._evaluation_due() and not self.record.evaluated(self.step):
             self.evaluate()
 
@@ -423,17 +434,14 @@ class Trainer:
         return {name: value for name, value in requested.items() if value != resolved[name]}
 
     def _progress_bar(self) -> tqdm:
-        # In a file each redrawing is a line of its own.
-        seconds_between_redrawings = 10
-        if sys.stdout.isatty():
-            seconds_between_redrawings = 0.1
+        """The bar of a terminal. Elsewhere `log` prints lines instead: a bar cannot be redrawn."""
         return tqdm(
             total=self.config.max_steps,
             initial=self.step,
-            unit="step",
+            bar_format="{n_fmt}/{total_fmt}{postfix} |{bar}|",
             dynamic_ncols=True,
             file=sys.stdout,
-            mininterval=seconds_between_redrawings,
+            disable=not sys.stdout.isatty(),
         )
 
     def _timed_step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
@@ -449,11 +457,11 @@ class Trainer:
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = time.monotonic() - self.launched
         if self.meter.measured_gb is not None and not memory_was_measured:
-            self.bar.write(self.meter.table())
+            _say_above_bar(self.meter.table())
         if len(self.step_seconds) == 1 + MEASURED_STEPS:
             usual = statistics.median(self.step_seconds[1:])
             steps_left = self.config.max_steps - self.step
-            self.bar.write(messages.first_speed(self.config, usual, steps_left))
+            _say_above_bar(messages.first_speed(self.config, usual, steps_left))
         return stepped
 
     def _leave_after_signal(self) -> None:
@@ -463,7 +471,8 @@ class Trainer:
         if not_saved is not None:
             raise not_saved
         saving = self.checkpoints.enabled
-        console.print_somewhere(messages.stopped(self.step, self.folder, saving))
+        stopped = messages.stopped(self.step, self.folder, saving)
+        console.print_somewhere(fitted(stopped, sys.stdout))
         raise SystemExit(128 + self.stop.number)
 
     def _finish(self) -> None:
@@ -485,7 +494,7 @@ class Trainer:
             self.folder / RESULTS,
             self.folder / CURVES,
         )
-        console.print_somewhere(done)
+        console.print_somewhere(fitted(done, sys.stdout))
         if self.stop.requested:  # everything is on the disk, but the sample may be missing
             raise SystemExit(128 + self.stop.number)
 
@@ -516,7 +525,11 @@ class Trainer:
             row["grad_norm_spike"] = self.interval.sums["spike"]
         self.interval = Interval()
         self.record.append(row)
-        self.bar.set_postfix(messages.progress(row))
+        if self.bar.disable:
+            say(messages.progress_line(row, c))
+        else:
+            columns = shutil.get_terminal_size().columns
+            self.bar.set_postfix_str(messages.progress_bar(row, c, columns))
 
     def _elapsed(self) -> float:
         return self.elapsed_before + time.monotonic() - self.launched
@@ -539,7 +552,7 @@ class Trainer:
             elif self.stop.requested:  # the same
                 return
         self.record.append(row)
-        tqdm.write(messages.evaluation(row), file=sys.stdout)
+        _say_above_bar(messages.evaluation(row))
         self._write_results()
 
     @torch.no_grad()
@@ -689,8 +702,7 @@ class Trainer:
 
     def save(self, numbered: bool) -> None:
         """Writes a numbered checkpoint and links the latest to it, or writes the latest alone."""
-        self.bar.set_description("saving")
-        with self.stop.saving():
+        with self._shown("saving"), self.stop.saving():
             if numbered:
                 path = self.checkpoints.begin_numbered(self.step)
                 checkpoint.save(path, self.state_dict())
@@ -702,7 +714,19 @@ class Trainer:
             warn(messages.saved_after_all(self.step))
         self.failed_saves = 0
         self.retry_save_at = None
-        self.bar.set_description("")
+
+    @contextlib.contextmanager
+    def _shown(self, work: str) -> Iterator[None]:
+        """Names what the run is at work on, in the bar's place for metrics."""
+        if self.bar.disable:
+            yield
+            return
+        metrics = self.bar.postfix or ""
+        self.bar.set_postfix_str(work)
+        try:
+            yield
+        finally:
+            self.bar.set_postfix_str(metrics)
 
     def checkpoint_bytes_to_come(self) -> int:
         """Bytes of disk that this run's checkpoints still take."""
@@ -803,6 +827,12 @@ class Trainer:
                 self.config, self.machine, self.step + 1, self._last_checkpoint()
             )
             raise OutOfMemory(message) from error
+
+
+def _say_above_bar(text: str) -> None:
+    """Prints a text above the progress bars, if there are any, with lines that fit the terminal."""
+    tqdm.write(fitted(text, sys.stdout), file=sys.stdout)
+    sys.stdout.flush()
 
 
 def _check_same_rules(state: dict, corpus: data.Corpus) -> None:

@@ -20,9 +20,10 @@ if __name__ == "__main__":  # before the imports below, which fail without their
     explain_missing_packages()
 
 from config import PRESETS, Config, field_docs, optimizer_groups
+from layout import format_count
 from planner.choice import choose
 from planner.machine import GPUS, find_machine
-from planner.plan import format_count, memory_table
+from planner.plan import memory_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -37,6 +37,7 @@ from corpus.tokenizer import (
     trained_size,
     vocabulary,
 )
+from layout import say
 
 # Between these multiples of validation_fraction, the held-out share is as wanted.
 SHARE_TOO_SMALL = 0.5
@@ -136,9 +137,9 @@ def _check_held_out(corpus: Corpus, config: Config) -> None:
     if share > MOST_HELD_OUT and share > SHARE_TOO_LARGE * wanted:
         raise ExperimentError(_far_share_message(corpus, share, wanted))
     if not wanted * SHARE_TOO_SMALL <= share <= wanted * SHARE_TOO_LARGE:
-        print(f"warning: {_far_share_message(corpus, share, wanted)}", file=sys.stderr)
+        say(f"warning: {_far_share_message(corpus, share, wanted)}", sys.stderr)
     if repeated > REPEATED_SHARE * held_out:
-        print(f"warning: {_repeated_message(repeated / held_out)}", file=sys.stderr)
+        say(f"warning: {_repeated_message(repeated / held_out)}", sys.stderr)
 
 
 def _far_share_message(corpus: Corpus, share: float, wanted: float) -> str:
@@ -212,7 +213,7 @@ def _open_or_discard(folder: Path, end_of_text: str) -> Corpus | None:
     try:
         return _open(folder, end_of_text)
     except ExperimentError as error:
-        print(f"data: {error}. Building it anew.")
+        say(f"data: {error}. Building it anew.")
         shutil.rmtree(folder)
         return None
 
@@ -318,7 +319,7 @@ def _build_or_link(
     """
     found = scan(source, folder)
     if found.bad:
-        print(
+        say(
             f"data: {found.bad:,} of {found.rows:,} lines or rows cannot be read and are left out: "
             f"{found.bad_rows}"
         )
@@ -347,7 +348,7 @@ def _link_same_text(config: Config, found: Scan, key: str, folder: Path) -> bool
             if not same.items() <= facts.items():
                 continue
             opened = _open(other, config.end_of_text)
-            print(f"data: the same text was tokenized before; its shards in {other} are used")
+            say(f"data: the same text was tokenized before; its shards in {other} are used")
             for name in TOKEN_FILES:
                 (folder / name).unlink(missing_ok=True)
                 os.link(other / name, folder / name)

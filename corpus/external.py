@@ -29,6 +29,7 @@ from corpus.token_files import (
 )
 from corpus.token_reader import FilePart, TokenFiles, file_version
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
+from layout import say
 
 
 class _Format(NamedTuple):
@@ -318,14 +319,14 @@ def import_shards(
     )
     replace_file(folder / "tokenizer.json", tokenizer_json)
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
-    print(
+    say(
         f"data: {len(files):,} token shards, {train_tokens:,} training and "
         f"{total - train_tokens:,} validation tokens"
         + _which_are_held_out(named_training, named_validation)
     )
     wide = [shard for shard in shards if shard.dtype.itemsize == 4]
     if wide:
-        print(f"data: {len(wide):,} of the shards hold 32-bit tokens, the others 16-bit tokens")
+        say(f"data: {len(wide):,} of the shards hold 32-bit tokens, the others 16-bit tokens")
 
 
 def _is_named_validation(path: str) -> bool:

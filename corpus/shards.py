@@ -34,7 +34,7 @@ from corpus.token_writer import (
     write_shards,
 )
 from corpus.tokenizer import ChunkEncoder, load_tokenizer, sha256, trained_size, vocabulary
-from planner.plan import format_duration
+from layout import format_duration, say
 
 # What only an unfinished build needs.
 TEMPORARY_FILES = (SCAN_FILE, CHUNK_FILE, PROGRESS_FILE)
@@ -85,7 +85,7 @@ def build(
     """
     start = time.perf_counter()
     decided = split_of(found, config.validation_fraction, rules)
-    print(_scan_message(source, found, decided.held_out))
+    say(_scan_message(source, found, decided.held_out))
 
     if tokenizer_json is None:
         training = ~decided.held_out
@@ -125,7 +125,7 @@ def build(
         crc32={name: checksum(folder / name) for name in TOKEN_FILES},
     )
     replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
-    print(_done_message(done.tokens, time.perf_counter() - start))
+    say(_done_message(done.tokens, time.perf_counter() - start))
 
 
 def _key_of_same_text(config: Config, found: Scan, tokenizer_json: str, rules: int) -> str | None:

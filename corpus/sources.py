@@ -37,6 +37,7 @@ from corpus.formats import (
     no_field,
     value_chunks,
 )
+from layout import say
 
 BUILT_IN = ("python", "installed")
 INSTALLED_SUFFIXES = (
@@ -172,7 +173,7 @@ def check_path(data: str) -> None:
 @functools.cache
 def _say_once(line: str) -> None:
     """Prints a line on stderr, unless this process has printed it before."""
-    print(line, file=sys.stderr)
+    say(line, sys.stderr)
 
 
 # --- text

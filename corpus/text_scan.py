@@ -22,7 +22,7 @@ from corpus.sources import Source
 from corpus.split import CHUNKS_AT_ONCE, Split
 from corpus.token_files import ProgressBar
 from corpus.tokenizer import train_tokenizer, trained_size
-from planner.plan import format_duration
+from layout import format_duration, say
 
 # Characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores.
 TOKENIZER_SAMPLE = 20_000_000
@@ -243,7 +243,7 @@ def train_or_read_tokenizer(
     tokenizer_json = train_tokenizer(texts, size, rules)
     seconds = time.perf_counter() - start
     characters = found.lengths[sample].sum()
-    print(f"data: tokenizer trained on {characters:,} characters in {format_duration(seconds)}")
+    say(f"data: tokenizer trained on {characters:,} characters in {format_duration(seconds)}")
     return tokenizer_json
 
 

@@ -34,6 +34,7 @@ from corpus.tokenizer import (
     unknown_token,
 )
 from corpus.workers import die_with_parent, ignore_stop_signals
+from layout import say
 from planner.machine import cpu_cores
 
 TOKENIZE_CHARACTERS = 1_000_000  # characters that one core tokenizes at a time
@@ -283,7 +284,7 @@ def _resume(folder: Path, token_bytes: int) -> _Progress:
     for name, size in done.file_sizes(token_bytes).items():
         os.truncate(folder / name, size)  # makes room for the header in an empty file
     if done.position:
-        print(f"data: continuing after {done.characters:,} characters that were tokenized before")
+        say(f"data: continuing after {done.characters:,} characters that were tokenized before")
     return done
 
 
@@ -472,11 +473,11 @@ class UnknownTokens:
 
     def _print(self, what: str) -> None:
         self.has_warned = True
-        print(
+        say(
             f"warning: the tokenizer {self.name} does not know {what}. The model cannot learn what "
             "is lost there: choose a tokenizer made for such text with --tokenizer, or train one "
             "(--tokenizer train)",
-            file=sys.stderr,
+            sys.stderr,
         )
 
 

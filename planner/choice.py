@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import LIGHTER, PRESETS, Config, ConfigError, OutOfMemory
+from layout import format_size
 from planner.machine import HOST_SHARE, Machine
 from planner.sizes import MemoryPredictor
 
@@ -461,8 +462,8 @@ def check_fits(config: Config, machine: Machine) -> None:
     if choice and needed_gb > machine.host_memory_gb:
         advice, _ = advise(choice, config, machine)
         raise OutOfMemory(
-            f"no memory for this run: {needed_gb:.1f} GB are predicted and "
-            f"{machine.host_memory_gb:.1f} GB of this machine are free.\n"
+            f"no memory for this run: {format_size(needed_gb)} are predicted and "
+            f"{format_size(machine.host_memory_gb)} of this machine are free.\n"
             f"  {advice}; if the machine has more than the operating system reports, say so with "
             "--host_memory_gb."
         )

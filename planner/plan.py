@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from config import Config, OptimizerGroup
+from layout import format_size
 from planner.choice import Choice, advise, choose, fastest
 from planner.machine import GPUS, Machine
 from planner.sizes import checkpoint_gb
@@ -132,7 +133,7 @@ def memory_table(
     measured: dict[str, float] | None = None,
     capacity_gb: float | None = None,
 ) -> str:
-    """The table of memory in GB: predicted, and measured where known.
+    """The table of memory: predicted, and measured where known. All sizes given are in GB.
 
     It has a row for each component, the total, the headroom under `capacity_gb`, and host memory if
     there is any. `groups` (config.optimizer_groups) name the rows of optimizer state.
@@ -140,17 +141,20 @@ def memory_table(
     labels = COMPONENTS | {group.memory_key: group.label for group in groups.values()}
     digits = 2 if predicted["total"] >= 10 else 3
 
-    header = ["Component", "Predicted (GB)"]
+    header = ["Component", "Predicted"]
     columns = [predicted]
     if measured:
-        header.append("Measured (GB)")
+        header.append("Measured")
         columns.append(measured)
 
     def row(label: str, key: str) -> list[str]:
         """The cells of a line: its label, then the size `key` of each column; "-" if unknown."""
         cells = [label]
         for sizes in columns:
-            cells.append(f"{sizes[key]:.{digits}f}" if key in sizes else "-")
+            cell = "-"
+            if key in sizes:
+                cell = format_size(sizes[key], digits)
+            cells.append(cell)
         return cells
 
     rows = [header]
@@ -161,7 +165,7 @@ def memory_table(
 
     # A CPU's measured sizes have no total: only what stays is known exactly.
     if capacity_gb and "total" in columns[-1]:
-        left = [f"{capacity_gb - sizes['total']:.{digits}f}" for sizes in columns]
+        left = [format_size(capacity_gb - sizes["total"], digits) for sizes in columns]
         rows.append(["Headroom", *left])
 
     if predicted["host"]:
@@ -180,27 +184,3 @@ def _aligned(rows: list[list[str]]) -> str:
         lines.append("  ".join(cells))
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join(lines)
-
-
-def format_count(n: float) -> str:
-    """A large number in short: 17.97B, 4.46M, 1,920."""
-    if n >= 1e9:
-        return f"{n / 1e9:,.2f}B"
-    if n >= 1e6:
-        return f"{n / 1e6:,.2f}M"
-    return f"{n:,.0f}"
-
-
-def format_duration(seconds: float) -> str:
-    """A duration for people, in a unit that fits it: 8.3 seconds, 12 minutes, 364 hours."""
-    unit = "hours"
-    value = seconds / 3600
-    if seconds < 60:
-        unit = "seconds"
-        value = seconds
-    elif seconds < 3600:
-        unit = "minutes"
-        value = seconds / 60
-    if value < 10:
-        return f"{value:.1f} {unit}"
-    return f"{value:,.0f} {unit}"

@@ -4,9 +4,10 @@ Every function returns a text. The trainer prints it or raises it.
 """
 
 from config import Config, optimizer_groups
+from layout import format_count, format_duration, format_rate, format_size
 from planner.choice import candidates, next_smaller
 from planner.machine import Machine
-from planner.plan import format_count, format_duration, memory_table
+from planner.plan import memory_table
 
 # Repeated data is worth much less than new data beyond this many passes (Muennighoff et al. 2023).
 WORTHWHILE_PASSES = 4
@@ -16,8 +17,8 @@ WORTHWHILE_PASSES = 4
 
 def _machine_memory(machine: Machine) -> str:
     if machine.name:
-        return f"{machine.name}, {machine.memory_gb:.1f} GB"
-    return f"CPU, {machine.host_memory_gb:.1f} GB free"
+        return f"{machine.name}, {format_size(machine.memory_gb)}"
+    return f"CPU, {format_size(machine.host_memory_gb)} free"
 
 
 def memory_plan(config: Config, predicted: dict, machine: Machine) -> str:
@@ -45,14 +46,14 @@ def not_expected_to_fit(machine: Machine, advice: str) -> str:
 
 
 def reserving_host_memory(host_gb: float) -> str:
-    return f"Reserving {host_gb:.1f} GB of host memory for what is offloaded ..."
+    return f"Reserving {format_size(host_gb)} of host memory for what is offloaded ..."
 
 
 def no_host_memory(needed_gb: float, free_gb: float) -> str:
     return (
-        f"no host memory for offload: what is offloaded takes {needed_gb:.1f} GB and "
-        f"{free_gb:.1f} GB are free. Use a smaller preset or --offload_optimizer false; if the "
-        "host has more than the operating system reports, say so with --host_memory_gb."
+        f"no host memory for offload: what is offloaded takes {format_size(needed_gb)} and "
+        f"{format_size(free_gb)} are free. Use a smaller preset or --offload_optimizer false; if "
+        "the host has more than the operating system reports, say so with --host_memory_gb."
     )
 
 
@@ -97,6 +98,15 @@ def _passes(config: Config, corpus) -> float:
 # ---------------------------------------------------------------- while it runs
 
 
+def schedule_changed(before: dict[str, float], now: dict[str, float]) -> str:
+    """`before` and `now` are learning rates by optimizer."""
+    changes = []
+    for name, lr in now.items():
+        was = format_rate(before[name])
+        changes.append(f"{name}_lr continues at {format_rate(lr)}, where it was {was}")
+    return f"The schedule is another: {'; '.join(changes)}."
+
+
 def first_speed(config: Config, seconds_per_step: float, steps_left: int) -> str:
     tokens_per_second = config.tokens_per_step / seconds_per_step
     time_left = format_duration(seconds_per_step * steps_left)
@@ -106,25 +116,55 @@ def first_speed(config: Config, seconds_per_step: float, steps_left: int) -> str
     )
 
 
-def progress(row: dict) -> dict[str, str]:
-    """What the progress bar shows of a row of training metrics."""
-    lrs = [value for key, value in row.items() if key.endswith("_lr")]
-    shown = dict(
-        loss=f"{row['train_loss']:.3f}",
-        ppl=f"{row['train_perplexity']:.1f}",
-        acc=f"{row['train_accuracy']:.3f}",
-        norm=f"{row['grad_norm']:.2f}",
-        lr=f"{lrs[0]:.1e}",  # of the first optimizer
-        tok_s=f"{row['tokens_per_second']:,.0f}",
-    )
+def progress_fields(row: dict, config: Config) -> list[str]:
+    """What a row of training metrics says of the run, the most wanted first.
+
+    A progress bar shows as many as have room, a log line all of them.
+    """
+    steps_left = config.max_steps - row["step"]
+    seconds_left = steps_left * config.tokens_per_step / row["tokens_per_second"]
+    fields = [
+        f"loss {row['train_loss']:.3f}",
+        f"{row['tokens_per_second']:,.0f} tokens/s",
+        f"{format_duration(seconds_left)} left",
+    ]
     if "expert_load" in row:
+        # The share of a block's routed tokens that one of its experts gets.
         shares = [share for layer in row["expert_load"] for share in layer]
-        shown["aux"] = f"{row['load_balancing_loss']:.3f}"
-        shown["top_load"] = f"{max(shares):.2f}"
+        fields.append(f"busiest expert {max(shares):.2f}")
+    fields.append(f"perplexity {row['train_perplexity']:.1f}")
+    fields.append(f"accuracy {row['train_accuracy']:.3f}")
+    fields.append(f"norm {row['grad_norm']:.2f}")
+    for key, value in row.items():
+        if key.endswith("_lr"):
+            fields.append(f"{key} {format_rate(value)}")
+    if "expert_load" in row:
+        fields.append(f"balancing loss {row['load_balancing_loss']:.3f}")
     if row["mfu"]:
-        shown["mfu"] = f"{row['mfu']:.3f}"
-    shown["gb"] = f"{row['memory_peak_gb']:.1f}"
-    return shown
+        fields.append(f"MFU {row['mfu']:.3f}")
+    fields.append(format_size(row["memory_peak_gb"]))
+    return fields
+
+
+# Columns that a progress bar needs for itself: " |", a block, and "|".
+BAR_COLUMNS = 4
+
+
+def progress_bar(row: dict, config: Config, columns: int) -> str:
+    """The fields that fit beside the counter of steps, for a terminal of so many columns."""
+    counter = f"{row['step']}/{config.max_steps}"
+    shown = ""
+    for field in progress_fields(row, config):
+        longer = f"{shown}, {field}"
+        if len(counter) + len(longer) + BAR_COLUMNS > columns:
+            break
+        shown = longer
+    return shown.removeprefix(", ")
+
+
+def progress_line(row: dict, config: Config) -> str:
+    """A row of training metrics as a line of a log."""
+    return f"step {row['step']}/{config.max_steps}: {', '.join(progress_fields(row, config))}"
 
 
 def evaluation(row: dict) -> str:
@@ -268,11 +308,11 @@ def out_of_memory(config: Config, machine: Machine, step: int, last_checkpoint: 
     else:
         remedy = (
             "Next smaller choice, at the same tokens per step "
-            f"({smaller.memory_gb['total']:.1f} GB): {smaller.options(config)}"
+            f"({format_size(smaller.memory_gb['total'])}): {smaller.options(config)}"
         )
     return (
-        f"out of memory at step {step} on {device} ({memory_gb:.1f} GB; "
-        f"predicted {predicted_gb:.1f} GB).\n  {remedy}\n  {last_checkpoint}"
+        f"out of memory at step {step} on {device} ({format_size(memory_gb)}; "
+        f"predicted {format_size(predicted_gb)}).\n  {remedy}\n  {last_checkpoint}"
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from config import OptimizerGroup
+from layout import format_size
 from planner.machine import GB, process_memory_gb
 from planner.plan import memory_table
 
@@ -127,7 +128,7 @@ class MemoryMeter:
         table = memory_table(self.predicted, self.groups, self.measured_gb, self.capacity_gb)
         if self.gpu:
             return table
-        return f"{table}\nThe whole process: {self.peak_gb:.3f} GB of RAM at its peak"
+        return f"{table}\nThe whole process: {format_size(self.peak_gb, 3)} of RAM at its peak"
 
     def now(self) -> dict[str, float | None]:
         """The memory columns of a row of metrics, in GB.

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from config import Config
+from layout import format_count
 from planner.machine import GB
-from planner.plan import format_count
 from record.side_work import SideWork, cause_of, path_named, warn
 from small_files import (
     CURVES,

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from layout import fitted
+
 # How long the last writing of a run waits before each of its attempts, in seconds.
 PAUSES = (0.0, 0.5, 2.0)
 # What ends a program on purpose. Everything else that is raised is an error, also what is no
@@ -86,7 +88,7 @@ class SideWork:
 
 def warn(text: str) -> None:
     """Prints a line on stderr, above a progress bar."""
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(fitted(text, sys.stderr), file=sys.stderr)
 
 
 def cause_of(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from config import PRESETS, Config, optimizer_groups
 from planner.machine import find_machine
-from planner.plan import build_plan, format_count, format_duration, memory_table
+from planner.plan import build_plan, memory_table
 from planner.speed import MeasuredRun
 
 COMPONENTS = ("weights", "gradients", "master", "momentum", "adamw", "activations", "workspace")
@@ -14,44 +14,22 @@ def test_table():
         weights=10.0, gradients=10.0, activations=2.25, total=22.25
     )
     lines = memory_table(sizes, GROUPS, capacity_gb=25).splitlines()
-    assert lines[0].split() == ["Component", "Predicted", "(GB)"] and set(lines[1]) == {"-"}
+    assert lines[0].split() == ["Component", "Predicted"] and set(lines[1]) == {"-"}
     assert len({len(line) for line in lines}) == 1 and "Host" not in "".join(lines)
-    cells = {line.rsplit(None, 1)[0].strip(): line.split()[-1] for line in lines[2:]}
-    assert (
-        cells["Model weights"] == "10.00"
-        and cells["Activations"] == "2.25"
-        and cells["Total"] == "22.25"
-    )
-    assert cells["Headroom"] == "2.75" and len(cells) == len(COMPONENTS) + 2
+    cells = {line[:30].strip(): line[30:].strip() for line in lines[2:]}
+    assert cells["Model weights"] == "10.00 GB"
+    assert cells["Activations"] == "2.25 GB"
+    assert cells["Total"] == "22.25 GB"
+    assert cells["Headroom"] == "2.75 GB" and len(cells) == len(COMPONENTS) + 2
 
     measured = dict(weights=10.0, activations=3.0, total=24.0)
     lines = memory_table(sizes | dict(host=70.0), GROUPS, measured, 25).splitlines()
     cells = {line[:30].strip(): line[30:].split() for line in lines[2:]}
-    assert cells["Activations"] == ["2.25", "3.00"] and cells["Headroom"] == ["2.75", "1.00"]
-    assert cells["Gradients"][-1] == "-" and cells["Host memory (offloaded state)"] == [
-        "70.00",
-        "-",
-    ]
-    assert "0.004" in memory_table(dict.fromkeys((*COMPONENTS, "host", "total"), 0.004), GROUPS)
-
-
-def test_large_numbers_in_words():
-    assert [format_count(n) for n in (17_966_970_880, 4_460_000, 1_920)] == [
-        "17.97B",
-        "4.46M",
-        "1,920",
-    ]
-
-
-def test_a_duration_has_a_unit_that_fits_it():
-    assert [format_duration(seconds) for seconds in (0.04, 45, 150, 1800, 5400, 3600 * 1234)] == [
-        "0.0 seconds",
-        "45 seconds",
-        "2.5 minutes",
-        "30 minutes",
-        "1.5 hours",
-        "1,234 hours",
-    ]
+    assert cells["Activations"] == ["2.25", "GB", "3.00", "GB"]
+    assert cells["Headroom"] == ["2.75", "GB", "1.00", "GB"]
+    assert cells["Gradients"][-1] == "-"
+    assert cells["Host memory (offloaded state)"] == ["70.00", "GB", "-"]
+    assert "4.0 MB" in memory_table(dict.fromkeys((*COMPONENTS, "host", "total"), 0.004), GROUPS)
 
 
 def test_the_measured_speed_is_what_the_caller_gives():

@@ -14,7 +14,7 @@ import torch
 from config import optimizer_groups
 from muon import build_optimizers
 from planner.machine import GB, Machine, known_gpu
-from record import checkpoint, messages, meter, results
+from record import checkpoint, meter, results
 from record import side_work as side_work_module
 from record.meter import MemoryMeter
 from record.metrics import Interval, mfu, perplexity
@@ -415,23 +415,6 @@ def test_mfu_only_for_known_gpus():
 
 def test_the_perplexity_of_a_run_that_diverges_is_a_number():
     assert perplexity(1e6) == perplexity(700) < float("inf")
-
-
-def test_the_bar_shows_the_first_learning_rate():
-    row = dict(
-        train_loss=2.0,
-        train_perplexity=7.4,
-        train_accuracy=0.5,
-        grad_norm=1.0,
-        sgd_lr=0.5,
-        adamw_lr=0.1,
-        tokens_per_second=1000.0,
-        mfu=None,
-        memory_peak_gb=1.0,
-    )
-    shown = messages.progress(row)
-    assert shown["lr"] == "5.0e-01"
-    assert "aux" not in shown, "a dense model"
 
 
 # ---------------------------------------------------------------- memory

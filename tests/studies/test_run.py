@@ -19,7 +19,7 @@ import pytest
 
 import data
 from config import PRESETS, ConfigError, Diverged, ExperimentError, OutOfMemory
-from planner.plan import format_count
+from layout import format_count
 from studies import grids, one_run, report
 from studies import run as runner
 from studies.experts import KINDS
