@@ -82,7 +82,7 @@ def test_an_option_stays_with_its_value():
 
 
 def test_a_shell_reads_broken_options_as_one_line():
-    text = command_lines(OPTIONS, "  ", columns=50)
+    text = command_lines(OPTIONS, "  ", columns=51)
     assert text == (
         "  --batch_size 2 --gradient_accumulation_steps 16 \\\n  --activation_checkpointing none"
     )

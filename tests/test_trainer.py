@@ -726,7 +726,7 @@ def test_a_run_larger_than_a_cpu_has_memory_is_refused(settings):
     """All of it, as the system would kill it in the first step; and with what would fit, where something does."""
     with pytest.raises(
         ExperimentError,
-        match="GB are predicted and 0.0 GB of this machine.*\n.*smaller --preset.*--host_memory_gb",
+        match="B are predicted and 0.0 MB of this machine.*\n.*smaller --preset.*--host_memory_gb",
     ):
         build(settings(host_memory_gb=1e-6))
     large = settings(batch_size=64, max_seq_len=16384)
