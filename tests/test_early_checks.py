@@ -41,7 +41,7 @@ def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
     training = f"run_experiment --save_dir {tmp_path / 'run'}"
     expected = {
         f"{training} --data {gone}": f"there is no file or folder {gone}",
-        f"{training} --data {gone}/*.txt": f"there is no file or folder {gone}/*.txt",
+        f"{training} --data {gone}/*.txt": f"no text to read in {gone}/*.txt",
         f"{training} --tokenizer {gone}": f"cannot use the tokenizer {gone}: {gone}: No such file",
         f"{training} --tokenizer {tmp_path}": f"{tmp_path}/tokenizer.json: No such file",
         f"{training} --resume {gone}": f"checkpoint {gone} cannot be read: No such file",
