@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -324,7 +324,12 @@ def write_shards(
             for name in (*TOKEN_FILES, CHUNK_FILE):
                 files.append(stack.enter_context(open(folder / name, "ab")))
             bar = stack.enter_context(ProgressBar("tokenizing", total, done.characters))
-            for tokens, facts in _encoded(batches, batch_encoder, workers):
+            # Closed at an error too: else its traceback would keep the workers, and Python would
+            # wait for them at its exit.
+            encoded = stack.enter_context(
+                contextlib.closing(_encoded(batches, batch_encoder, workers))
+            )
+            for tokens, facts in encoded:
                 _append(files, tokens, facts, done)
                 unknown.count(tokens)
                 bar.add(facts.characters, facts.documents)
@@ -368,7 +373,7 @@ def _expected_characters(source: Source, found: Scan) -> int | None:
 
 def _encoded(
     batches: Iterator[tuple[_EncoderInput, _BatchFacts]], batch_encoder: BatchEncoder, workers: int
-) -> Iterator[tuple[list[np.ndarray], _BatchFacts]]:
+) -> Generator[tuple[list[np.ndarray], _BatchFacts], None, None]:
     """Tokenizes the batches in worker processes, and yields them in their order.
 
     Each is (tokens, facts); tokens are two arrays, [training, validation]. Raises ExperimentError

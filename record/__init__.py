@@ -9,6 +9,8 @@
     results.py                  metrics.jsonl, training_results.json, run.json, the curves
     tracker.py                  rows of metrics for TensorBoard, trackio or wandb
     messages.py                 texts on the console and of errors
+    console.py                  stdout and stderr, which may be lost without ending a run
+    stop.py                     what a signal does to a run, and to other commands
 
 Keys and file names here are read by other programs and by old runs: add to them, but rename
 nothing.

@@ -6,6 +6,7 @@ Most runs here are forks: a fork starts in milliseconds, a new interpreter needs
 import contextlib
 import fcntl
 import json
+import multiprocessing
 import os
 import pty
 import signal
@@ -22,7 +23,7 @@ import run_experiment
 import trainer
 from benchmarks import result_files
 from cli import exit_code
-from corpus import shards
+from corpus import token_writer
 from record import checkpoint, console, results, stop
 from tests.training import SMALL, build, no_pictures, rows, settings, text
 
@@ -381,6 +382,22 @@ def test_a_signal_during_the_last_sample_keeps_the_finished_run(settings, tmp_pa
     kept = json.loads((tmp_path / "run" / "training_results.json").read_text())
     assert kept["totals"]["steps"] == 1 and kept["sample"] is None
     assert rows(config, "val_loss")
+
+
+def test_no_worker_is_left_when_a_run_fails(settings, tmp_path):
+    """Workers ignore signals, and Python waits for its children when it exits: it would hang."""
+    run = build(settings(max_steps=4, num_workers=1))
+    take = run.train_step
+
+    def train_step(batches):
+        take(batches)
+        raise ZeroDivisionError
+
+    run.train_step = train_step
+    with pytest.raises(ZeroDivisionError) as error:
+        run.run()
+    assert error.traceback, "which keeps the frames of the run"
+    assert not multiprocessing.active_children()
 
 
 # ---------------------------------------------------------------- signals outside of a run
