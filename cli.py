@@ -214,15 +214,20 @@ def _is_open_folder(handle: int, folder: Path) -> bool:
 # ---------------------------------------------------------------- exit codes
 
 
-def exit_code(command: Callable, argv: list[str]) -> int:
+def exit_code(command: Callable, argv: list[str], cleans_up: bool = True) -> int:
     """Calls `command(argv)` and returns the exit code of the program.
 
     An error that the user can fix becomes a line on stderr. Any other exception is a bug: it is
-    raised, with its traceback.
+    raised, with its traceback. At a signal, a command that `cleans_up` gets an exception, so that
+    it removes its temporary files. Another one ends at once: in the middle of an import, for
+    example, the exception could turn into any other.
     """
     console.prepare()
+    signals = stop.exit_at_once()
+    if cleans_up:
+        signals = stop.raised()
     try:
-        with stop.raised():
+        with signals:
             _run(command, argv)
     except ExperimentError as error:
         return _failed(str(error), error.exit_code)
@@ -280,5 +285,5 @@ def training() -> Iterator[None]:
 
     The loop that trains takes over the signals for its own time.
     """
-    with console.output_may_be_lost(), stop.exit_at_once():
+    with console.output_may_be_lost(), stop.exit_at_once(stop.NOTHING_TRAINED):
         yield

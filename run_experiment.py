@@ -657,7 +657,7 @@ def main(argv: list[str]) -> int:
             )
         commands[name](argv)
 
-    return exit_code(command, argv)
+    return exit_code(command, argv, cleans_up=False)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from record import console
 
 STOPPING = b"\nstopping after this step; Ctrl-C again to stop at once without saving\n"
 SAVING = b"\na checkpoint is being written; the program ends when it is whole\n"
+INTERRUPTED = b"\ninterrupted\n"
 NOTHING_TRAINED = b"\nstopped; no training was under way. What was tokenized is kept\n"
 
 
@@ -94,17 +95,17 @@ class StopSignal:
 
 
 @contextlib.contextmanager
-def exit_at_once() -> Iterator[None]:
-    """In the block a signal ends the process where it is, with a line that says so.
+def exit_at_once(message: bytes = INTERRUPTED) -> Iterator[None]:
+    """In the block a signal ends the process where it is, after this message on stderr.
 
-    This is for the time before and after the steps, when nothing would be lost by SIGKILL either.
+    This is for work of which SIGKILL would lose nothing either.
     """
     process = os.getpid()
 
     def handle(number: int, _frame) -> None:
         if os.getpid() != process:
             return  # a worker that was forked a moment ago: it ends with this process
-        console.write_in_a_signal_handler(NOTHING_TRAINED)
+        console.write_in_a_signal_handler(message)
         os._exit(128 + number)
 
     with handled(handle):
@@ -112,7 +113,7 @@ def exit_at_once() -> Iterator[None]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended a command that does not train."""
+    """A signal has ended a command that has something to clean up."""
 
     def __init__(self, number: int):
         super().__init__()
