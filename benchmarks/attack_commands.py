@@ -124,6 +124,12 @@ TEXTS = (
     *("tokenizer.json", "formats", "formats/data.parquet", "formats/data.bin", "exported"),
     *("exported/config.json", "tiny", "18b"),
 )
+# Values of options with which a right command line may work for minutes before its first step, or
+# without steps.
+QUICK = dict(
+    compile=("auto", "false"),
+    max_new_tokens=("0", "1", "5", "33", "-1", "9223372036854775808"),
+)
 WRONG_FORM = 0.1  # share of the values that have the form of another option's
 OWN_INTEGERS = ("n", "top_k", "max_new_tokens", "seed", "limit")
 OWN_NUMBERS = ("temperature", "top_p", "shard_gb", "gpu_memory_gb")
@@ -146,8 +152,8 @@ def _odd_value(name: str, draw: Random) -> str:
     kind = field_types().get(name, str)
     if draw.random() < WRONG_FORM:
         return draw.choice(INTEGERS + NUMBERS + TEXTS)
-    if name == "compile":  # "true" takes minutes before the first step
-        return draw.choice(["auto", "false"])
+    if name in QUICK:
+        return draw.choice(QUICK[name])
     if typing.get_origin(kind) is typing.Literal:
         return draw.choice(typing.get_args(kind))
     if kind is int or name in OWN_INTEGERS:

@@ -37,6 +37,7 @@ POLL_SECONDS = 0.005
 
 # What a program must never print.
 TRACES = ("Traceback (most recent call last)", "Fatal Python error", "Exception ignored in")
+STOPPED = "Stopped at step"  # what a training says that a signal has ended
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -116,7 +117,7 @@ def fork(program: Callable[[], None], folder: Path) -> Ended:
     if code is None:
         os.kill(child, signal.SIGTERM)
         code = _wait_for(child, STOP_SECONDS)
-        hung = code in (None, -signal.SIGTERM)  # a training ends with its own exit code
+        hung = code is None or STOPPED not in _read(output)
     _kill_group(child)
     if code is None:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
