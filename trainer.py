@@ -448,7 +448,13 @@ class Trainer:
         """`train_step`, timed. After the first steps it prints memory and speed."""
         start = time.perf_counter()
         memory_was_measured = self.meter.measured_gb is not None
-        stepped = self.train_step(batches)
+        sums_before = dict(self.interval.sums)
+        try:
+            stepped = self.train_step(batches)
+        except ExperimentError:
+            # What the step has added is added again when the step is repeated in a resumed run.
+            self.interval = Interval(sums_before)
+            raise
         seconds = time.perf_counter() - start
 
         self.train_seconds += seconds
@@ -714,6 +720,8 @@ class Trainer:
             warn(messages.saved_after_all(self.step))
         self.failed_saves = 0
         self.retry_save_at = None
+        # The new checkpoint is safe: old ones that cannot be deleted take space and nothing else.
+        self.side_work.run("deleting old checkpoints", self.checkpoints.delete_oldest)
 
     @contextlib.contextmanager
     def _shown(self, work: str) -> Iterator[None]:
@@ -808,12 +816,32 @@ class Trainer:
 
     @contextlib.contextmanager
     def _results_of_an_error(self) -> Iterator[None]:
-        """When a run ends in an error, writes results and curves that show its last steps."""
+        """When a run ends in an error, writes results and curves that show its last steps.
+
+        Where the error leaves the weights as they were, such as data that cannot be read any more,
+        the last step is saved too.
+        """
         try:
             yield
+        except (Diverged, OutOfMemory):
+            self._write_last_results()
+            raise
+        except ExperimentError:
+            self._save_before_error()
+            self._write_last_results()
+            raise
         except Exception:
             self._write_last_results()
             raise
+
+    def _save_before_error(self) -> None:
+        if not self.step_seconds:  # nothing was trained
+            return
+        not_saved = self._save_last()
+        if not_saved is not None:
+            warn(f"warning: {not_saved}")
+        elif self.checkpoints.enabled:
+            warn(messages.stopped(self.step, self.folder, saving=True))
 
     @contextlib.contextmanager
     def _out_of_memory_advice(self) -> Iterator[None]:

@@ -127,8 +127,11 @@ class RunCheckpoints:
         return path
 
     def finish_numbered(self, path: Path) -> None:
-        """After the file is whole: makes it the latest, and deletes the oldest over the limit."""
+        """After the file is whole: makes it the latest."""
         latest.link_latest(path, self.latest)
+
+    def delete_oldest(self) -> None:
+        """Deletes the oldest numbered checkpoints over the limit. Raises CheckpointError."""
         self.saved_steps = latest.prune(self.folder, self.saved_steps, self.config.keep_checkpoints)
 
     def note_saved(self, step: int) -> None:

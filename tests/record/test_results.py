@@ -510,6 +510,7 @@ def test_the_oldest_of_the_runs_own_checkpoints_go(tmp_path):
         assert step in own.saved_steps, "the checkpoint itself says that it is there"
         path.write_text(str(step))
         own.finish_numbered(path)
+        own.delete_oldest()
         own.note_saved(step)
     assert own.saved_steps == [4, 6]
     assert own.last_saved_step == 6
