@@ -42,13 +42,13 @@ class ExperimentError(Exception):
 
 
 class ConfigError(ExperimentError, ValueError):
-    """Wrong options or values."""
+    """Wrong options or values: the same command fails again, however often it is started."""
 
     exit_code = 2
 
 
 class Diverged(ExperimentError):
-    """Losses or gradients that are no longer finite."""
+    """Losses or gradients that are no longer finite: the same run from here diverges again."""
 
     exit_code = 3
 

@@ -85,6 +85,7 @@ def train(argv: list[str]) -> None:
     options = config_options(args)
     if args.resume and args.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: choose one")
+    _check_skip_steps(args)
     check_training_paths(options, args.resume)
     with training(), contextlib.ExitStack() as lock:
         config, name, why = resolve(options, args.preset, _gpu_memory_gb(options))
@@ -94,8 +95,8 @@ def train(argv: list[str]) -> None:
 
 def _train_parser() -> Parser:
     parser = new_parser(
-        "run_experiment.py [train] [--preset NAME] [--resume latest|PATH] [--overwrite] "
-        "[--FIELD VALUE ...]",
+        "run_experiment.py [train] [--preset NAME] [--resume latest|PATH [--skip_steps N]] "
+        "[--overwrite] [--FIELD VALUE ...]",
         __doc__,
     )
     _add_preset_option(parser)
@@ -106,12 +107,36 @@ def _train_parser() -> Parser:
         "from a checkpoint file",
     )
     parser.add_argument(
+        "--skip_steps",
+        type=int,
+        metavar="N",
+        help="with --resume PATH: leave out the data of the next N steps, for a run that diverged "
+        "on them",
+    )
+    parser.add_argument(
         "--overwrite",
         action="store_true",
         help="delete the run that save_dir holds and start anew",
     )
     add_config_options(parser)
     return parser
+
+
+# More than any run has, and few enough that data positions stay numbers of 64 bits.
+MOST_SKIPPED_STEPS = 10**9
+
+
+def _check_skip_steps(args: argparse.Namespace) -> None:
+    if args.skip_steps is None:
+        return
+    if args.resume in (None, "latest"):
+        # Repeated by a program that restarts the run, it would skip more each time.
+        raise ConfigError(
+            "--skip_steps is for --resume PATH, with the checkpoint from which the run goes back; "
+            "--resume latest keeps what was skipped before"
+        )
+    if not 1 <= args.skip_steps <= MOST_SKIPPED_STEPS:
+        raise ConfigError(f"--skip_steps must lie between 1 and {MOST_SKIPPED_STEPS:,}")
 
 
 def _add_preset_option(parser: Parser) -> None:
@@ -179,6 +204,8 @@ def open_run(
     # The state is mapped from the checkpoint's file. It must not outlive this function: the disk
     # space of a checkpoint that is deleted would stay taken.
     run = trainer.Trainer(config, corpus, start.state, start.path, LAUNCHED)
+    if args.skip_steps:
+        run.skip_data(args.skip_steps)
     # Only now that nothing can be wrong any more
     if args.overwrite:
         run_folder.delete_run(folder, run.checkpoint_bytes_to_come())

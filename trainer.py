@@ -134,6 +134,7 @@ class Trainer:
         self.run_id = uuid.uuid4().hex
         self.step = 0
         self.data_position = 0  # sequences drawn, those of skipped steps included
+        self.skipped_data: list[dict] = []  # see skip_data
         self.tokens_seen = 0
         self.skipped_steps = 0
         self.train_seconds = 0.0  # inside train_step, over the whole run
@@ -157,7 +158,20 @@ class Trainer:
         self.stop = StopSignal()
         self.bar = tqdm(disable=True)
         self.failed_saves = 0  # attempts since the last checkpoint that was saved
+        self.skips_data_here = False  # whether this start skipped data
         self.retry_save_at: int | None = None  # the step after which the next attempt comes
+
+    def skip_data(self, steps: int) -> None:
+        """Leaves out the data of the next `steps` steps, and notes that in the checkpoints to come.
+
+        A run that diverged on some data is so rolled back to an earlier checkpoint, from which it
+        continues with other data.
+        """
+        sequences = steps * self.config.sequences_per_step
+        self.skipped_data.append(dict(step=self.step, steps=steps, sequences=sequences))
+        self.data_position += sequences
+        self.skips_data_here = True
+        say(messages.data_skipped(self.step, steps, sequences))
 
     def _begin_branch(self, state: dict | None, resumed_from: Path | None) -> list[dict]:
         """The branches that led here, with the new one of this start: see record/lineage.py."""
@@ -412,6 +426,7 @@ class Trainer:
             requested=self._fields_left_auto(),
             resumed_from=resumed_from,
             lineage=self.lineage,
+            skipped_data=self.skipped_data,
             data=data_facts(self.corpus),
         )
         self.earlier = self.side_work.value(RUN, lambda: earlier_starts(self.folder)) or []
@@ -419,6 +434,10 @@ class Trainer:
         self.side_work.run(RUN, self._write_run_file)
         # After run.json, which names the new branch: until the branch saves, nothing else does.
         self.checkpoints.take_over(self.step)
+        if self.skips_data_here and self.checkpoints.enabled:
+            # At once: should the run be killed before its next checkpoint, --resume latest would
+            # continue with the very data that was to be skipped.
+            self._try_to_save(numbered=False)
         if self.step == self.config.max_steps:
             say(messages.nothing_left(self.step))
         if self._evaluation_due() and not self.record.evaluated(self.step):
@@ -679,6 +698,9 @@ class Trainer:
             return
         if retrying and self.config.save_every:
             numbered = True
+        self._try_to_save(numbered)
+
+    def _try_to_save(self, numbered: bool) -> None:
         try:
             self.save(numbered)
         except Exception as error:
@@ -757,6 +779,7 @@ class Trainer:
         return dict(
             config=dataclasses.asdict(self.requested_config),
             **{name: getattr(self, name) for name in PROGRESS},
+            skipped_data=self.skipped_data,
             saved_steps=self.checkpoints.saved_steps,
             lineage=self.lineage,
             model={name: tensor.detach() for name, tensor in self._saved_tensors().items()},
@@ -779,6 +802,7 @@ class Trainer:
             self.scaler.load_state_dict(state["loss_scaler"])
             for name in PROGRESS:
                 setattr(self, name, state[name])
+            self.skipped_data = state.get("skipped_data", [])  # older checkpoints have none
             self.checkpoints.saved_steps = state["saved_steps"]
             self.interval = Interval(self._copied(state["interval"]))
             checkpoint.restore_random_states(state["random"], self.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from config import Config, ConfigError, nearest
+from config import Config, ConfigError, ExperimentError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -174,12 +174,13 @@ def _gpu_of_driver(host_gb: float) -> Machine | None:
 
 
 def find_device(config: Config) -> "torch.device":
-    """The device that `config` trains on. Raises ConfigError."""
+    """The device that `config` trains on. Raises ExperimentError where it is missing."""
     import torch
 
     gpu_found = torch.cuda.is_available()
     if config.device == "cuda" and not gpu_found:
-        raise ConfigError(
+        # No ConfigError: after a reboot the driver may be late.
+        raise ExperimentError(
             "device=cuda: PyTorch finds no GPU; check the driver and that torch is a CUDA build, "
             "or use --device cpu"
         )

@@ -107,6 +107,12 @@ def schedule_changed(before: dict[str, float], now: dict[str, float]) -> str:
     return f"The schedule is another: {'; '.join(changes)}."
 
 
+def data_skipped(step: int, steps: int, sequences: int) -> str:
+    return (
+        f"The data of the {steps:,} steps after step {step:,} are skipped: {sequences:,} sequences."
+    )
+
+
 def first_speed(config: Config, seconds_per_step: float, steps_left: int) -> str:
     tokens_per_second = config.tokens_per_step / seconds_per_step
     time_left = format_duration(seconds_per_step * steps_left)

@@ -54,6 +54,18 @@ def _is_list_of_steps(value) -> bool:
     return type(value) is list and all(_is_whole(step) for step in value)
 
 
+def _are_skips(value) -> bool:
+    """Whether it is a list as Trainer.skip_data writes it."""
+    if type(value) is not list:
+        return False
+    for skip in value:
+        if not isinstance(skip, dict) or set(skip) != {"step", "steps", "sequences"}:
+            return False
+        if not all(_is_whole(number) for number in skip.values()):
+            return False
+    return True
+
+
 def _are_metrics(value) -> bool:
     if not isinstance(value, dict):
         return False
@@ -173,6 +185,8 @@ def check_run(state: dict) -> None:
     """Checks what a run that is resumed reads, the model included. Raises WrongContent."""
     check_model(state)
     _check_fields(_part(state, "loss_scaler"), LOSS_SCALER_FIELDS, "loss_scaler/")
+    if not _are_skips(state.get("skipped_data", [])):  # older checkpoints have none
+        raise WrongContent("skipped_data is no list of skips")
     problem = lineage.problem(state.get("lineage", []))
     if problem:
         raise WrongContent(f"lineage {problem}")

@@ -17,6 +17,7 @@ import time
 import types
 import typing
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import run_experiment
+import trainer
 from cli import Parser, add_config_options, config_options, locked, new_parser
-from config import PRESETS, Config, ConfigError, defaults, field_docs
+from config import PRESETS, Config, ConfigError, ExperimentError, defaults, field_docs
 from planner.machine import GPUS, find_machine
 from planner.speed import runs_of
 from record import checkpoint, results
@@ -1200,6 +1202,42 @@ def test_a_run_and_one_that_is_killed_and_resumed_are_equal_to_the_bit(cli, base
         assert checkpoint.load(run / "checkpoint_step_80.pt")["data_position"] == 320
 
 
+def test_skipped_data_are_left_out_and_noted(cli, base, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert cli(*arguments(base, save_dir=run))[0] == 0
+    old = run / "checkpoint_step_4.pt"
+    drawn = []
+    batches = trainer.data.batches
+    monkeypatch.setattr(
+        trainer.data, "batches", lambda *args, **kw: drawn.append(args[2]) or batches(*args, **kw)
+    )
+    # Killed before its first step: what was skipped is on the disk already.
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(trainer.Trainer, "_train", mock.Mock(side_effect=ZeroDivisionError))
+        cli(*arguments(base, save_dir=run), "--resume", old, "--skip_steps", 3)
+    [start] = json.loads((run / "run.json").read_text())["skipped_data"]
+    assert start == dict(step=4, steps=3, sequences=12)
+    code, out, err = cli(*arguments(base, save_dir=run), "--resume", "latest")
+    assert code == 0, err
+    assert "at step 4" in out
+    assert drawn == [4 * 4 + 3 * 4]
+    state = checkpoint.load(run / "checkpoint_step_8.pt")
+    assert state["skipped_data"] == [start]
+    assert state["data_position"] == 8 * 4 + 3 * 4
+    assert state["step"] == 8
+
+
+def test_steps_are_skipped_after_a_named_checkpoint_only(cli, finished):
+    file = finished / "checkpoint_step_4.pt"
+    for words, problem in (
+        (["--skip_steps", 3], "--skip_steps is for --resume PATH"),
+        (["--resume", "latest", "--skip_steps", 3], "--skip_steps is for --resume PATH"),
+        (["--resume", file, "--skip_steps", 0], "must lie between 1 and"),
+        (["--resume", file, "--skip_steps", 10**10], "must lie between 1 and"),
+    ):
+        assert_refused(cli(*words), 2, problem)
+
+
 def test_a_folder_in_use_is_left_alone(cli, base, finished):
     before = contents(finished)
     with locked(finished, "--save_dir"):
@@ -1210,7 +1248,7 @@ def test_a_folder_in_use_is_left_alone(cli, base, finished):
         ):
             assert_refused(
                 cli(*arguments(base, save_dir=finished), *how),
-                2,
+                1,  # no wrong option: it works when the other process has ended
                 "another process is at work",
                 "--save_dir",
             )
@@ -1221,7 +1259,10 @@ def test_a_folder_in_use_is_left_alone(cli, base, finished):
 
 def test_the_folder_is_looked_into_only_when_it_is_locked(cli, base, finished, monkeypatch):
     def find_start(*_):
-        with pytest.raises(ConfigError, match="another process"), locked(finished, "--save_dir"):
+        with (
+            pytest.raises(ExperimentError, match="another process"),
+            locked(finished, "--save_dir"),
+        ):
             pass
         raise ConfigError("seen")
 
@@ -1239,7 +1280,7 @@ def test_who_has_no_lock_removes_no_folder(tmp_path):
                 return False
 
         with (
-            pytest.raises(ConfigError, match="another process"),
+            pytest.raises(ExperimentError, match="another process"),
             locked(Late(folder), "--save_dir"),
         ):
             pass
