@@ -182,6 +182,17 @@ def test_what_is_said_of_a_closed_stderr_does_not_get_into_files(text, tmp_path)
     assert checkpoint.load(run / "checkpoint_latest.pt")["step"] > 0
 
 
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
+    """What a library or a signal handler writes to stderr would get into that file."""
+    pid = os.fork()
+    if pid == 0:
+        os.closerange(0, 3)
+        console._fill_closed_descriptors()
+        os._exit(os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY))
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) > 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_terminal_that_goes_away(text, tmp_path, ignored):
