@@ -98,7 +98,10 @@ def plot_training_curves(
     draw_memory(panels[2, 1], train)
 
     for axes in panels.flat:
-        _mark_steps(axes, resumed_at)
+        label = None
+        if axes is panels[0, 0]:  # the legend of the first panel explains the lines of all
+            label = "resumed"
+        _mark_steps(axes, resumed_at, label)
         _finish_panel(axes, last_step)
     for axes in panels[-1]:
         axes.set_xlabel("step")
@@ -144,6 +147,7 @@ def draw_perplexity(axes: Axes, train: Rows, validation: Rows) -> None:
 def draw_learning_rates(axes: Axes, train: Rows) -> None:
     """A line for each optimizer: every key of the rows that ends in _lr."""
     axes.set_title("Learning rate")
+    train = _spread(train, MOST_POINTS)
     styles = itertools.cycle(LINE_STYLES)
     for key in _learning_rate_keys(train):
         color, dashes = next(styles)
@@ -180,7 +184,7 @@ def draw_expert_load(axes: Axes, train: Rows) -> None:
             _say(axes, "dense model: no experts")
         return
     # [rows], and [rows, layers, experts]
-    rows = rows[:: _stride(rows, MOST_EXPERT_ROWS)]
+    rows = _spread(rows, MOST_EXPERT_ROWS)
     steps, load = _series(rows, "expert_load")
     n_experts = load.shape[-1]
     busiest = load.max(axis=-1)
@@ -218,6 +222,7 @@ def draw_memory(axes: Axes, train: Rows) -> None:
 
     A CPU run has its resident memory under the key memory_allocated_gb, and nothing reserved.
     """
+    train = _spread(train, MOST_POINTS)
     _, reserved = _series(train, "memory_reserved_gb")
     on_gpu = np.isfinite(reserved).any()
     title = "Memory (GB)"
@@ -251,13 +256,14 @@ def _draw_validation(axes: Axes, validation: Rows, name: str) -> None:
     _draw_metric(axes, validation, name, "validation", RED, linewidth=0.8, **points)
 
 
-def _mark_steps(axes: Axes, steps: Iterable[int]) -> None:
+def _mark_steps(axes: Axes, steps: Iterable[int], label: str | None) -> None:
     """A dotted vertical line at each step, in a panel that shows data."""
     if not axes.lines:
         return
-    label: str | None = "resumed"
+    # In front of the grid, whose lines it may meet, and behind the data.
+    style = dict(color="0.3", linewidth=1, linestyle=":", zorder=1.7)
     for step in steps:
-        axes.axvline(step, label=label, color="0.45", linewidth=1, linestyle=":", zorder=1)
+        axes.axvline(step, label=label, **style)
         label = None  # one entry of the legend stands for all
 
 
@@ -359,7 +365,7 @@ def _line(
 
 
 def _extremes(y: np.ndarray) -> np.ndarray:
-    """The indices of the points that are drawn: all, or where there are many, few that look alike.
+    """The indices of the points that are drawn: all, or of many those that make the same picture.
 
     The points are cut into runs of equal length, several to a pixel. Of each run its lowest and its
     highest point are drawn, so that no spike is lost. matplotlib takes seconds for 50,000 points.
@@ -376,6 +382,12 @@ def _extremes(y: np.ndarray) -> np.ndarray:
     first = np.arange(n_runs) * length
     rest = np.arange(n_runs * length, len(y))
     return np.unique(np.concatenate([first + lowest, first + highest, rest]))
+
+
+def _spread(rows: Rows, most: int) -> Rows:
+    """At most this many rows, evenly spread; the newest row is among them."""
+    backwards = rows[:: -_stride(rows, most)]
+    return backwards[::-1]
 
 
 def _stride(items: Sequence | np.ndarray, most: int) -> int:
