@@ -15,11 +15,11 @@ import importlib.util
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from config import Config, ExperimentError
+from record.side_work import ON_PURPOSE, cause_of, warn
 
 PROJECT = "run_experiment"
 IN_ANY_CASE = "metrics.jsonl is written in any case"
@@ -47,12 +47,21 @@ def tracking(config: Config, run_id: str, step: int) -> Iterator[Callable[[dict]
     """Yields a function that sends a row of metrics to config.tracker.
 
     `step` is where this start of the run begins. A resumed run continues in the tracker's run.
-    Raises ExperimentError when the tracker cannot be started.
+    Raises ExperimentError when the tracker of a new run cannot be started. A run that is resumed
+    continues without it: nobody may be there to start it again.
     """
     if config.tracker == "none":
         yield lambda row: None
         return
-    tracker = _SafeTracker(config.tracker, *_started(config, run_id, step))
+    try:
+        send, finish = _started(config, run_id, step)
+    except ExperimentError as error:
+        if step == 0:
+            raise
+        warn(f"warning: {error}. The run continues without it")
+        yield lambda row: None
+        return
+    tracker = _SafeTracker(config.tracker, send, finish)
     try:
         yield tracker.track
     finally:
@@ -96,12 +105,13 @@ class _SafeTracker:
             return
         try:
             action()
-        except Exception as error:
+        except ON_PURPOSE:
+            raise
+        except BaseException as error:
             self.working = False
-            print(
-                f"warning: the tracker {self.name} failed and is off from here on: {error}. "
-                "metrics.jsonl is still written",
-                file=sys.stderr,
+            warn(
+                f"warning: the tracker {self.name} failed and is off from here on: "
+                f"{cause_of(error)}. metrics.jsonl is still written"
             )
 
 

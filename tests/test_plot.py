@@ -224,11 +224,12 @@ def test_a_failed_write_keeps_the_old_plot(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ten_thousand_rows_are_fast(tmp_path):
-    rows = run(10_000, layers=12, experts=8)
+def test_fifty_thousand_rows_are_fast(tmp_path):
+    rows = run(50_000, layers=12, experts=8)
     start = time.process_time()
     plot.plot_training_curves(rows, tmp_path / "c.png")
-    assert time.process_time() - start < 15  # about 1 s on an idle machine
+    # On a busy machine 2.3 s, of which a run of 50 rows takes 1.5. All points took 6 s.
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.slow

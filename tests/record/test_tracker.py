@@ -176,6 +176,13 @@ def test_a_tracker_that_cannot_start_ends_the_run_before_it_begins(settings, mon
     assert trainer.step == 0 and not (trainer.folder / "run.json").exists()
 
 
+def test_a_resumed_run_continues_without_a_tracker_that_cannot_start(settings, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(tracker, "_wandb", lambda *_: 1 / 0)
+    with tracker.tracking(settings(tracker="wandb"), "a" * 32, 5) as track:
+        track(dict(step=6, train_loss=1.0))
+    assert "wandb could not be started: division by zero" in capsys.readouterr().err
+
+
 def test_a_tracker_that_fails_costs_the_run_nothing(settings, monkeypatch, capsys):  # noqa: F811
     sent = []
 
