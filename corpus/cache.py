@@ -26,7 +26,13 @@ from corpus.external import import_shards, open_counted
 from corpus.shards import TEMPORARY_FILES, build, build_key
 from corpus.sources import Source
 from corpus.text_scan import Scan, data_hash, scan
-from corpus.token_files import count_both, open_shard, replace_file, unigram_cross_entropy
+from corpus.token_files import (
+    count_both,
+    open_shard,
+    read_own_json,
+    replace_file,
+    unigram_cross_entropy,
+)
 from corpus.token_reader import TokenFiles
 from corpus.token_writer import PROGRESS_FILE, TOKEN_FILES
 from corpus.tokenizer import (
@@ -222,7 +228,14 @@ def _open(folder: Path, end_of_text: str) -> Corpus:
     """Opens a cache folder. Raises ExperimentError when it is damaged."""
     try:
         return _open_files(folder, end_of_text)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:
         raise ExperimentError(
             f"the cache folder {folder} is damaged ({error}): delete it and run again"
         ) from error
@@ -230,7 +243,10 @@ def _open(folder: Path, end_of_text: str) -> Corpus:
 
 def _open_files(folder: Path, end_of_text: str) -> Corpus:
     """`_open`, which turns the errors of damaged files that this raises into ExperimentError."""
-    facts = json.loads((folder / "corpus.json").read_bytes())
+    facts = read_own_json(folder / "corpus.json")
+    _check_facts(facts)
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError("tokenizer.json is missing or no file")
     tokenizer_json = (folder / "tokenizer.json").read_bytes().decode()
     tokenizer_hash = sha256(tokenizer_json)
     if facts["tokenizer_hash"] != tokenizer_hash:
@@ -263,6 +279,32 @@ def _open_files(folder: Path, end_of_text: str) -> Corpus:
         held_out_characters=facts.get("held_out_characters"),
         repeated_characters=facts.get("repeated_characters"),
     )
+
+
+# The facts in corpus.json that every version of this program wrote, and those of newer ones, with
+# their types.
+FACTS = dict(
+    data_hash=str, tokenizer_hash=str, characters=int, documents=int, unigram_entropy=float
+)
+NEWER_FACTS = dict(
+    unigram_cross_entropy=float,
+    rules=int,
+    held_out_characters=int,
+    repeated_characters=int,
+    files=list,
+    crc32=dict,
+)
+
+
+def _check_facts(facts: dict) -> None:
+    """Raises ValueError for facts of other types: the file is damaged."""
+    for name, kind in FACTS.items():
+        if type(facts.get(name)) is not kind:
+            raise ValueError(f"{name} in corpus.json is {facts.get(name)!r:.40}")
+    for name, kind in NEWER_FACTS.items():
+        # What is not known is None.
+        if facts.get(name) is not None and type(facts[name]) is not kind:
+            raise ValueError(f"{name} in corpus.json is {facts[name]!r:.40}")
 
 
 def _add_unigram_cross_entropy(
@@ -344,7 +386,7 @@ def _link_same_text(config: Config, found: Scan, key: str, folder: Path) -> bool
         other = facts_file.parent
         # The file system may have no links, or the other folder may be damaged or just deleted.
         with contextlib.suppress(OSError, ValueError, AttributeError, ExperimentError):
-            facts = json.loads(facts_file.read_bytes())
+            facts = read_own_json(facts_file)
             if not same.items() <= facts.items():
                 continue
             opened = _open(other, config.end_of_text)

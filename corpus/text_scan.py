@@ -20,8 +20,8 @@ from config import Config, ExperimentError
 from corpus import split
 from corpus.sources import Source
 from corpus.split import CHUNKS_AT_ONCE, Split
-from corpus.token_files import ProgressBar
-from corpus.tokenizer import train_tokenizer, trained_size
+from corpus.token_files import ProgressBar, discard_unreadable
+from corpus.tokenizer import load_tokenizer, train_tokenizer, trained_size
 from layout import format_duration, say
 
 # Characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores.
@@ -58,7 +58,10 @@ def scan(source: Source, folder: Path) -> Scan:
     """
     path = folder / SCAN_FILE
     if path.exists():
-        return _load_scan(path)
+        try:
+            return _load_scan(path)
+        except Exception as error:  # a damaged zip file can raise anything
+            discard_unreadable(path, error)
     found = read_text(source, to_end=source.scan_to_end)
     _save_scan(found, path)
     return found
@@ -146,6 +149,9 @@ def _save_scan(found: Scan, path: Path) -> None:
 
 
 def _load_scan(path: Path) -> Scan:
+    """The scan that a killed build left. Raises an error of any kind if it is damaged."""
+    if not path.is_file():
+        raise ValueError("it is no file")
     with np.load(path) as saved:
         chunks = saved["pieces"]
         # Scans of version 1 that an older program saved have neither keys nor groups.
@@ -154,7 +160,7 @@ def _load_scan(path: Path) -> Scan:
         if "keys" in saved:
             keys = saved["keys"]
             grouped = saved["grouped"].item()
-        return Scan(
+        found = Scan(
             chunks=chunks,
             keys=keys,
             grouped=grouped,
@@ -163,6 +169,20 @@ def _load_scan(path: Path) -> Scan:
             bad=saved["bad"].item(),
             bad_rows=saved["bad_rows"].item(),
         )
+    _check_scan(found)
+    return found
+
+
+def _check_scan(found: Scan) -> None:
+    """Raises ValueError where the content of a scan's file is not what `_save_scan` writes."""
+    if found.chunks.dtype != CHUNK or found.chunks.ndim != 1 or len(found.chunks) == 0:
+        raise ValueError("it has no records of chunks")
+    if found.keys.dtype != np.uint64 or found.keys.shape != found.chunks.shape:
+        raise ValueError("it does not have a key for each chunk")
+    kinds = dict(grouped=bool, whole=bool, rows=int, bad=int, bad_rows=str)
+    for name, kind in kinds.items():
+        if type(getattr(found, name)) is not kind:
+            raise ValueError(f"{name} is of another kind")
 
 
 def text_hash(text: str) -> int:
@@ -234,7 +254,10 @@ def train_or_read_tokenizer(
     """
     path = folder / "tokenizer.json"
     if path.exists():
-        return path.read_bytes().decode()
+        try:
+            return _left_tokenizer(path, config)
+        except (OSError, ValueError, ExperimentError) as error:
+            discard_unreadable(path, error)
     start = time.perf_counter()
     sample = _even_sample(training, found.lengths)
     size = trained_size(config)
@@ -244,6 +267,15 @@ def train_or_read_tokenizer(
     seconds = time.perf_counter() - start
     characters = found.lengths[sample].sum()
     say(f"data: tokenizer trained on {characters:,} characters in {format_duration(seconds)}")
+    return tokenizer_json
+
+
+def _left_tokenizer(path: Path, config: Config) -> str:
+    """The tokenizer.json that a killed build left. Raises an error if it is damaged."""
+    if not path.is_file():
+        raise ValueError("it is no file")
+    tokenizer_json = path.read_bytes().decode()
+    load_tokenizer(tokenizer_json, config.end_of_text)
     return tokenizer_json
 
 

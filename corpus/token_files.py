@@ -4,8 +4,10 @@ A token shard of ours is a header of HEADER_BYTES bytes, then the tokens as litt
 uint32. corpus.token_writer writes such files; corpus.external reads those of other programs.
 """
 
+import json
 import math
 import os
+import shutil
 import struct
 import time
 from pathlib import Path
@@ -78,6 +80,30 @@ def replace_file(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def read_own_json(path: Path) -> dict:
+    """The JSON object in a file that this program wrote. Raises OSError, or ValueError."""
+    if path.exists() and not path.is_file():
+        # Whoever reads from a pipe waits without end.
+        raise ValueError(f"{path.name} is no file")
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path.name} has brackets in brackets without end") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return content
+
+
+def discard_unreadable(path: Path, error: Exception) -> None:
+    """Deletes what a killed build left and nobody can read, and says so: it is made again."""
+    cause = str(error).partition("\n")[0] or type(error).__name__
+    print(f"data: {path} cannot be read ({cause}); it is made again")
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 # --- reading

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,13 @@ from corpus.safe_cuts import SafeCuts
 from corpus.sources import Source
 from corpus.split import Split
 from corpus.text_scan import CHUNK, Scan, changed_error, text_hash
-from corpus.token_files import HEADER_BYTES, ProgressBar, replace_file
+from corpus.token_files import (
+    HEADER_BYTES,
+    ProgressBar,
+    discard_unreadable,
+    read_own_json,
+    replace_file,
+)
 from corpus.tokenizer import (
     UNKNOWN_SHARE,
     ChunkEncoder,
@@ -293,12 +300,41 @@ def _read_progress(folder: Path, token_bytes: int) -> _Progress | None:
     path = folder / PROGRESS_FILE
     if not path.exists():
         return None
-    done = _Progress(**json.loads(path.read_bytes()))
+    try:
+        done = _checked_progress(read_own_json(path))
+    except (OSError, ValueError) as error:
+        discard_unreadable(path, error)
+        return None
     for name, size in done.file_sizes(token_bytes).items():
         file = folder / name
-        if not file.exists() or file.stat().st_size < size:
+        if not file.is_file() or file.stat().st_size < size:
             return None
     return done
+
+
+def _checked_progress(content: dict) -> _Progress:
+    """Raises ValueError unless this is the content of a progress.json, every digit of it."""
+    content = dict(content)
+    checksum = content.pop("crc32", None)  # older programs wrote none
+    if checksum is not None and checksum != _crc32(content):
+        raise ValueError("its checksum is wrong")
+    if content.keys() != {"tokens", "characters", "position"}:
+        raise ValueError("it has other keys")
+    position = content["position"]
+    if position is not None and not isinstance(position, dict):
+        raise ValueError("it has no position")
+    counts = content["tokens"]
+    if not isinstance(counts, list) or len(counts) != len(TOKEN_FILES):
+        raise ValueError("it does not have a number of tokens for each file")
+    chunks = (position or {}).get("pieces", 0)
+    for number in (*counts, content["characters"], chunks):
+        if type(number) is not int or not 0 <= number < 2**60:
+            raise ValueError("it has a number that counts nothing")
+    return _Progress(**content)
+
+
+def _crc32(content: dict) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def write_shards(
@@ -491,4 +527,6 @@ def _save_progress(folder: Path, files: list[BinaryIO], done: _Progress) -> None
     for file in files:
         file.flush()
         os.fsync(file.fileno())
-    replace_file(folder / PROGRESS_FILE, json.dumps(asdict(done)))
+    content = asdict(done)
+    content["crc32"] = _crc32(content)
+    replace_file(folder / PROGRESS_FILE, json.dumps(content))

@@ -92,14 +92,30 @@ class Weights:
 def weight_files(folder: Path) -> list[str]:
     """The names of the files that hold the weights: those of the index, or the only one."""
     if (folder / INDEX).exists():
-        file_of_tensor = read_json(folder / INDEX).get("weight_map") or {}
-        return sorted({str(name) for name in dict(file_of_tensor).values()})
+        file_of_tensor = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(file_of_tensor, dict) or not file_of_tensor:
+            raise ExperimentError(f"{folder / INDEX} has no weight_map: copy or download it again")
+        for name in file_of_tensor.values():
+            check_bare_name(name, folder / INDEX)
+        return sorted(set(file_of_tensor.values()))
     if (folder / WEIGHTS).exists():
         return [WEIGHTS]
     raise ExperimentError(
         f"{folder} holds neither {WEIGHTS} nor {INDEX}. Save the model with transformers' "
         "save_pretrained"
     )
+
+
+def check_bare_name(name, index: Path) -> None:
+    """Raises ExperimentError unless `name` is that of a file in the folder, and no path.
+
+    The index may come from anywhere, and would else have any file of this machine read.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or not set(name).isdisjoint("/\\\0"):
+        raise ExperimentError(
+            f"{index}: its weight_map names {name!r}, which is no file name. It must name files of "
+            "its own folder: copy or download it again"
+        )
 
 
 def open_weights(path: Path):
@@ -109,6 +125,8 @@ def open_weights(path: Path):
         raise ExperimentError(
             "reading a Hugging Face folder needs the package safetensors: pip install safetensors"
         ) from None
+    if path.exists() and not path.is_file():
+        raise ExperimentError(f"{path} is no file: copy or download it again")
     try:
         return safetensors.safe_open(path, "pt")
     except (OSError, safetensors.SafetensorError) as error:
@@ -255,12 +273,14 @@ def unread_message(folder: Path, names: list[str]) -> str:
 
 def read_json(path: Path) -> dict:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")  # whoever reads from a pipe waits without end
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ExperimentError(
             f"there is no {path}: --model must be the folder of a model that transformers can open"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExperimentError(
             f"{path} cannot be read ({error}): copy or download it again"
         ) from error

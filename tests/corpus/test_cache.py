@@ -395,3 +395,34 @@ def test_a_damaged_cache_folder_is_rebuilt(tmp_path, folder, capsys, name, conte
     capsys.readouterr()
     assert np.array_equal(data.prepare(config_for(tmp_path)).train, tokens)
     assert f"{path.parent}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(characters="many"),
+        dict(documents=None),
+        dict(unigram_cross_entropy="low"),
+        dict(rules=[]),
+        dict(files="here"),
+        dict(crc32=1),
+    ],
+    ids=str,
+)
+def test_facts_of_other_types_are_damage(tmp_path, folder, capsys, changes):
+    tokens = np.array(data.prepare(config_for(tmp_path)).train)
+    path = next((tmp_path / "cache").glob("*/corpus.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    capsys.readouterr()
+    assert np.array_equal(data.prepare(config_for(tmp_path)).train, tokens)
+    assert f"{next(iter(changes))} in corpus.json is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "corpus.json", "train.bin"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_folders_and_pipes_in_a_cache_folder_are_damage(tmp_path, folder, name, make):
+    tokens = np.array(data.prepare(config_for(tmp_path)).train)
+    path = next((tmp_path / "cache").glob(f"*/{name}"))
+    path.unlink()
+    make(path)
+    assert np.array_equal(data.prepare(config_for(tmp_path)).train, tokens)

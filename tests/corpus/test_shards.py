@@ -1,6 +1,7 @@
 """Text to shards: the split, the tokens, a build on all cores, in bounded memory, after a kill."""
 
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -466,3 +467,68 @@ def test_a_scan_without_keys_is_one_of_version_1(tmp_path, folder):
     assert not loaded.grouped and np.array_equal(loaded.keys, loaded.chunks["hash"])
     expected = text_scan.split_of(found, 0.2, 1).held_out
     assert np.array_equal(text_scan.split_of(loaded, 0.2, 1).held_out, expected)
+
+
+# --- small files that a killed build left
+
+
+def change_digit(path: Path) -> None:
+    """A damage that leaves JSON and the types of its values as they are."""
+    content = json.loads(path.read_text())
+    content["tokens"][0] -= 1
+    path.write_text(json.dumps(content))
+
+
+def spoil(path: Path, how: str) -> None:
+    if how == "a digit":
+        change_digit(path)
+        return
+    path.unlink()
+    if how == "a pipe":
+        os.mkfifo(path)
+    elif how == "a folder":
+        (path / "inside").mkdir(parents=True)
+    else:
+        path.write_text(how)
+
+
+@pytest.fixture
+def left(tmp_path, folder) -> Path:
+    """The folder that a killed build left."""
+    killed_build(tmp_path, 2)
+    (found,) = (tmp_path / "cache").iterdir()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "how", ["", "{", "[]", '{"tokens": [1, "2"], "characters": 1, "position": null}', "a digit"]
+)
+def test_a_progress_that_cannot_be_read_costs_only_time(tmp_path, left, how, capsys):
+    whole = data.prepare(config_for(tmp_path, cache_dir=str(tmp_path / "other")))
+    spoil(left / "progress.json", how)
+    assert same(data.prepare(config_for(tmp_path)), whole)
+    assert "progress.json cannot be read" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["survey.npz", "progress.json", "tokenizer.json"])
+@pytest.mark.parametrize("how", ["", "{}", "a pipe", "a folder"])
+def test_what_a_killed_build_left_may_be_anything(tmp_path, left, name, how, capsys):
+    whole = data.prepare(config_for(tmp_path, cache_dir=str(tmp_path / "other")))
+    spoil(left / name, how)
+    assert same(data.prepare(config_for(tmp_path)), whole)
+    assert f"{name} cannot be read" in capsys.readouterr().out
+
+
+def test_a_scan_of_other_arrays_is_refused(tmp_path, folder):
+    found = text_scan.read_text(sources.open_source(config_for(tmp_path), 1), to_end=True)
+    for changes in (
+        dict(chunks=np.zeros(3)),
+        dict(keys=found.keys[1:]),
+        dict(rows="3"),
+        dict(whole=1),
+    ):
+        text_scan._save_scan(dataclasses.replace(found, **changes), tmp_path / "survey.npz")
+        with pytest.raises((ValueError, IndexError)):
+            text_scan._load_scan(tmp_path / "survey.npz")

@@ -1,6 +1,7 @@
 """The import from Hugging Face: folders that transformers made, the way back from an export, the training after it."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -404,6 +405,7 @@ def test_all_that_is_wrong_is_said_at_once(load, folder):
         ("large tokenizer", ["has", "only 263"]),
         ("more layers", ["no tensor model.layers.4.input_layernorm.weight"]),
         ("fewer layers", ["no place for", "model.layers.3"]),
+        ("pipe", ["config.json", "it is no file"]),
         ("other width", ["model.embed_tokens.weight", "[270, 32]", "[280, 32]"]),
     ],
 )
@@ -413,6 +415,9 @@ def test_a_damaged_folder(load, folder, how, words):
         weights.write_bytes(weights.read_bytes()[:-100])
     elif how == "gone":
         weights.rename(folder / "pytorch_model.bin")
+    elif how == "pipe":
+        (folder / "config.json").unlink()
+        os.mkfifo(folder / "config.json")
     elif how.endswith("config"):
         (folder / "config.json").unlink()
         if how != "no config":
@@ -430,6 +435,21 @@ def test_a_damaged_folder(load, folder, how, words):
             }[how],
         )
     assert_refused(load(folder), 1, *words)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, "../x.safetensors", "{}", "..", "a\\b"])
+def test_a_weight_map_names_files_of_its_folder_only(load, folder, tmp_path, weight_map):
+    """Also a path to the right file is refused: it could be any file of this machine."""
+    weights = folder / "model.safetensors"
+    elsewhere = weights.rename(tmp_path / "x.safetensors")
+    if isinstance(weight_map, str):
+        weight_map = {"lm_head.weight": weight_map.format(elsewhere)}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps(dict(weight_map=weight_map)))
+    assert_refused(load(folder), 1, "index.json", "weight_map")
+    elsewhere.rename(folder / "part.safetensors")
+    index.write_text(json.dumps(dict(weight_map={"lm_head.weight": "part.safetensors"})))
+    assert load(folder)[0] == 0
 
 
 def test_a_tokenizer_can_be_named(load, tmp_path):
