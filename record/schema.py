@@ -96,6 +96,7 @@ FIELDS = dict(
     metrics=METRICS,
 )
 DATA_FIELDS = dict(data_hash=TEXT_OR_NONE, tokenizer_hash=TEXT_OR_NONE)
+SKIPPED_FIELDS = dict(step=WHOLE, steps=WHOLE, sequences=WHOLE)
 LOSS_SCALER_FIELDS = dict(scale=QUANTITY, good_steps=WHOLE, stuck_steps=WHOLE)
 
 
@@ -187,6 +188,13 @@ def check_run(state: dict) -> None:
     _check_fields(_part(state, "loss_scaler"), LOSS_SCALER_FIELDS, "loss_scaler/")
     if not _are_skips(state.get("skipped_data", [])):  # older checkpoints have none
         raise WrongContent("skipped_data is no list of skips")
+    all_skipped = state.get("skipped_data", [])  # older checkpoints have none
+    if type(all_skipped) is not list:
+        raise WrongContent("skipped_data is no list")
+    for skipped in all_skipped:
+        if not isinstance(skipped, dict):
+            raise WrongContent("skipped_data has an entry without names")
+        _check_fields(skipped, SKIPPED_FIELDS, "skipped_data/")
     problem = lineage.problem(state.get("lineage", []))
     if problem:
         raise WrongContent(f"lineage {problem}")

@@ -359,6 +359,7 @@ WRONG_IN_A_RUN = {
     "data_position": None,
     "loss_scaler/scale": float("inf"),
     "lineage": [dict(id="a")],
+    "skipped_data": [dict(step=1, steps="2", sequences=3)],
     "interval": dict(seconds="long"),
     "random/torch": torch.zeros(5, dtype=torch.uint8),
     "random/numpy": ["MT19937", [0] * 624, 1e9, 0.0, 0.0],
