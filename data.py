@@ -161,11 +161,14 @@ def _loader(
     )
 
 
-def _checked(batch: tuple[torch.Tensor, torch.Tensor] | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The batch. Raises ExperimentError where its tokens could not be read."""
-    if isinstance(batch, str):  # the message of the error, perhaps one of a worker
-        raise ExperimentError(batch)
-    return batch
+def _checked(item: tuple[torch.Tensor, torch.Tensor] | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The batch that an item of _TrainingBatches is.
+
+    Raises ExperimentError when the item is a message instead: its tokens could not be read.
+    """
+    if isinstance(item, str):
+        raise ExperimentError(item)
+    return item
 
 
 def _until_a_worker_dies(loader: DataLoader) -> Iterator:

@@ -134,11 +134,11 @@ def main(_argv: list[str]) -> None:
             )
     write(
         "busy_cpu",
-        statistics.median(busy[PASSIVE]),
-        "tokens/s with OMP_WAIT_POLICY=passive, beside busy processes",
-        ROUNDS,
-        environment(torch.device("cpu")),
-        dict(
+        value=statistics.median(busy[PASSIVE]),
+        unit="tokens/s with OMP_WAIT_POLICY=passive, beside busy processes",
+        repetitions=ROUNDS,
+        machine=environment(torch.device("cpu")),
+        details=dict(
             busy_processes=BUSY_PER_CORE * cpu_cores(),
             cores=cpu_cores(),
             tokens_per_second_alone=alone,

@@ -39,14 +39,17 @@ def checksum(path: Path) -> str:
 
 
 def compare(folder: Path, checksums: dict[str, str]) -> None:
-    """Compares files of a folder with their checksums, by name.
+    """Compares files of a folder with `checksums`, whose keys are the files' names.
 
-    Raises ExperimentError at the first file that has another one.
+    A large file that has not changed since it was found whole is not read again.
+    Raises ExperimentError at the first file whose checksum differs.
     """
     compared = _compared_before(folder)
     for name, expected in checksums.items():
         path = folder / name
-        facts = _facts(path)  # before the file is read: a change from now on gives other facts
+        # The facts are taken before the file is read. If it changes during the reading, its next
+        # facts differ from these, and it is read again.
+        facts = _facts(path)
         if compared.get(name) == facts:
             continue
         if checksum(path) != expected:
@@ -56,13 +59,13 @@ def compare(folder: Path, checksums: dict[str, str]) -> None:
             )
         if facts["size"] >= LARGE_FILE:
             compared[name] = facts
-            # The folder may be one that only others may write to. Then the file is read each time.
+            # Where this user cannot write to the folder, the file is read each time.
             with contextlib.suppress(OSError):
                 replace_file(folder / COMPARED_FILE, json.dumps(compared))
 
 
 def _facts(path: Path) -> dict[str, int]:
-    """What differs after any writing to the file, and after the file was replaced."""
+    """Size, times and inode: some of them change when the file is written to or replaced."""
     stat = path.stat()
     return dict(
         size=stat.st_size,
@@ -73,7 +76,10 @@ def _facts(path: Path) -> dict[str, int]:
 
 
 def _compared_before(folder: Path) -> dict[str, dict[str, int]]:
-    """The facts of the files that were compared; none when they cannot be read."""
+    """The facts of the large files that were found whole before, by name.
+
+    Empty when COMPARED_FILE is missing or damaged: then all files are read.
+    """
     try:
         facts = json.loads((folder / COMPARED_FILE).read_bytes())
     except (OSError, ValueError):

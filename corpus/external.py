@@ -293,7 +293,7 @@ def import_shards(
     if train_tokens == 0 or train_tokens == total:  # the names leave one side empty
         train_tokens = total - math.ceil(total * config.validation_fraction)
 
-    counts, data_hash = _count(config, files, shards, train_tokens, vocabulary_size)
+    counts, data_hash = _count_and_hash(config, files, shards, train_tokens, vocabulary_size)
     for path, version in zip(files, versions):
         _check_unchanged(path, list(version))
     train_counts, validation_counts = counts
@@ -341,17 +341,18 @@ def _which_are_held_out(named_training: list[str], named_validation: list[str]) 
     return ": the last ones, as no file is named val"
 
 
-def _count(
+def _count_and_hash(
     config: Config,
     files: list[str],
     shards: list[TokenFiles],
     train_tokens: int,
     vocabulary_size: int,
 ) -> tuple[np.ndarray, str]:
-    """How often each token occurs, int64 [2 SIDES, tokens of the vocabulary], and the data hash.
+    """Reads all tokens once. Returns how often each occurs, and the data hash.
 
-    `files` are the paths of `shards`. Raises ExperimentError at a token that is not in the
-    vocabulary.
+    The counts are int64 [SIDES, vocabulary_size]: the first `train_tokens` tokens of all shards
+    are the training side, the others the validation side. `files` are the paths of `shards`.
+    Raises ExperimentError at a token that is not in the vocabulary.
     """
     counts = np.zeros((len(SIDES), vocabulary_size), np.int64)
     digest = hashlib.blake2b(digest_size=16)
@@ -361,11 +362,11 @@ def _count(
         for path, shard in zip(files, shards):
             cut = min(left_to_train, len(shard))
             left_to_train -= cut
-            sides = (shard.between(0, cut), shard.between(cut, len(shard)))
-            for side, part in enumerate(sides):
+            parts = (shard.between(0, cut), shard.between(cut, len(shard)))
+            for side, part in enumerate(parts):
                 try:
                     counts[side] += count_tokens(part, vocabulary_size, bar, digest)
-                except ValueError as error:
+                except ValueError as error:  # "token TOKEN at position POSITION"
                     raise ExperimentError(
                         f"{path}: {error} of its {SIDES[side]} part is out of range: "
                         + _other_tokenizer_message(config, vocabulary_size)

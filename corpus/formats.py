@@ -357,7 +357,7 @@ def _scan_long_line(
         return None
     rows.read += 1
     if not found.is_object:
-        raise _no_object(place, parts.first)
+        raise _no_object(place, parts.first_part)
     if not found.has_field:
         raise no_field(place, text_field, f"the fields are {', '.join(found.names)}")
     if found.bad_part is not None:

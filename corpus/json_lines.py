@@ -53,19 +53,20 @@ NOTHING = "the end of the line"
 
 
 class LineParts:
-    """The parts of one line, which end with its line end. They can be read once.
+    """Reads one line of a file in parts of at most PART characters. It can be read once.
 
-    `length` counts the characters that were read; `latest` is the part that was read last.
+    The last part ends with the line's end. `first_part` is the beginning of the line, if the caller
+    has read it from the file already.
     """
 
-    def __init__(self, file: TextIO, first: str = ""):
+    def __init__(self, file: TextIO, first_part: str = ""):
         self.file = file
-        self.first = first
-        self.length = 0
-        self.latest = ""
+        self.first_part = first_part
+        self.length = 0  # characters of the line that were read
+        self.latest = ""  # the part that was read last
 
     def __iter__(self) -> Iterator[str]:
-        part = self.first or self.file.readline(PART)
+        part = self.first_part or self.file.readline(PART)
         while part:
             self.length += len(part)
             self.latest = part
@@ -79,16 +80,20 @@ class LineParts:
 
 @dataclass
 class ScannedLine:
-    """What `scan_line` found in a valid line."""
+    """What `scan_line` found in a valid line. "The field" is the one that it looks for."""
 
     is_blank: bool = False
     is_object: bool = False
-    names: list[str] = field(default_factory=list)  # of the first NAMED_FIELDS fields
-    has_field: bool = False
-    start: int | None = None  # characters of the line before the field's string; None: no string
-    bad_part: str | None = None  # the first part of the string that is not valid UTF-8
-    bad_part_start: int = 0  # characters of the string before it
-    value: Any = None  # of the field if it is no string; of an object or a list only its brackets
+    names: list[str] = field(default_factory=list)  # names of the first NAMED_FIELDS fields
+    has_field: bool = False  # whether the object has the field
+
+    # If the field's value is a string:
+    start: int | None = None  # how many characters of the line stand before its first character
+    bad_part: str | None = None  # the first part of the string that `is_valid` refuses
+    bad_part_start: int = 0  # how many characters of the string stand before bad_part
+
+    # If it is anything else: the value. An object or a list is given as an empty one.
+    value: Any = None
 
 
 def scan_line(parts: Iterator[str], name: str, is_valid: Callable[[str], bool]) -> ScannedLine:
@@ -220,7 +225,10 @@ def _after_value(open_brackets: list[str]) -> str:
 
 
 def _beginning(parts: Iterator[str], length: int) -> str:
-    """The first `length` characters of the parts, all of which are read."""
+    """The first `length` characters of the parts.
+
+    All parts are read, so that what follows them in the line comes next.
+    """
     beginning = ""
     for part in parts:
         beginning += part[: length - len(beginning)]
@@ -233,12 +241,12 @@ class _Characters:
     def __init__(self, parts: Iterator[str]):
         self.parts = parts
         self.buffer = ""
-        self.next = 0  # the index in the buffer of the next character
-        self.dropped = 0  # characters of the line before the buffer
+        self.next = 0  # index in the buffer of the first character that was not used yet
+        self.dropped = 0  # characters of the line that were used and are not in the buffer any more
 
     @property
     def position(self) -> int:
-        """How many characters of the line were read."""
+        """How many characters of the line were used."""
         return self.dropped + self.next
 
     def error(self, problem: str) -> ValueError:
@@ -286,7 +294,7 @@ class _Characters:
             if following.startswith('"'):
                 self.skip(1)
                 return
-            # An escape may be cut by the end of the buffer.
+            # Where the buffer ends, or where its end may cut an escape, more is read first.
             may_continue = not following or following.startswith("\\")
             if may_continue and len(following) < LONGEST_ESCAPE and self._read_more():
                 continue
@@ -297,7 +305,10 @@ class _Characters:
             raise self.error("invalid control character")
 
     def _read_more(self) -> bool:
-        """Adds the next part to the characters that were not read. False at the line's end."""
+        """Adds the next part to the buffer, and drops the characters that were used.
+
+        False at the line's end.
+        """
         part = next(self.parts, "")
         self.dropped += self.next
         self.buffer = self.buffer[self.next :] + part
@@ -306,7 +317,7 @@ class _Characters:
 
 
 def _end(pattern: re.Pattern, text: str, start: int) -> int:
-    """Where the match of a pattern that may be empty ends."""
+    """The index where the match at `start` ends. The pattern may match nothing, but must match."""
     match = pattern.match(text, start)
     assert match is not None
     return match.end()
@@ -317,7 +328,7 @@ class _Utf8(io.RawIOBase):
 
     def __init__(self, parts: Iterator[str]):
         self.parts = parts
-        self.waiting = b""
+        self.waiting = b""  # bytes of the latest part that were not read yet
 
     def readable(self) -> bool:
         return True

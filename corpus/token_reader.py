@@ -49,23 +49,25 @@ class TokenFiles:
     """The tokens of one or several files, used as one array [tokens].
 
     It has what batches need of an array: the length, and slices [first:last]. A slice is read from
-    its files when it is taken. It is an array of its own, with the type of token that the file has.
-    A fork of the process may use it too: a read has no position that they would share.
+    its files when it is taken. It is a new array, with the type of token that the file has.
+    Forked processes may read too: each read names its offset, so they share no file position.
 
-    `vocabulary`, if given, is the size of the vocabulary that all tokens must be in. `remedy` says
-    what to do about a damaged file.
+    `vocabulary`, if given, is the size of the vocabulary that all tokens must be in. `remedy` is
+    the sentence with which messages about a damaged file end: it says what to do.
 
     A slice raises ExperimentError when its file cannot be read, was cut or replaced since it was
     opened, or holds a token that is not in the vocabulary.
     """
 
     def __init__(self, parts: list[FilePart], remedy: str, vocabulary: int | None = None):
-        # The type that holds the tokens of all files.
-        self.dtype = np.result_type(*{part.dtype for part in parts} or {np.dtype(np.uint16)})
+        # The narrowest type that holds the tokens of every file.
+        self.dtype = np.dtype(np.uint16)
+        for part in parts:
+            self.dtype = np.result_type(self.dtype, part.dtype)
         self.parts = [part for part in parts if part.num_tokens]
         self.remedy = remedy
         self.vocabulary = vocabulary
-        # The position after each part's last token.
+        # For each part, the number of tokens up to its end, all earlier parts included.
         self.ends = list(itertools.accumulate(part.num_tokens for part in self.parts))
 
     @property
@@ -110,15 +112,16 @@ class TokenFiles:
         """The parts that hold the tokens [first:last], and of each part only these tokens."""
         parts = []
         last = min(last, len(self))
-        number = bisect.bisect_right(self.ends, first)
+        index = bisect.bisect_right(self.ends, first)  # of the part that holds token `first`
         while first < last:
-            part = self.parts[number]
-            taken = min(last, self.ends[number]) - first
-            skipped = part.num_tokens - (self.ends[number] - first)
+            part = self.parts[index]
+            end = self.ends[index]
+            taken = min(last, end) - first
+            skipped = part.num_tokens - (end - first)  # tokens of the part before `first`
             offset = part.offset + skipped * part.dtype.itemsize
-            parts.append(FilePart(part.path, part.version, part.dtype, offset, taken))
+            parts.append(part._replace(offset=offset, num_tokens=taken))
             first += taken
-            number += 1
+            index += 1
         return parts
 
     def _read(self, part: FilePart) -> np.ndarray:
@@ -162,10 +165,10 @@ class TokenFiles:
         )
 
     def _bad_token_message(self, part: FilePart, tokens: np.ndarray, vocabulary: int) -> str:
-        index = int(np.argmax(tokens >= vocabulary))  # of the first one
-        byte = part.offset + index * part.dtype.itemsize
+        first_bad = int(np.argmax(tokens >= vocabulary))
+        byte = part.offset + first_bad * part.dtype.itemsize
         return (
-            f"{part.path} is damaged: token {tokens[index]:,} at byte {byte:,} is not in the "
+            f"{part.path} is damaged: token {tokens[first_bad]:,} at byte {byte:,} is not in the "
             f"vocabulary of {vocabulary:,} tokens. {self.remedy}"
         )
 

@@ -27,8 +27,8 @@ HALVED_BATCH_TIME = 1.02
 # ... and relative to that with the optimizer's state on the GPU.
 OFFLOAD_TIME = 1.02
 
-# What a choice may take of the memory of one that ran out of it: 5% less, or 1% less where nothing
-# takes so little. The optimizer's workspace may leave no more than that to save.
+# After a choice ran out of memory, the next one may take at most this share of its memory: 5% less,
+# or 1% less where no choice saves 5%. The optimizer's workspace may leave no more to save.
 MUCH_SMALLER = 0.95
 SMALLER = 0.99
 
@@ -56,7 +56,7 @@ class Choice:
 
     def fits(self, machine: Machine) -> bool:
         """Whether the machine has room for the choice: on its GPU and, for offload, its host."""
-        if machine.name is None:  # a CPU: device and host are the same memory
+        if machine.is_cpu:  # device and host are the same memory
             return self.device_gb + self.offloaded_gb <= machine.usable_gb
         on_gpu = self.device_gb <= machine.usable_gb
         on_host = self.offloaded_gb <= machine.usable_host_gb
@@ -66,7 +66,7 @@ class Choice:
         """What does not fit, in words; empty when everything does."""
         if self.fits(machine):
             return ""
-        if machine.name is None:
+        if machine.is_cpu:
             return _needed_and_usable(self.device_gb, machine.usable_gb)
         short = []
         if self.device_gb > machine.usable_gb:
@@ -196,8 +196,8 @@ class _Search:
         return Choice(batch, accumulation, mode, offload, memory_gb, lighter)
 
     def speed_key(self, choice: Choice) -> tuple:
-        """Sorts choices: the fastest first. Of equally fast ones the one with the smaller
-        micro-batch, which takes less memory."""
+        """Sorts choices: the fastest first. Of equally fast ones, the one with the smaller
+        micro-batch comes first, which takes less memory."""
         return relative_time(self.config, choice), choice.batch_size, choice.offload_optimizer
 
     def fastest(
@@ -209,8 +209,8 @@ class _Search:
     ) -> Choice | None:
         """The fastest choice that `fits`; None when none does.
 
-        `levels` and `batches` are sorted by the memory that they take. What `fits` must fit with
-        less memory too.
+        `levels` and `batches` must be sorted by the memory that they take. If a choice `fits`,
+        every choice that takes less memory must fit too.
         """
         found = []
         for offload in offloads:
@@ -228,7 +228,7 @@ class _Search:
     def _number_that_fit(
         self, fits: Callable[[Choice], bool], levels: Sequence[Level], batch: int, offload: bool
     ) -> int:
-        """How many of the first levels fit."""
+        """How many of the levels fit: these are the first ones, as levels are sorted by memory."""
 
         def too_large(level: Level) -> bool:
             return not fits(self.choice(level, batch, offload))
@@ -240,29 +240,38 @@ class _Search:
         most_recomputation = all_levels(self.config)[0]
         return [self.choice(most_recomputation, 1, offload) for offload in offloads]
 
+    def least_gb(self, offloads: Sequence[bool]) -> float:
+        """The least memory of the device that any choice takes."""
+        return min(choice.device_gb for choice in self.smallest(offloads))
+
 
 def relative_time(config: Config, choice: Choice) -> float:
     """Time of a step, relative to that at the configuration's micro-batch with nothing recomputed
     and nothing offloaded."""
     mode = choice.activation_checkpointing
     time = RECOMPUTATION_TIME[mode]
+    # The last `lighter_blocks` of the n_layers blocks recompute what the next lighter mode does.
     lighter_time = RECOMPUTATION_TIME[LIGHTER.get(mode, mode)]
     time += (lighter_time - time) * choice.lighter_blocks / config.n_layers
     if choice.offload_optimizer:
         time *= OFFLOAD_TIME
-    return time * (1 + (HALVED_BATCH_TIME - 1) * (config.batch_size / choice.batch_size - 1))
+    # A step costs HALVED_BATCH_TIME - 1 more for each micro-batch more in it, counted in those of
+    # the configuration: half the micro-batch is one more, a quarter of it three.
+    added_batches = config.batch_size / choice.batch_size - 1
+    return time * (1 + (HALVED_BATCH_TIME - 1) * added_batches)
 
 
 def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice, bool]:
     """The choice for `config` on `machine`, and whether it fits and keeps what `config` fixes.
 
-    That is the fastest choice that fits and keeps what the configuration fixes. A smaller
-    micro-batch is chosen only where the configuration's does not fit, and offload only where
-    nothing fits without. Where no choice keeps what is fixed, it is the fastest that fits with
-    everything free, or else the smallest of all. `fixed_batch` keeps the micro-batch too.
+    `config` fixes the fields that are not auto, and with `fixed_batch` the micro-batch. The choice
+    is the first of these that there is:
+
+    1. The fastest that fits and keeps what is fixed, in the order of `_steps`.
+    2. The fastest that fits, with all fields free.
+    3. The one that takes the least memory, which does not fit.
     """
-    cpu = machine.name is None
-    search = _Search(config, cpu)
+    search = _Search(config, machine.is_cpu)
 
     def fits(choice: Choice) -> bool:
         return choice.fits(machine)
@@ -272,12 +281,19 @@ def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice,
         choice = search.fastest(fits, levels, batches, offloads)
         if choice:
             return choice, True
-    choice = fastest(config, machine) or _smallest(search, _sensible_offloads(cpu))
+
+    choice = fastest(config, machine)
+    if choice is None:
+        choice = _smallest(search, _sensible_offloads(machine.is_cpu))
     return choice, False
 
 
 def _steps(config: Config, fixed_batch: bool) -> list[Step]:
-    """Micro-batches and offload in the order in which they are tried, as the configuration lets."""
+    """The micro-batches and offloads that the configuration leaves, in the order of the trials.
+
+    First come its own micro-batch without offload, and then with it. Only where neither fits are
+    smaller micro-batches tried.
+    """
     offloads = _configured_offloads(config)
     steps: list[Step] = [([config.batch_size], [offload]) for offload in offloads]
     if not fixed_batch:
@@ -286,23 +302,28 @@ def _steps(config: Config, fixed_batch: bool) -> list[Step]:
 
 
 def fastest(config: Config, machine: Machine) -> Choice | None:
-    """The fastest choice that fits, with all fields free, `none` among them; None if none fits."""
-    cpu = machine.name is None
-    return _Search(config, cpu).fastest(
+    """The fastest choice that fits; None if nothing fits.
+
+    All fields are free: activation_checkpointing=none is possible too, unlike with auto.
+    """
+    return _Search(config, machine.is_cpu).fastest(
         lambda choice: choice.fits(machine),
         all_levels(config),
         _possible_batches(config),
-        _sensible_offloads(cpu),
+        _sensible_offloads(machine.is_cpu),
     )
 
 
 def _smallest(search: _Search, offloads: Sequence[bool]) -> Choice:
-    """The choice that takes the least memory. Of equal ones the fastest without mixed modes."""
-    least_gb = min(choice.device_gb for choice in search.smallest(offloads))
-    unmixed = [(mode, lighter) for mode, lighter in all_levels(search.config) if lighter == 0]
+    """The choice that takes the least memory of the device.
+
+    Of several it is the fastest of those that recompute equally much in all blocks.
+    """
+    least_gb = search.least_gb(offloads)
+    same_in_all_blocks = [level for level in all_levels(search.config) if level[1] == 0]
     choice = search.fastest(
         lambda choice: choice.device_gb <= least_gb,
-        unmixed,
+        same_in_all_blocks,
         _possible_batches(search.config),
         offloads,
     )
@@ -319,29 +340,32 @@ def _configured_offloads(config: Config) -> list[bool]:
 
 
 def _sensible_offloads(cpu: bool) -> list[bool]:
-    """On a CPU there is nothing to offload from."""
-    return [False] if cpu else [False, True]
+    if cpu:
+        return [False]  # device and host are the same memory
+    return [False, True]
 
 
 def next_smaller(config: Config, used: Choice, cpu: bool = False) -> Choice | None:
-    """What to try after `used` ran out of memory: the fastest choice that needs 5% less, or 1%."""
+    """What to try after `used` ran out of memory: the fastest choice that takes clearly less.
+
+    That is 5% less, or 1% less where no choice saves 5%; None where none saves 1% either.
+    """
     search = _Search(config, cpu)
-    least_gb = min(choice.device_gb for choice in search.smallest(_sensible_offloads(cpu)))
-    share = MUCH_SMALLER
-    if least_gb >= MUCH_SMALLER * used.device_gb:
-        share = SMALLER
+    offloads = _sensible_offloads(cpu)
+    limit_gb = MUCH_SMALLER * used.device_gb
+    if search.least_gb(offloads) >= limit_gb:
+        limit_gb = SMALLER * used.device_gb
     return search.fastest(
-        lambda choice: choice.device_gb < share * used.device_gb,
+        lambda choice: choice.device_gb < limit_gb,
         all_levels(config),
         _possible_batches(config),
-        _sensible_offloads(cpu),
+        offloads,
     )
 
 
 def could_fit(config: Config, machine: Machine) -> bool:
     """Whether any choice fits. Looks only at the smallest: where they do not fit, no other does."""
-    cpu = machine.name is None
-    smallest = _Search(config, cpu).smallest((False, True))
+    smallest = _Search(config, machine.is_cpu).smallest((False, True))
     return any(choice.fits(machine) for choice in smallest)
 
 
@@ -376,7 +400,7 @@ def resolve_autos(config: Config, machine: Machine) -> tuple[Config, dict, Choic
     offload = config.offload_optimizer == "true"
     if config.offload_optimizer == "auto":
         offload = bool(machine.name or config.host_gradient_blocks)
-    predictor = MemoryPredictor(config, cpu=machine.name is None)
+    predictor = MemoryPredictor(config, cpu=machine.is_cpu)
     memory_gb = predictor.predict(mode, config.batch_size, offload, config.lighter_blocks)
     values: dict[str, Any] = dict(
         activation_checkpointing=mode, offload_optimizer=_true_or_false(offload)

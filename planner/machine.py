@@ -80,6 +80,10 @@ class Machine:
     key: str | None = None  # its name in GPUS, if it is a known one
 
     @property
+    def is_cpu(self) -> bool:
+        return self.name is None
+
+    @property
     def usable_gb(self) -> float:
         """Memory to plan with: of the GPU or, for a CPU run, of the host."""
         if self.name:

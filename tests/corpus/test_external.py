@@ -221,7 +221,7 @@ def test_shards_that_change_while_they_are_counted_or_afterwards(tmp_path, bins,
     facts_file.write_text(json.dumps(facts))
     assert same(data.prepare(config), corpus)
 
-    count = external._count
+    count = external._count_and_hash
 
     def change(*arguments):
         counted = count(*arguments)
@@ -229,7 +229,7 @@ def test_shards_that_change_while_they_are_counted_or_afterwards(tmp_path, bins,
         return counted
 
     os.utime(path, (2, 2))
-    monkeypatch.setattr(external, "_count", change)
+    monkeypatch.setattr(external, "_count_and_hash", change)
     fails(config, "train.bin", "changed since", "run again")
 
 
