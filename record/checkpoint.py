@@ -76,6 +76,14 @@ def followed(path: Path) -> Path:
     return path
 
 
+def is_same(path: Path, other: Path) -> bool:
+    """Whether two names stand for one checkpoint. False where a link or a pointer leads nowhere."""
+    try:
+        return followed(path).samefile(followed(other))
+    except OSError:
+        return False
+
+
 def temporary_path(path: Path) -> Path:
     """A file is written under this name, in the same folder, and renamed when it is whole."""
     return path.with_name(f".{path.name}.tmp")
@@ -312,7 +320,7 @@ def _other_checkpoints(path: Path) -> list[Path]:
         # checkpoint_latest.pt may be a link to nothing, or to the very file that is damaged.
         if not other.is_file():
             continue
-        if path.exists() and path.samefile(followed(other)):
+        if is_same(path, other):
             continue
         found.append(other)
     return sorted(found, key=time_and_step, reverse=True)

@@ -28,7 +28,7 @@ def link_latest(path, latest) -> None:
     temporary = checkpoint.temporary_path(latest)
     try:
         # For two links to one file replace() does nothing, and the temporary name would stay.
-        if latest.exists() and path.samefile(checkpoint.followed(latest)):
+        if checkpoint.is_same(path, latest):
             return
         path.stat()  # raises for a missing file, which a symbolic link would not notice
         temporary.unlink(missing_ok=True)
@@ -162,8 +162,7 @@ def _candidates(folder: Path, latest: Path, above: int) -> list[_Candidate]:
     found = []
     for path in _numbered(folder):
         step = checkpoint.step_of(path)
-        is_latest = latest.exists() and path.samefile(checkpoint.followed(latest))
-        if is_latest or step <= above:
+        if checkpoint.is_same(path, latest) or step <= above:
             continue
         try:
             plain = checkpoint.load_plain(path)

@@ -169,12 +169,9 @@ class RunCheckpoints:
         self.last_saved_step = step
 
     def _resumed_from_latest(self) -> bool:
-        if self.resumed_from is None or not self.latest.exists():
-            return False
-        resumed_from = checkpoint.followed(self.resumed_from)
-        return checkpoint.followed(self.latest).samefile(resumed_from)
+        return self.resumed_from is not None and checkpoint.is_same(self.latest, self.resumed_from)
 
     def _latest_is_numbered(self) -> bool:
         """Whether checkpoint_latest.pt is a link to a numbered checkpoint of the folder."""
         numbered = self.folder.glob("checkpoint_step_*.pt")
-        return any(checkpoint.followed(self.latest).samefile(path) for path in numbered)
+        return any(checkpoint.is_same(self.latest, path) for path in numbered)

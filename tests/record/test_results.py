@@ -516,3 +516,18 @@ def test_the_oldest_of_the_runs_own_checkpoints_go(tmp_path):
     assert own.last_saved_step == 6
     assert own.latest.samefile(checkpoint.step_path(tmp_path, 6))
     assert (tmp_path / "checkpoint_step_1.pt").exists()
+
+
+def test_a_numbered_checkpoint_that_leads_nowhere_stops_no_run(tmp_path):
+    run = checkpoints_of(tmp_path)
+    run.latest.write_text("a file of its own")
+    for step, target in ((2, "checkpoint_step_2.pt"), (4, "missing")):
+        checkpoint.step_path(tmp_path, step).symlink_to(target)
+    run.take_over(1)
+    assert run.bytes_to_come(1) > 0
+    # A pointer to a checkpoint that is gone is replaced.
+    run.latest.write_text(f"{checkpoint.POINTER}checkpoint_step_2.pt\n")
+    path = checkpoint.step_path(tmp_path, 6)
+    path.write_text("six")
+    run.finish_numbered(path)
+    assert run.latest.samefile(path)
