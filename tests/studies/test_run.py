@@ -191,16 +191,17 @@ def test_runs_are_kept_in_the_order_of_the_study(performed, tmp_path, monkeypatc
     assert "less than a minute to go" in capsys.readouterr().out
 
 
-def test_a_signal_lets_runs_save_and_end(monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_runs_save_and_end(monkeypatch, tmp_path, number):
     def perform(run, base, folder, environment, stop):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         assert stop.wait(10)
         return result() if run.label == "none, seed 1" else None
 
     monkeypatch.setattr(runner, "perform", perform)
     with pytest.raises(SystemExit) as stop:
         go("balance", tmp_path, jobs=2)
-    assert stop.value.code == 143 and list(loaded(tmp_path)["runs"]) == ["none, seed 1"], (
+    assert stop.value.code == 128 + number and list(loaded(tmp_path)["runs"]) == ["none, seed 1"], (
         "one that ended all the same is kept"
     )
 
