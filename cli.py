@@ -160,6 +160,10 @@ def config_options(args: argparse.Namespace) -> dict:
 # ---------------------------------------------------------------- the lock on a folder
 
 
+class FolderInUse(ExperimentError):
+    """Another process has the lock. It is no ConfigError: the same command succeeds later."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, option: str) -> Iterator[None]:
     """Keeps other processes from writing to a folder.
@@ -167,8 +171,8 @@ def locked(folder: Path, option: str) -> Iterator[None]:
     A folder that is missing is made, and removed at the end if it is still empty. When a process
     is killed, the kernel releases its lock. On a file system without locks nothing is locked.
 
-    Raises ExperimentError when another process has the lock, or when the folder cannot be written
-    to; both name the `option` that chose the folder.
+    Raises FolderInUse when another process has the lock, and CheckpointError when the folder cannot
+    be written to; both name the `option` that chose the folder.
     """
     is_new = not folder.exists()
     handle = _lock(folder, option)
@@ -192,8 +196,7 @@ def _lock(folder: Path, option: str) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(handle)
-            # No ConfigError: the same command succeeds later.
-            raise ExperimentError(
+            raise FolderInUse(
                 f"another process is at work on {folder}: wait for it, or give another {option}"
             ) from error
         except OSError:  # a file system without locks

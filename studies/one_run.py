@@ -16,8 +16,8 @@ import threading
 import time
 from pathlib import Path
 
-from cli import locked
-from config import Config, ConfigError, Diverged, ExperimentError, OutOfMemory
+from cli import FolderInUse, locked
+from config import Config, Diverged, ExperimentError, OutOfMemory
 from corpus.workers import STOP_SIGNALS, signal_with_parent
 from planner.machine import cpu_cores
 from studies.grids import Run
@@ -102,8 +102,8 @@ def _failure_message(run: Run, code: int, errors: str) -> str:
 def _wait_for(folder: Path, stop: threading.Event) -> None:
     """Waits until no other process trains in the folder.
 
-    A run that a killed study left behind needs some seconds to save and end. Raises ConfigError if
-    it has not ended after GRACE seconds.
+    A run that a killed study left behind needs some seconds to save and end. Raises FolderInUse
+    if it has not ended after GRACE seconds.
     """
     began = time.monotonic()
     while True:
@@ -112,7 +112,7 @@ def _wait_for(folder: Path, stop: threading.Event) -> None:
                 # `locked` removes a folder that it made, unless something is in it.
                 (folder / "log.txt").touch()
                 return
-        except ConfigError:
+        except FolderInUse:
             waited = time.monotonic() - began
             if stop.is_set() or waited > GRACE:
                 raise

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import data
+from cli import FolderInUse
 from config import PRESETS, ConfigError, Diverged, ExperimentError, OutOfMemory
 from layout import format_count
 from studies import grids, one_run, report
@@ -304,7 +305,7 @@ def test_failures_that_are_results(monkeypatch, tmp_path, error, may_not_fit, ex
 def test_a_study_waits_for_the_runs_of_one_that_was_killed(monkeypatch, tmp_path):
     monkeypatch.setattr(one_run, "GRACE", 0.2)
     began = time.monotonic()
-    with runner.locked(tmp_path, "--save_dir"), pytest.raises(ConfigError, match="another process"):
+    with runner.locked(tmp_path, "--save_dir"), pytest.raises(FolderInUse):
         runner.perform(Run("a", dict(seed=1)), [], tmp_path, {}, threading.Event())
     assert time.monotonic() - began > 0.2
 
