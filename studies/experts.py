@@ -49,6 +49,7 @@ from model import MoETransformer
 from planner.machine import cpu_cores
 from record import checkpoint
 from record.checkpoint import open_model
+from record.results import write_whole
 from tools.evaluate import held_out
 
 KINDS = (
@@ -668,9 +669,7 @@ def main(argv: list[str]) -> None:
             "--keep_checkpoints for several"
         )
     found = analyse(checkpoints)
-    temporary = folder / ".experts.json.tmp"
-    temporary.write_text(json.dumps(found, indent=1))
-    temporary.replace(folder / "experts.json")
+    write_whole(folder / "experts.json", json.dumps(found, indent=1))
     print(folder / "experts.json")
 
 

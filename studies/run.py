@@ -59,7 +59,7 @@ from cli import (
 )
 from config import Config, ConfigError, nearest, resolve
 from layout import format_duration
-from record.results import git_state
+from record.results import git_state, write_whole
 from record.stop import handled
 from studies.figures import draw
 from studies.grids import STUDIES, TOKENS, Run
@@ -159,9 +159,7 @@ class StudyRecord:
         self.results["budget"] |= {self.minutes_key: minutes, "tokens": tokens}
         if self.commit and self.commit not in self.results["commits"]:
             self.results["commits"].append(self.commit)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps(self.results, indent=1) + "\n")
 
     def add(self, run: Run, result: dict, wanted: list[Run]) -> None:
         """Keeps the result and the metrics of a run, and deletes its folder with checkpoints."""

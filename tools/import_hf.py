@@ -34,6 +34,7 @@ from muon import build_optimizers
 from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint
+from record.results import write_whole
 from tools.export_hf import check_empty_or_new
 from tools.qwen3_moe import QwenTensor, from_hugging_face, fused_name, qwen_rows, qwen_tensors
 from trainer import lr_schedule
@@ -378,7 +379,7 @@ def refuse_other_shape(options: dict, shape: dict) -> None:
 def write_run(out: Path, state: dict) -> Path:
     """Writes tokenizer and checkpoint into the new run's folder. Returns the checkpoint's path."""
     tokenizer_path = out / "tokenizer.json"
-    tokenizer_path.write_bytes(state["tokenizer_json"].encode())
+    write_whole(tokenizer_path, state["tokenizer_json"])
     path = checkpoint.step_path(out, 0)
     try:
         checkpoint.save(path, state)
