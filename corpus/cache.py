@@ -67,15 +67,17 @@ class Corpus:
     end_of_text: int
     data_hash: str  # of the documents' contents in order; the same on every machine
     tokenizer_hash: str  # sha256 of tokenizer_json
-    characters: int  # of both splits; of external shards, what their tokens decode to one by one
-    documents: int  # of both splits; each chunk of a long document counts as one
+    # Of training and validation together. For external shards, each token is decoded by itself.
+    characters: int
+    documents: int  # of training and validation; each chunk of a long document counts as one
     # In nats per token: the loss of the best model that ignores the context, on the training text
-    # and on the held-out text (see corpus.token_files)
+    # and on the held-out text (see corpus.token_files).
     unigram_entropy: float
     unigram_cross_entropy: float
-    rules: int  # the version of the rules of data that made it: see config.DATA_RULES
-    held_out_characters: int | None  # of validation; None if not known
-    # Of these, how many stand in chunks of text that are trained on too
+    rules: int  # the version of the rules of data that made the corpus: see config.DATA_RULES
+    # The characters of validation, and how many of them stand in chunks of text that are trained on
+    # too. None if not known.
+    held_out_characters: int | None
     repeated_characters: int | None
 
 

@@ -14,58 +14,63 @@ import numpy as np
 
 from corpus.tokenizer import ChunkEncoder
 
-# Characters before and behind a cut that are encoded to see whether it changes something.
+# To see whether a cut changes the tokens, this many characters on each side of it are encoded.
 CONTEXT = 256
-SEARCHED = 768  # characters of a chunk in which a cut is looked for
+SEARCHED = 768  # the cut is looked for in this many characters at the beginning of a chunk
 TRIED = 64  # cuts that are tried at most
-# Between two words nearly every tokenizer may be cut, in front of the space.
+# With nearly every tokenizer, text may be cut between two words, in front of the space.
 SPACE_BETWEEN_WORDS = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
 SPACE = re.compile(r"(?<=\S) ")
 
 
-# A NamedTuple of a chunk, whose fields `text`, `before` and `last` are as ChunkEncoder takes them.
+# A NamedTuple of a chunk. Its field `text` is what is encoded, `before` is the last character in
+# front of the text in its document, and `last` says whether the document ends with the text.
 Chunk = TypeVar("Chunk", bound=NamedTuple)
 
 
 class SafeCuts:
-    """Finds such places for the chunks of one tokenizer.
+    """Finds places where cutting a document does not change the tokens of one tokenizer.
 
-    Version 1 of the rules of data encodes chunks as they are.
+    Version 1 of the rules of data does not look for them: each chunk is encoded as it was read.
     """
 
     def __init__(self, encode: ChunkEncoder):
         self.encode = encode
 
     def moved(self, before: str, text: str, following: str) -> int:
-        """How many characters of `following` are encoded with the chunk before it.
+        """How many characters of the chunk `following` move to the end of the chunk `text`.
 
-        `text` is that chunk as it is encoded, `before` the last character before it in its
-        document. The result is less than the length of `following`. It is 0 when no better place
-        is found, as in a long text without spaces, of which the tokenizer makes one long token.
+        `text` stands in front of `following`, and `before` is the last character in front of
+        `text`, all in one document. At least one character of `following` stays where it is. The
+        result is 0 where no safe cut is found, as in a long text without spaces, of which the
+        tokenizer makes one long token.
         """
         if self.encode.rules == 1:
             return 0
-        left = text[-CONTEXT:]
+        # Only the text around the cuts is encoded: both whole chunks would take much longer.
+        tail = text[-CONTEXT:]
         if len(text) > CONTEXT:
             before = text[-CONTEXT - 1]
-        window = left + following[: SEARCHED + CONTEXT]
+        window = tail + following[: SEARCHED + CONTEXT]
         try:
-            whole = self._ids([window], [before])
+            uncut_ids = self._ids([window], [before])
             for moved in _candidates(following):
-                cut = len(left) + moved
+                cut = len(tail) + moved
                 parts = [window[:cut], window[cut:]]
-                if np.array_equal(self._ids(parts, [before, window[cut - 1]]), whole):
+                cut_ids = self._ids(parts, [before, window[cut - 1]])
+                if np.array_equal(cut_ids, uncut_ids):
                     return moved
         except Exception:  # tokenizers raises plain Exception
             pass  # tokenizing the chunk fails too, and says why
         return 0
 
     def recut(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """The same chunks of text, each with what is encoded with it in `text`.
+        """Yields the chunks cut at safe places: the first characters of a chunk may move to the
+        end of the chunk before it.
 
-        After a chunk that does not end its document, the next chunk of the document follows.
+        The chunks of a document must follow one another, up to the one whose `last` is true.
         """
-        previous: Any = None
+        previous: Any = None  # the chunk before, which is yielded once its text is complete
         chunk: Any
         for chunk in chunks:
             if previous is not None:
@@ -81,11 +86,12 @@ class SafeCuts:
             yield previous
 
     def _ids(self, texts: list[str], before: list[str]) -> np.ndarray:
+        """The tokens of parts of a document, one after the other, without end-of-text tokens."""
         return np.concatenate(self.encode(texts, before, [False] * len(texts)))
 
 
 def _candidates(following: str) -> list[int]:
-    """Numbers of characters at the beginning of a chunk, the most promising ones first."""
+    """Where a chunk may be cut, in characters from its beginning: the most promising cuts first."""
     searched = following[:SEARCHED]
     cuts: list[int] = []
     for pattern in (SPACE_BETWEEN_WORDS, SPACE):

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from config import Config
-from corpus import split, text_scan
+from corpus import text_scan
 from corpus.checksums import checksum
 from corpus.safe_cuts import SafeCuts
 from corpus.sources import Source
+from corpus.split import Split, held_out_characters
 from corpus.text_scan import CHUNK, SCAN_FILE, Scan, data_hash, split_of, train_or_read_tokenizer
 from corpus.token_files import (
     FORMAT_VERSION,
@@ -30,6 +31,7 @@ from corpus.token_writer import (
     PROGRESS_FILE,
     TOKEN_FILES,
     BatchEncoder,
+    Progress,
     UnknownTokens,
     write_shards,
 )
@@ -79,37 +81,53 @@ def build(
 ) -> None:
     """Writes train.bin, validation.bin, tokenizer.json and the facts in corpus.json.
 
-    `found` is the scan of the source. A tokenizer is trained when tokenizer_json is None. The build
-    continues from what a killed one left in the folder.
+    `found` is the scan of the source. A tokenizer is trained when tokenizer_json is None. Where a
+    killed build left files in the folder, the build continues from them.
     Raises ExperimentError when the text has changed since the scan or cannot be tokenized.
     """
     start = time.perf_counter()
-    decided = split_of(found, config.validation_fraction, rules)
-    say(_scan_message(source, found, decided.held_out))
+    split = split_of(found, config.validation_fraction, rules)
+    say(_scan_message(source, found, split.held_out))
 
     if tokenizer_json is None:
-        training = ~decided.held_out
+        training = ~split.held_out
         tokenizer_json = train_or_read_tokenizer(config, source, found, training, folder, rules)
     replace_file(folder / "tokenizer.json", tokenizer_json)
     tokenizer, end_of_text = load_tokenizer(tokenizer_json, config.end_of_text)
-    tokenizer_hash = sha256(tokenizer_json)
-    dtype = token_dtype(config)
-    encode = ChunkEncoder(tokenizer, rules)
-    batch_encoder = BatchEncoder(encode, end_of_text, dtype)
-    unknown = UnknownTokens(config, tokenizer)
-    done = write_shards(folder, source, found, decided, SafeCuts(encode), batch_encoder, unknown)
-    for name, count in zip(TOKEN_FILES, done.tokens):
-        write_header(folder / name, dtype, count, tokenizer_hash)
 
-    train_tokens, validation_tokens = done.tokens
+    encode = ChunkEncoder(tokenizer, rules)
+    batch_encoder = BatchEncoder(encode, end_of_text, token_dtype(config))
+    unknown = UnknownTokens(config, tokenizer)
+    written = write_shards(folder, source, found, split, SafeCuts(encode), batch_encoder, unknown)
+    for name, count in zip(TOKEN_FILES, written.tokens):
+        write_header(folder / name, batch_encoder.dtype, count, sha256(tokenizer_json))
+
     vocabulary_size = vocabulary(tokenizer)
+    facts = _facts(config, found, split, written, tokenizer_json, vocabulary_size, folder, rules)
+    replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
+    say(_done_message(written.tokens, time.perf_counter() - start))
+
+
+def _facts(
+    config: Config,
+    found: Scan,
+    split: Split,
+    written: Progress,
+    tokenizer_json: str,
+    vocabulary_size: int,
+    folder: Path,
+    rules: int,
+) -> dict:
+    """What corpus.json says of the finished shards in the folder."""
+    tokenizer_hash = sha256(tokenizer_json)
+    train_tokens, validation_tokens = written.tokens
     train_counts, validation_counts = _count_shards(folder, tokenizer_hash, vocabulary_size)
     chunks = np.memmap(folder / CHUNK_FILE, CHUNK, mode="r")
-    held_out, repeated = split.held_out_characters(decided, chunks)
-    facts = dict(
+    held_out, repeated = held_out_characters(split, chunks)
+    return dict(
         data=config.data,
         documents=len(chunks),
-        characters=done.characters,
+        characters=written.characters,
         train_tokens=train_tokens,
         validation_tokens=validation_tokens,
         vocabulary=vocabulary_size,
@@ -121,17 +139,15 @@ def build(
         recipe=_key_of_same_text(config, found, tokenizer_json, rules),
         rules=rules,
         held_out_characters=held_out,
-        repeated_characters=repeated,  # of these, how many stand in chunks that are trained on too
+        repeated_characters=repeated,  # held-out characters in chunks that are trained on too
         crc32={name: checksum(folder / name) for name in TOKEN_FILES},
     )
-    replace_file(folder / "corpus.json", json.dumps(facts, indent=1) + "\n")
-    say(_done_message(done.tokens, time.perf_counter() - start))
 
 
 def _key_of_same_text(config: Config, found: Scan, tokenizer_json: str, rules: int) -> str | None:
-    """The key by which corpus.cache finds the shards for the same text from another place.
+    """The key by which corpus.cache finds these shards when the same text is read from elsewhere.
 
-    None when a beginning or groups decided the split: the same text from files is split otherwise.
+    None when the split depends on the source: on how much of it was scanned, or on its groups.
     """
     grouped = rules > 1 and found.grouped
     if not found.whole or grouped:

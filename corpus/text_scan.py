@@ -68,10 +68,10 @@ def scan(source: Source, folder: Path) -> Scan:
 
 
 def read_text(source: Source, to_end: bool) -> Scan:
-    """Reads the text of a source and notes hash, length and end of every chunk.
+    """Reads the text of a source and notes hash, key, length and end of every chunk.
 
-    Unless `to_end`, it stops after the first document that brings the characters to
-    TOKENIZER_SAMPLE. Raises ExperimentError when there is no text.
+    Without `to_end`, it stops at the end of the first document with which it has read
+    TOKENIZER_SAMPLE characters. Raises ExperimentError when there is no text.
     """
     # These arrays take 25 bytes a chunk; lists of Python's numbers would take five times as much.
     hashes = array("Q")
@@ -81,19 +81,20 @@ def read_text(source: Source, to_end: bool) -> Scan:
     characters = 0
     whole = True
     grouped = False
-    group_of_latest = getattr(source, "group", _no_group)
-    first = True  # whether the next chunk is the first one of its document
+    group_of_latest = getattr(source, "group", _no_group)  # of the latest document
+    document_begins = True  # with the next chunk
     with ProgressBar("reading the corpus") as bar:
         for text, last in source.chunks():
             hashes.append(text_hash(text))
-            if first:
+            if document_begins:
                 group = group_of_latest()
-                grouped |= group is not None
+                if group is not None:
+                    grouped = True
                 key = document_key(hashes[-1], group)
-            keys.append(key)
+            keys.append(key)  # all chunks of a document have its key
             lengths.append(len(text))
             ends.append(last)
-            first = last
+            document_begins = last
             characters += len(text)
             bar.add(len(text), last)
             # `_beginning` cuts a whole scan at the same chunk: change both together.
@@ -123,10 +124,10 @@ def _no_group() -> None:
 
 
 def document_key(first_hash: int, group: str | None) -> int:
-    """What version 2 of the rules splits a text by: the hash of a document's group.
+    """The key of a document, by which version 2 of the rules splits a text.
 
-    Where it has no group, it is the hash of its first chunk. So the side of a document is known
-    when it begins.
+    It is the hash of the document's group or, without a group, of its first chunk. So the side of
+    a document is known when it begins.
     """
     if group is None:
         return first_hash
@@ -154,7 +155,8 @@ def _load_scan(path: Path) -> Scan:
         raise ValueError("it is no file")
     with np.load(path) as saved:
         chunks = saved["pieces"]
-        # Scans of version 1 that an older program saved have neither keys nor groups.
+        # An older program saved scans without keys and groups. They belong to builds by version 1
+        # of the rules, which reads neither: any values will do.
         keys = chunks["hash"]
         grouped = False
         if "keys" in saved:
@@ -216,14 +218,14 @@ def held_out_chunks(
     if not source.scan_to_end:
         # The build knew the beginning only.
         found = _beginning(found)
-    decided = split_of(found, validation_fraction, rules)
-    return np.concatenate([held_out for _, held_out in decided.blocks(chunks)])
+    blocks = split_of(found, validation_fraction, rules).blocks(chunks)
+    return np.concatenate([held_out for _, held_out in blocks])
 
 
 def _beginning(found: Scan) -> Scan:
-    """The scan of a text that is not scanned to its end, of one that was scanned to its end.
+    """Shortens a scan of the whole text to what `read_text` without `to_end` finds.
 
-    It ends with the first document that brings the characters to TOKENIZER_SAMPLE.
+    It ends at the end of the first document with which it has TOKENIZER_SAMPLE characters.
     """
     characters = np.cumsum(found.lengths)
     enough = (characters >= TOKENIZER_SAMPLE) & found.chunks["last"]

@@ -58,11 +58,11 @@ PROGRESS_FILE = "progress.json"
 class _MarkedChunk(NamedTuple):
     """A chunk of text, and what the tokens need to know about it."""
 
-    text: str  # what is encoded with it: it is cut where corpus.safe_cuts says
-    before: str  # the last character before the text in its document; empty at its beginning
-    hash: int
-    length: int  # of the chunk itself, in characters
-    moved: int  # characters of the next chunk that are encoded with this one
+    text: str  # what is encoded: the chunk as corpus.safe_cuts cuts it
+    before: str  # the last character before `text` in its document; empty at its beginning
+    hash: int  # of the chunk as it was read
+    length: int  # of the chunk as it was read, in characters
+    moved: int  # how many characters of the next chunk are at the end of `text`
     last: bool  # its document ends with it
     held_out: bool  # its tokens go into validation.bin, not into train.bin
     separated: bool  # an end-of-text token follows it
@@ -95,41 +95,42 @@ class _BatchFacts(NamedTuple):
 
 
 def _marked_chunks(
-    source: Source, start: dict | None, decided: Split, cuts: SafeCuts
+    source: Source, start: dict | None, split: Split, cuts: SafeCuts
 ) -> Iterator[_MarkedChunk]:
     """The chunks after `start`, a position of the source.
 
-    End-of-text follows the last chunk of a document. In version 1 of the rules, it also follows a
-    chunk whose successor goes into the other file. In version 2, the beginning of the successor may
-    be encoded with a chunk. So a chunk is yielded when its successor is known.
+    A chunk is yielded when the next one of its document is known, since that decides two things.
+    In version 1 of the rules, an end-of-text token follows a chunk if the next one goes into the
+    other file. In version 2, the first characters of the next one may be encoded with a chunk.
+    An end-of-text token follows the last chunk of a document in both versions.
     """
-    number = 0  # of the chunk, counted from the beginning of the text
-    before = ""
-    moved = 0
+    number = 0  # how many chunks of the text come before this one
+    before = ""  # the last character that is encoded with the chunks before it
+    moved = 0  # how many of its first characters are encoded with the chunk before it
     if start:
         number = start["pieces"]
         before = start.get("before", "")
         moved = start.get("moved", 0)
     previous = None
-    key = None  # of the document, once it has begun
+    key = None  # decides on which side a chunk is (see Split); None where a document begins
     for text, last in source.chunks(start):
         digest = text_hash(text)
-        if key is None or not decided.by_document:
+        if key is None or not split.by_document:
             key = digest
-        if number < len(decided.held_out):
-            held_out = bool(decided.held_out[number])
+        if number < len(split.held_out):
+            held_out = bool(split.held_out[number])
         else:
-            held_out = decided.holds_out(key)
+            held_out = split.holds_out(key)
         number += 1
         if last:
             key = None
         if previous is not None:
             changes_side = previous.held_out != held_out
-            if decided.by_document and not changes_side:
+            if split.by_document and not changes_side:
                 moved = cuts.moved(previous.before, previous.text, text)
                 previous = previous._replace(text=previous.text + text[:moved], moved=moved)
                 before = previous.text[-1]
-            yield previous._replace(separated=changes_side and not decided.by_document)
+            yield previous._replace(separated=changes_side and not split.by_document)
         chunk = _MarkedChunk(
             text=text[moved:],
             before=before,
@@ -150,7 +151,7 @@ def _marked_chunks(
 
 
 def _batches(
-    source: Source, found: Scan, decided: Split, cuts: SafeCuts, start: dict | None
+    source: Source, found: Scan, split: Split, cuts: SafeCuts, start: dict | None
 ) -> Iterator[tuple[_EncoderInput, _BatchFacts]]:
     """Cuts the text after `start` into batches of about TOKENIZE_CHARACTERS characters.
 
@@ -163,7 +164,7 @@ def _batches(
     chunks: list[_MarkedChunk] = []
     characters = 0
     characters_since_position = 0
-    for chunk in _marked_chunks(source, start, decided, cuts):
+    for chunk in _marked_chunks(source, start, split, cuts):
         if count < len(expected) and chunk.hash != expected[count]:
             raise changed_error(source)
         chunks.append(chunk)
@@ -257,7 +258,7 @@ def _start_worker(_number: int) -> None:
 
 
 @dataclass
-class _Progress:
+class Progress:
     """How much of a build is finished. The fields are the keys of progress.json."""
 
     tokens: list[int]  # of train.bin and of validation.bin
@@ -275,27 +276,30 @@ class _Progress:
         return sizes
 
 
-def _resume(folder: Path, token_bytes: int) -> _Progress:
-    """Prepares the files of a build: what a killed build finished, or empty files.
+def _resume(folder: Path, token_bytes: int) -> Progress:
+    """Prepares the files to append to. Returns how much of the build they hold.
 
-    What the killed build appended after it last wrote down its progress is cut off.
+    A killed build's files are kept up to the progress that it last wrote down. Without such files,
+    new ones are made.
     """
     done = _read_progress(folder, token_bytes)
     if done is None:
-        done = _Progress(tokens=[0, 0], characters=0, position=None)
+        done = Progress(tokens=[0, 0], characters=0, position=None)
         for name in done.file_sizes(token_bytes):
             # A new file is made: an old one may be a hard link to that of another cache folder,
             # which must not change.
             (folder / name).unlink(missing_ok=True)
             (folder / name).touch()
     for name, size in done.file_sizes(token_bytes).items():
-        os.truncate(folder / name, size)  # makes room for the header in an empty file
+        # Cuts off what a killed build appended after its last progress. A new file grows instead,
+        # by room for its header.
+        os.truncate(folder / name, size)
     if done.position:
         say(f"data: continuing after {done.characters:,} characters that were tokenized before")
     return done
 
 
-def _read_progress(folder: Path, token_bytes: int) -> _Progress | None:
+def _read_progress(folder: Path, token_bytes: int) -> Progress | None:
     """The progress that a killed build wrote down; None if the files do not hold as much."""
     path = folder / PROGRESS_FILE
     if not path.exists():
@@ -312,7 +316,7 @@ def _read_progress(folder: Path, token_bytes: int) -> _Progress | None:
     return done
 
 
-def _checked_progress(content: dict) -> _Progress:
+def _checked_progress(content: dict) -> Progress:
     """Raises ValueError unless this is the content of a progress.json, every digit of it."""
     content = dict(content)
     checksum = content.pop("crc32", None)  # older programs wrote none
@@ -330,7 +334,7 @@ def _checked_progress(content: dict) -> _Progress:
     for number in (*counts, content["characters"], chunks):
         if type(number) is not int or not 0 <= number < 2**60:
             raise ValueError("it has a number that counts nothing")
-    return _Progress(**content)
+    return Progress(**content)
 
 
 def _crc32(content: dict) -> int:
@@ -341,17 +345,17 @@ def write_shards(
     folder: Path,
     source: Source,
     found: Scan,
-    decided: Split,
+    split: Split,
     cuts: SafeCuts,
     batch_encoder: BatchEncoder,
     unknown: "UnknownTokens",
-) -> _Progress:
+) -> Progress:
     """Appends the tokens of the text to the TOKEN_FILES, and its chunks' records to CHUNK_FILE.
 
     Returns the progress at the end. Raises ExperimentError when the text cannot be tokenized.
     """
     done = _resume(folder, batch_encoder.dtype.itemsize)
-    batches = unknown.checked(_batches(source, found, decided, cuts, done.position))
+    batches = unknown.checked(_batches(source, found, split, cuts, done.position))
     workers = _worker_count(found)
     total = _expected_characters(source, found)
     try:
@@ -375,14 +379,18 @@ def write_shards(
     except RuntimeError as error:
         # A signal handler of DataLoader raises it at any line of the above when a worker is gone.
         raise ExperimentError(_worker_died_message(error)) from error
-    unknown.warn()
+    unknown.warn_at_end()
     return done
 
 
 def _append(
-    files: list[BinaryIO], tokens: list[np.ndarray], facts: _BatchFacts, done: _Progress
+    files: list[BinaryIO], tokens: list[np.ndarray], facts: _BatchFacts, done: Progress
 ) -> None:
-    """Writes a batch to the files (train.bin, validation.bin, CHUNK_FILE) and adds it to `done`."""
+    """Writes a batch to the files (train.bin, validation.bin, CHUNK_FILE).
+
+    Its tokens and characters are added to `done`. The position is left to the caller: only some
+    batches have one.
+    """
     training, validation = tokens
     train_file, validation_file, chunk_file = files
     train_file.write(training.tobytes())
@@ -474,9 +482,10 @@ class UnknownTokens:
     def __init__(self, config: Config, tokenizer: Tokenizer):
         self.name = config.tokenizer
         self.tokenizer = tokenizer
-        self.token = unknown_token(tokenizer)
-        self.unknown = 0  # of the tokens so far
-        self.tokens = 0
+        # The id of the token that stands for unknown text; None if the tokenizer has none.
+        self.unknown_id = unknown_token(tokenizer)
+        self.num_tokens = 0
+        self.num_unknown = 0
         self.has_warned = False
 
     def checked(
@@ -499,30 +508,32 @@ class UnknownTokens:
         except Exception:  # tokenizers raises plain Exception
             return  # tokenizing the batch fails too, and says why
         if share > UNKNOWN_SHARE:
-            self._print(f"{share:.0%} of the characters at the beginning of the text")
+            self._warn(f"{share:.0%} of the characters at the beginning of the text")
 
     def count(self, tokens: list[np.ndarray]) -> None:
-        for side in tokens:
-            self.tokens += len(side)
-            if self.token is not None:
-                self.unknown += int((side == self.token).sum())
+        """Counts the unknown ones among the tokens of a batch, [training, validation]."""
+        for ids in tokens:
+            self.num_tokens += len(ids)
+            if self.unknown_id is not None:
+                self.num_unknown += int((ids == self.unknown_id).sum())
 
-    def warn(self) -> None:
-        share = self.unknown / max(1, self.tokens)
+    def warn_at_end(self) -> None:
+        """Warns if many of the counted tokens are unknown, and there was no warning before."""
+        share = self.num_unknown / max(1, self.num_tokens)
         if share > UNKNOWN_SHARE and not self.has_warned:
-            self._print(f"{share:.0%} of the text's tokens")
+            self._warn(f"{share:.0%} of the text's tokens")
 
-    def _print(self, what: str) -> None:
+    def _warn(self, unknown_part: str) -> None:
         self.has_warned = True
         say(
-            f"warning: the tokenizer {self.name} does not know {what}. The model cannot learn what "
-            "is lost there: choose a tokenizer made for such text with --tokenizer, or train one "
-            "(--tokenizer train)",
+            f"warning: the tokenizer {self.name} does not know {unknown_part}. The model cannot "
+            "learn what is lost there: choose a tokenizer made for such text with --tokenizer, or "
+            "train one (--tokenizer train)",
             sys.stderr,
         )
 
 
-def _save_progress(folder: Path, files: list[BinaryIO], done: _Progress) -> None:
+def _save_progress(folder: Path, files: list[BinaryIO], done: Progress) -> None:
     # The files reach the disk first: progress.json must not promise more than they hold.
     for file in files:
         file.flush()
