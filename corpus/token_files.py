@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import struct
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -45,6 +46,10 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, total: int | None = None, done: int = 0, unit: str = "char"):
+        # In a file the redrawings stay, one behind the other.
+        seconds_between_redrawings = 60.0
+        if sys.stderr is not None and sys.stderr.isatty():
+            seconds_between_redrawings = 0.5
         self.bar = tqdm(
             desc=title,
             total=total,
@@ -52,7 +57,7 @@ class ProgressBar:
             unit=unit,
             unit_scale=True,
             leave=False,
-            mininterval=0.5,
+            mininterval=seconds_between_redrawings,
         )
         self.start = time.perf_counter()
         self.documents = 0
