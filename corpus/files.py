@@ -50,6 +50,7 @@ NAMED_SUFFIXES = 12  # how many suffixes a message names; the others are summed 
 NO_FORMAT = "no format that is read here"
 ABOUT = "README, LICENSE and the like"
 OLD_RULES = "not read beside the others"
+NO_FILE = "links to what is not there, pipes and the like"
 
 
 @dataclass(frozen=True)
@@ -94,20 +95,21 @@ def find_files(config: Config, path: str, rules: int) -> FoundFiles:
     is_file = os.path.isfile(path)
     is_folder = os.path.isdir(path)
     hidden: list[str] = []
+    no_files: list[str] = []
     if is_file:
         files = [path]
     elif not is_folder:
-        files = _glob(path)
+        files = _glob(path, no_files)
     elif rules == 1:
         files = walk(path, ("",), onerror=_raise_cannot_read)
     else:
-        files = walk(path, ("",), onerror=_raise_cannot_read, hidden=hidden)
+        files = walk(path, ("",), onerror=_raise_cannot_read, hidden=hidden, no_files=no_files)
     # A folder of text may also be where runs and the cache write. A file named by itself is meant.
     if not is_file:
         cache = os.path.realpath(config.cache_dir)
         files = [file for file in files if not _made_by_a_run(file, cache)]
 
-    left_out: dict[str, str] = {}
+    left_out = dict.fromkeys(no_files, NO_FILE)
     for file in files:
         if not _has_known_format(file):
             left_out[file] = NO_FORMAT
@@ -214,12 +216,15 @@ def walk(
     skip: tuple[str, ...] = (),
     onerror: Callable[[OSError], None] | None = None,
     hidden: list[str] | None = None,
+    no_files: list[str] | None = None,
 ) -> list[str]:
     """Files under `root` with one of the suffixes, in an order that only their paths decide.
 
     Links to folders are followed; a folder that several paths lead to is read once. A folder that
     cannot be read is left out, or `onerror` is called with the error. If `hidden` is a list, files
     and folders whose name begins with a dot are added to it instead, and such folders not entered.
+    A name that is no file, such as a link whose target is gone, is left out, or added to `no_files`
+    if that is a list.
     """
     found = []
     seen = set()
@@ -236,9 +241,12 @@ def walk(
             names = [name for name in names if not name.startswith(".")]
         for name in sorted(names):
             path = os.path.join(folder, name)
-            # A link whose target is gone is no file.
-            if name.lower().endswith(suffixes) and os.path.isfile(path):
+            if not name.lower().endswith(suffixes):
+                continue
+            if os.path.isfile(path):
                 found.append(path)
+            elif no_files is not None:
+                no_files.append(path)
     return found
 
 
@@ -246,13 +254,18 @@ def _raise_cannot_read(error: OSError) -> None:
     raise cannot_read(error.filename, error) from error
 
 
-def _glob(pattern: str) -> list[str]:
-    """The sorted files of a glob, each once.
+def _glob(pattern: str, no_files: list[str]) -> list[str]:
+    """The sorted files of a glob, each once. What is neither file nor folder goes to `no_files`.
 
     `**` follows links to folders even in a circle, so a file may be found by several paths; the
     shortest one stays. Files are the same if they have one name in one real folder.
     """
-    found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+    found = []
+    for path in glob.glob(pattern, recursive=True):
+        if os.path.isfile(path):
+            found.append(path)
+        elif not os.path.isdir(path):
+            no_files.append(path)
     # The longest first, so that a shorter path of the same file replaces it.
     found.sort(key=lambda path: (-len(path), path))
     shortest = {}

@@ -297,6 +297,22 @@ def test_what_has_no_known_format_is_counted_by_suffix(tmp_path, capsys):
     assert "12 of 12 other suffixes" in said
 
 
+@pytest.mark.parametrize("where", ["", "*"])
+def test_a_link_whose_target_is_gone_is_counted(tmp_path, capsys, where):
+    write(tmp_path / "text", {"a.jsonl": '{"text": "one"}'})
+    for name in ("b.jsonl", "c.jsonl", "d.jsonl"):  # as in a cache of the hub without its blobs
+        (tmp_path / "text" / name).symlink_to("../blobs/" + name)
+    os.mkfifo(tmp_path / "text" / "e.txt")
+    assert read(tmp_path, where) == ["one"]
+    assert "not read: 3 .jsonl, 1 .txt (links to what is not there" in capsys.readouterr().err
+
+
+def test_a_readme_is_not_read_where_the_data_is_gone(tmp_path):
+    write(tmp_path / "text", {"README.md": "about"})
+    (tmp_path / "text" / "a.parquet").symlink_to("../blobs/a")
+    fails(config_for(tmp_path, data=str(tmp_path / "text")), "1 .parquet (links to what is not")
+
+
 def test_json_lines_in_a_file_called_json(tmp_path):
     write(tmp_path / "text", {"a.json": "\n" + ROWS, "b.json": '{"text": \n"c"}', "c.json": "[1]"})
     assert read(tmp_path) == ["one", "two"]
