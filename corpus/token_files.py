@@ -139,6 +139,10 @@ def open_shard(path: Path, tokenizer_hash: str, vocabulary: int | None = None) -
     are read. Raises ExperimentError when its header or size is not that of a whole shard of this
     tokenizer.
     """
+    if not path.is_file():  # a pipe would be read without end
+        raise ExperimentError(
+            f"{path} is missing or no file: delete the folder {path.parent} and run again"
+        )
     head = read_head(path)
     problem = _shard_problem(head, tokenizer_hash)
     if problem:

@@ -419,8 +419,8 @@ def test_facts_of_other_types_are_damage(tmp_path, folder, capsys, changes):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "corpus.json", "train.bin"])
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_folders_and_pipes_in_a_cache_folder_are_damage(tmp_path, folder, name, make):
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path.name)])
+def test_folders_pipes_and_links_in_a_cache_folder_are_damage(tmp_path, folder, name, make):
     tokens = np.array(data.prepare(config_for(tmp_path)).train)
     path = next((tmp_path / "cache").glob(f"*/{name}"))
     path.unlink()
