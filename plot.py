@@ -25,9 +25,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-import small_files
 from config import ExperimentError, defaults
-from small_files import CURVES, METRICS, RESULTS, RUN, Rows, resume_points, starts
+from record import small_files
+from record.small_files import CURVES, METRICS, RESULTS, RUN, Rows, resume_points, starts
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE = "#0072B2"

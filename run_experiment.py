@@ -40,6 +40,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 from cli import (
     Parser,
     add_config_options,
+    check_checkpoint,
+    check_training_paths,
     config_options,
     exit_code,
     locked,
@@ -57,8 +59,8 @@ from config import (
     resolve,
     resumed_config,
 )
-from early_checks import check_checkpoint, check_training_paths
-from layout import (
+from planner.choice import check_fits
+from planner.layout import (
     COLUMNS,
     command_lines,
     format_count,
@@ -67,7 +69,6 @@ from layout import (
     say,
     wrapped,
 )
-from planner.choice import check_fits
 from planner.machine import GB, GPUS, Machine, find_device, find_machine, machine_of_device
 from planner.plan import build_plan, memory_table
 from planner.sizes import checkpoint_gb

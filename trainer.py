@@ -32,10 +32,10 @@ from engine.offload import GradientOffload
 from engine.precision import LossScaler, gradient_norms
 from engine.triton_kernels import any_order, attention_backends, set_deterministic
 from generate import stream
-from layout import fitted, say
 from model import MoETransformer
 from muon import build_optimizers
 from planner.choice import advise, check_fits, resolve_autos
+from planner.layout import fitted, format_count, say
 from planner.machine import (
     find_device,
     is_out_of_memory,
@@ -55,8 +55,8 @@ from record.results import (
 )
 from record.run_folder import RunCheckpoints
 from record.side_work import PAUSES, SideWork, cause_of, warn
+from record.small_files import CURVES, METRICS, RESULTS, RUN, resume_points
 from record.stop import StopSignal
-from small_files import CURVES, METRICS, RESULTS, RUN, resume_points
 
 MEASURED_STEPS = 3  # steps after the first whose speed gives the first forecast
 SPIKE = 4.0  # a gradient norm this many times its running mean is a spike
@@ -99,6 +99,16 @@ def learning_rates(step: int, config: Config) -> dict[str, float]:
     for name, group in optimizer_groups(config).items():
         rates[name] = share * group.peak_lr
     return rates
+
+
+def plot_training_curves(*arguments, **options) -> None:
+    """plot.plot_training_curves, imported only now.
+
+    A matplotlib that cannot be imported costs a run its curves and nothing else.
+    """
+    import plot
+
+    plot.plot_training_curves(*arguments, **options)
 
 
 class Trainer:
@@ -681,7 +691,17 @@ class Trainer:
         )
 
     def _draw_curves(self) -> None:
-        self.record.draw_curves(self.config, self.corpus.unigram_cross_entropy)
+        """Draws training_curves.png anew; whole or not at all."""
+        self.record.note_curves()
+        total = format_count(self.config.total_params)
+        active = format_count(self.config.active_params)
+        plot_training_curves(
+            self.record.history,
+            self.folder / CURVES,
+            title=f"{total} parameters, {active} active",
+            unigram_cross_entropy=self.corpus.unigram_cross_entropy,
+            resumed_at=self.record.resume_points,
+        )
 
     # ------------------------------------------------------------ checkpoints
 

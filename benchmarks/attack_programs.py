@@ -82,7 +82,7 @@ def run_forked(argv: list[str], folder: Path, action: Callable | None = None) ->
     """
 
     def program() -> None:
-        results.plot_training_curves = _draw_nothing
+        trainer.plot_training_curves = _draw_nothing
         if action is not None:
             action()
         run_module(argv)

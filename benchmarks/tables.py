@@ -20,8 +20,8 @@ if __name__ == "__main__":  # before the imports below, which fail without their
     explain_missing_packages()
 
 from config import PRESETS, Config, field_docs, optimizer_groups
-from layout import format_count
 from planner.choice import choose
+from planner.layout import format_count
 from planner.machine import GPUS, find_machine
 from planner.plan import memory_table
 

@@ -43,7 +43,7 @@ from corpus.tokenizer import (
     trained_size,
     vocabulary,
 )
-from layout import say
+from planner.layout import say
 
 # Between these multiples of validation_fraction, the held-out share is as wanted.
 SHARE_TOO_SMALL = 0.5

@@ -29,7 +29,7 @@ from corpus.token_files import (
 )
 from corpus.token_reader import FilePart, TokenFiles, file_version
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
-from layout import say
+from planner.layout import say
 
 
 class _Format(NamedTuple):

@@ -36,7 +36,7 @@ from corpus.token_writer import (
     write_shards,
 )
 from corpus.tokenizer import ChunkEncoder, load_tokenizer, sha256, trained_size, vocabulary
-from layout import format_duration, say
+from planner.layout import format_duration, say
 
 # What only an unfinished build needs.
 TEMPORARY_FILES = (SCAN_FILE, CHUNK_FILE, PROGRESS_FILE)

@@ -37,7 +37,7 @@ from corpus.formats import (
     no_field,
     value_chunks,
 )
-from layout import say
+from planner.layout import say
 
 BUILT_IN = ("python", "installed")
 INSTALLED_SUFFIXES = (

@@ -22,7 +22,7 @@ from corpus.sources import Source
 from corpus.split import CHUNKS_AT_ONCE, Split
 from corpus.token_files import ProgressBar, discard_unreadable
 from corpus.tokenizer import load_tokenizer, train_tokenizer, trained_size
-from layout import format_duration, say
+from planner.layout import format_duration, say
 
 # Characters that a tokenizer is trained on: measured 4 to 8 s on 2 cores.
 TOKENIZER_SAMPLE = 20_000_000

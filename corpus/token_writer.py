@@ -41,7 +41,7 @@ from corpus.tokenizer import (
     unknown_token,
 )
 from corpus.workers import die_with_parent, ignore_stop_signals
-from layout import say
+from planner.layout import say
 from planner.machine import cpu_cores
 
 TOKENIZE_CHARACTERS = 1_000_000  # characters that one core tokenizes at a time

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config import LIGHTER, PRESETS, Config, ConfigError, OutOfMemory
-from layout import format_size
+from planner.layout import format_size
 from planner.machine import HOST_SHARE, Machine
 from planner.sizes import MemoryPredictor
 

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from config import Config, OptimizerGroup
-from layout import format_size
 from planner.choice import Choice, advise, choose, fastest
+from planner.layout import format_size
 from planner.machine import GPUS, Machine
 from planner.sizes import checkpoint_gb
 from planner.speed import MeasuredRun, PredictedSpeed, predict_speed, runs_of

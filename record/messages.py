@@ -4,8 +4,8 @@ Every function returns a text. The trainer prints it or raises it.
 """
 
 from config import Config, optimizer_groups
-from layout import format_count, format_duration, format_rate, format_size
 from planner.choice import candidates, next_smaller
+from planner.layout import format_count, format_duration, format_rate, format_size
 from planner.machine import Machine
 from planner.plan import memory_table
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from config import OptimizerGroup
-from layout import format_size
+from planner.layout import format_size
 from planner.machine import GB, process_memory_gb
 from planner.plan import memory_table
 

@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 
 from config import Config
-from layout import format_count
 from planner.machine import GB
 from record.side_work import SideWork, cause_of, path_named, warn
-from small_files import (
+from record.small_files import (
     CURVES,
     METRICS,
     NOT_A_METRIC,
@@ -44,16 +43,6 @@ LONGEST_DIFF = 1_000_000  # characters of a diff that are kept
 # however long the run is.
 THINNED_ROWS = 2000
 THINNED_BYTES = 4_000_000
-
-
-def plot_training_curves(*arguments, **options) -> None:
-    """plot.plot_training_curves, imported only now.
-
-    A matplotlib that cannot be imported costs a run its curves and nothing else.
-    """
-    import plot
-
-    plot.plot_training_curves(*arguments, **options)
 
 
 class ThinnedRows:
@@ -270,19 +259,9 @@ class Record:
             kept[len(self.history)] = json.dumps(self.history[-1])
         return [kept[index] for index in sorted(kept)]
 
-    def draw_curves(self, config: Config, unigram_cross_entropy: float) -> None:
-        """Draws training_curves.png anew; whole or not at all."""
-        # A failed attempt counts: the GPU waits for it as long as for a successful one.
+    def note_curves(self) -> None:
+        """An attempt to draw the curves counts like a success: the GPU waits for it as long."""
         self.last_curves = time.monotonic()
-        total = format_count(config.total_params)
-        active = format_count(config.active_params)
-        plot_training_curves(
-            self.history,
-            self.folder / CURVES,
-            title=f"{total} parameters, {active} active",
-            unigram_cross_entropy=unigram_cross_entropy,
-            resumed_at=self.resume_points,
-        )
 
 
 def _results_text(facts: dict, lines: list[str]) -> str:

@@ -9,7 +9,7 @@ from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint, latest, run_file
 from record.results import move_unreadable, run_files, set_aside
-from small_files import CURVES, METRICS, RESULTS, RUN, read_run_file
+from record.small_files import CURVES, METRICS, RESULTS, RUN, read_run_file
 
 # ---------------------------------------------------------------- what was left there
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from layout import fitted
+from planner.layout import fitted
 
 # How long the last writing of a run waits before each of its attempts, in seconds.
 PAUSES = (0.0, 0.5, 2.0)

@@ -58,7 +58,7 @@ from cli import (
     training,
 )
 from config import Config, ConfigError, nearest, resolve
-from layout import format_duration
+from planner.layout import format_duration
 from record.results import git_state, write_whole
 from record.stop import handled
 from studies.figures import draw

@@ -63,7 +63,7 @@ def disk(tmp_path, monkeypatch):
     monkeypatch.setattr(side_work, "PAUSES", (0, 0))
     monkeypatch.setattr(trainer_module, "PAUSES", (0, 0))
     monkeypatch.setattr(checkpoint, "check_free_space", lambda *_: None)
-    monkeypatch.setattr(results, "plot_training_curves", draw)
+    monkeypatch.setattr("trainer.plot_training_curves", draw)
     monkeypatch.setattr(results, "CURVES_SECONDS", 0)
     return Disk(monkeypatch, tmp_path)
 

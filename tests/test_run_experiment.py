@@ -81,7 +81,7 @@ def arguments(base, **options) -> list[str]:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than the training; the runs in processes of their own draw."""
-    monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr("trainer.plot_training_curves", lambda *args, **kwargs: None)
 
 
 @pytest.fixture
@@ -492,7 +492,7 @@ def finished(base, tmp_path_factory):
     """The folder of a run of 8 steps; not to be written to."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
+        patch.setattr("trainer.plot_training_curves", lambda *args, **kwargs: None)
         assert run_experiment.main(arguments(base, save_dir=folder)) == 0
     return folder
 

@@ -199,7 +199,7 @@ def two_steps(text, tmp_path_factory) -> Config:  # noqa: F811
     folder = tmp_path_factory.mktemp("two_steps")
     config = small_config(text, folder, max_steps=2, save_every=2, eval_every=100)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
+        patch.setattr("trainer.plot_training_curves", lambda *args, **kwargs: None)
         build(config).run()
     return config
 
@@ -520,7 +520,7 @@ def test_curves_are_drawn_now_and_then_and_at_the_end(settings, monkeypatch):
     def draw(history, *args, **kwargs):
         drawn.append(history[-1]["step"])
 
-    monkeypatch.setattr(results, "plot_training_curves", draw)
+    monkeypatch.setattr("trainer.plot_training_curves", draw)
     short = dict(max_steps=4, eval_every=2, save_every=0)
     build(settings(**short)).run()
     assert drawn == [4], "in less than a minute, at the end alone"
@@ -553,7 +553,7 @@ def test_curves_that_cannot_be_drawn_do_not_hide_why_a_run_diverged(settings, mo
     def draw(*args, **kwargs):
         raise OSError("no space")
 
-    monkeypatch.setattr(results, "plot_training_curves", draw)
+    monkeypatch.setattr("trainer.plot_training_curves", draw)
     trainer = build(settings(precision="fp16", loss_scale=1.0))
     poison(trainer, math.inf, when=lambda n: True)
     with pytest.raises(Diverged):

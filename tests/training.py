@@ -15,7 +15,7 @@ from torch import Tensor
 
 import data
 from config import PRESETS, Config
-from record import checkpoint, results
+from record import checkpoint
 from trainer import Trainer
 
 SMALL = dict(
@@ -68,7 +68,7 @@ def no_pictures(request, monkeypatch):
     """Drawing takes longer than the training here. Tests that look at curves have it in their
     name."""
     if "curves" not in request.node.name:
-        monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
+        monkeypatch.setattr("trainer.plot_training_curves", lambda *args, **kwargs: None)
 
 
 @pytest.fixture

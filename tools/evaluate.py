@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":  # before the imports below: slow, and they fail without their packages
+    from cli import exit_at_a_wrong_path
     from config import explain_missing_packages
-    from early_checks import exit_at_a_wrong_path
 
     explain_missing_packages()
     exit_at_a_wrong_path(sys.argv[1:])

@@ -3,7 +3,7 @@
 import collections
 
 from config import Config
-from layout import format_count
+from planner.layout import format_count
 from studies.analysis import SPEED, Runs, base_config, groups
 from studies.reports.shared import listed, span, summary
 

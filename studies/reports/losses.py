@@ -1,7 +1,7 @@
 """The tables of a study that has no file of its own here: its losses and speeds."""
 
 from benchmarks.tables import table
-from layout import format_count
+from planner.layout import format_count
 from studies.reports.shared import (
     UNKNOWN,
     Outcome,

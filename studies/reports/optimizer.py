@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from benchmarks.tables import table
-from layout import format_count
+from planner.layout import format_count
 from studies.analysis import (
     Groups,
     Runs,

@@ -1,7 +1,7 @@
 """The tables of the routing study: top-1 to top-4."""
 
 from benchmarks.tables import table
-from layout import format_count
+from planner.layout import format_count
 from studies.analysis import Groups, mean
 from studies.reports.shared import (
     Outcome,

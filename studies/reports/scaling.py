@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from benchmarks.tables import table
-from layout import format_count
+from planner.layout import format_count
 from studies.analysis import (
     Runs,
     ScalingLaw,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from benchmarks.tables import table
-from layout import format_count
+from planner.layout import format_count
 from studies.analysis import Runs, groups, mean, sharpest_layer
 from studies.reports.shared import listed, summary, value
 

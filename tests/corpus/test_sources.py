@@ -20,7 +20,6 @@ from corpus import sources, text_scan, token_writer
 from corpus.formats import RowCounter
 from corpus.sources import open_source
 from corpus.tokenizer import train_tokenizer
-from record import results
 from tests.corpus.stories import STORIES, config_for, fails
 from tools import evaluate
 from trainer import Trainer
@@ -622,7 +621,7 @@ def test_a_build_from_a_source_of_ones_own_continues_at_its_position(
 def test_a_run_trains_on_a_source_of_ones_own_and_is_evaluated_on_it(
     tmp_path, strings, monkeypatch
 ):
-    monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)  # slow
+    monkeypatch.setattr("trainer.plot_training_curves", lambda *args, **kwargs: None)  # slow
     config = config_for(
         tmp_path,
         data="anything",

@@ -28,7 +28,7 @@ from record.results import (
 )
 from record.run_folder import RunCheckpoints
 from record.side_work import SideWork
-from small_files import resume_points
+from record.small_files import resume_points
 from tests.helpers import tiny_config
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ import pytest
 import data
 from cli import FolderInUse
 from config import PRESETS, ConfigError, Diverged, ExperimentError, OutOfMemory
-from layout import format_count
+from planner.layout import format_count
 from studies import grids, one_run, report
 from studies import run as runner
 from studies.experts import KINDS

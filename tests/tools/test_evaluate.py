@@ -20,7 +20,7 @@ from cli import exit_code
 from config import PRESETS, Config
 from corpus import sources, split, text_scan
 from corpus.tokenizer import load_tokenizer
-from record import checkpoint, results
+from record import checkpoint
 from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
 from tools import evaluate, export_hf
 
@@ -234,7 +234,7 @@ def run(corpus, tmp_path_factory):
     )
     words = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
+        patch.setattr("trainer.plot_training_curves", lambda *args, **kwargs: None)
         assert run_experiment.main(words) == 0
     return folder / "run"
 

@@ -20,7 +20,7 @@ import data
 import run_experiment
 from cli import exit_code
 from config import Config, ExperimentError, ParameterSpec, parameter_table
-from record import checkpoint, results
+from record import checkpoint
 from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
 from tools import export_hf, import_hf, qwen3_moe
 from trainer import Trainer
@@ -47,7 +47,7 @@ RUN = ["--precision", "fp32", "--preset", "tiny", "--device", "cpu"]
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(results, "plot_training_curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr("trainer.plot_training_curves", lambda *args, **kwargs: None)
 
 
 def transformers_model(**changes) -> Qwen3MoeForCausalLM:

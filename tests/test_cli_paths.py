@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import early_checks
+import cli
 from config import ConfigError, ExperimentError
 
-ROOT = Path(early_checks.__file__).parent
+ROOT = Path(cli.__file__).parent
 
 # Calls a command line after the other in one process, and prints what each ended with. A tool
 # leaves at its first imports.
@@ -69,11 +69,11 @@ def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
 def test_a_folder_is_no_checkpoint(tmp_path):
     (tmp_path / "checkpoint_step_3.pt").touch()
     with pytest.raises(ConfigError, match="is a folder.*--save_dir .* --resume latest"):
-        early_checks.check_checkpoint(str(tmp_path), "--resume")
+        cli.check_checkpoint(str(tmp_path), "--resume")
     with pytest.raises(ConfigError, match="--checkpoint .* is a folder: name a file of it"):
-        early_checks.check_checkpoint(str(tmp_path), "--checkpoint")
+        cli.check_checkpoint(str(tmp_path), "--checkpoint")
     with pytest.raises(ExperimentError, match="there are: checkpoint_step_3.pt"):
-        early_checks.check_checkpoint(str(tmp_path / "checkpoint_step_4.pt"), "--resume")
+        cli.check_checkpoint(str(tmp_path / "checkpoint_step_4.pt"), "--resume")
 
 
 def test_right_paths_pass_and_nothing_is_left_behind(tmp_path):
@@ -82,9 +82,9 @@ def test_right_paths_pass_and_nothing_is_left_behind(tmp_path):
     options = dict(
         data=str(tmp_path / "*.txt"), tokenizer=str(tmp_path), save_dir=str(tmp_path / "a" / "b")
     )
-    early_checks.check_training_paths(options, None)
-    early_checks.check_training_paths(options, "latest")
-    early_checks.check_training_paths({}, str(tmp_path / "text.txt"))
+    cli.check_training_paths(options, None)
+    cli.check_training_paths(options, "latest")
+    cli.check_training_paths({}, str(tmp_path / "text.txt"))
     for name in ("train", "train:300", "hf:gpt2"):
-        early_checks.check_tokenizer(name)
+        cli.check_tokenizer(name)
     assert len(list(tmp_path.iterdir())) == 2

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-import layout
-from layout import (
+from planner import layout
+from planner.layout import (
     command_lines,
     fitted,
     format_count,
