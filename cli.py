@@ -171,7 +171,6 @@ def check_training_paths(options: dict, resume: str | None) -> None:
     Raises ExperimentError for a path that is not there or, of save_dir, cannot be written to.
     """
     given = dict(options)
-    resumes_file = resume is not None and resume != "latest"
     if resume is None:
         given = {**defaults(), **options}
     elif resume != "latest":
