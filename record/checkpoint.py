@@ -513,8 +513,23 @@ def check_free_space(folder, bytes_needed: int, option: str = "--save_dir") -> N
     if free < bytes_needed:
         raise CheckpointError(
             f"not enough disk space for checkpoints: {bytes_needed / 1e9:.2f} GB are needed, "
-            f"{_free_space(folder)}. {SPACE_REMEDY}"
+            f"{_free_space(folder)}. {_set_aside_message(Path(folder))}{SPACE_REMEDY}"
         )
+
+
+def set_aside_files(folder: Path) -> list[Path]:
+    """The checkpoints of other branches, and damaged ones, that were renamed to NAME.1, NAME.2."""
+    found = [path for path in folder.glob("checkpoint_*.pt.*") if path.suffix[1:].isdecimal()]
+    return sorted(path for path in found if path.is_file())
+
+
+def _set_aside_message(folder: Path) -> str:
+    files = set_aside_files(folder)
+    if not files:
+        return ""
+    size = sum(path.stat().st_size for path in files) / 1e9
+    names = ", ".join(path.name for path in files[:5])
+    return f"Checkpoints that were set aside take {size:.2f} GB there ({names}). "
 
 
 def _free_space(folder) -> str:

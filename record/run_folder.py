@@ -44,9 +44,7 @@ def last_start(folder: Path) -> dict | None:
 def leftovers(folder: Path) -> list[Path]:
     """The files of a checkpoint's size that no run reads: saves that were killed, and set-aside
     checkpoints."""
-    aside = [path for path in folder.glob("checkpoint_*.pt.*") if path.is_file()]
-    aside = [path for path in aside if path.suffix[1:].isdecimal()]
-    return latest.unfinished_saves(folder) + sorted(aside)
+    return latest.unfinished_saves(folder) + checkpoint.set_aside_files(folder)
 
 
 def delete_run(folder: Path, bytes_to_come: int) -> None:

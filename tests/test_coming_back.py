@@ -173,6 +173,8 @@ def test_leftovers_of_a_checkpoints_size_are_known(cli, base, run, monkeypatch):
         shutil.copy(run / "checkpoint_step_4.pt", run / name)
     size = (run / names[0]).stat().st_size
     (run / "checkpoint_step_4.pt.mine").write_text("mine")
+    with pytest.raises(checkpoint.CheckpointError, match=r"aside take .*step_4\.pt\.1"):
+        checkpoint.check_free_space(run, 10**18)
     # What a killed save left is deleted before the disk is looked at.
     looked = []
     check = checkpoint.check_free_space
