@@ -207,7 +207,7 @@ def write(folder, contents: dict[str, str | bytes]) -> None:
         if isinstance(content, str):
             content = content.encode()
         if name.lower().endswith(".gz"):
-            content = gzip.compress(content)
+            content = gzip.compress(content, mtime=0)
         if name.lower().endswith(".parquet"):
             table = pa.table({"text": content.decode().split()})
             pyarrow.parquet.write_table(table, path)
@@ -337,7 +337,7 @@ def test_bad_bytes_of_a_compressed_text_are_named_by_their_offset(tmp_path):
         ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid 1\n", "git lfs pull"),
         ("a.jsonl.gz", None, "git lfs pull"),
-        ("a.txt", gzip.compress(b"text"), "Let its name end with .gz"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "Let its name end with .gz"),
         ("a.jsonl", b"PAR1\x15\x04", "Name it .parquet"),
         ("a.json", b'[\n{"text": "a"}\n]', "one object a line, for example with jq -c '.[]'"),
         ("a.jsonl", b'[{"text": "a"}]', "one object a line, for example with jq -c '.[]'"),
