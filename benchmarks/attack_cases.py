@@ -214,6 +214,7 @@ def _resumed(folder: Path, what: str, ended: Ended, unsaved: bool, expected) -> 
 
 def _resume(folder: Path, what: str, at_least: int, expected: dict[str, Tensors]) -> Finding:
     """Resumes a long run and finishes it. `at_least` is the step that must not be lost."""
+    (folder / OUTPUT).unlink()  # a run that was killed twice has been resumed before
     ended = run_forked([*LONG, "--resume", "latest"], folder)
     found = re.search(r"Resuming .* at step (\d+)", ended.output)
     resumed_at = int(found[1]) if found else 0

@@ -89,7 +89,7 @@ def replace_file(path: Path, content: str) -> None:
 
 def read_own_json(path: Path) -> dict:
     """The JSON object in a file that this program wrote. Raises OSError, or ValueError."""
-    if path.exists() and not path.is_file():
+    if os.path.lexists(path) and not path.is_file():
         # Whoever reads from a pipe waits without end.
         raise ValueError(f"{path.name} is no file")
     try:
