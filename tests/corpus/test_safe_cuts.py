@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from corpus.formats import cut
 from corpus.safe_cuts import SafeCuts
 from corpus.split import Split
 from corpus.token_writer import _marked_chunks
-from corpus.tokenizer import ChunkEncoder, load_tokenizer
+from corpus.tokenizer import ChunkEncoder, character_before_next, load_tokenizer
 
 CODE = Path(__file__).read_text()
 ODD = (
@@ -137,6 +138,24 @@ def test_the_parts_of_a_document_have_its_tokens(name):
         whole = tokenizer.encode(text, add_special_tokens=False).ids
         ids = ids_of(chunks, encode)
         assert unknown_once(tokenizer, ids) == unknown_once(tokenizer, whole), kind
+
+
+class Part(NamedTuple):
+    text: str
+    before: str
+    last: bool
+
+
+def test_evaluation_cuts_a_document_as_training_does():
+    encode = ChunkEncoder(TOKENIZERS["gpt2"](), rules=2)
+    source = Text(TEXTS["code"], 500)
+    parts = []
+    before = ""
+    for text, last in source.chunks():
+        parts.append(Part(text, before, last))
+        before = character_before_next(text, last)
+    found = list(SafeCuts(encode).recut(parts))
+    assert found == [(chunk.text, chunk.before, chunk.last) for chunk in marked(source, encode)]
 
 
 def test_a_build_continues_with_the_rest_of_a_chunk():

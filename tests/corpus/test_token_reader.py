@@ -112,6 +112,14 @@ def test_a_token_outside_of_the_vocabulary_is_named(tmp_path, folder, workers):
     assert "vocabulary of 300 tokens. Delete the folder" in message and "\n" not in message
 
 
+def test_the_first_id_behind_the_vocabulary_is_refused(tmp_path):
+    parts = many_shards(tmp_path, 1, 20).parts
+    largest = int(TokenFiles(parts, "")[:].max())
+    assert len(TokenFiles(parts, "", vocabulary=largest + 1)[:]) == 20
+    with pytest.raises(ExperimentError, match=f"token {largest} at byte"):
+        TokenFiles(parts, "", vocabulary=largest)[:]
+
+
 def test_a_file_that_is_gone_or_another_when_it_is_opened_again(tmp_path):
     tokens = many_shards(tmp_path, 2, 20)
     first, second = tokens.paths
