@@ -989,8 +989,8 @@ AT_MOST = dict(
     seed=2**43 - 1,
 )
 AT_MOST_OTHERWISE = 10**10
-# The same for all other numbers. A product of two of them is a number in fp32.
-FLOAT_AT_MOST = 1e15
+# The same for all other numbers. fp32 holds numbers up to 3.4e38.
+FLOAT_AT_MOST = 1e30
 DECAYS = ("muon_momentum", "adamw_beta1", "adamw_beta2")
 SHARES = ("warmup_fraction", "min_lr_fraction", "max_bad_share")
 

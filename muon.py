@@ -388,8 +388,10 @@ def build_optimizers(
 def scalar(value: float, device: torch.device) -> Tensor:
     """A number as a 0-d tensor.
 
-    torch.compile would compile a function again for each new value of a Python number.
+    torch.compile would compile a function again for each new value of a Python number. A number
+    beyond fp32 becomes its largest one: the run then diverges, and says so.
     """
+    value = min(value, torch.finfo(torch.float32).max)
     return torch.full((), value, device=device)
 
 

@@ -426,3 +426,9 @@ def test_a_third_optimizer_is_a_class_and_a_group(monkeypatch):
     assert optimizers["sgd"].parameters.keys() == norms
     assert optimizers["sgd"].weight_decay == 0.5
     assert not optimizers["adamw"].state.tensors.keys() & norms
+
+
+def test_a_scalar_beyond_fp32_is_the_largest_number():
+    largest = torch.finfo(torch.float32).max
+    assert muon.scalar(1e60, torch.device("cpu")).item() == largest
+    assert muon.scalar(0.5, torch.device("cpu")).item() == 0.5

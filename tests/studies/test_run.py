@@ -674,9 +674,8 @@ def test_the_command_that_the_report_prints_goes_on(performed, monkeypatch, tmp_
 
 def test_one_process_at_a_time(tmp_path):
     with runner.locked(tmp_path, "--out"):
-        assert (
-            runner.exit_code(runner.run_study, ["balance", *OPTIONS, "--out", str(tmp_path)]) == 2
-        )
+        command = ["balance", *OPTIONS, "--out", str(tmp_path)]
+        assert runner.exit_code(runner.run_study, command) == 1  # it may succeed later
     assert not list(tmp_path.iterdir())
 
 
