@@ -144,10 +144,27 @@ def _check_held_out(corpus: Corpus, config: Config) -> None:
     wanted = config.validation_fraction
     if share > MOST_HELD_OUT and share > SHARE_TOO_LARGE * wanted:
         raise ExperimentError(_far_share_message(corpus, share, wanted))
-    if not wanted * SHARE_TOO_SMALL <= share <= wanted * SHARE_TOO_LARGE:
+    validation_tokens = len(corpus.validation)
+    share_of_tokens = validation_tokens / (validation_tokens + len(corpus.train))
+    if _is_far(share, wanted):
         say(f"warning: {_far_share_message(corpus, share, wanted)}", sys.stderr)
+    elif _is_far(share_of_tokens, wanted):
+        say(f"warning: {_far_tokens_message(share_of_tokens, wanted)}", sys.stderr)
     if repeated > REPEATED_SHARE * held_out:
         say(f"warning: {_repeated_message(repeated / held_out)}", sys.stderr)
+
+
+def _is_far(share: float, wanted: float) -> bool:
+    return not wanted * SHARE_TOO_SMALL <= share <= wanted * SHARE_TOO_LARGE
+
+
+def _far_tokens_message(share: float, wanted: float) -> str:
+    """For a text of which one side takes far more tokens a character, such as one giant word."""
+    return (
+        f"{share:.2%} of the tokens are held out for validation, though {wanted:.2%} of the "
+        "characters are (validation_fraction): a part of the text has far fewer tokens a character "
+        "than the rest. Look whether such text belongs there"
+    )
 
 
 def _far_share_message(corpus: Corpus, share: float, wanted: float) -> str:
