@@ -50,6 +50,7 @@ def write_checkpoint(path, config: Config, **changes) -> dict:
     """
     model = MoETransformer(config)
     parameters = dict(model.named_parameters())
+    saved = parameters | model.balancing_biases()
     optimizer = {
         name: optimizer.state_dict()
         for name, optimizer in build_optimizers(config, parameters).items()
@@ -72,7 +73,7 @@ def write_checkpoint(path, config: Config, **changes) -> dict:
         saved_steps=[],
         train_seconds=2.0,
         mean_norm=None,
-        model={name: parameter.detach() for name, parameter in parameters.items()},
+        model={name: tensor.detach() for name, tensor in saved.items()},
         optimizer=optimizer,
         schedule={},
         loss_scaler={},

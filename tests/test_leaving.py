@@ -345,7 +345,7 @@ def interrupt(monkeypatch, owner, name: str, *numbers: int) -> None:
     [
         (data, "validation_batches", [signal.SIGHUP]),
         (trainer, "stream", [signal.SIGUSR1]),
-        (results.Record, "draw_curves", [signal.SIGTERM, signal.SIGHUP]),
+        (trainer.Trainer, "_draw_curves", [signal.SIGTERM, signal.SIGHUP]),
         (checkpoint, "save", [signal.SIGINT, signal.SIGINT]),
     ],
     ids=["validation", "sampling", "drawing", "saving"],
@@ -365,7 +365,7 @@ def test_a_signal_at_any_work_saves_and_stops(
     assert checkpoint.load(tmp_path / "run" / "checkpoint_latest.pt")["step"] == run.step == 2
     assert json.loads((tmp_path / "run" / "training_results.json").read_text())["history"]
     evaluated = [row["step"] for row in rows(config, "val_loss")]
-    assert evaluated == ([2] if name == "draw_curves" else [])
+    assert evaluated == ([2] if name == "_draw_curves" else [])
     assert [signal.getsignal(number) for number in ALL] == handlers
 
 
