@@ -31,11 +31,13 @@ from pathlib import Path
 # fragmentation.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# Before torch is imported too: a thread of OpenMP that waits for the others sleeps at once. By
-# default it would spin for milliseconds first. Beside busy programs it would so keep a core from
-# the very threads that it waits for, and training would nearly stop. Alone, sleeping costs some
-# speed on a CPU. benchmarks/busy_cpu.py measures both.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch is imported too: a thread of OpenMP that waits for the others spins for some turns,
+# then sleeps. libgomp's 300,000 turns take milliseconds. Beside busy programs a spinning thread
+# keeps a core from the very threads that it waits for, and training nearly stops. To sleep at once
+# costs a third of the speed on an idle CPU. 10,000 turns cost little in both cases;
+# benchmarks/busy_cpu.py measures it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from cli import (
     Parser,

@@ -218,20 +218,21 @@ def busy_cpu() -> str:
     result = load_result("busy_cpu", "cpu")
     measured = result["details"]
     names = {
-        "0": "they sleep at once (`OMP_WAIT_POLICY=passive`, set by this program)",
+        "0": "they sleep at once (`OMP_WAIT_POLICY=passive`)",
         "1000": "`GOMP_SPINCOUNT=1000`",
-        "10000": "`GOMP_SPINCOUNT=10000`",
+        "10000": "`GOMP_SPINCOUNT=10000`, set by this program",
         "300000": "libgomp's default, `GOMP_SPINCOUNT=300000`",
     }
     header = [
         "how threads wait",
         f"tokens/s alone on {measured['cores']} cores",
-        f"tokens/s beside {measured['busy_processes']} busy processes",
+        f"beside {measured['cores']} busy processes",
+        f"beside {measured['busy_processes']} busy processes",
     ]
     rows = []
     for spin_count, name in names.items():
         row = [name]
-        for state in ("alone", "busy"):
+        for state in ("alone", "shared", "busy"):
             speeds = measured[f"tokens_per_second_{state}"][spin_count]
             row.append(f"{statistics.median(speeds):,.0f}")
         rows.append(row)

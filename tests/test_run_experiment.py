@@ -1369,12 +1369,15 @@ def test_the_second_interrupt_stops_at_once(base, tmp_path):
     assert_group_ends(process)
 
 
-@pytest.mark.parametrize("given, used", [(None, "passive"), ("active", "active")])
-def test_openmp_waits_without_spinning_unless_the_user_says_otherwise(given, used):
-    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if given:
-        variables["OMP_WAIT_POLICY"] = given
-    code = "import os, sys, run_experiment; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "given, used",
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_openmp_spins_briefly_unless_the_user_says_otherwise(given, used):
+    variables = {**os.environ, **given}
+    for name in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} - set(given):
+        variables.pop(name, None)
+    code = "import os, sys, run_experiment; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], env=variables, cwd=ROOT, capture_output=True, text=True
     )
