@@ -27,7 +27,8 @@ FLOORS = [
     ["generate", "record"],
     ["data", "model"],
     ["corpus", "moe", "muon"],
-    ["engine", "planner"],
+    ["planner"],
+    ["engine"],
     ["config"],
 ]
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
