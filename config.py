@@ -202,6 +202,9 @@ class Config:
     host_gradient_blocks: int = 0
     """Number of first blocks whose gradients are summed in host memory during the backward pass;
     needs offload_optimizer."""
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = "auto"
+    """With several GPUs: sum the gradients over them once a step, or in every micro-batch, which
+    is slower and takes less memory; auto: once a step where that fits."""
     host_memory_gb: float = 0.0
     """Host memory that the plan may count on, in GB; 0 reads it from the operating system."""
     compile: Literal["auto", "true", "false"] = "auto"

@@ -7,6 +7,7 @@ function of (seed, position), so a resumed run continues with exactly the sequen
 """
 
 import functools
+import itertools
 import signal
 import sys
 import threading
@@ -122,35 +123,48 @@ def batches(
     position: int,
     pin_memory: bool = False,
     rules: int = DATA_RULES,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (inputs, targets) without end, int64 [batch_size, max_seq_len] each.
 
-    The first sequence is the one at data position `position`. `pin_memory` puts the tensors in
+    The first step begins at data position `position`. Of each step's micro-batches `rank` gets the
+    numbers rank, rank + ranks, ... So a step has the same micro-batches on any number of ranks.
+    `pin_memory` puts the tensors in
     page-locked memory, from which a GPU copies while the CPU continues. With config.num_workers > 0
     background processes read in advance. They end when the iterator is closed or collected. When
     one of them dies, this process reads on from the same position.
     """
     dataset = _TrainingBatches(tokens, config, rules)
+    read = 0  # micro-batches
     if config.num_workers:
-        loader = _loader(dataset, position, config.num_workers, pin_memory)
+        positions = _positions(config, position, rank, ranks)
+        loader = _loader(dataset, positions, config.num_workers, pin_memory)
         for batch in _until_a_worker_dies(loader):
             yield _checked(batch)
-            position += config.batch_size
-    for batch in _loader(dataset, position, 0, pin_memory):
+            read += 1
+    positions = itertools.islice(_positions(config, position, rank, ranks), read, None)
+    for batch in _loader(dataset, positions, 0, pin_memory):
         yield _checked(batch)
 
 
+def _positions(config: Config, position: int, rank: int, ranks: int) -> Iterator[int]:
+    """The data position at which each of the rank's micro-batches begins, endless."""
+    for step in itertools.count(position, config.sequences_per_step):
+        for micro_batch in range(rank, config.gradient_accumulation_steps, ranks):
+            yield step + micro_batch * config.batch_size
+
+
 def _loader(
-    dataset: "_TrainingBatches", position: int, num_workers: int, pin_memory: bool
+    dataset: "_TrainingBatches", positions: Iterator[int], num_workers: int, pin_memory: bool
 ) -> DataLoader:
-    """A loader of all micro-batches from the one that begins at `position`."""
+    """A loader of the micro-batches that begin at these positions. It can be read once."""
     start_method = None
     if num_workers:
         start_method = "fork"  # the other methods import torch again, and copy arrays of tokens
-    first_sequences = range(position, 2**62, dataset.batch_size)  # of each micro-batch, endless
     return DataLoader(
         dataset,
-        sampler=first_sequences,
+        sampler=positions,
         batch_size=None,  # an item is a whole micro-batch already
         num_workers=num_workers,
         pin_memory=pin_memory,

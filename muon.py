@@ -37,6 +37,7 @@ from torch import Tensor
 
 from config import Config, optimizer_groups
 from engine.offload import GradientOffload, OptimizerState
+from engine.ownership import parameter_of
 from engine.precision import read_master, write_master
 from engine.triton_kernels import COMPILE_OPTIONS, symmetric_matmul
 
@@ -373,15 +374,17 @@ def build_optimizers(
 ) -> dict[str, Muon | AdamW]:
     """The optimizer of each group in `optimizer_groups(config)`, by the group's name.
 
-    `parameters` are all of the model's, by name. Raises ExperimentError when host memory does not
-    hold the state with `offload`.
+    `parameters` are all of the model's, by name, or the shards of them that this rank owns. Raises
+    ExperimentError when host memory does not hold the state with `offload`.
     """
     optimizers = {}
     for name, group in optimizer_groups(config).items():
-        own = {parameter: parameters[parameter] for parameter in group.parameters}
+        names = set(group.parameters)
+        own = {key: p for key, p in parameters.items() if parameter_of(key)[0] in names}
         optimizers[name] = OPTIMIZERS[name](
             own, config, group.weight_decay, offload, fused, gradient_offload
         )
+        optimizers[name].state.names = names
     return optimizers
 
 

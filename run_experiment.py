@@ -26,6 +26,7 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported: an 18B run fills its GPU, and fixed segments lose gigabytes to
 # fragmentation.
@@ -75,6 +76,9 @@ from planner.machine import GB, GPUS, Machine, find_device, find_machine, machin
 from planner.plan import build_plan, memory_table
 from planner.sizes import checkpoint_gb
 from planner.speed import MeasuredRun
+
+if TYPE_CHECKING:
+    from engine.distributed import Ranks
 
 # torch takes seconds to import: --help and `plan` answer without it, so that what needs it is
 # imported in the functions that use it.
@@ -179,22 +183,19 @@ def open_run(
     `chosen` says how the configuration was chosen; a resumed run takes the checkpoint's instead,
     with the changes of `options`.
     """
-    import data
     import trainer
+    from engine.distributed import start_ranks
     from record import run_folder, tracker
 
-    if args.resume in (None, "latest"):  # the folder is locked before it is looked into
-        lock.enter_context(locked(Path(config.save_dir), "--save_dir"))
-        start = find_start(config, chosen, options, args)
-    else:
-        start = _start_from_file(Path(args.resume), config, options, args.preset)
-        lock.enter_context(locked(Path(start.config.save_dir), "--save_dir"))
+    ranks = start_ranks(find_device(config))
+    start = _start_of_all(config, chosen, options, args, lock, ranks)
     config = start.config
     folder = Path(config.save_dir)
-    if args.resume or args.overwrite:
-        run_folder.set_odd_files_aside(folder)
-    if not args.overwrite and not start.continues(folder):
-        _refuse_used_folder(folder)
+    if ranks.is_first:
+        if args.resume or args.overwrite:
+            run_folder.set_odd_files_aside(folder)
+        if not args.overwrite and not start.continues(folder):
+            _refuse_used_folder(folder)
 
     say(
         f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
@@ -203,18 +204,73 @@ def open_run(
     # What cannot start is refused before minutes of tokenizing.
     tracker.require(config.tracker)
     check_fits(config, machine_of_device(find_device(config), config.host_memory_gb))
-    corpus = data.prepare(config, start.rules)
+    corpus = _prepared_corpus(config, start.rules, ranks)
     # The state is mapped from the checkpoint's file. It must not outlive this function: the disk
     # space of a checkpoint that is deleted would stay taken.
-    run = trainer.Trainer(config, corpus, start.state, start.path, LAUNCHED)
+    run = trainer.Trainer(config, corpus, start.state, start.path, LAUNCHED, ranks)
     if args.skip_steps:
         run.skip_data(args.skip_steps)
     # Only now that nothing can be wrong any more
-    if args.overwrite:
-        run_folder.delete_run(folder, run.checkpoint_bytes_to_come())
-    if start.again:
-        _set_run_aside(folder)
+    with ranks.together():
+        if ranks.is_first:
+            if args.overwrite:
+                run_folder.delete_run(folder, run.checkpoint_bytes_to_come())
+            if start.again:
+                _set_run_aside(folder)
     return run
+
+
+def _start_of_all(
+    config: Config,
+    chosen: str,
+    options: dict,
+    args: argparse.Namespace,
+    lock: contextlib.ExitStack,
+    ranks: "Ranks",
+) -> "Start":
+    """Where the run starts. The first rank finds it, with the folder locked, and tells the others.
+
+    Only the first one verifies the checkpoint: the others map the same file.
+    """
+    from record import checkpoint
+
+    start = None
+    if ranks.is_first:
+        start = _found_start(config, chosen, options, args, lock)
+        ranks.value_of_first(dataclasses.replace(start, state=None))
+        return start
+    start = ranks.value_of_first()
+    if start.path is not None:
+        start.state = checkpoint.load(start.path, verify=False)
+    return start
+
+
+def _found_start(
+    config: Config,
+    chosen: str,
+    options: dict,
+    args: argparse.Namespace,
+    lock: contextlib.ExitStack,
+) -> "Start":
+    if args.resume in (None, "latest"):  # the folder is locked before it is looked into
+        lock.enter_context(locked(Path(config.save_dir), "--save_dir"))
+        return find_start(config, chosen, options, args)
+    start = _start_from_file(Path(args.resume), config, options, args.preset)
+    lock.enter_context(locked(Path(start.config.save_dir), "--save_dir"))
+    return start
+
+
+def _prepared_corpus(config: Config, rules: int, ranks: "Ranks"):
+    """The tokenized corpus. The first rank makes it; the others then find it in the cache."""
+    import data
+
+    corpus = None
+    if ranks.is_first:
+        corpus = data.prepare(config, rules)
+    ranks.wait_for_all()
+    if corpus is None:
+        corpus = data.prepare(config, rules)
+    return corpus
 
 
 @dataclass

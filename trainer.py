@@ -28,7 +28,9 @@ from config import (
     OutOfMemory,
     optimizer_groups,
 )
+from engine.distributed import GradientReducer, Ranks, WeightGatherer, different_replicas
 from engine.offload import GradientOffload
+from engine.ownership import ownership, parameter_of, small_parameters
 from engine.precision import LossScaler, gradient_norms
 from engine.triton_kernels import any_order, attention_backends, set_deterministic
 from generate import stream
@@ -43,6 +45,7 @@ from planner.machine import (
     release_freed_memory,
 )
 from record import checkpoint, console, latest, lineage, messages, tracker
+from record.archive import Rows
 from record.meter import MemoryMeter
 from record.metrics import Interval, mfu, perplexity
 from record.results import (
@@ -54,9 +57,9 @@ from record.results import (
     write_run_file,
 )
 from record.run_folder import RunCheckpoints
-from record.side_work import PAUSES, SideWork, cause_of, warn
+from record.side_work import PAUSES, NoSideWork, SideWork, cause_of, warn
 from record.small_files import CURVES, METRICS, RESULTS, RUN, resume_points
-from record.stop import StopSignal
+from record.stop import AgreedStop, StopSignal
 
 MEASURED_STEPS = 3  # steps after the first whose speed gives the first forecast
 SPIKE = 4.0  # a gradient norm this many times its running mean is a spike
@@ -115,7 +118,8 @@ class Trainer:
     """One run in one folder, config.save_dir. Nothing is written before `run`.
 
     `state` is what checkpoint.load returned for the file `resumed_from`; the run continues from
-    it. `launched` is the time.monotonic() at which the program started.
+    it. `launched` is the time.monotonic() at which the program started. With several `ranks` all of
+    them make a trainer of the same run and call its methods together; the first one writes files.
 
     Raises ExperimentError when the data are not the checkpoint's or memory does not hold the model.
     """
@@ -127,7 +131,9 @@ class Trainer:
         state: dict | None = None,
         resumed_from: Path | None = None,
         launched: float | None = None,
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks()
         self.launched = launched or time.monotonic()
         self.corpus = corpus
         self.folder = Path(config.save_dir)
@@ -153,6 +159,8 @@ class Trainer:
         self.lineage = self._begin_branch(state, resumed_from)
 
         self.side_work = SideWork()
+        if not self.ranks.is_first:
+            self.side_work = NoSideWork()
         self.record = Record(self.folder, self.side_work)
         self.checkpoints = RunCheckpoints(self.config, resumed_from)
         with self._out_of_memory_advice():
@@ -166,6 +174,9 @@ class Trainer:
         self.step_seconds: list[float] = []
         self.seconds_to_first_step: float | None = None
         self.stop = StopSignal()
+        if self.ranks.size > 1:
+            self.stop = AgreedStop()
+        self.save_now = False  # whether the first rank's clock requests a checkpoint
         self.bar = tqdm(disable=True)
         self.failed_saves = 0  # attempts since the last checkpoint that was saved
         self.skips_data_here = False  # whether this start skipped data
@@ -193,7 +204,9 @@ class Trainer:
         """Resolves the fields that are auto, and prints the predicted memory."""
         check_fits(config, self.machine)
         # `fitting` is a choice that fits, when the requested one is not expected to; else None.
-        config, self.predicted, fitting = resolve_autos(config, self.machine)
+        # Free memory may differ from rank to rank: what the first one finds holds for all.
+        resolved = resolve_autos(config, self.machine)
+        config, self.predicted, fitting = self.ranks.value_of_first(resolved)
         if fitting is not None:
             # The prediction may be wrong: the run starts as requested, with a warning.
             advice, _ = advise(fitting, config, self.machine)
@@ -222,9 +235,18 @@ class Trainer:
         fused = compiling and on_gpu
         self.gradient_offload = GradientOffload(self.model, config.host_gradient_blocks)
         self.optimizer_groups = optimizer_groups(config)
+        self.reducer = None
+        own_parameters = self.parameters
+        if self.ranks.size > 1:
+            self.reducer = self._build_reducer(config)
+            own_parameters = self.reducer.owned
         self.optimizers = build_optimizers(
-            config, self.parameters, offload, fused, self.gradient_offload
+            config, own_parameters, offload, fused, self.gradient_offload
         )
+        # Sends new weights to the other ranks while the optimizers are at work.
+        self.gathering: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.reducer is not None:
+            self.gathering = WeightGatherer(self.reducer, self.optimizers)
         self.scaler = LossScaler(
             config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16"
         )
@@ -236,9 +258,19 @@ class Trainer:
             self.optimizers,
             self.optimizer_groups,
             self.gradient_offload.tensors,
+            gradients=self.reducer and self.reducer.gradients,
         )
         if compiling:
             self.model.compile_blocks()
+
+    def _build_reducer(self, config: Config) -> GradientReducer:
+        return GradientReducer(
+            self.parameters,
+            ownership(config, self.ranks.local_size),
+            small_parameters(config),
+            self.ranks,
+            every_micro_batch=config.reduce_gradients == "micro_batch",
+        )
 
     def _check_host_memory(self) -> None:
         needed_gb = self.predicted["host"]
@@ -256,29 +288,30 @@ class Trainer:
         """
         c = self.config
         micro_batches = c.gradient_accumulation_steps
+        own_micro_batches = len(self.ranks.micro_batches(micro_batches))
         self.model.train()
-        loss_sum = torch.zeros((), device=self.device)
-        expert_counts = 0
+        sums = Interval()  # over the micro-batches of this step
         with self.meter.phase("backward"):
-            for i in range(micro_batches):
+            for i in range(own_micro_batches):
                 tokens, targets = next(batches)  # [batch, sequence] both, pinned for a GPU
                 tokens = tokens.to(self.device, non_blocking=True)
                 targets = targets.to(self.device, non_blocking=True)
                 loss, metrics = self.model(tokens, targets)
-                # Gradients kept in host memory are copied there during the backward pass.
-                self.gradient_offload.micro_batch(i, micro_batches)
+                self._begin_backward(i, own_micro_batches)
                 # A step's gradient is the mean over its micro-batches, times the loss scale.
                 (loss * (self.scaler.scale / micro_batches)).backward()
-                loss_sum += loss.detach()
-                expert_counts += metrics.get("expert_counts", 0)
-                self.interval.add_micro_batch(metrics, c.batch_size)
-            norms = gradient_norms(list(self.parameters.values()), self.gradient_offload.norms)
+                sums.add_loss(loss.detach())
+                sums.add_micro_batch(metrics, c.batch_size)
+            norms, votes = self._end_of_backward(sums)
         self.data_position += c.sequences_per_step
 
-        # The one wait for the GPU in a step: loss and norm arrive together.
-        loss, norm = torch.stack([loss_sum / micro_batches, norms.norm()]).tolist()
+        # The one wait for the GPU in a step: all arrive together.
+        mean_loss = sums.pop_loss() / micro_batches
+        loss, norm, *votes = torch.stack([mean_loss, norms.norm(), *votes]).tolist()
         norm /= self.scaler.scale
+        self._follow(votes)
         self._check_loss(loss)
+        self.interval.add_step(sums)
         # An inf or a nan in any gradient makes the norm one too: this is the overflow test.
         overflow = not math.isfinite(norm)
         if not overflow:
@@ -290,21 +323,63 @@ class Trainer:
             if c.grad_clip:
                 grad_scale = min(1.0, c.grad_clip / (norm + 1e-6)) / self.scaler.scale
             lr_share = lr_schedule(self.step, c)
-            with self.meter.phase("optimizer"):
+            with self.meter.phase("optimizer"), self.gathering:
                 for name, optimizer in self.optimizers.items():
                     lr = lr_share * self.optimizer_groups[name].peak_lr
                     optimizer.step(lr, grad_scale)
                 if c.load_balancing == "bias" and c.n_moe_layers:
-                    self.model.balance(expert_counts)
+                    self.model.balance(sums.sums["expert_counts"])
             self.step += 1
             self.tokens_seen += c.tokens_per_step
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self._free_gradients()
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # so that the time of a step is this step's
         self.scaler.update(overflow)
         self._check_overflow(overflow)
         return not overflow
+
+    def _begin_backward(self, number: int, of: int) -> None:
+        """Tells what takes gradients away during a backward pass which of this rank's it is."""
+        # Gradients kept in host memory are copied there.
+        self.gradient_offload.micro_batch(number, of)
+        if self.reducer is not None:
+            self.reducer.micro_batch(number, of)
+
+    def _end_of_backward(self, sums: Interval) -> tuple[Tensor, list[Tensor]]:
+        """The norms of the parameters' gradients [n], and what the ranks have voted for.
+
+        With several ranks `sums` becomes that of all of them. One rank has nobody to vote with.
+        """
+        if self.reducer is None:
+            parameters = list(self.parameters.values())
+            return gradient_norms(parameters, self.gradient_offload.norms), []
+        assert isinstance(self.stop, AgreedStop)
+        saves = self.ranks.is_first and self.checkpoints.latest_due(self.step + 1)
+        sums.sums["sequences"] = torch.tensor(sums.sums["sequences"], device=self.device)
+        totals = dict(sums.sums)
+        totals["stop"] = torch.tensor(float(self.stop.vote), device=self.device)
+        totals["save"] = torch.tensor(float(saves), device=self.device)
+        most_passes = -(-self.config.gradient_accumulation_steps // self.ranks.size)
+        norms = self.reducer.finish(totals, most_passes)
+        votes = [totals.pop("stop"), totals.pop("save")]
+        totals["sequences"] = self.config.sequences_per_step
+        sums.sums = totals
+        return norms, votes
+
+    def _follow(self, votes: list[float]) -> None:
+        """Does what a rank has voted for: every rank at the same step."""
+        if not votes:
+            return
+        stop, save = votes
+        if stop and not self.stop.requested:
+            self.stop.agree(self.ranks.all_values(self.stop.number))
+        self.save_now = bool(save)
+
+    def _free_gradients(self) -> None:
+        if self.reducer is not None:
+            self.reducer.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def _check_loss(self, loss: float) -> None:
         if math.isfinite(loss):
@@ -395,6 +470,8 @@ class Trainer:
             self.data_position,
             pin_memory=self.device.type == "cuda",
             rules=self.corpus.rules,
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
         )
 
     def _open_folder(self) -> None:
@@ -404,8 +481,10 @@ class Trainer:
         resumed = self.checkpoints.resumed_from is not None
         for warning in messages.forecast_warnings(self.config, self.corpus, on_cpu, resumed):
             say(warning, sys.stderr)
-        latest.remove_leftovers(self.folder)
-        checkpoint.check_free_space(self.folder, self.checkpoint_bytes_to_come())
+        with self.ranks.together():
+            if self.ranks.is_first:
+                latest.remove_leftovers(self.folder)
+                checkpoint.check_free_space(self.folder, self.checkpoint_bytes_to_come())
         self.side_work.run(METRICS, self.record.begin)
 
     @contextlib.contextmanager
@@ -414,10 +493,15 @@ class Trainer:
         with (
             self.stop,
             attention_backends(self.device, self.config.deterministic),
-            tracker.tracking(self.config, self.run_id, self.step) as self.record.track,
+            self._tracking() as self.record.track,
             self._out_of_memory_advice(),
         ):
             yield
+
+    def _tracking(self) -> contextlib.AbstractContextManager:
+        if not self.ranks.is_first:
+            return contextlib.nullcontext(lambda row: None)
+        return tracker.tracking(self.config, self.run_id, self.step)
 
     def _begin(self) -> None:
         """Writes run.json, and evaluates where this step's evaluation is due and was not made.
@@ -443,14 +527,19 @@ class Trainer:
         self.record.resume_points = resume_points([*self.earlier, self.start])
         self.side_work.run(RUN, self._write_run_file)
         # After run.json, which names the new branch: until the branch saves, nothing else does.
-        self.checkpoints.take_over(self.step)
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self.checkpoints.take_over(self.step)
+        last_saved_step = self.ranks.value_of_first(self.checkpoints.last_saved_step)
+        self.checkpoints.last_saved_step = last_saved_step
         if self.skips_data_here and self.checkpoints.enabled:
             # At once: should the run be killed before its next checkpoint, --resume latest would
             # continue with the very data that was to be skipped.
             self._try_to_save(numbered=False)
         if self.step == self.config.max_steps:
             say(messages.nothing_left(self.step))
-        if self._evaluation_due() and not self.record.evaluated(self.step):
+        evaluated = self.ranks.value_of_first(self.record.evaluated(self.step))
+        if self._evaluation_due() and not evaluated:
             self.evaluate()
 
     def _write_run_file(self) -> None:
@@ -477,13 +566,7 @@ class Trainer:
         """`train_step`, timed. After the first steps it prints memory and speed."""
         start = time.perf_counter()
         memory_was_measured = self.meter.measured_gb is not None
-        sums_before = dict(self.interval.sums)
-        try:
-            stepped = self.train_step(batches)
-        except ExperimentError:
-            # What the step has added is added again when the step is repeated in a resumed run.
-            self.interval = Interval(sums_before)
-            raise
+        stepped = self.train_step(batches)
         seconds = time.perf_counter() - start
 
         self.train_seconds += seconds
@@ -552,19 +635,35 @@ class Trainer:
             skipped_steps=self.skipped_steps,
             tokens_seen=self.tokens_seen,
             tokens_per_second=speed,
-            mfu=mfu(c, self.machine, speed),
-            **self.meter.now(),
+            mfu=mfu(c, self.machine, speed / self.ranks.size),
+            **self._memory_now(),
             elapsed_seconds=self._elapsed(),
         )
         if "spike" in self.interval.sums:
             row["grad_norm_spike"] = self.interval.sums["spike"]
         self.interval = Interval()
+        self._check_replicas()
         self.record.append(row)
         if self.bar.disable:
             say(messages.progress_line(row, c))
         else:
             columns = shutil.get_terminal_size().columns
             self.bar.set_postfix_str(messages.progress_bar(row, c, columns))
+
+    def _memory_now(self) -> dict[str, float | None]:
+        """The memory columns of a row: those of the rank with the highest peak."""
+        columns = self.ranks.all_values(self.meter.now())
+        return max(columns, key=lambda column: column["memory_peak_gb"])
+
+    def _check_replicas(self) -> None:
+        """Raises ExperimentError when the ranks' weights differ in a bit, as they never should."""
+        if self.ranks.size == 1:
+            return
+        different = different_replicas(self.parameters, self.ranks)
+        if different:
+            raise ExperimentError(
+                messages.replicas_differ(self.step, different, self._last_checkpoint())
+            )
 
     def _elapsed(self) -> float:
         return self.elapsed_before + time.monotonic() - self.launched
@@ -589,6 +688,7 @@ class Trainer:
         self.record.append(row)
         _say_above_bar(messages.evaluation(row))
         self._write_results()
+        self.ranks.wait_for_all()  # for the first one's sample, results and curves
 
     @torch.no_grad()
     def _validate(self) -> dict | None:
@@ -610,19 +710,22 @@ class Trainer:
             loss_sum = loss_sum + metrics["cross_entropy"] * num_targets
             correct = correct + metrics["correct"]
             tokens += num_targets
-        loss = (loss_sum / tokens).item()
+        # float64: the counts of all ranks stay exact.
+        sums = torch.tensor([loss_sum.item(), correct.item(), tokens], dtype=torch.float64)
+        loss, correct, tokens = self.ranks.sum(sums.to(self.device)).tolist()
+        loss /= tokens
         return dict(
             val_loss=loss,
             val_perplexity=perplexity(loss),
-            val_accuracy=correct.item() / tokens,
-            val_tokens=tokens,
+            val_accuracy=correct / tokens,
+            val_tokens=int(tokens),
         )
 
     def _validation_bar(self) -> tqdm:
         """The batches of an evaluation, behind a progress bar."""
         batches = list(data.validation_batches(self.corpus.validation, self.config))
         return tqdm(
-            batches,
+            batches[self.ranks.rank :: self.ranks.size],
             desc=f"validation at step {self.step}",
             leave=False,
             file=sys.stdout,
@@ -714,7 +817,10 @@ class Trainer:
         """
         retrying = self.retry_save_at is not None and self.step >= self.retry_save_at
         numbered = self.checkpoints.numbered_due(self.step)
-        if not (numbered or retrying or self.checkpoints.latest_due(self.step)):
+        by_time = self.save_now
+        if self.ranks.size == 1:
+            by_time = self.checkpoints.latest_due(self.step)
+        if not (numbered or retrying or by_time):
             return
         if retrying and self.config.save_every:
             numbered = True
@@ -752,11 +858,9 @@ class Trainer:
         """Writes a numbered checkpoint and links the latest to it, or writes the latest alone."""
         with self._shown("saving"), self.stop.saving():
             if numbered:
-                path = self.checkpoints.begin_numbered(self.step)
-                checkpoint.save(path, self.state_dict())
-                self.checkpoints.finish_numbered(path)
+                self._save_numbered()
             else:
-                checkpoint.save(self.checkpoints.latest, self.state_dict())
+                checkpoint.save(self.checkpoints.latest, self.state_dict(), self.ranks)
             self.checkpoints.note_saved(self.step)
         if self.failed_saves:
             warn(messages.saved_after_all(self.step))
@@ -764,6 +868,17 @@ class Trainer:
         self.retry_save_at = None
         # The new checkpoint is safe: old ones that cannot be deleted take space and nothing else.
         self.side_work.run("deleting old checkpoints", self.checkpoints.delete_oldest)
+
+    def _save_numbered(self) -> None:
+        """All ranks write the file. The first one does all else in the folder."""
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self.checkpoints.begin_numbered(self.step)
+        path = checkpoint.step_path(self.folder, self.step)
+        checkpoint.save(path, self.state_dict(), self.ranks)
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self.checkpoints.finish_numbered(path)
 
     @contextlib.contextmanager
     def _shown(self, work: str) -> Iterator[None]:
@@ -802,8 +917,8 @@ class Trainer:
             skipped_data=self.skipped_data,
             saved_steps=self.checkpoints.saved_steps,
             lineage=self.lineage,
-            model={name: tensor.detach() for name, tensor in self._saved_tensors().items()},
-            optimizer={name: o.state_dict() for name, o in self.optimizers.items()},
+            model=self._model_state(),
+            optimizer={name: self._optimizer_state(name) for name in self.optimizers},
             schedule=schedule,
             loss_scaler=self.scaler.state_dict(),
             random=checkpoint.random_states(self.device),
@@ -812,6 +927,36 @@ class Trainer:
             metrics=self.record.latest(),
             interval=self.interval.sums,
         )
+
+    def _model_state(self) -> dict[str, Tensor | Rows]:
+        state: dict[str, Tensor | Rows] = {}
+        for name, tensor in self._saved_tensors().items():
+            state[name] = tensor.detach()
+        if self.reducer is not None:
+            for name, parameter in self.parameters.items():
+                state[name] = Rows(parameter.shape, parameter.dtype, [])
+            for shard, weight in self.reducer.owned.items():
+                name, rows = parameter_of(shard)
+                state[name].parts.append((rows.start, weight))
+        return state
+
+    def _optimizer_state(self, name: str) -> dict:
+        """An optimizer's state. With several ranks each tensor is the rows that this one owns."""
+        state = self.optimizers[name].state_dict()
+        if self.reducer is None:
+            return state
+        optimizer_state = self.optimizers[name].state
+        tensors: dict[str, dict[str, Rows]] = {}
+        for parameter in self.optimizer_groups[name].parameters:
+            weight = self.parameters[parameter]
+            tensors[parameter] = {}
+            for key, dtype in optimizer_state.dtypes(weight).items():
+                tensors[parameter][key] = Rows(weight.shape, dtype, [])
+        for shard, own in state["state"].items():
+            parameter, rows = parameter_of(shard)
+            for key, tensor in own.items():
+                tensors[parameter][key].parts.append((rows.start, tensor))
+        return {**state, "state": tensors}
 
     def load_state_dict(self, state: dict) -> None:
         """Copies a checkpoint's state into this run. Raises CheckpointError if it does not fit."""
@@ -880,6 +1025,8 @@ class Trainer:
 
     def _save_before_error(self) -> None:
         if not self.step_seconds:  # nothing was trained
+            return
+        if self.ranks.size > 1:  # the error may be this rank's alone, and all ranks write the file
             return
         not_saved = self._save_last()
         if not_saved is not None:

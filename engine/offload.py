@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 
 from config import OPTIMIZER_BUCKET, ExperimentError
+from engine.ownership import parameter_of
 from engine.precision import gradient_norm
 
 PINNING_THREADS = 8  # one thread pins about 2 GB/s
@@ -173,6 +174,10 @@ class OptimizerState:
     With `matrices`, buckets are cut between matrices (the last two dimensions), for an optimizer
     that needs whole matrices. Otherwise they are cut between rows of the first dimension.
 
+    A parameter may also be a shard: a view of some rows, whose name is a `shard_key`.
+    `after_bucket`, if it is set, is called with the names of the parameters that are updated
+    entirely, as soon as the optimizer has requested the next bucket.
+
     `offload` keeps the tensors in host memory, pinned when the parameters are on a GPU. The
     gradients of `gradient_offload` then come from the host with the state. Raises ExperimentError
     when host memory does not hold the state.
@@ -190,6 +195,8 @@ class OptimizerState:
         gradient_offload: "GradientOffload | None" = None,
     ):
         self.parameters = parameters
+        # Of whole parameters. With shards there may be more: those of which this rank has no row.
+        self.names = {parameter_of(key)[0] for key in parameters}
         self.offload = offload
         self.matrices = matrices
         self.gradient_offload = gradient_offload
@@ -205,23 +212,28 @@ class OptimizerState:
         self.copier = None
         if offload:
             self.copier = copier_for(self.device)
-        self.tensors = self._zeros(moments, moment_dtype)
+        self.after_bucket: Callable[[list[str]], None] | None = None
+        self.moments = moments
+        self.moment_dtype = moment_dtype
+        self.tensors = self._zeros()
 
-    def _zeros(
-        self,
-        moments: tuple[str, ...],
-        moment_dtype: Callable[[Tensor], torch.dtype],
-    ) -> dict[str, dict[str, Tensor]]:
+    def dtypes(self, parameter: Tensor) -> dict[str, torch.dtype]:
+        """The dtype of each state tensor of a parameter, by its key."""
+        found = {}
+        if parameter.dtype != torch.float32:
+            found["residual"] = torch.int16
+        for moment in self.moments:
+            found[moment] = self.moment_dtype(parameter)
+        return found
+
+    def _zeros(self) -> dict[str, dict[str, Tensor]]:
         """The state at the start. With low bits of 0, a master equals its weight."""
         keys = []
         specs = []
         for name, p in self.parameters.items():
-            if p.dtype != torch.float32:
-                keys.append((name, "residual"))
-                specs.append(TensorSpec(p.shape, torch.int16))
-            for moment in moments:
-                keys.append((name, moment))
-                specs.append(TensorSpec(p.shape, moment_dtype(p)))
+            for key, dtype in self.dtypes(p).items():
+                keys.append((name, key))
+                specs.append(TensorSpec(p.shape, dtype))
         # all in one call, which pins host memory on several threads
         if self.offload:
             zeros = host_zeros(specs, self.device)
@@ -241,10 +253,25 @@ class OptimizerState:
 
         An offloaded bucket is written back when the next one is requested, so request all of them.
         """
+        buckets = self._cut_into_buckets()
+        walk = self._resident_buckets(buckets)
         if self.offload:
-            yield from self._offloaded_buckets()
-            return
-        for bucket in self._cut_into_buckets():
+            walk = self._offloaded_buckets(buckets)
+        for parts, bucket in zip(walk, buckets):
+            yield parts
+            if self.after_bucket is not None:
+                self.after_bucket(self._updated_entirely(bucket))
+
+    def _updated_entirely(self, bucket: list[Slice]) -> list[str]:
+        """The parameters whose last rows the bucket holds: the rows come in their order."""
+        names = []
+        for name, cut in bucket:
+            if cut.stop == len(self._view(self.parameters[name])):
+                names.append(name)
+        return names
+
+    def _resident_buckets(self, buckets: list[list[Slice]]) -> Iterator[list[Part]]:
+        for bucket in buckets:
             parts = []
             for name, cut in bucket:
                 state = {}
@@ -253,9 +280,8 @@ class OptimizerState:
                 parts.append(self._part(name, cut, state))
             yield parts
 
-    def _offloaded_buckets(self) -> Iterator[list[Part]]:
+    def _offloaded_buckets(self, buckets: list[list[Slice]]) -> Iterator[list[Part]]:
         """While the optimizer works on bucket i, bucket i + 1 arrives and bucket i - 1 leaves."""
-        buckets = self._cut_into_buckets()
         # The gradients may still be on their way to the host. Compute waits for them here, and each
         # fetch below waits for compute.
         if self.gradient_offload is not None:
@@ -395,25 +421,30 @@ class OptimizerState:
     def load_state_dict(self, saved: dict[str, dict[str, Tensor]]) -> None:
         """Copies the tensors of `saved` into the present ones, on the device where those are.
 
+        `saved` has whole tensors, by name of the parameter. A shard takes its rows of them.
         Raises ValueError when names, shapes or dtypes differ. torch's own optimizers would not:
         they cast loaded state to the dtype of the parameters, which would round fp32 moments.
         """
-        if saved.keys() != self.tensors.keys():
-            different = sorted(saved.keys() ^ self.tensors.keys())
+        if saved.keys() != self.names:
+            different = sorted(saved.keys() ^ self.names)
             raise ValueError(f"optimizer state of other parameters: {different[:4]}")
-        for name, present in self.tensors.items():
+        for shard, present in self.tensors.items():
+            name, rows = parameter_of(shard)
             loaded = saved[name]
             unknown = loaded.keys() - present.keys()
             if unknown:
                 raise ValueError(f"optimizer state {name}: unknown {sorted(unknown)}")
             for key, tensor in present.items():
+                source = loaded.get(key)
+                if source is not None and source.ndim:
+                    source = source[rows]
                 expected = _dtype_and_shape(tensor)
-                found = _dtype_and_shape(loaded.get(key))
+                found = _dtype_and_shape(source)
                 if found != expected:
                     raise ValueError(
                         f"optimizer state {name}/{key}: expected {expected}, found {found}"
                     )
-                tensor.copy_(loaded[key])
+                tensor.copy_(source)
 
 
 def _dtype_and_shape(tensor: Tensor | None) -> str:
@@ -476,8 +507,8 @@ class GradientOffload:
         n_blocks = len(self.blocks)
         if n_blocks < len(model.blocks):
             norm_before = model.blocks[n_blocks].attention_norm
-        norm_before.weight.register_post_accumulate_grad_hook(_weakly(self._start_pass))
-        take = _weakly(self._take)
+        norm_before.weight.register_post_accumulate_grad_hook(weakly(self._start_pass))
+        take = weakly(self._take)
         for i, block in enumerate(self.blocks):
             for name, p in block.items():
                 p.register_post_accumulate_grad_hook(functools.partial(take, name, i))
@@ -536,7 +567,7 @@ class GradientOffload:
             self._fetch(i - 2)
 
 
-def _weakly(method):
+def weakly(method):
     """A function for a hook. It calls `method`, and does not keep the method's object alive.
 
     The object holds the parameters, and a parameter holds its hooks. Python does not collect a

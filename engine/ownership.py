@@ -27,6 +27,10 @@ class Shard(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
 
 # By name of the parameter. The shards of a parameter cover its rows, in their order.
 Ownership = dict[str, list[Shard]]
@@ -61,6 +65,26 @@ def ownership(config: Config, ranks: int) -> Ownership:
             single[name] = spec
     shards |= _given_away(single, ranks)
     return {name: shards[name] for name in table}
+
+
+def small_parameters(config: Config) -> list[str]:
+    """The names of the parameters of SMALL_KINDS, in the order of the parameter table."""
+    table = parameter_table(config)
+    return [name for name, spec in table.items() if spec.kind in SMALL_KINDS]
+
+
+def shard_key(name: str, shard: Shard) -> str:
+    """The name of a shard: its parameter's, and its rows, such as "embedding.weight[0:512]"."""
+    return f"{name}[{shard.start}:{shard.stop}]"
+
+
+def parameter_of(key: str) -> tuple[str, slice]:
+    """The parameter's name and the rows that a `shard_key` stands for; of a plain name all rows."""
+    name, bracket, rows = key.partition("[")
+    if not bracket:
+        return name, slice(None)
+    start, _, stop = rows.removesuffix("]").partition(":")
+    return name, slice(int(start), int(stop))
 
 
 def is_even(shards: list[Shard], ranks: int) -> bool:

@@ -238,6 +238,18 @@ def done(
 # ---------------------------------------------------------------- errors
 
 
+def replicas_differ(step: int, names: list[str], last_checkpoint: str) -> str:
+    """For ExperimentError. `names` are the parameters that differ."""
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        shown += f" and {len(names) - 3} more"
+    return (
+        f"the GPUs' copies of the model differ after step {step} (in {shown}): the training since "
+        "the last check cannot be trusted. Hardware faults can do this: compare with --gpus 1, and "
+        f"test each GPU. {last_checkpoint}"
+    )
+
+
 def loss_not_finite(
     config: Config, loss: float, step: int, metrics_file, last_checkpoint: str
 ) -> str:

@@ -1,7 +1,7 @@
 """Measures the memory of a run, by the same components as the planner's prediction."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class MemoryMeter:
     `measured_gb` is None until the third optimizer phase of this process has ended. Then it has GB
     (1e9 bytes) by component, which `table` shows beside the prediction.
 
+    `gradients` returns the gradients on this device, by default every parameter's `.grad`.
+
     `optimizers` and `groups` (config.optimizer_groups) have the same keys. `host_gradients` are the
     gradients that are accumulated in host memory, by name of the parameter.
     """
@@ -38,6 +40,7 @@ class MemoryMeter:
         optimizers: dict,
         groups: dict[str, OptimizerGroup],
         host_gradients: dict[str, Tensor],
+        gradients: Callable[[], list[Tensor]] | None = None,
     ):
         self.gpu = device.type == "cuda"
         self.predicted = predicted
@@ -46,6 +49,7 @@ class MemoryMeter:
         self.optimizers = optimizers
         self.groups = groups
         self.host_gradients = host_gradients
+        self.gradients = gradients or self._gradients_of_parameters
 
         self.steps = 0  # optimizer phases of this process
         self.peak_gb = 0.0  # over this process
@@ -80,12 +84,8 @@ class MemoryMeter:
         The gradients must not have been freed yet. On a CPU there is no allocator to query, so
         activations, workspace and total are left out.
         """
-        weights = 0
-        gradients = 0
-        for parameter in self.parameters.values():
-            weights += parameter.nbytes
-            if parameter.grad is not None:
-                gradients += parameter.grad.nbytes
+        weights = sum(parameter.nbytes for parameter in self.parameters.values())
+        gradients = _bytes_of_storages(self.gradients())
         host_gradients = sum(tensor.nbytes for tensor in self.host_gradients.values())
         state = self._state_bytes()
         offloaded = any(optimizer.state.offload for optimizer in self.optimizers.values())
@@ -108,6 +108,10 @@ class MemoryMeter:
         if offloaded:
             sizes["host"] = (sum(state.values()) + host_gradients) / GB
         return sizes
+
+    def _gradients_of_parameters(self) -> list[Tensor]:
+        gradients = [parameter.grad for parameter in self.parameters.values()]
+        return [gradient for gradient in gradients if gradient is not None]
 
     def _state_bytes(self) -> dict[str, int]:
         """Bytes of the optimizers' state, by key of the memory table."""
@@ -147,3 +151,12 @@ class MemoryMeter:
             memory_reserved_gb=None,
             memory_peak_gb=self.peak_gb,
         )
+
+
+def _bytes_of_storages(tensors: list[Tensor]) -> int:
+    """The memory that these tensors keep: of a view that is its whole storage, counted once."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

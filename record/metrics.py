@@ -60,6 +60,19 @@ class Interval:
             self._add(key, value)
         self._add("sequences", sequences)
 
+    def add_loss(self, loss: Tensor) -> None:
+        """Adds the loss of a micro-batch, auxiliary losses included. `pop_loss` takes it out."""
+        self._add("loss", loss)
+
+    def pop_loss(self) -> Tensor:
+        """The sum of the losses over micro-batches, which is of no use after the step."""
+        return self.sums.pop("loss")
+
+    def add_step(self, step: "Interval") -> None:
+        """Adds the sums of a step's micro-batches."""
+        for key, value in step.sums.items():
+            self._add(key, value)
+
     def add_seconds(self, seconds: float) -> None:
         self._add("seconds", seconds)
 

@@ -86,6 +86,16 @@ class SideWork:
             warn(f"note: {name} works again")
 
 
+class NoSideWork(SideWork):
+    """For the ranks of a run that write nothing: another rank does the work beside training."""
+
+    def run(self, name: str, action: Callable[[], object]) -> bool:
+        return True
+
+    def finish(self, actions: dict[str, Callable[[], object]]) -> bool:
+        return True
+
+
 def warn(text: str) -> None:
     """Prints a line on stderr, above a progress bar."""
     tqdm.write(fitted(text, sys.stderr), file=sys.stderr)

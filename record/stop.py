@@ -82,13 +82,39 @@ class StopSignal:
         """Raises nothing: an exception could come up at any line of the program."""
         if os.getpid() != self.process:
             return  # a worker that was forked a moment ago: the trainer ends it
-        if not self.requested:
+        if self.number is None:
             self.number = number
             console.write_in_a_signal_handler(STOPPING)
         elif number == signal.SIGINT and self.is_saving:
             console.write_in_a_signal_handler(SAVING)
         elif number == signal.SIGINT:
             os._exit(128 + number)
+
+
+class AgreedStop(StopSignal):
+    """A StopSignal of several ranks: all of them stop after the same step.
+
+    A signal may come to one rank, and to each at another time. So a signal alone requests nothing.
+    It is the rank's vote in the next step's sum, and `agree` is called where that has votes.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.agreed = False
+
+    @property
+    def requested(self) -> bool:
+        return self.agreed
+
+    @property
+    def vote(self) -> bool:
+        """Whether a signal has come to this rank."""
+        return self.number is not None
+
+    def agree(self, numbers: list[int | None]) -> None:
+        """Requests the stop. `numbers` are the ranks' signals; None where none has come."""
+        self.agreed = True
+        self.number = next(number for number in numbers if number is not None)
 
 
 # ---------------------------------------------------------------- outside of a run
