@@ -1,6 +1,8 @@
 """What a run leaves behind, and what it says while it runs.
 
     checkpoint.py, archive.py   one file of tensors and plain values, whole or not at all
+    shared_save.py              the same file, written by all ranks of a run together
+    causes.py                   what an error's cause is, in a few words
     schema.py                   what a checkpoint must hold, checked before it is used
     latest.py, lineage.py       checkpoint_latest.pt; which checkpoint of a folder a run continues
     run_folder.py               what a folder holds; which checkpoints a run keeps, and when

@@ -7,11 +7,13 @@ users; checkpoint.py adds those.
 
 import contextlib
 import json
+import math
 import os
 import typing
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,6 +35,24 @@ Storages = dict[tuple[int, int], torch.UntypedStorage]
 
 # Tensors by key path: the keys of the nested dicts joined by /, such as "model/norm.weight"
 NamedTensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A leaf of the state of one of several ranks: its rows of a tensor that they store together.
+
+    `shape` and `dtype` are the whole tensor's. `parts` are (first row, contiguous tensor of the
+    rows from there), in any order; [] where other ranks have all rows. shared_save.py writes them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: list[tuple[int, Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def compact(state: dict) -> dict:
@@ -171,10 +191,15 @@ def _key_path(path: str, key) -> str:
 
 def checksums(tensors: NamedTensors, plain: dict) -> dict[str, int]:
     """CRC-32 of each compact tensor under its key path, and of the plain values under PLAIN."""
-    crcs = _in_threads(_checksum, tensors.values())
-    found = dict(zip(tensors, crcs))
+    found = tensor_checksums(tensors)
     found[PLAIN] = plain_checksum(tensors, plain)
     return found
+
+
+def tensor_checksums(tensors: NamedTensors) -> dict[str, int]:
+    """CRC-32 of each compact tensor under its key path."""
+    crcs = in_threads(_checksum, tensors.values())
+    return dict(zip(tensors, crcs))
 
 
 def plain_checksum(tensors: NamedTensors, plain: dict) -> int:
@@ -189,10 +214,18 @@ def plain_checksum(tensors: NamedTensors, plain: dict) -> int:
 
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of a compact tensor's description and of its bytes in the order of memory."""
-    # The description guards what the bytes do not show, such as the shape of an empty tensor.
+    return bytes_checksum(tensor, description_checksum(tensor))
+
+
+def description_checksum(tensor: Tensor) -> int:
+    """CRC-32 of what a tensor's bytes do not show, such as the shape of an empty tensor."""
     shape = list(tensor.shape)
     description = f"{tensor.dtype} {shape} {tensor.stride()} {tensor.requires_grad}"
-    crc = zlib.crc32(description.encode())
+    return zlib.crc32(description.encode())
+
+
+def bytes_checksum(tensor: Tensor, crc: int = 0) -> int:
+    """CRC-32 of a compact tensor's bytes, which follow on bytes whose CRC-32 is `crc`."""
     storage_bytes = tensor.untyped_storage().nbytes()
     if tensor.storage_offset() != 0 or storage_bytes != tensor.nbytes:
         raise ValueError("a tensor and its storage differ in size")
@@ -204,16 +237,15 @@ def _checksum(tensor: Tensor) -> int:
 # ---------------------------------------------------------------- to the disk
 
 
-def write_tensors(tensors: NamedTensors, handle: int, path: Path) -> None:
+def write_tensors(tensors: NamedTensors, handle: int, offsets: dict[str, int]) -> None:
     """Writes the bytes of the tensors into the gaps that torch.save left for them under skip_data.
 
-    `handle` is the descriptor of the open file at `path`.
+    `handle` is the descriptor of the open file, `offsets` are those of `offsets_in_file`.
 
     torch.save itself handles one tensor after the other: it copies a tensor of the GPU into new
     host memory and then writes it. The disk stays idle until the page cache is full. Here several
     threads copy and write at the same time, through small pinned buffers.
     """
-    offsets = _offsets_in_file(path)
     # Tensors on the same bytes have the same offset, so their bytes are written once.
     tensor_at: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
@@ -222,14 +254,18 @@ def write_tensors(tensors: NamedTensors, handle: int, path: Path) -> None:
             tensor_at[offset] = tensor
 
     def write(offset: int) -> None:
-        tensor = tensor_at[offset]
-        for start, chunk in _chunks(tensor):
-            _write_chunk(handle, chunk, offset + start)
+        write_bytes(tensor_at[offset], handle, offset)
 
-    _in_threads(write, tensor_at)
+    in_threads(write, tensor_at)
 
 
-def _offsets_in_file(path: Path) -> dict[str, int]:
+def write_bytes(tensor: Tensor, handle: int, offset: int) -> None:
+    """Writes the bytes of one compact tensor at an offset (bytes) of the open file."""
+    for start, chunk in _chunks(tensor):
+        _write_chunk(handle, chunk, offset + start)
+
+
+def offsets_in_file(path: Path) -> dict[str, int]:
     """The offset in the file (bytes) at which each tensor begins, by key path."""
     # In this mode torch.load reads no tensor. It notes in each storage where its bytes are.
     with FakeTensorMode():
@@ -277,7 +313,7 @@ def _chunks(tensor: Tensor) -> Iterator[tuple[int, memoryview]]:
         yield start, chunk.numpy().data
 
 
-def _in_threads(function: Callable, items: Iterable) -> list:
+def in_threads(function: Callable, items: Iterable) -> list:
     """function(item) for each item, as a list in the order of the items.
 
     Threads are enough: copies, zlib and writing release the interpreter's lock while they work.

@@ -19,15 +19,19 @@ import shutil
 import tempfile
 import typing
 from pathlib import Path
+from typing import NoReturn
 
 import numpy
 import torch
 from torch import Tensor
 
 from config import DATA_RULES, Config, ConfigError, ExperimentError, resumed_config
-from record import archive, schema
+from engine.distributed import Ranks
+from record import archive, schema, shared_save
+from record.causes import cause_of, interruption_behind, root_cause_of
 
 FORMAT = 1
+ONE_RANK = Ranks()
 # torch.save's zip archives end with a record that begins so and has this length.
 ZIP_END = b"PK\x05\x06"
 ZIP_END_BYTES = 22
@@ -92,7 +96,7 @@ def temporary_path(path: Path) -> Path:
 # ---------------------------------------------------------------- save
 
 
-def save(path, state: dict) -> None:
+def save(path, state: dict, ranks: Ranks = ONE_RANK) -> None:
     """Writes `state` to `path`: all of it, or nothing and the file that was there stays.
 
     `state` is a nested dict with str keys; its leaves are tensors of any dtype and device, and
@@ -100,15 +104,28 @@ def save(path, state: dict) -> None:
     bytes are stored; strides are kept where the elements lie densely in memory. Tensors on the
     same bytes are stored once.
 
+    With several ranks, all of them call this together, and leaves of type archive.Rows are
+    tensors whose rows are spread over the ranks. The other leaves are taken from the first rank.
+    The file is the one that a single rank would write that had all rows. If one rank fails, the
+    error is raised on all of them.
+
     Raises CheckpointError when the file cannot be written, TypeError for a leaf or key of another
-    type.
+    type (with several ranks CheckpointError).
     """
     path = Path(path)
-    temporary = temporary_path(path)
     if not isinstance(state, dict):
         raise TypeError(f"checkpoint: the state is a {type(state).__name__} and must be a dict")
     if "format" in state or "checksums" in state:
         raise TypeError("checkpoint: the keys 'format' and 'checksums' are reserved")
+    if ranks.size > 1:
+        _save_together(path, state, ranks)
+    else:
+        _save_alone(path, state)
+
+
+def _save_alone(path: Path, state: dict) -> None:
+    """`save` by the only rank."""
+    temporary = temporary_path(path)
     # Copies to host memory on other streams must have landed before their bytes are read.
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -121,17 +138,31 @@ def save(path, state: dict) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        causes = _causes(error)
-        for cause in causes:
-            if not isinstance(cause, Exception):
-                raise cause from None  # KeyboardInterrupt, SystemExit
-        if not isinstance(error, (OSError, RuntimeError, MemoryError)):
-            raise
-        # The system's own error says more than the one that torch raises on top of it.
-        system_errors = [cause for cause in causes if isinstance(cause, OSError)]
-        reason = cause_of([*system_errors, error][0])
-        raise CheckpointError(_not_saved_message(path, tensors, reason)) from error
+        # Tensors on the same bytes are stored once.
+        sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}
+        _raise_not_saved(path, sum(sizes.values()), error)
     sync_folder(path.parent)
+
+
+def _save_together(path: Path, state: dict, ranks: Ranks) -> None:
+    """`save` by one of several ranks."""
+    temporary = temporary_path(path)
+
+    def rename() -> None:
+        if ranks.is_first:
+            temporary.replace(path)
+
+    try:
+        shared_save.write(temporary, state, FORMAT, ranks)
+        shared_save.agree(ranks, rename)
+    except BaseException as error:
+        # The first rank alone deletes it: a slower rank would delete the file of the next attempt.
+        if ranks.is_first:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        _raise_not_saved(path, shared_save.size_of_rows(state), error)
+    if ranks.is_first:
+        sync_folder(path.parent)
 
 
 def _write(path: Path, state: dict, tensors: dict[str, Tensor], plain: dict) -> None:
@@ -145,32 +176,29 @@ def _write(path: Path, state: dict, tensors: dict[str, Tensor], plain: dict) -> 
         with torch.serialization.skip_data():
             torch.save({**state, "format": FORMAT, "checksums": checksums}, file)
         file.flush()
-        archive.write_tensors(tensors, file.fileno(), path)
+        offsets = archive.offsets_in_file(path)
+        archive.write_tensors(tensors, file.fileno(), offsets)
         # Before the rename: else a power cut could leave the new name on bytes never written.
         os.fsync(file.fileno())
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    """The error, the one that was being handled when it was raised, and so on back to the first.
+def _raise_not_saved(path: Path, bytes_needed: int, error: BaseException) -> NoReturn:
+    """Raises the CheckpointError of an error that ended a save, or Ctrl-C if that ended it."""
+    interruption = interruption_behind(error)
+    if interruption is not None:
+        raise interruption from None
+    if not isinstance(error, (OSError, RuntimeError, MemoryError)):
+        raise error
+    message = _not_saved_message(path, bytes_needed, root_cause_of(error))
+    raise CheckpointError(message) from error
 
-    When writing fails, torch's zip writer raises a RuntimeError of its own on top of the error
-    that stopped it, be that a full disk or Ctrl-C.
-    """
-    causes = [error]
-    while causes[-1].__context__ is not None:
-        causes.append(causes[-1].__context__)
-    return causes
 
-
-def _not_saved_message(path: Path, tensors: dict[str, Tensor], reason: str) -> str:
-    # Tensors on the same bytes are stored once.
-    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}
-    needed = sum(sizes.values()) / 1e9
+def _not_saved_message(path: Path, bytes_needed: int, reason: str) -> str:
     kept = ""
     if path.exists():
         kept = "The previous file of that name is untouched. "
     return (
-        f"checkpoint {path} was not saved: {reason}. It needs {needed:.2f} GB, "
+        f"checkpoint {path} was not saved: {reason}. It needs {bytes_needed / 1e9:.2f} GB, "
         f"{_free_space(path.parent)}. {kept}{SPACE_REMEDY}"
     )
 
@@ -188,7 +216,7 @@ def sync_folder(folder: Path) -> None:
 # ---------------------------------------------------------------- load
 
 
-def load(path, mmap: bool = True) -> dict:
+def load(path, mmap: bool = True, verify: bool = True) -> dict:
     """Reads the checkpoint at `path` onto the CPU and verifies every checksum.
 
     Returns what `save` was given. A pointer file is followed.
@@ -196,9 +224,14 @@ def load(path, mmap: bool = True) -> dict:
     With `mmap` the tensors are backed by the file and take host memory only as it is free
     (writing to them changes a private copy, not the file). Raises CheckpointError when the file
     is missing, damaged, or no checkpoint.
+
+    Without `verify` no checksum is computed. That is for ranks other than the first, once the
+    first has verified the file: only the rows that a rank copies are then read from the disk.
     """
     path = followed(Path(path))
     state, stored = _read_content(path, mmap)
+    if not verify:
+        return state
     try:
         tensors, plain = archive.split(state)
         found = archive.checksums(tensors, plain)
@@ -537,15 +570,6 @@ def _free_space(folder) -> str:
         return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free in {folder}"
     except OSError as error:
         return f"and {folder} cannot be examined ({cause_of(error)})"
-
-
-def cause_of(error: BaseException) -> str:
-    """The cause in a few words: the system's own, or else the first line of the error."""
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
-    text = str(error) or type(error).__name__
-    first_line = text.split("\n")[0]
-    return " ".join(first_line.split())[:200]
 
 
 # ---------------------------------------------------------------- random states
