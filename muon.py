@@ -384,7 +384,6 @@ def build_optimizers(
         optimizers[name] = OPTIMIZERS[name](
             own, config, group.weight_decay, offload, fused, gradient_offload
         )
-        optimizers[name].state.names = names
     return optimizers
 
 

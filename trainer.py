@@ -246,6 +246,8 @@ class Trainer:
         # Sends new weights to the other ranks while the optimizers are at work.
         self.gathering: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.reducer is not None:
+            for name, group in self.optimizer_groups.items():
+                self.optimizers[name].state.names = set(group.parameters)
             self.gathering = WeightGatherer(self.reducer, self.optimizers)
         self.scaler = LossScaler(
             config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16"

@@ -57,7 +57,7 @@ CASES = {
     "tied, in every micro-batch": Case(
         dict(tie_embeddings=True, moe_every=2, reduce_gradients="micro_batch"), 5
     ),
-    "dense": Case(dict(moe_every=3), 5),
+    "dense": Case(dict(num_experts=0), 5),
     "bias": Case(dict(load_balancing="bias")),
     "adamw": Case(dict(optimizer="adamw"), 5),
     "offload": Case(dict(offload_optimizer="true"), 5),
