@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import trainer
 from benchmarks.result_files import ROOT
-from corpus.workers import signal_with_parent
+from engine.processes import signal_with_parent
 from record import archive, checkpoint, results
 
 OUTPUT = "output.txt"  # what the programs of a case print, in its folder

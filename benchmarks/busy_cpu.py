@@ -32,7 +32,7 @@ import torch
 from benchmarks.result_files import ROOT, SHORT, option_words, train_command, write
 from cli import exit_code
 from config import PRESETS
-from corpus.workers import kill_with_parent
+from engine.processes import kill_with_parent
 from planner.machine import cpu_cores
 from record.results import METRICS, environment
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from config import ExperimentError
-from corpus.workers import kill_with_parent
+from engine.processes import kill_with_parent
 from planner.machine import known_gpu
 
 ROOT = Path(__file__).resolve().parent.parent

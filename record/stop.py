@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-from corpus.workers import STOP_SIGNALS
+from engine.processes import STOP_SIGNALS
 from record import console
 
 STOPPING = b"\nstopping after this step; Ctrl-C again to stop at once without saving\n"

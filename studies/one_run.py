@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cli import FolderInUse, locked
 from config import Config, Diverged, ExperimentError, OutOfMemory
-from corpus.workers import STOP_SIGNALS, signal_with_parent
+from engine.processes import STOP_SIGNALS, signal_with_parent
 from planner.machine import cpu_cores
 from studies.grids import Run
 

@@ -18,7 +18,7 @@ import pytest
 import run_experiment
 from cli import config_options
 from config import ConfigError, Diverged
-from corpus.workers import STOP_SIGNALS
+from engine.processes import STOP_SIGNALS
 
 ROOT = Path(run_experiment.__file__).parent
 FOLDER = ROOT / "docs" / "operations"
