@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,8 @@ from config import (
     nearest,
     parse_value,
 )
-from planner.layout import say
+from engine import lifeline
+from planner.layout import fitted, say
 from planner.machine import is_out_of_memory
 from record import console, stop
 
@@ -52,6 +54,8 @@ OTHER_TRAINERS = dict(
     bf16="--precision bf16",
     wandb="--tracker wandb",
     gpu="--device, or CUDA_VISIBLE_DEVICES",
+    num_gpus="--gpus",
+    nproc_per_node="--gpus",
     gradient_checkpointing="--activation_checkpointing",
 )
 
@@ -382,6 +386,8 @@ def exit_code(command: Callable, argv: list[str], cleans_up: bool = True) -> int
     raised, with its traceback. At a signal, a command that `cleans_up` gets an exception, so that
     it removes its temporary files. Another one ends at once: in the middle of an import, for
     example, the exception could turn into any other.
+
+    Where this process is one of several ranks, an error ends all of them, and does not return.
     """
     console.prepare()
     signals = stop.exit_at_once()
@@ -398,6 +404,7 @@ def exit_code(command: Callable, argv: list[str], cleans_up: bool = True) -> int
         return _lost_reader()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
+            _end_all_ranks()
             raise
         cause = str(error).partition("\n")[0] or type(error).__name__
         return _failed(
@@ -411,6 +418,9 @@ def exit_code(command: Callable, argv: list[str], cleans_up: bool = True) -> int
         return _interrupted(interruption.number)
     except KeyboardInterrupt:
         return _interrupted(signal.SIGINT)
+    except Exception:
+        _end_all_ranks()
+        raise
     return 0
 
 
@@ -425,8 +435,17 @@ def _run(command: Callable, argv: list[str]) -> None:
 
 
 def _failed(message: str, code: int = 1) -> int:
-    say(f"error: {message}", sys.stderr)
+    text = f"error: {message}"
+    if lifeline.is_active():
+        lifeline.fail(code, fitted(text, sys.stderr))
+    say(text, sys.stderr)
     return code
+
+
+def _end_all_ranks() -> None:
+    """At a bug: with several ranks, ends this one and the others, and prints the traceback once."""
+    if lifeline.is_active():
+        lifeline.fail(1, traceback.format_exc().rstrip())
 
 
 def _lost_reader() -> int:

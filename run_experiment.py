@@ -1,6 +1,7 @@
-"""Trains a Mixture-of-Experts language model on one GPU (or, small, on a CPU).
+"""Trains a Mixture-of-Experts language model on one GPU or several (or, small, on a CPU).
 
 python run_experiment.py                  train the preset that fits this GPU (on a CPU: tiny)
+python run_experiment.py --gpus all       train it on all GPUs of this machine
 python run_experiment.py --preset 5b      train this preset; every field of config.py is an option
 python run_experiment.py --resume latest  continue where the last run stopped
 python run_experiment.py plan --gpu h200  what it takes, without a GPU
@@ -62,6 +63,7 @@ from config import (
     resolve,
     resumed_config,
 )
+from engine import launch, lifeline
 from planner.choice import check_fits
 from planner.layout import (
     COLUMNS,
@@ -72,7 +74,15 @@ from planner.layout import (
     say,
     wrapped,
 )
-from planner.machine import GB, GPUS, Machine, find_device, find_machine, machine_of_device
+from planner.machine import (
+    GB,
+    GPUS,
+    Machine,
+    cpu_cores,
+    find_device,
+    find_machine,
+    machine_of_device,
+)
 from planner.plan import build_plan, memory_table
 from planner.sizes import checkpoint_gb
 from planner.speed import MeasuredRun
@@ -87,26 +97,54 @@ if TYPE_CHECKING:
 
 
 def train(argv: list[str]) -> None:
-    """Resolves the configuration, opens the run, and trains."""
+    """Resolves the configuration, opens the run, and trains.
+
+    With several GPUs every rank does so, each in a process of its own; the first one starts them.
+    """
+    if launch.is_rank():
+        lifeline.begin(launch.rank(), launch.size())
     args = _train_parser().parse(argv)
     options = config_options(args)
     if args.resume and args.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it: choose one")
     _check_skip_steps(args)
-    check_training_paths(options, args.resume)
+    if launch.rank() == 0:
+        check_training_paths(options, args.resume)
+    _become_rank(args.gpus, options, argv)
     with training(), contextlib.ExitStack() as lock:
         config, name, why = resolve(options, args.preset, _gpu_memory_gb(options))
         run = open_run(config, _chosen_message(name, why), options, args, lock)
-        run.run()
+        with launch.ended_together():
+            run.run()
+
+
+def _become_rank(gpus: str | None, options: dict, argv: list[str]) -> None:
+    """Starts the other ranks that --gpus requests, and gives this one its GPU.
+
+    It does so before torch is imported. For a run of one process it does nothing.
+    """
+    device = options.get("device", defaults()["device"])
+    ranks = launch.requested_ranks(gpus, device)
+    if ranks == 1:
+        return
+    if not launch.is_rank():
+        launch.launch(ranks, [sys.executable, __file__, *argv])
+        lifeline.begin(0, ranks)
+    launch.isolate_gpu(cpu_cores())
 
 
 def _train_parser() -> Parser:
     parser = new_parser(
-        "run_experiment.py [train] [--preset NAME] [--resume latest|PATH [--skip_steps N]] "
-        "[--overwrite] [--FIELD VALUE ...]",
+        "run_experiment.py [train] [--preset NAME] [--gpus N|all] "
+        "[--resume latest|PATH [--skip_steps N]] [--overwrite] [--FIELD VALUE ...]",
         __doc__,
     )
     _add_preset_option(parser)
+    parser.add_argument(
+        "--gpus",
+        metavar="N|all",
+        help="GPUs of this machine that train the run together; on a CPU, processes [1]",
+    )
     parser.add_argument(
         "--resume",
         metavar="latest|PATH",
@@ -157,11 +195,9 @@ def _gpu_memory_gb(options: dict) -> float | None:
     device = options.get("device", defaults()["device"])
     if device == "cpu" or not torch.cuda.is_available():
         return None
-    if torch.cuda.device_count() > 1:
-        say(
-            f"{torch.cuda.device_count()} GPUs are visible; a run uses one by design, the first "
-            "of CUDA_VISIBLE_DEVICES."
-        )
+    visible = torch.cuda.device_count()
+    if visible > 1:
+        say(f"{visible} GPUs are visible; this run uses one. --gpus all trains on all of them.")
     return torch.cuda.get_device_properties(0).total_memory / GB
 
 
