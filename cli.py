@@ -184,13 +184,13 @@ def check_training_paths(options: dict, resume: str | None) -> None:
         check_data(given["data"])
     if "tokenizer" in given:
         check_tokenizer(given["tokenizer"])
-    check_writable(_save_dir(given, resume), "--save_dir")
+    check_writable(save_dir(given, resume), "--save_dir")
 
 
-def _save_dir(given: dict, resume: str | None) -> Path:
+def save_dir(options: dict, resume: str | None) -> Path:
     """Where the run will write: beside the checkpoint that it resumes, if nothing else is said."""
-    if "save_dir" in given:
-        return Path(given["save_dir"])
+    if "save_dir" in options:
+        return Path(options["save_dir"])
     if resume not in (None, "latest"):
         return Path(resume).parent
     return Path(defaults()["save_dir"])

@@ -50,6 +50,7 @@ from cli import (
     exit_code,
     locked,
     new_parser,
+    save_dir,
     training,
 )
 from config import (
@@ -86,6 +87,7 @@ from planner.machine import (
 from planner.plan import build_plan, memory_table
 from planner.sizes import checkpoint_gb
 from planner.speed import MeasuredRun
+from record import restarts
 
 if TYPE_CHECKING:
     from engine.distributed import Ranks
@@ -105,17 +107,28 @@ def train(argv: list[str]) -> None:
         lifeline.begin(launch.rank(), launch.size())
     args = _train_parser().parse(argv)
     options = config_options(args)
-    if args.resume and args.overwrite:
-        raise ConfigError("--resume continues a run and --overwrite deletes it: choose one")
-    _check_skip_steps(args)
-    if launch.rank() == 0:
+    _check_run_options(args)
+    is_first = launch.rank() == 0
+    if is_first:
         check_training_paths(options, args.resume)
     _become_rank(args.gpus, options, argv)
-    with training(), contextlib.ExitStack() as lock:
+    folder = save_dir(options, args.resume)
+    with restarts.not_in_vain(folder, is_first), training(), contextlib.ExitStack() as lock:
         config, name, why = resolve(options, args.preset, _gpu_memory_gb(options))
         run = open_run(config, _chosen_message(name, why), options, args, lock)
         with launch.ended_together():
             run.run()
+
+
+def _check_run_options(args: argparse.Namespace) -> None:
+    if args.resume and args.overwrite:
+        raise ConfigError("--resume continues a run and --overwrite deletes it: choose one")
+    if args.overwrite and restarts.is_restart():
+        raise ConfigError(
+            "torchrun has started the run again, and --overwrite would delete what it trained: "
+            "give --resume latest instead"
+        )
+    _check_skip_steps(args)
 
 
 def _become_rank(gpus: str | None, options: dict, argv: list[str]) -> None:

@@ -309,9 +309,9 @@ def test_several_gpus_and_one_that_is_used(cli, monkeypatch, tmp_path):
     )
     for count in (1, 2):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        assert ("2 GPUs are visible; this run uses one. --gpus all" in cli("--resume", __file__)[1]) is (
-            count == 2
-        )
+        assert (
+            "2 GPUs are visible; this run uses one. --gpus all" in cli("--resume", __file__)[1]
+        ) is (count == 2)
 
 
 def test_plan_says_what_is_short(cli):
