@@ -57,7 +57,7 @@ def test_the_table_of_options_names_fields_only():
     rows = re.findall(r"^\| `(\w+)` \|", TEXTS["docs/options.md"], flags=re.M)
     of_the_run = re.findall(r"^\| `--(\w+)", TEXTS["docs/options.md"], flags=re.M)
     assert len(rows) > 60 and set(rows) <= set(defaults())
-    assert set(of_the_run) == {"preset", "resume", "skip_steps", "overwrite"}
+    assert set(of_the_run) == {"preset", "gpus", "resume", "skip_steps", "overwrite"}
 
 
 @pytest.mark.parametrize("number, preset", enumerate(["5b", "2b", "25b"]))
