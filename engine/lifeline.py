@@ -127,14 +127,13 @@ def join(ranks: "Ranks") -> None:
 
 
 def _accept_peers(ranks: "Ranks") -> None:
+    on_one_machine = ranks.local_size == ranks.size
     host = "127.0.0.1"
-    server_host = host
-    if ranks.local_size < ranks.size:
+    if not on_one_machine:
         host = os.environ["MASTER_ADDR"]  # of the first rank's machine
-        server_host = ""
     # Another program may connect by mistake: it does not know the secret.
     secret = secrets.token_hex()
-    with socket.create_server((server_host, 0), backlog=ranks.size) as server:
+    with _server(on_one_machine) as server:
         server.settimeout(CONNECT_SECONDS)
         ranks.value_of_first((host, server.getsockname()[1], secret))
         while len(_state.connections) < ranks.size - 1:
@@ -149,6 +148,15 @@ def _accept_peers(ranks: "Ranks") -> None:
                 connection.close()
                 continue
             _watch(greeting["rank"], connection, messages)
+
+
+def _server(on_one_machine: bool) -> socket.socket:
+    """A socket that ranks connect to, on any free port."""
+    if on_one_machine:
+        return socket.create_server(("127.0.0.1", 0))
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _not_connected_message(size: int) -> str:
@@ -295,6 +303,8 @@ def _print(failure: Failure) -> None:
     text = failure.text
     if failure.rank != 0:
         text = f"rank {failure.rank}: {text}"
+    if os.isatty(_state.stderr):
+        text = f"\n{text}"  # below a progress bar
     with contextlib.suppress(OSError):
         # To the descriptor, as in a signal's handler: the main thread may be in a print, and hold
         # its lock. A reader that does not read is not waited for.
