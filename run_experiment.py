@@ -240,6 +240,8 @@ def open_run(
     start = _start_of_all(config, chosen, options, args, lock, ranks)
     config = start.config
     folder = Path(config.save_dir)
+    run_folder.check_shared(folder, "--save_dir", ranks)
+    run_folder.check_shared(Path(config.cache_dir), "--cache_dir", ranks)
     if ranks.is_first:
         if args.resume or args.overwrite:
             run_folder.set_odd_files_aside(folder)

@@ -522,6 +522,7 @@ class Trainer:
             requested=self._fields_left_auto(),
             resumed_from=resumed_from,
             lineage=self.lineage,
+            ranks=self.ranks.size,
             skipped_data=self.skipped_data,
             data=data_facts(self.corpus),
         )
@@ -581,7 +582,7 @@ class Trainer:
         if len(self.step_seconds) == 1 + MEASURED_STEPS:
             usual = statistics.median(self.step_seconds[1:])
             steps_left = self.config.max_steps - self.step
-            _say_above_bar(messages.first_speed(self.config, usual, steps_left))
+            _say_above_bar(messages.first_speed(self.config, usual, steps_left, self.ranks.size))
         return stepped
 
     def _leave_after_signal(self) -> None:
@@ -637,6 +638,7 @@ class Trainer:
             skipped_steps=self.skipped_steps,
             tokens_seen=self.tokens_seen,
             tokens_per_second=speed,
+            ranks=self.ranks.size,
             mfu=mfu(c, self.machine, speed / self.ranks.size),
             **self._memory_now(),
             elapsed_seconds=self._elapsed(),
@@ -787,6 +789,7 @@ class Trainer:
             train_seconds=self.train_seconds,
             elapsed_seconds=self._elapsed(),
             tokens_per_second=speed,
+            ranks=self.ranks.size,
             seconds_to_first_step=self.seconds_to_first_step,
         )
         # Both hold GB by component of the memory table.

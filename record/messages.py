@@ -113,13 +113,21 @@ def data_skipped(step: int, steps: int, sequences: int) -> str:
     )
 
 
-def first_speed(config: Config, seconds_per_step: float, steps_left: int) -> str:
+def first_speed(config: Config, seconds_per_step: float, steps_left: int, ranks: int = 1) -> str:
     tokens_per_second = config.tokens_per_step / seconds_per_step
     time_left = format_duration(seconds_per_step * steps_left)
     return (
-        f"{tokens_per_second:,.0f} tokens/s in the first steps: "
+        f"{_speed(tokens_per_second, ranks)} in the first steps: "
         f"{time_left} to go for {steps_left:,} steps"
     )
+
+
+def _speed(tokens_per_second: float, ranks: int) -> str:
+    """The speed of all ranks together."""
+    speed = f"{tokens_per_second:,.0f} tokens/s"
+    if ranks > 1:
+        speed += f" on {ranks} ranks"
+    return speed
 
 
 def progress_fields(row: dict, config: Config) -> list[str]:
@@ -131,7 +139,7 @@ def progress_fields(row: dict, config: Config) -> list[str]:
     seconds_left = steps_left * config.tokens_per_step / row["tokens_per_second"]
     fields = [
         f"loss {row['train_loss']:.3f}",
-        f"{row['tokens_per_second']:,.0f} tokens/s",
+        _speed(row["tokens_per_second"], row.get("ranks", 1)),
         f"{format_duration(seconds_left)} left",
     ]
     if "expert_load" in row:

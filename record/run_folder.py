@@ -1,10 +1,13 @@
 """A run's folder: what was left there, and which checkpoints the run keeps, and when."""
 
 import os
+import platform
 import time
+import uuid
 from pathlib import Path
 
-from config import Config
+from config import Config, ExperimentError
+from engine.distributed import Ranks
 from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint, latest, run_file
@@ -65,6 +68,34 @@ def set_run_aside(folder: Path) -> list[Path]:
     """
     paths = [set_aside(file) for file in run_files(folder) if file.name != RUN]
     return [path for path in paths if path is not None]
+
+
+# ---------------------------------------------------------------- several machines
+
+
+def check_shared(folder: Path, option: str, ranks: Ranks) -> None:
+    """Raises ExperimentError on all ranks unless every machine sees the same folder.
+
+    The first rank puts a file there, which all look for. `option` chose the folder. All ranks call
+    this together.
+    """
+    if ranks.machines == 1:
+        return
+    mark = folder / f".shared_{ranks.value_of_first(uuid.uuid4().hex)}"
+    try:
+        with ranks.together():
+            if ranks.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+        with ranks.together():
+            if not mark.exists():
+                raise ExperimentError(
+                    f"{folder} of rank {ranks.rank} ({platform.node()}) is not the first rank's: "
+                    f"all machines need the same folder. Choose an {option} on a shared file system"
+                )
+    finally:
+        if ranks.is_first:
+            mark.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the checkpoints of a run

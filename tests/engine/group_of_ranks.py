@@ -1,13 +1,12 @@
-"""One of the four processes that tests/engine/test_distributed.py starts: trains every case.
+"""The four processes that tests/engine/test_distributed.py starts, and what they train.
 
-    python -m tests.engine.group_of_ranks TEXT FOLDER      with torchrun's variables
-
-For N = 2, 3 and 4 the first N processes train a case together, as the ranks of one run. Each
-process trains some cases alone, which is the reference. FOLDER/NAME.json has the losses and norms.
+For N = 2, 3 and 4 the first N processes train a case together, as the ranks of one run. All four
+also are two machines of two ranks. Each process trains some cases alone, which is the reference.
 """
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 import data
 import trainer
-from engine.distributed import Ranks, start_ranks
+from engine.distributed import Ranks, _groups_of_machines, start_ranks
 from tests.training import small_config
 
 SIZE = 4
@@ -30,7 +29,7 @@ class Case:
     """A configuration that is trained on several numbers of ranks."""
 
     changes: dict = field(default_factory=dict)
-    steps: int = STEPS
+    steps: int = 4
     # Called with the trainer and the number of a micro-batch of the run before it is computed
     disturb: Callable = lambda run, micro_batch: None
 
@@ -50,20 +49,18 @@ def idle_in_one(run: trainer.Trainer, micro_batch: int) -> None:
             router.bias[0] = -10.0
 
 
+MICRO = dict(reduce_gradients="micro_batch")
 CASES = {
-    "moe": Case(),
-    "reduced in every micro-batch": Case(dict(reduce_gradients="micro_batch")),
+    "moe": Case(steps=STEPS),
+    "every micro-batch": Case(dict(MICRO, load_balancing="bias")),
     "tied": Case(dict(tie_embeddings=True, moe_every=2)),
-    "tied, in every micro-batch": Case(
-        dict(tie_embeddings=True, moe_every=2, reduce_gradients="micro_batch"), 5
-    ),
-    "dense": Case(dict(num_experts=0), 5),
-    "bias": Case(dict(load_balancing="bias")),
-    "adamw": Case(dict(optimizer="adamw"), 5),
-    "offload": Case(dict(offload_optimizer="true"), 5),
+    "tied, every micro-batch": Case(dict(MICRO, tie_embeddings=True, moe_every=2)),
+    "dense": Case(dict(num_experts=0)),
+    "adamw": Case(dict(optimizer="adamw")),
+    "offload": Case(dict(offload_optimizer="true")),
     "idle expert": Case(disturb=idle_in_one),
-    "overflow": Case(dict(precision="fp16", loss_scale=1024.0), 5, overflow_in_one),
-    "bf16": Case(dict(precision="bf16", reduce_gradients="micro_batch"), 5),
+    "overflow": Case(dict(precision="fp16", loss_scale=1024.0), disturb=overflow_in_one),
+    "bf16": Case(dict(MICRO, precision="bf16")),
 }
 
 
@@ -112,34 +109,48 @@ def _reversed(batches: Iterator, count: int) -> Iterator:
         yield from reversed([next(batches) for _ in range(count)])
 
 
-def main() -> None:
-    text, folder = map(Path, sys.argv[1:])
+def main(rank: int, port: int, text: Path, folder: Path) -> None:
+    """What process `rank` does. Writes losses and norms to FOLDER/NAME.json, by number of ranks."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    sys.stdout = sys.stderr = open(folder / f"output_of_{rank}", "w", buffering=1)
     torch.set_num_threads(1)
     world = start_ranks(torch.device("cpu"))
-    data.prepare(small_config(text, folder)) if world.is_first else None
+    if world.is_first:
+        data.prepare(small_config(text, folder))
     world.wait_for_all()
-    groups = {size: dist.new_group(list(range(size))) for size in (2, 3)}
+    runs = {str(size): _first_ranks(world, size) for size in (2, 3, 4)}
+    runs["two machines"] = _two_machines(world)
     for number, (name, case) in enumerate(CASES.items()):
-        results = {}
-        if number % SIZE == world.rank:
-            results["1"] = train(case, text, Ranks())
+        if number % SIZE == rank:
+            results = {"1": train(case, text, Ranks())}
             results["reversed"] = train(case, text, Ranks(), reverse=True)
             (folder / f"{name} alone.json").write_text(json.dumps(results))
     for name, case in CASES.items():
         results = {}
-        for size in (2, 3, 4):
-            if world.rank >= size:
-                continue
-            group = groups.get(size)
-            ranks = dataclasses.replace(
-                world, size=size, local_size=size, group=group, machine=group, waiting=group
-            )
-            results[size] = train(case, text, ranks)
+        for kind, ranks in runs.items():
+            if ranks is not None:
+                results[kind] = train(case, text, ranks)
         if world.is_first:
             (folder / f"{name}.json").write_text(json.dumps(results))
     world.wait_for_all()
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+def _first_ranks(world: Ranks, size: int) -> Ranks | None:
+    """The first `size` processes as the ranks of a run; None in the others."""
+    group = dist.new_group(list(range(size)))
+    if world.rank >= size:
+        return None
+    return dataclasses.replace(
+        world, size=size, local_size=size, group=group, machine=group, waiting=group
+    )
+
+
+def _two_machines(world: Ranks) -> Ranks:
+    machine, across = _groups_of_machines(world.rank, SIZE, 2)
+    local_rank = world.rank % 2
+    return dataclasses.replace(
+        world, local_rank=local_rank, local_size=2, machine=machine, across=across
+    )

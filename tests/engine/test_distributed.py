@@ -1,0 +1,84 @@
+"""Several ranks train as one does: the same losses and gradient norms, and replicas alike."""
+
+import json
+import multiprocessing
+import socket
+from functools import partial
+
+import pytest
+
+from tests.engine import group_of_ranks
+from tests.engine.group_of_ranks import CASES
+from tests.training import text  # noqa: F401  (a fixture)
+
+RUNS = ("2", "3", "4", "two machines")
+EPSILON = 2.0**-23  # of fp32
+# 16-bit sums over ranks round otherwise than those of one rank, from the first step on.
+FIRST_STEP = {"overflow": 1e-4, "bf16": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):  # noqa: F811
+    """trained(case): the results of group_of_ranks.train by number of ranks, trained once."""
+    folder = tmp_path_factory.mktemp("group")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")  # the other methods import torch four times
+    processes = []
+    for rank in range(group_of_ranks.SIZE):
+        process = fork.Process(target=group_of_ranks.main, args=(rank, port, text, folder))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join(timeout=120)
+        process.kill()
+    outputs = [(folder / f"output_of_{rank}").read_text() for rank in range(len(processes))]
+    assert all(process.exitcode == 0 for process in processes), "\n".join(outputs)[-3000:]
+
+    def results(case: str) -> dict:
+        alone = json.loads((folder / f"{case} alone.json").read_text())
+        return alone | json.loads((folder / f"{case}.json").read_text())
+
+    return results
+
+
+def column(result: dict, key: str) -> list[float]:
+    return [step[key] for step in result["steps"] if key in step]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_norms_are_those_of_one_rank(trained, case):
+    results = trained(case)
+    for key in ("loss", "norm"):
+        alone = column(results["1"], key)
+        differently_rounded = column(results["reversed"], key)
+        for run in RUNS:
+            found = column(results[run], key)
+            assert len(found) == len(alone), "another step was skipped"
+            near = partial(pytest.approx, abs=0)
+            assert found[0] == near(alone[0], rel=FIRST_STEP.get(case, 1e-6)), (run, key)
+            rounding = max(abs(a - b) for a, b in zip(differently_rounded, alone))
+            tolerance = 2 * max(rounding, FIRST_STEP.get(case, 4 * EPSILON) * alone[-1])
+            assert found[-1] == pytest.approx(alone[-1], abs=tolerance, rel=0), (run, key)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replicas_and_sums_of_metrics_are_alike(trained, case):
+    results = trained(case)
+    alone = results["1"]["sums"]
+    for run in RUNS:
+        assert results[run]["different"] == []
+        assert results[run]["sums"].keys() == alone.keys()
+        assert results[run]["sums"]["sequences"] == alone["sequences"]
+        if case not in FIRST_STEP and "expert_counts" in alone:
+            assert results[run]["sums"]["expert_counts"] == alone["expert_counts"]
+
+
+def test_an_overflow_on_one_rank_is_one_on_all(trained):
+    results = trained("overflow")
+    for run in ("1", *RUNS):
+        skipped = [
+            number for number, step in enumerate(results[run]["steps"]) if "norm" not in step
+        ]
+        assert skipped == [1]
