@@ -18,6 +18,7 @@ import torch.distributed as dist
 import data
 import trainer
 from engine.distributed import Ranks, _groups_of_machines, start_ranks
+from record import checkpoint
 from tests.training import small_config
 
 SIZE = 4
@@ -109,6 +110,32 @@ def _reversed(batches: Iterator, count: int) -> Iterator:
         yield from reversed([next(batches) for _ in range(count)])
 
 
+def save_and_resume(text: Path, folder: Path, runs: dict[str, Ranks | None]) -> None:
+    """Two ranks train to step 6, and save at 3. From there 1, 2 and 3 ranks train to step 6."""
+
+    def go(name: str, ranks: Ranks | None, resumed_from: Path | None = None) -> None:
+        if ranks is None:
+            return
+        config = small_config(
+            text, folder / name, max_steps=6, save_every=3, gradient_accumulation_steps=4
+        )
+        (folder / name).mkdir(exist_ok=True)
+        state = None
+        if resumed_from is not None:
+            state = checkpoint.load(resumed_from)
+        run = trainer.Trainer(config, data.prepare(config), state, resumed_from, ranks=ranks)
+        run.run()
+
+    go("saved by 2", runs["2"])
+    runs["4"].wait_for_all()
+    saved = folder / "saved by 2" / "checkpoint_step_3.pt"
+    go("resumed by 2", runs["2"], saved)
+    go("resumed by 3", runs["3"], saved)
+    if runs["2"] is None and runs["3"] is None:
+        go("resumed by 1", Ranks(), saved)
+        go("alone", Ranks())
+
+
 def main(rank: int, port: int, text: Path, folder: Path) -> None:
     """What process `rank` does. Writes losses and norms to FOLDER/NAME.json, by number of ranks."""
     os.environ.update(
@@ -116,6 +143,7 @@ def main(rank: int, port: int, text: Path, folder: Path) -> None:
     )
     sys.stdout = sys.stderr = open(folder / f"output_of_{rank}", "w", buffering=1)
     torch.set_num_threads(1)
+    trainer.plot_training_curves = lambda *_arguments, **_options: None  # it takes longer than all
     world = start_ranks(torch.device("cpu"))
     if world.is_first:
         data.prepare(small_config(text, folder))
@@ -134,6 +162,7 @@ def main(rank: int, port: int, text: Path, folder: Path) -> None:
                 results[kind] = train(case, text, ranks)
         if world.is_first:
             (folder / f"{name}.json").write_text(json.dumps(results))
+    save_and_resume(text, folder, runs)
     world.wait_for_all()
     dist.destroy_process_group()
 

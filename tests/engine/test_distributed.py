@@ -6,7 +6,9 @@ import socket
 from functools import partial
 
 import pytest
+import torch
 
+from record import archive, checkpoint
 from tests.engine import group_of_ranks
 from tests.engine.group_of_ranks import CASES
 from tests.training import text  # noqa: F401  (a fixture)
@@ -40,6 +42,7 @@ def trained(text, tmp_path_factory):  # noqa: F811
         alone = json.loads((folder / f"{case} alone.json").read_text())
         return alone | json.loads((folder / f"{case}.json").read_text())
 
+    results.folder = folder
     return results
 
 
@@ -82,3 +85,47 @@ def test_an_overflow_on_one_rank_is_one_on_all(trained):
             number for number, step in enumerate(results[run]["steps"]) if "norm" not in step
         ]
         assert skipped == [1]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def tensors_at(trained, run: str, step: int) -> dict:
+    state = checkpoint.load(trained.folder / run / f"checkpoint_step_{step}.pt")
+    tensors, _ = archive.split(state)
+    return tensors
+
+
+def test_a_checkpoint_of_two_ranks_has_what_one_rank_saves(trained):
+    alone = tensors_at(trained, "alone", 3)
+    found = tensors_at(trained, "saved by 2", 3)
+    assert found.keys() == alone.keys()
+    for name, tensor in alone.items():
+        assert found[name].dtype == tensor.dtype
+        if not name.startswith("random/"):
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_same_number_of_ranks_resumes_to_the_bit(trained):
+    whole = tensors_at(trained, "saved by 2", 6)
+    resumed = tensors_at(trained, "resumed by 2", 6)
+    for name, tensor in whole.items():
+        assert torch.equal(resumed[name], tensor), name
+
+
+@pytest.mark.parametrize("run", ["resumed by 1", "resumed by 3"])
+def test_another_number_of_ranks_resumes(trained, run):
+    whole = tensors_at(trained, "saved by 2", 6)
+    resumed = tensors_at(trained, run, 6)
+    for name, tensor in whole.items():
+        if not name.startswith("random/"):
+            torch.testing.assert_close(resumed[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_first_rank_alone_writes(trained):
+    rows = (trained.folder / "saved by 2" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(row)["step"] for row in rows if "train_loss" in row]
+    assert steps == sorted(set(steps))
+    assert json.loads(rows[-1])["step"] == 6
+    left = {path.name for path in (trained.folder / "saved by 2").iterdir()}
+    assert not [name for name in left if name.endswith(".tmp")]
