@@ -940,9 +940,10 @@ class Trainer:
         if self.reducer is not None:
             for name, parameter in self.parameters.items():
                 state[name] = Rows(parameter.shape, parameter.dtype, [])
-            for shard, weight in self.reducer.owned.items():
-                name, rows = parameter_of(shard)
-                state[name].parts.append((rows.start, weight))
+            if self.ranks.on_first_machine:
+                for shard, weight in self.reducer.owned.items():
+                    name, rows = parameter_of(shard)
+                    state[name].parts.append((rows.start, weight))
         return state
 
     def _optimizer_state(self, name: str) -> dict:
@@ -957,10 +958,11 @@ class Trainer:
             tensors[parameter] = {}
             for key, dtype in optimizer_state.dtypes(weight).items():
                 tensors[parameter][key] = Rows(weight.shape, dtype, [])
-        for shard, own in state["state"].items():
-            parameter, rows = parameter_of(shard)
-            for key, tensor in own.items():
-                tensors[parameter][key].parts.append((rows.start, tensor))
+        if self.ranks.on_first_machine:
+            for shard, own in state["state"].items():
+                parameter, rows = parameter_of(shard)
+                for key, tensor in own.items():
+                    tensors[parameter][key].parts.append((rows.start, tensor))
         return {**state, "state": tensors}
 
     def load_state_dict(self, state: dict) -> None:

@@ -86,6 +86,11 @@ class Ranks:
     def machines(self) -> int:
         return self.size // self.local_size
 
+    @property
+    def on_first_machine(self) -> bool:
+        """Whether what this rank owns counts: on the other machines the same rows are owned."""
+        return self.rank < self.local_size
+
     def micro_batches(self, of: int) -> range:
         """This rank's micro-batches of the `of` in a step."""
         return range(self.rank, of, self.size)
@@ -373,7 +378,7 @@ class GradientReducer:
             name: torch.zeros((), dtype=torch.float64, device=device) for name in self.shards
         }
         # On all machines there are the same sums: they count once.
-        if self.ranks.rank < self.ranks.local_size:
+        if self.ranks.on_first_machine:
             for key, total in self.sums.items():
                 name, _ = parameter_of(key)
                 squares[name] += gradient_norm(total).double().square()
@@ -559,11 +564,9 @@ def different_replicas(parameters: dict[str, Tensor], ranks: Ranks) -> list[str]
 
 
 def _sum_of_bits(tensor: Tensor) -> Tensor:
-    """An int64 that all but surely differs between tensors that differ in a bit."""
+    """The tensor's bits, read as whole numbers and added up in an int64.
+
+    Two tensors that differ have the same sum only if their differences cancel out.
+    """
     integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    bits = tensor.view(integers).flatten()
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    # Other weights for some elements: two that have changed places change the sum.
-    for factor, step in ((1, 1), (31, 3), (977, 7)):
-        total += factor * bits[::step].sum(dtype=torch.int64)
-    return total
+    return tensor.view(integers).sum(dtype=torch.int64)

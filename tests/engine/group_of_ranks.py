@@ -111,7 +111,10 @@ def _reversed(batches: Iterator, count: int) -> Iterator:
 
 
 def save_and_resume(text: Path, folder: Path, runs: dict[str, Ranks | None]) -> None:
-    """Two ranks train to step 6, and save at 3. From there 1, 2 and 3 ranks train to step 6."""
+    """Two ranks train to step 6, and save at 3. From there 1, 2 and 3 ranks train to step 6.
+
+    So do two machines of two ranks, and one rank alone.
+    """
 
     def go(name: str, ranks: Ranks | None, resumed_from: Path | None = None) -> None:
         if ranks is None:
@@ -126,6 +129,7 @@ def save_and_resume(text: Path, folder: Path, runs: dict[str, Ranks | None]) -> 
         run = trainer.Trainer(config, data.prepare(config), state, resumed_from, ranks=ranks)
         run.run()
 
+    go("saved by two machines", runs["two machines"])
     go("saved by 2", runs["2"])
     runs["4"].wait_for_all()
     saved = folder / "saved by 2" / "checkpoint_step_3.pt"

@@ -96,9 +96,10 @@ def tensors_at(trained, run: str, step: int) -> dict:
     return tensors
 
 
-def test_a_checkpoint_of_two_ranks_has_what_one_rank_saves(trained):
+@pytest.mark.parametrize("run", ["saved by 2", "saved by two machines"])
+def test_a_checkpoint_of_several_ranks_has_what_one_rank_saves(trained, run):
     alone = tensors_at(trained, "alone", 3)
-    found = tensors_at(trained, "saved by 2", 3)
+    found = tensors_at(trained, run, 3)
     assert found.keys() == alone.keys()
     for name, tensor in alone.items():
         assert found[name].dtype == tensor.dtype

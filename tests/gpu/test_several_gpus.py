@@ -9,10 +9,30 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = (
-    "--preset small --n_layers 4 --batch_size 2 --gradient_accumulation_steps 8 --max_steps 6 "
-    "--log_every 1 --eval_every 6 --eval_steps 1 --save_every 0 --save_minutes 0 --sample_tokens 0"
-).split()
+OPTIONS = [
+    "--preset",
+    "small",
+    "--n_layers",
+    "4",
+    "--batch_size",
+    "2",
+    "--gradient_accumulation_steps",
+    "8",
+    "--max_steps",
+    "6",
+    "--log_every",
+    "1",
+    "--eval_every",
+    "6",
+    "--eval_steps",
+    "1",
+    "--save_every",
+    "0",
+    "--save_minutes",
+    "0",
+    "--sample_tokens",
+    "0",
+]
 
 
 def rows(folder: Path, *options: str) -> list[dict]:
