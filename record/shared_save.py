@@ -126,8 +126,8 @@ def _own_shares(state: dict) -> Shares:
     parts = own_parts(state)
     crcs = archive.in_threads(lambda part: archive.bytes_checksum(part.rows), parts)
     for part, crc in zip(parts, crcs):
-        rows = part.rows
-        written = Written(part.first_row, len(rows), rows.nbytes, crc, str(rows.device))
+        tensor = part.rows
+        written = Written(part.first_row, len(tensor), tensor.nbytes, crc, str(tensor.device))
         shares[part.name][2].append(written)
     return shares
 
@@ -235,7 +235,7 @@ def _stand_in(rows: Rows, device: str) -> Tensor:
         # Memory that is never touched: the system gives none for it. A fake tensor would be
         # stored in other bytes, because torch names its device by another string each time.
         untouched = torch.UntypedStorage(rows.nbytes)
-        return torch.empty(0, dtype=rows.dtype).set_(untouched, 0, rows.shape)
+        return torch.empty(0, dtype=rows.dtype).set_(untouched).view(rows.shape)
     with FakeTensorMode():
         return torch.empty(rows.shape, dtype=rows.dtype, device=device)
 
