@@ -9,11 +9,11 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import LIGHTER, PRESETS, Config, ConfigError, OutOfMemory
 from planner.layout import format_size
-from planner.machine import HOST_SHARE, Machine
+from planner.machine import HOST_SHARE, ONE_GPU, Machine
 from planner.sizes import MemoryPredictor
 
 # Time of a step relative to that without recomputation; it orders the choices. Measured on an H200
@@ -24,8 +24,16 @@ RECOMPUTATION_TIME = {"none": 1.0, "selective": 1.05, "full": 1.26}
 
 # Time of a step relative to that with twice the micro-batch (2 against 4, measured) ...
 HALVED_BATCH_TIME = 1.02
-# ... and relative to that with the optimizer's state on the GPU.
+# ... and relative to that with the optimizer's state on the GPU. This is with one GPU. More GPUs
+# divide the time of a step, and copy the same state through the same host memory: the copies' share
+# grows with their number (measured with 4: 1.06 to 1.07, this gives 1.08).
 OFFLOAD_TIME = 1.02
+
+# Time of a step on several GPUs relative to a step without exchange of gradients: collectives slow
+# down the matmuls beside them. Measured on 2 H200s with 8 layers of 18b; with 4 H200s and whole
+# 18b, in every micro-batch, it was 1.08. So in the order of time come: gradients once a step; those
+# in every micro-batch; selective recomputation of all blocks with the former; full recomputation.
+REDUCTION_TIME = {"step": 1.023, "micro_batch": 1.065}
 
 # After a choice ran out of memory, the next one may take at most this share of its memory: 5% less,
 # or 1% less where no choice saves 5%. The optimizer's workspace may leave no more to save.
@@ -43,6 +51,7 @@ class Choice:
     offload_optimizer: bool
     memory_gb: dict[str, float]
     lighter_blocks: int = 0
+    reduce_gradients: str | None = None  # None with one GPU
 
     @property
     def device_gb(self) -> float:
@@ -55,7 +64,7 @@ class Choice:
         return self.memory_gb["host"]
 
     def fits(self, machine: Machine) -> bool:
-        """Whether the machine has room for the choice: on its GPU and, for offload, its host."""
+        """Whether the machine has room for the choice: on each GPU and, for offload, its host."""
         if machine.is_cpu:  # device and host are the same memory
             return self.device_gb + self.offloaded_gb <= machine.usable_gb
         on_gpu = self.device_gb <= machine.usable_gb
@@ -73,7 +82,7 @@ class Choice:
             short.append("the GPU: " + _needed_and_usable(self.device_gb, machine.usable_gb))
         if self.offloaded_gb > machine.usable_host_gb:
             needed = _needed_and_usable(self.offloaded_gb, machine.usable_host_gb)
-            short.append("the host: " + needed)
+            short.append(_host_of(machine) + needed)
         return "; ".join(short)
 
     def options(self, config: Config) -> str:
@@ -85,11 +94,20 @@ class Choice:
         ]
         if self.lighter_blocks or config.lighter_blocks:
             options.append(f"--lighter_blocks {self.lighter_blocks}")
-        # Gradients in host memory need an offloaded optimizer.
-        if config.host_gradient_blocks and not self.offload_optimizer:
+        # Gradients in host memory need an offloaded optimizer, and one GPU.
+        if config.host_gradient_blocks and (self.reduce_gradients or not self.offload_optimizer):
             options.append("--host_gradient_blocks 0")
+        if self.reduce_gradients:
+            options.append(f"--reduce_gradients {self.reduce_gradients}")
+        # The last one: measured speeds are found by the options up to here.
         options.append(f"--offload_optimizer {_true_or_false(self.offload_optimizer)}")
         return " ".join(options)
+
+
+def _host_of(machine: Machine) -> str:
+    if machine.gpus == 1:
+        return "the host: "
+    return f"the host, for each of {machine.gpus} GPUs: "
 
 
 def _needed_and_usable(needed_gb: float, usable_gb: float) -> str:
@@ -105,8 +123,16 @@ def _true_or_false(value: bool) -> str:
 # How much is recomputed: a mode, and the number of last blocks that recompute less.
 Level = tuple[str, int]
 
-# A step at which micro-batches and offload are tried, see `_steps`.
-Step = tuple[Sequence[int], Sequence[bool]]
+
+class Placement(NamedTuple):
+    """Where optimizer state is, and when several GPUs sum their gradients."""
+
+    offload: bool
+    reduce_gradients: str | None = None  # None with one GPU
+
+
+# A step at which micro-batches and placements are tried, see `_steps`.
+Step = tuple[Sequence[int], Sequence[Placement]]
 
 
 def all_levels(config: Config) -> list[Level]:
@@ -119,19 +145,22 @@ def all_levels(config: Config) -> list[Level]:
     return levels
 
 
-def auto_levels(config: Config) -> list[Level]:
+def auto_levels(config: Config, machine: Machine = ONE_GPU) -> list[Level]:
     """What activation_checkpointing=auto chooses from: each block is full or selective.
 
-    Checkpointing stays on: `none` is for those who request it.
+    Checkpointing stays on: `none` is for those who request it, and for several GPUs. These share
+    gradients and state, and what that leaves free makes recomputation unnecessary.
     """
     levels = all_levels(config)
+    if machine.ranks > 1:
+        return levels
     return levels[: levels.index(("selective", 0)) + 1]
 
 
-def _configured_levels(config: Config) -> list[Level]:
+def _configured_levels(config: Config, machine: Machine) -> list[Level]:
     mode = config.activation_checkpointing
     if mode == "auto":
-        return auto_levels(config)
+        return auto_levels(config, machine)
     return [(mode, _configured_lighter_blocks(config, mode))]
 
 
@@ -146,16 +175,17 @@ def candidates(
     modes: Sequence[str] | None = None,
     offloads: Sequence[bool] | None = None,
     batches: Sequence[int] | None = None,
-    cpu: bool = False,
+    machine: Machine = ONE_GPU,
 ) -> list[Choice]:
     """Every choice with the same tokens a step, the fastest first.
 
     None leaves a field free. With the mode free, any number of the last blocks may recompute less;
     with the mode fixed, as many as the configuration says. These may be thousands: `choose` finds
-    the same without looking at all of them.
+    the same without looking at all of them. With several GPUs there is a choice for each way to sum
+    gradients that the configuration leaves.
     """
     if batches is None:
-        batches = _possible_batches(config)
+        batches = _possible_batches(config, machine)
     if offloads is None:
         offloads = (False, True)
     if modes is None:
@@ -163,49 +193,62 @@ def candidates(
     else:
         levels = [(mode, _configured_lighter_blocks(config, mode)) for mode in modes]
 
-    search = _Search(config, cpu)
+    search = _Search(config, machine)
+    placements = _placements(offloads, _configured_reductions(config, machine))
     found = []
     for batch in batches:
         for level in levels:
-            for offload in offloads:
-                found.append(search.choice(level, batch, offload))
+            for placement in placements:
+                found.append(search.choice(level, batch, placement))
     return sorted(found, key=search.speed_key)
 
 
-def _possible_batches(config: Config) -> list[int]:
-    """Micro-batches, up to the configuration's, that divide the sequences of a step."""
-    sizes = range(1, config.batch_size + 1)
-    return [size for size in sizes if config.sequences_per_step % size == 0]
+def _possible_batches(config: Config, machine: Machine) -> list[int]:
+    """Micro-batches, up to the configuration's, that divide the sequences of a step.
+
+    They leave one micro-batch at least for each rank.
+    """
+    sequences = config.sequences_per_step
+    largest = max(1, min(config.batch_size, sequences // machine.ranks))
+    sizes = range(1, largest + 1)
+    return [size for size in sizes if sequences % size == 0]
+
+
+def _placements(offloads: Sequence[bool], reductions: Sequence[str | None]) -> list[Placement]:
+    return [Placement(offload, reduction) for offload in offloads for reduction in reductions]
 
 
 class _Search:
     """Finds choices for a configuration without predicting the memory of all of them.
 
-    At a micro-batch, and with or without offload, a level of recomputation that takes more memory
-    takes less time. So the fastest that fits is the last level that fits, and bisection finds it.
+    At a micro-batch and a placement, a level of recomputation that takes more memory takes less
+    time. So the fastest that fits is the last level that fits, and bisection finds it.
     """
 
-    def __init__(self, config: Config, cpu: bool):
+    def __init__(self, config: Config, machine: Machine):
         self.config = config
-        self.predictor = MemoryPredictor(config, cpu)
+        self.machine = machine
+        self.predictor = MemoryPredictor(config, machine.is_cpu, machine.gpus, machine.machines)
 
-    def choice(self, level: Level, batch: int, offload: bool) -> Choice:
+    def choice(self, level: Level, batch: int, placement: Placement) -> Choice:
         mode, lighter = level
-        memory_gb = self.predictor.predict(mode, batch, offload, lighter)
+        offload, reduction = placement
+        memory_gb = self.predictor.predict(mode, batch, offload, lighter, reduction or "step")
         accumulation = self.config.sequences_per_step // batch
-        return Choice(batch, accumulation, mode, offload, memory_gb, lighter)
+        return Choice(batch, accumulation, mode, offload, memory_gb, lighter, reduction)
 
     def speed_key(self, choice: Choice) -> tuple:
         """Sorts choices: the fastest first. Of equally fast ones, the one with the smaller
         micro-batch comes first, which takes less memory."""
-        return relative_time(self.config, choice), choice.batch_size, choice.offload_optimizer
+        time = relative_time(self.config, choice, self.machine.gpus)
+        return time, choice.batch_size, choice.offload_optimizer
 
     def fastest(
         self,
         fits: Callable[[Choice], bool],
         levels: Sequence[Level],
         batches: Iterable[int],
-        offloads: Sequence[bool],
+        placements: Sequence[Placement],
     ) -> Choice | None:
         """The fastest choice that `fits`; None when none does.
 
@@ -213,48 +256,54 @@ class _Search:
         every choice that takes less memory must fit too.
         """
         found = []
-        for offload in offloads:
+        for placement in placements:
             number_that_fit = len(levels)
             for batch in batches:
                 # A larger micro-batch leaves no room for more levels.
                 number_that_fit = self._number_that_fit(
-                    fits, levels[:number_that_fit], batch, offload
+                    fits, levels[:number_that_fit], batch, placement
                 )
                 if number_that_fit == 0:
                     break
-                found.append(self.choice(levels[number_that_fit - 1], batch, offload))
+                found.append(self.choice(levels[number_that_fit - 1], batch, placement))
         return min(found, key=self.speed_key, default=None)
 
     def _number_that_fit(
-        self, fits: Callable[[Choice], bool], levels: Sequence[Level], batch: int, offload: bool
+        self,
+        fits: Callable[[Choice], bool],
+        levels: Sequence[Level],
+        batch: int,
+        placement: Placement,
     ) -> int:
         """How many of the levels fit: these are the first ones, as levels are sorted by memory."""
 
         def too_large(level: Level) -> bool:
-            return not fits(self.choice(level, batch, offload))
+            return not fits(self.choice(level, batch, placement))
 
         return bisect_left(levels, True, key=too_large)
 
-    def smallest(self, offloads: Sequence[bool]) -> list[Choice]:
-        """The choice that takes the least memory, for each value of offload."""
+    def smallest(self, placements: Sequence[Placement]) -> list[Choice]:
+        """The choice that takes the least memory, for each placement."""
         most_recomputation = all_levels(self.config)[0]
-        return [self.choice(most_recomputation, 1, offload) for offload in offloads]
+        return [self.choice(most_recomputation, 1, placement) for placement in placements]
 
-    def least_gb(self, offloads: Sequence[bool]) -> float:
+    def least_gb(self, placements: Sequence[Placement]) -> float:
         """The least memory of the device that any choice takes."""
-        return min(choice.device_gb for choice in self.smallest(offloads))
+        return min(choice.device_gb for choice in self.smallest(placements))
 
 
-def relative_time(config: Config, choice: Choice) -> float:
-    """Time of a step, relative to that at the configuration's micro-batch with nothing recomputed
-    and nothing offloaded."""
+def relative_time(config: Config, choice: Choice, gpus: int = 1) -> float:
+    """Time of a step, relative to that at the configuration's micro-batch with nothing recomputed,
+    nothing offloaded, and nothing exchanged between the `gpus` of a machine."""
     mode = choice.activation_checkpointing
     time = RECOMPUTATION_TIME[mode]
     # The last `lighter_blocks` of the n_layers blocks recompute what the next lighter mode does.
     lighter_time = RECOMPUTATION_TIME[LIGHTER.get(mode, mode)]
     time += (lighter_time - time) * choice.lighter_blocks / config.n_layers
     if choice.offload_optimizer:
-        time *= OFFLOAD_TIME
+        time *= 1 + (OFFLOAD_TIME - 1) * gpus
+    if choice.reduce_gradients:
+        time *= REDUCTION_TIME[choice.reduce_gradients]
     # A step costs HALVED_BATCH_TIME - 1 more for each micro-batch more in it, counted in those of
     # the configuration: half the micro-batch is one more, a quarter of it three.
     added_batches = config.batch_size / choice.batch_size - 1
@@ -271,33 +320,41 @@ def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice,
     2. The fastest that fits, with all fields free.
     3. The one that takes the least memory, which does not fit.
     """
-    search = _Search(config, machine.is_cpu)
+    search = _Search(config, machine)
 
     def fits(choice: Choice) -> bool:
         return choice.fits(machine)
 
-    levels = _configured_levels(config)
-    for batches, offloads in _steps(config, fixed_batch):
-        choice = search.fastest(fits, levels, batches, offloads)
+    levels = _configured_levels(config, machine)
+    for batches, placements in _steps(config, machine, fixed_batch):
+        choice = search.fastest(fits, levels, batches, placements)
         if choice:
             return choice, True
 
     choice = fastest(config, machine)
     if choice is None:
-        choice = _smallest(search, _sensible_offloads(machine.is_cpu))
+        choice = _smallest(search)
     return choice, False
 
 
-def _steps(config: Config, fixed_batch: bool) -> list[Step]:
-    """The micro-batches and offloads that the configuration leaves, in the order of the trials.
+def _steps(config: Config, machine: Machine, fixed_batch: bool) -> list[Step]:
+    """The micro-batches and placements that the configuration leaves, in the order of the trials.
 
-    First come its own micro-batch without offload, and then with it. Only where neither fits are
-    smaller micro-batches tried.
+    With one GPU, first come its own micro-batch without offload, and then with it. Only where
+    neither fits are smaller micro-batches tried.
+
+    With several GPUs time alone decides between offload, recomputation and the ways to sum
+    gradients. The micro-batch stays: experts are balanced over it, so a number of GPUs that chose
+    it would choose what is trained.
     """
-    offloads = _configured_offloads(config)
-    steps: list[Step] = [([config.batch_size], [offload]) for offload in offloads]
+    offloads = _configured_offloads(config, machine)
+    if machine.ranks > 1:
+        reductions = _configured_reductions(config, machine)
+        return [([config.batch_size], _placements(offloads, reductions))]
+    steps: list[Step] = [([config.batch_size], [Placement(offload)]) for offload in offloads]
     if not fixed_batch:
-        steps.append((_possible_batches(config), offloads))
+        placements = [Placement(offload) for offload in offloads]
+        steps.append((_possible_batches(config, machine), placements))
     return steps
 
 
@@ -306,66 +363,85 @@ def fastest(config: Config, machine: Machine) -> Choice | None:
 
     All fields are free: activation_checkpointing=none is possible too, unlike with auto.
     """
-    return _Search(config, machine.is_cpu).fastest(
+    return _Search(config, machine).fastest(
         lambda choice: choice.fits(machine),
         all_levels(config),
-        _possible_batches(config),
-        _sensible_offloads(machine.is_cpu),
+        _possible_batches(config, machine),
+        _free_placements(machine),
     )
 
 
-def _smallest(search: _Search, offloads: Sequence[bool]) -> Choice:
+def _smallest(search: _Search) -> Choice:
     """The choice that takes the least memory of the device.
 
     Of several it is the fastest of those that recompute equally much in all blocks.
     """
-    least_gb = search.least_gb(offloads)
+    placements = _free_placements(search.machine)
+    least_gb = search.least_gb(placements)
     same_in_all_blocks = [level for level in all_levels(search.config) if level[1] == 0]
     choice = search.fastest(
         lambda choice: choice.device_gb <= least_gb,
         same_in_all_blocks,
-        _possible_batches(search.config),
-        offloads,
+        _possible_batches(search.config, search.machine),
+        placements,
     )
     assert choice is not None  # one of `search.smallest` is among those searched
     return choice
 
 
-def _configured_offloads(config: Config) -> list[bool]:
+def _configured_offloads(config: Config, machine: Machine) -> list[bool]:
     if config.offload_optimizer != "auto":
         return [config.offload_optimizer == "true"]
-    if config.host_gradient_blocks:
+    if config.host_gradient_blocks and machine.ranks == 1:
         return [True]  # the optimizer reads these gradients in host memory, with its state
     return [False, True]
 
 
-def _sensible_offloads(cpu: bool) -> list[bool]:
-    if cpu:
-        return [False]  # device and host are the same memory
-    return [False, True]
+def _configured_reductions(config: Config, machine: Machine) -> list[str | None]:
+    """When gradients are summed, as the configuration says: a choice of several GPUs alone."""
+    if config.reduce_gradients != "auto" and machine.ranks > 1:
+        return [config.reduce_gradients]
+    return _possible_reductions(machine)
 
 
-def next_smaller(config: Config, used: Choice, cpu: bool = False) -> Choice | None:
+def _possible_reductions(machine: Machine) -> list[str | None]:
+    if machine.ranks == 1:
+        return [None]
+    if machine.gpus == 1:  # a GPU owns all that its machine sums
+        return ["step"]
+    return ["step", "micro_batch"]
+
+
+def _free_placements(machine: Machine) -> list[Placement]:
+    """All that make sense on this machine."""
+    offloads = [False, True]
+    if machine.is_cpu:
+        offloads = [False]  # device and host are the same memory
+    return _placements(offloads, _possible_reductions(machine))
+
+
+def next_smaller(config: Config, used: Choice, machine: Machine = ONE_GPU) -> Choice | None:
     """What to try after `used` ran out of memory: the fastest choice that takes clearly less.
 
     That is 5% less, or 1% less where no choice saves 5%; None where none saves 1% either.
     """
-    search = _Search(config, cpu)
-    offloads = _sensible_offloads(cpu)
+    search = _Search(config, machine)
+    placements = _free_placements(machine)
     limit_gb = MUCH_SMALLER * used.device_gb
-    if search.least_gb(offloads) >= limit_gb:
+    if search.least_gb(placements) >= limit_gb:
         limit_gb = SMALLER * used.device_gb
     return search.fastest(
         lambda choice: choice.device_gb < limit_gb,
         all_levels(config),
-        _possible_batches(config),
-        offloads,
+        _possible_batches(config, machine),
+        placements,
     )
 
 
 def could_fit(config: Config, machine: Machine) -> bool:
     """Whether any choice fits. Looks only at the smallest: where they do not fit, no other does."""
-    smallest = _Search(config, machine.is_cpu).smallest((False, True))
+    placements = _placements((False, True), _possible_reductions(machine))
+    smallest = _Search(config, machine).smallest(placements)
     return any(choice.fits(machine) for choice in smallest)
 
 
@@ -381,11 +457,20 @@ def apply_choice(config: Config, choice: Choice) -> Config:
         lighter_blocks=choice.lighter_blocks,
         offload_optimizer=_true_or_false(choice.offload_optimizer),
     )
+    if choice.reduce_gradients:
+        values |= _several_gpus_values(choice.reduce_gradients)
     return dataclasses.replace(config, **values)
+
+
+def _several_gpus_values(reduce_gradients: str) -> dict[str, Any]:
+    """Fields that several GPUs resolve. They share the gradients, and sum none in host memory."""
+    return dict(reduce_gradients=reduce_gradients, host_gradient_blocks=0)
 
 
 def resolve_autos(config: Config, machine: Machine) -> tuple[Config, dict, Choice | None]:
     """The configuration with every auto resolved, its predicted memory, and None.
+
+    `reduce_gradients` is resolved for several GPUs alone: with one it has no meaning.
 
     Where no choice fits that keeps what the configuration fixes, the fixed values stay, the smaller
     value is taken for every auto, and the third value is the choice to advise.
@@ -400,12 +485,15 @@ def resolve_autos(config: Config, machine: Machine) -> tuple[Config, dict, Choic
     offload = config.offload_optimizer == "true"
     if config.offload_optimizer == "auto":
         offload = bool(machine.name or config.host_gradient_blocks)
-    predictor = MemoryPredictor(config, cpu=machine.is_cpu)
-    memory_gb = predictor.predict(mode, config.batch_size, offload, config.lighter_blocks)
     values: dict[str, Any] = dict(
         activation_checkpointing=mode, offload_optimizer=_true_or_false(offload)
     )
-    return dataclasses.replace(config, **values), memory_gb, choice
+    reduction = _configured_reductions(config, machine)[-1]  # the last one takes the least memory
+    if reduction:
+        values |= _several_gpus_values(reduction)
+    level = (mode, config.lighter_blocks)
+    used = _Search(config, machine).choice(level, config.batch_size, Placement(offload, reduction))
+    return dataclasses.replace(config, **values), used.memory_gb, choice
 
 
 # ---------------------------------------------------------------- advice
@@ -427,7 +515,7 @@ def advise(choice: Choice, config: Config, machine: Machine) -> tuple[str, Choic
             choice, options = found
             if choice.fits(machine):
                 return f"This would fit: {options}", choice
-            host_gb = math.ceil(choice.offloaded_gb / HOST_SHARE)
+            host_gb = math.ceil(machine.gpus * choice.offloaded_gb / HOST_SHARE)
             return f"With {host_gb:,} GB of host memory this would fit: {options}", None
     return _use_a_smaller_preset(machine), None
 
@@ -443,6 +531,8 @@ def _with_more_gradients_on_host(config: Config, machine: Machine) -> tuple[Choi
     if could_fit(config, any_host):
         choice, _ = choose(config, any_host, fixed_batch=False)
         return choice, choice.options(config)
+    if machine.ranks > 1:  # they share the gradients, and sum none in host memory
+        return None
 
     def changed(blocks: int) -> Config:
         return dataclasses.replace(config, host_gradient_blocks=blocks, offload_optimizer="true")
@@ -460,6 +550,8 @@ def _with_more_gradients_on_host(config: Config, machine: Machine) -> tuple[Choi
 
 def _use_a_smaller_preset(machine: Machine) -> str:
     advice = "No choice for this model would fit: use a smaller --preset"
+    if machine.gpus > 1:
+        advice = "No choice for this model would fit: use more GPUs, or a smaller --preset"
     fitting = [name for name in PRESETS if _preset_could_fit(name, machine)]
     if fitting:
         advice += f"; these fit: {' '.join(fitting)}"
@@ -483,6 +575,7 @@ def check_fits(config: Config, machine: Machine) -> None:
         return
     _, sizes, choice = resolve_autos(config, machine)
     needed_gb = sizes["total"] + sizes["host"]
+    needed_gb *= machine.gpus
     if choice and needed_gb > machine.host_memory_gb:
         advice, _ = advise(choice, config, machine)
         raise OutOfMemory(

@@ -5,6 +5,8 @@ A new GPU is a line of GPUS. Torch is imported only by the functions that need a
 
 import contextlib
 import ctypes
+import dataclasses
+import math
 import os
 import resource
 import shutil
@@ -61,6 +63,9 @@ OTHER_VARIANTS = {"NVL", "Laptop", "D", "MIG"}
 
 # CUDA context and library workspaces, outside PyTorch's allocator (assumed).
 CONTEXT_GB = 0.7
+# What NCCL takes besides on each of several GPUs: its channels' buffers and their kernels' stacks,
+# also outside PyTorch's allocator (assumed).
+NCCL_GB = 1.0
 # Share of the rest that is planned for. What remains is for fragmentation and for what the
 # prediction misses (assumed).
 USABLE = 0.97
@@ -72,28 +77,50 @@ HOST_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run trains: a GPU with its host, or a CPU (`name` is None). Memory in GB."""
+    """Where a run trains: GPUs with their host, or a CPU (`name` is None). Memory in GB.
+
+    All GPUs are alike, and so are all machines. On a CPU `gpus` counts processes.
+    """
 
     name: str | None
-    memory_gb: float  # of the GPU
-    host_memory_gb: float
-    key: str | None = None  # its name in GPUS, if it is a known one
+    memory_gb: float  # of a GPU
+    host_memory_gb: float  # of a machine; its GPUs share it
+    key: str | None = None  # the GPU's name in GPUS, if it is a known one
+    gpus: int = 1  # that train together on a machine
+    machines: int = 1
 
     @property
     def is_cpu(self) -> bool:
         return self.name is None
 
     @property
+    def ranks(self) -> int:
+        """All GPUs that train together, on all machines."""
+        return self.gpus * self.machines
+
+    @property
+    def host_gb_of_a_gpu(self) -> float:
+        """A GPU's part of its host's memory, and a CPU process's."""
+        return self.host_memory_gb / self.gpus
+
+    @property
     def usable_gb(self) -> float:
-        """Memory to plan with: of the GPU or, for a CPU run, of the host."""
+        """Memory to plan with: of a GPU or, for a CPU run, of a process."""
         if self.name:
-            return (self.memory_gb - CONTEXT_GB) * USABLE
-        return max(0, self.host_memory_gb - CPU_PROCESS_GB) * HOST_SHARE
+            outside = CONTEXT_GB
+            if self.ranks > 1:
+                outside += NCCL_GB
+            return (self.memory_gb - outside) * USABLE
+        return max(0, self.host_gb_of_a_gpu - CPU_PROCESS_GB) * HOST_SHARE
 
     @property
     def usable_host_gb(self) -> float:
-        """Host memory to plan with for what is offloaded from a GPU."""
-        return HOST_SHARE * self.host_memory_gb
+        """Host memory to plan with for what is offloaded from one GPU."""
+        return HOST_SHARE * self.host_gb_of_a_gpu
+
+
+# One GPU with any memory: what a choice takes depends on the number of GPUs alone.
+ONE_GPU = Machine("a GPU", math.inf, math.inf)
 
 
 # ---------------------------------------------------------------- which machine
@@ -115,6 +142,8 @@ def find_machine(
     gpu: str | None = None,
     cpu: bool = False,
     gpu_memory_gb: float | None = None,
+    gpus: int = 1,
+    machines: int = 1,
 ) -> Machine:
     """The machine to plan for, without torch.
 
@@ -123,12 +152,19 @@ def find_machine(
     - With `cpu`: this machine's CPU.
     - With none: the first visible GPU that the driver reports, or the CPU if there is none.
 
-    `host_gb` is the host's memory; 0 looks it up. Raises ConfigError for an unknown name.
+    `host_gb` is the host's memory; 0 looks it up. `gpus` of it train together, on each of
+    `machines`; nothing checks that they are there. Raises ConfigError for an unknown name.
     """
     if gpu_memory_gb is not None:
-        return _gpu_with_memory(gpu, gpu_memory_gb, host_gb)
-    if gpu is not None:
-        return _gpu_by_name(gpu.lower(), host_gb)
+        machine = _gpu_with_memory(gpu, gpu_memory_gb, host_gb)
+    elif gpu is not None:
+        machine = _gpu_by_name(gpu.lower(), host_gb)
+    else:
+        machine = _this_machine(host_gb, cpu)
+    return dataclasses.replace(machine, gpus=gpus, machines=machines)
+
+
+def _this_machine(host_gb: float, cpu: bool) -> Machine:
     host_gb = host_gb or available_host_memory_gb()
     machine = None
     if not cpu:
@@ -193,16 +229,21 @@ def find_device(config: Config) -> "torch.device":
     return torch.device("cpu")
 
 
-def machine_of_device(device: "torch.device", host_gb: float = 0) -> Machine:
-    """The machine of a device, with the memory that PyTorch sees; `host_gb` as in find_machine."""
+def machine_of_device(
+    device: "torch.device", host_gb: float = 0, gpus: int = 1, machines: int = 1
+) -> Machine:
+    """The machine of a device, with the memory that PyTorch sees.
+
+    `host_gb`, `gpus` and `machines` are as in find_machine.
+    """
     import torch
 
     host_gb = host_gb or available_host_memory_gb()
     if device.type == "cpu":
-        return Machine(None, 0, host_gb)
+        return Machine(None, 0, host_gb, gpus=gpus, machines=machines)
     name = torch.cuda.get_device_name()
     memory_gb = torch.cuda.get_device_properties(0).total_memory / GB
-    return Machine(name, memory_gb, host_gb, known_gpu(name))
+    return Machine(name, memory_gb, host_gb, known_gpu(name), gpus, machines)
 
 
 # ---------------------------------------------------------------- host

@@ -8,9 +8,11 @@ of what is alive at the same time; tests hold them to measured ones.
 Change this file together with model.py, moe.py, muon.py and engine/offload.py.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from config import (
     LIGHTER,
@@ -22,7 +24,9 @@ from config import (
     optimizer_groups,
     parameter_table,
 )
+from engine.ownership import SMALL_KINDS
 from planner.machine import GB
+from planner.sharing import evenly_owned, gradient_groups, owned_elements, passes_of_a_rank
 
 # Bytes of an element.
 FP32 = 4
@@ -55,8 +59,13 @@ def predict_memory(
     offload: bool,
     lighter_blocks: int = 0,
     cpu: bool = False,
+    gpus: int = 1,
+    machines: int = 1,
+    reduce_gradients: str = "step",
 ) -> dict[str, float]:
     """Predicted memory of `config` in GB, with these values in place of its own.
+
+    With several GPUs on each of some machines it is the memory of one GPU, that which needs most.
 
     The keys are weights, gradients, master, one for each optimizer group (momentum, adamw),
     activations, workspace, their total, and host (memory of the host, when state is offloaded; the
@@ -66,15 +75,22 @@ def predict_memory(
     workspace: by how much the optimizer step's own buffers exceed the activations, or 0. The step
     begins after the activations are freed. On a `cpu` nothing is compiled, and both are larger.
     """
-    predictor = MemoryPredictor(config, cpu)
-    return predictor.predict(checkpointing, batch_size, offload, lighter_blocks)
+    predictor = MemoryPredictor(config, cpu, gpus, machines)
+    return predictor.predict(checkpointing, batch_size, offload, lighter_blocks, reduce_gradients)
 
 
 def checkpoint_gb(config: Config) -> float:
     """Size of a checkpoint file in GB: weights and optimizer state, wherever a run keeps them."""
-    # Neither depends on the mode or on the micro-batch. With offload the state would count as 0.
-    sizes = predict_memory(config, "full", 1, offload=False)
-    return sum(sizes[key] for key in ("weights", *optimizer_state(config)))
+    state = optimizer_state(config, owned_elements(config, gpus=1))
+    return (weights(config) + sum(state.values())) / GB
+
+
+class Summing(NamedTuple):
+    """How gradients are summed; their bytes depend on it."""
+
+    offload: bool  # then those of `host_gradient_blocks` are summed in host memory
+    over_gpus: str  # once a "step", or in every "micro_batch"
+    several_passes: bool  # whether a GPU has more than one micro-batch in a step
 
 
 class MemoryPredictor:
@@ -84,13 +100,19 @@ class MemoryPredictor:
     takes the same short time for any number of blocks.
     """
 
-    def __init__(self, config: Config, cpu: bool = False):
+    def __init__(self, config: Config, cpu: bool = False, gpus: int = 1, machines: int = 1):
+        if gpus * machines > 1:
+            # Several GPUs sum gradients among each other, and none of them in host memory.
+            config = dataclasses.replace(config, host_gradient_blocks=0)
         self.config = config
         self.cpu = cpu
+        self.gpus = gpus
+        self.ranks = gpus * machines
         self.weights = weights(config)
-        self.gradients = gradients(config)
+        # elements of each parameter that this GPU updates
+        self.owned = owned_elements(config, gpus)
         # bytes of the low bits and of the optimizers' state, by key of the memory table
-        self.state = optimizer_state(config)
+        self.state = optimizer_state(config, self.owned)
         # The kind of each block, as the number of the first block of that kind: blocks of a kind
         # have the same sizes.
         self.kinds = _first_blocks_of_a_kind(config)
@@ -107,22 +129,31 @@ class MemoryPredictor:
         self.casts = [self._cast_bytes(layer) for layer in range(config.n_layers)]
         self.casts_before = _sums_before(self.casts)
         # What was computed before: `backward_bytes` of each kind of block by the number of tokens,
-        # `optimizer_bytes` and `_peaks` by offload.
+        # `optimizer_bytes` by offload, `GradientBytes` by how gradients are summed, and the
+        # `_possible_peaks` of these.
         self._backward: dict[int, dict[int, int]] = {}
         self._optimizer: dict[bool, float] = {}
-        self._peaks: dict[bool, list[tuple[int, int]]] = {}
+        self._gradient_bytes: dict[Summing, GradientBytes] = {}
+        self._peaks: dict[Summing, list[tuple[int, int]]] = {}
 
     def predict(
-        self, checkpointing: str, batch_size: int, offload: bool, lighter_blocks: int = 0
+        self,
+        checkpointing: str,
+        batch_size: int,
+        offload: bool,
+        lighter_blocks: int = 0,
+        reduce_gradients: str = "step",
     ) -> dict[str, float]:
         """The sizes of a choice in GB, as `predict_memory` returns them."""
         tokens = batch_size * self.config.max_seq_len
         host_gradients = sum(self._host_gradients(offload))
-        activations = self._activation_peak(checkpointing, lighter_blocks, tokens, offload)
+        passes = passes_of_a_rank(self.config.sequences_per_step // batch_size, self.ranks)
+        summing = Summing(offload, reduce_gradients, several_passes=passes > 1)
+        activations = self._activation_peak(checkpointing, lighter_blocks, tokens, summing)
 
         sizes: dict[str, float] = {}
         sizes["weights"] = self.weights
-        sizes["gradients"] = self.gradients - host_gradients
+        sizes["gradients"] = self._gradients(summing).stay
         for key, size in self.state.items():
             sizes[key] = size
             if offload:
@@ -147,8 +178,22 @@ class MemoryPredictor:
         element = weight_bytes(self.config)
         return [element * self.config.matrices_of(layer) for layer in in_host_memory]
 
+    def _gradients(self, summing: Summing) -> "GradientBytes":
+        if summing not in self._gradient_bytes:
+            self._gradient_bytes[summing] = self._computed_gradients(summing)
+        return self._gradient_bytes[summing]
+
+    def _computed_gradients(self, summing: Summing) -> "GradientBytes":
+        if self.gpus == 1:
+            return _gradients_of_one_gpu(self.config, self._host_gradients(summing.offload))
+        if summing.over_gpus == "step" and summing.several_passes:
+            return _gradients_reduced_once(self.config, self.gpus, self.owned)
+        return _gradients_reduced_in_each_pass(
+            self.config, self.gpus, self.owned, summing.several_passes
+        )
+
     def _activation_peak(
-        self, checkpointing: str, lighter_blocks: int, tokens: int, offload: bool
+        self, checkpointing: str, lighter_blocks: int, tokens: int, summing: Summing
     ) -> int:
         """The most bytes that forward and backward passes need at a time.
 
@@ -164,7 +209,8 @@ class MemoryPredictor:
         # The loss comes between the two passes, when every block has all that it keeps. (The
         # embedding comes last. It needs less than the loss, and no block has anything any more.)
         peak = kept_before(n_layers) + loss_bytes(self.config, tokens, self.cpu)
-        for layer, gradients_under_way in self._possible_peaks(offload):
+        peak += self._gradients(summing).at_the_loss
+        for layer, gradients_under_way in self._possible_peaks(summing):
             kind = self.kinds[layer]
             block = tokens * self.kept_by_none[kind] + self.casts[layer]
             needed = kept_before(layer) + block + backward[kind]
@@ -193,19 +239,17 @@ class MemoryPredictor:
 
         return kept_before
 
-    def _possible_peaks(self, offload: bool) -> list[tuple[int, int]]:
+    def _possible_peaks(self, summing: Summing) -> list[tuple[int, int]]:
         """Blocks at which the backward pass can peak, with the bytes of gradients under way there.
 
         Of blocks that are alike only the last one can: the most is kept before it.
         """
-        if offload not in self._peaks:
-            host_gradients = self._host_gradients(offload)
+        if summing not in self._peaks:
             last = {}
-            for layer, kind in enumerate(self.kinds):
-                under_way = _gradients_under_way(layer, host_gradients)
-                last[kind, under_way] = (layer, under_way)
-            self._peaks[offload] = list(last.values())
-        return self._peaks[offload]
+            for layer, under_way in enumerate(self._gradients(summing).under_way):
+                last[self.kinds[layer], under_way] = (layer, under_way)
+            self._peaks[summing] = list(last.values())
+        return self._peaks[summing]
 
     def _cast_bytes(self, layer: int) -> int:
         """16-bit copies of a block's fp32 weights, which matmuls keep.
@@ -228,7 +272,7 @@ class MemoryPredictor:
 
     def _optimizer_peak(self, offload: bool) -> float:
         if offload not in self._optimizer:
-            self._optimizer[offload] = optimizer_bytes(self.config, offload, self.cpu)
+            self._optimizer[offload] = optimizer_bytes(self.config, offload, self.cpu, self.owned)
         return self._optimizer[offload]
 
 
@@ -272,42 +316,146 @@ def weight_bytes(config: Config) -> int:
 
 def weights(config: Config) -> int:
     """Bytes of the model's weights."""
-    return _bytes_but_fp32_of(config, FP32_KINDS)
-
-
-def gradients(config: Config) -> int:
-    """Bytes of the gradients of all weights, summed over a step's micro-batches."""
-    return _bytes_but_fp32_of(config, FP32_GRADIENT_KINDS)
-
-
-def _bytes_but_fp32_of(config: Config, fp32_kinds: tuple[str, ...]) -> int:
-    """Bytes of tensors like all parameters, with `weight_bytes` an element; fp32 of these kinds."""
     total = 0
     for kind, numel in config.parameter_groups.items():
         element = weight_bytes(config)
-        if kind in fp32_kinds:
+        if kind in FP32_KINDS:
             element = FP32
         total += numel * element
     return total
 
 
-def optimizer_state(config: Config) -> dict[str, int]:
-    """Bytes of the fp32 masters' low bits ("master") and of each optimizer group's state."""
+def gradients(config: Config) -> int:
+    """Bytes of the gradients of all weights, summed over a step's micro-batches."""
+    total = 0
+    for kind, numel in config.parameter_groups.items():
+        total += numel * _gradient_element(config, kind)
+    return total
+
+
+def _gradient_element(config: Config, kind: str) -> int:
+    """Bytes of an element of a gradient of this kind."""
+    if kind in FP32_GRADIENT_KINDS:
+        return FP32
+    return weight_bytes(config)
+
+
+def optimizer_state(config: Config, owned: dict[str, int]) -> dict[str, int]:
+    """Bytes of the fp32 masters' low bits ("master") and of each optimizer group's state.
+
+    `owned` are the elements of each parameter that have state here, as `owned_elements` returns
+    them.
+    """
+    table = parameter_table(config)
     state = dict(master=0)
     if config.split_masters:
-        for kind, numel in config.parameter_groups.items():
-            if kind not in FP32_KINDS:
+        for name, numel in owned.items():
+            if table[name].kind not in FP32_KINDS:
                 state["master"] += numel * LOW_BITS_BYTES
     for group in optimizer_groups(config).values():
         state.setdefault(group.memory_key, 0)
-        state[group.memory_key] += _numel(config, group) * group.state_bytes_per_element
+        state[group.memory_key] += _numel(group, owned) * group.state_bytes_per_element
     return state
 
 
-def _numel(config: Config, group: OptimizerGroup) -> int:
-    """Elements of all parameters of a group."""
+def _numel(group: OptimizerGroup, owned: dict[str, int]) -> int:
+    """Elements that are owned of all parameters of a group."""
+    return sum(owned.get(name, 0) for name in group.parameters)
+
+
+# ---------------------------------------------------------------- gradients and their sums
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientBytes:
+    """Bytes of the gradients of large and small parameters, on one GPU."""
+
+    # from the end of the backward passes to the end of the optimizer step
+    stay: int
+    # What is there besides, during the backward pass of each block, and between forward and
+    # backward pass. Negative where some of `stay` does not exist yet.
+    under_way: list[int]
+    at_the_loss: int = 0
+
+
+def _gradients_of_one_gpu(config: Config, host_gradients: list[int]) -> GradientBytes:
+    """All gradients, but for those of the first blocks that are summed in host memory."""
+    under_way = [_gradients_under_way(layer, host_gradients) for layer in range(config.n_layers)]
+    return GradientBytes(gradients(config) - sum(host_gradients), under_way)
+
+
+def _gradients_reduced_once(config: Config, gpus: int, owned: dict[str, int]) -> GradientBytes:
+    """Gradients that are summed over the GPUs in the last of several micro-batches.
+
+    Every GPU has all gradients until the end of the step. The sums of evenly owned parameters are
+    new tensors, each GPU's of its own rows. All other gradients are summed in place.
+    """
+    parts = _bytes_by_group(config, _parts(config, gpus, owned))
+    # During the backward pass of block 0 all parts are there but its own and the embedding's.
+    under_way = []
+    missing = parts[-1]
+    for of_block in reversed(parts[1:-1]):
+        missing += of_block
+        under_way.append(-missing)
+    return GradientBytes(gradients(config) + sum(parts), under_way, at_the_loss=-sum(parts))
+
+
+# Groups of gradients that travel while the gradients of the next one are made.
+GROUPS_IN_FLIGHT = 2
+
+
+def _gradients_reduced_in_each_pass(
+    config: Config, gpus: int, owned: dict[str, int], several_passes: bool
+) -> GradientBytes:
+    """Gradients that go to their owners as soon as a block has made them.
+
+    What stays are the sums of the rows that a GPU owns, and all gradients of small parameters.
+    Under way are the gradients of the last groups that were made. They are there as a whole; in
+    several micro-batches each GPU also has its part, which it adds to its sum. These gradients are
+    still under way when the next micro-batch begins.
+    """
     table = parameter_table(config)
-    return sum(table[name].numel for name in group.parameters)
+    whole = {name: spec.numel for name, spec in table.items() if spec.kind not in SMALL_KINDS}
+    small = {name: spec.numel for name, spec in table.items() if spec.kind in SMALL_KINDS}
+    sums = {name: owned.get(name, 0) for name in whole}
+    stay = _gradient_bytes(config, (sums | small).items())
+
+    travelling = _bytes_by_group(config, whole)
+    if several_passes:
+        parts = _bytes_by_group(config, _parts(config, gpus, owned))
+        travelling = [sum(both) for both in zip(travelling, parts)]
+
+    def in_flight_before(group: int) -> int:
+        """Bytes of the groups that were made just before this one."""
+        earlier = range(group - GROUPS_IN_FLIGHT, group)
+        if not several_passes:
+            earlier = range(max(earlier.start, 0), group)
+        # An index below 0 counts from the end: the last groups of the micro-batch before.
+        return sum(travelling[index] for index in earlier)
+
+    # The head's group is 0, that of the last block is 1, that of block 0 is n_layers.
+    under_way = [in_flight_before(config.n_layers - layer) for layer in range(config.n_layers)]
+    return GradientBytes(stay, under_way, at_the_loss=in_flight_before(0))
+
+
+def _parts(config: Config, gpus: int, owned: dict[str, int]) -> dict[str, int]:
+    """Elements of each evenly owned parameter that a GPU owns."""
+    return {name: owned[name] for name in evenly_owned(config, gpus)}
+
+
+def _bytes_by_group(config: Config, elements: dict[str, int]) -> list[int]:
+    """Bytes of these elements' gradients, in each of the `gradient_groups`."""
+    sizes = []
+    for names in gradient_groups(config):
+        of_group = [(name, elements.get(name, 0)) for name in names]
+        sizes.append(_gradient_bytes(config, of_group))
+    return sizes
+
+
+def _gradient_bytes(config: Config, elements: Iterable[tuple[str, int]]) -> int:
+    """Bytes of gradients of so many elements of each parameter."""
+    table = parameter_table(config)
+    return sum(numel * _gradient_element(config, table[name].kind) for name, numel in elements)
 
 
 # ---------------------------------------------------------------- what a block keeps
@@ -610,22 +758,29 @@ def _head_numel(config: Config) -> int:
 # ---------------------------------------------------------------- optimizer step
 
 
-def optimizer_bytes(config: Config, offload: bool, cpu: bool) -> float:
+def optimizer_bytes(
+    config: Config, offload: bool, cpu: bool, owned: dict[str, int] | None = None
+) -> float:
     """Bytes that the optimizer step needs beyond what stays.
 
-    The groups are updated one after the other, so it is the most that one of them needs.
+    The groups are updated one after the other, so it is the most that one of them needs. `owned`
+    are the elements of each parameter that are updated here; None stands for all.
     """
+    if owned is None:
+        owned = owned_elements(config, gpus=1)
     peak: float = 0
     for group in optimizer_groups(config).values():
         if group.orthogonalizes:
-            needed = _matrix_group_bytes(config, group, offload, cpu)
+            needed = _matrix_group_bytes(config, group, owned, offload, cpu)
         else:
-            needed = _elementwise_group_bytes(config, group, offload, cpu)
+            needed = _elementwise_group_bytes(config, group, owned, offload, cpu)
         peak = max(peak, needed)
     return peak
 
 
-def _matrix_group_bytes(config: Config, group: OptimizerGroup, offload: bool, cpu: bool) -> float:
+def _matrix_group_bytes(
+    config: Config, group: OptimizerGroup, owned: dict[str, int], offload: bool, cpu: bool
+) -> float:
     """Bytes of a bucket of whole matrices and of the Gram matrices of their shorter sides (Muon).
 
     The matrices of a bucket have one shape. Those of feed-forward networks are the largest, but
@@ -633,7 +788,7 @@ def _matrix_group_bytes(config: Config, group: OptimizerGroup, offload: bool, cp
     """
     worked_on: float = 0
     largest_bucket = 0
-    for shape, parameters in _parameters_by_matrix_shape(config, group).items():
+    for shape, parameters in _parameters_by_matrix_shape(config, group, owned).items():
         bucket = _bucket_of_matrices(shape, parameters)
         worked_on = max(worked_on, _orthogonalization(config, shape, bucket, parameters, cpu))
         largest_bucket = max(largest_bucket, bucket)
@@ -644,14 +799,14 @@ def _matrix_group_bytes(config: Config, group: OptimizerGroup, offload: bool, cp
 
 
 def _parameters_by_matrix_shape(
-    config: Config, group: OptimizerGroup
+    config: Config, group: OptimizerGroup, owned: dict[str, int]
 ) -> dict[tuple[int, ...], list[int]]:
-    """The elements of each parameter, by the shape (rows, columns) of its matrices."""
+    """The owned elements of each parameter, by the shape (rows, columns) of its matrices."""
     table = parameter_table(config)
     elements_of: dict[tuple[int, ...], list[int]] = {}
     for name in group.parameters:
-        spec = table[name]
-        elements_of.setdefault(spec.shape[-2:], []).append(spec.numel)
+        if name in owned:
+            elements_of.setdefault(table[name].shape[-2:], []).append(owned[name])
     return elements_of
 
 
@@ -730,12 +885,13 @@ def _state_bytes(config: Config, group: OptimizerGroup) -> int:
 
 
 def _elementwise_group_bytes(
-    config: Config, group: OptimizerGroup, offload: bool, cpu: bool
+    config: Config, group: OptimizerGroup, owned: dict[str, int], offload: bool, cpu: bool
 ) -> int:
     """Bytes of a bucket of elements that are updated one by one (AdamW)."""
-    numel = _numel(config, group)
+    numel = _numel(group, owned)
     if cpu:
-        updated = min(OPTIMIZER_BUCKET, _largest_parameter(config, group))
+        largest = max((owned.get(name, 0) for name in group.parameters), default=0)
+        updated = min(OPTIMIZER_BUCKET, largest)
         needed = _cpu_update_bytes(config) * updated
     elif config.split_masters:
         needed = 0  # one fused kernel, in place
@@ -756,9 +912,3 @@ def _cpu_update_bytes(config: Config) -> int:
     if config.split_masters:
         return CPU_UPDATE_BYTES[config.precision]
     return CPU_UPDATE_BYTES["fp32"]
-
-
-def _largest_parameter(config: Config, group: OptimizerGroup) -> int:
-    """Elements of the group's largest parameter; 0 for an empty group."""
-    table = parameter_table(config)
-    return max((table[name].numel for name in group.parameters), default=0)

@@ -314,7 +314,6 @@ def out_of_memory(config: Config, machine: Machine, step: int, last_checkpoint: 
     It names the options of the fastest choice that needs less memory than the run's own, at the
     same number of tokens per step. `config` is resolved: no field of it is auto.
     """
-    on_cpu = machine.name is None
     device = machine.name or "the CPU"
     memory_gb = machine.memory_gb or machine.host_memory_gb
     # With one value for each field there is one candidate: the choice that the run uses.
@@ -323,10 +322,10 @@ def out_of_memory(config: Config, machine: Machine, step: int, last_checkpoint: 
         modes=[config.activation_checkpointing],
         offloads=[config.offload_optimizer == "true"],
         batches=[config.batch_size],
-        cpu=on_cpu,
+        machine=machine,
     )
     predicted_gb = used.memory_gb["total"]
-    smaller = next_smaller(config, used, on_cpu)
+    smaller = next_smaller(config, used, machine)
     if smaller is None:
         remedy = (
             "Nothing smaller is left for this model: lower --max_seq_len or use a smaller --preset."
