@@ -192,7 +192,7 @@ class Config:
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = "auto"
     """What a block keeps for the backward pass: everything (none), the outputs of matmuls
     (selective) or only its input (full); auto: full, and selective in as many of the last blocks
-    as fit."""
+    as fit; on several GPUs also none."""
     lighter_blocks: int = 0
     """Number of last blocks that recompute less: selective instead of full, none instead of
     selective. Chosen with activation_checkpointing=auto."""

@@ -479,7 +479,10 @@ def plan(argv: list[str]) -> None:
     options = config_options(args)
     host_memory_gb = options.get("host_memory_gb", 0)
     on_cpu = options.get("device") == "cpu"
-    machine = find_machine(host_memory_gb, args.gpu, on_cpu, _checked_gpu_memory(args))
+    gpus, machines = _gpus_and_machines(args)
+    machine = find_machine(
+        host_memory_gb, args.gpu, on_cpu, _checked_gpu_memory(args), gpus, machines
+    )
     config, name, why = resolve(options, args.preset, machine.memory_gb or None)
     facts = build_plan(config, name, machine, measured_runs())
     other_machine = args.gpu or args.gpu_memory_gb
@@ -495,14 +498,13 @@ def plan(argv: list[str]) -> None:
 def _plan_parser() -> Parser:
     parser = new_parser(
         "run_experiment.py plan [--preset NAME] [--gpu NAME] [--gpu_memory_gb N] "
-        "[--host_memory_gb N] [--json] [--FIELD VALUE ...]",
+        "[--gpus N [--gpus_per_node M]] [--host_memory_gb N] [--json] [--FIELD VALUE ...]",
         __doc__,
     )
     _add_preset_option(parser)
     parser.add_argument(
         "--gpu",
-        help=f"plan for this GPU instead of the one found: {' '.join(GPUS)}; "
-        "the program uses one GPU by design",
+        help=f"plan for this GPU instead of the one found: {' '.join(GPUS)}",
     )
     parser.add_argument(
         "--gpu_memory_gb",
@@ -511,9 +513,45 @@ def _plan_parser() -> Parser:
         help="plan for a GPU with this memory, in GB of 1e9 bytes; "
         "with this option --gpu may be any name",
     )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        default=1,
+        metavar="N",
+        help="plan for so many of these GPUs, which train one model together [1]",
+    )
+    parser.add_argument(
+        "--gpus_per_node",
+        type=int,
+        metavar="M",
+        help=f"how many of them are in a machine [all, or {GPUS_OF_A_MACHINE} of more]",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_options(parser)  # --host_memory_gb is one of them
     return parser
+
+
+# As most machines have that are sold for training.
+GPUS_OF_A_MACHINE = 8
+# More than any run has had.
+MOST_GPUS = 2**17
+
+
+def _gpus_and_machines(args: argparse.Namespace) -> tuple[int, int]:
+    """GPUs of a machine, and machines."""
+    if not 1 <= args.gpus <= MOST_GPUS:
+        raise ConfigError(f"--gpus {args.gpus}: must lie between 1 and {MOST_GPUS:,}")
+    per_machine = args.gpus_per_node
+    if per_machine is None:
+        per_machine = min(args.gpus, GPUS_OF_A_MACHINE)
+    if per_machine < 1:
+        raise ConfigError(f"--gpus_per_node {per_machine}: must be at least 1")
+    if args.gpus % per_machine != 0:
+        raise ConfigError(
+            f"--gpus {args.gpus} with --gpus_per_node {per_machine}: every machine needs as many "
+            "GPUs, so the first must be a multiple of the second"
+        )
+    return per_machine, args.gpus // per_machine
 
 
 # In GB. No GPU has as much.
@@ -567,6 +605,7 @@ def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:
         ),
         _labelled("checkpoint", f"{format_size(checkpoint_gb(config), 2)} a file"),
         _labelled("training time", _training_time(facts)),
+        *_lines_of_several_gpus(facts),
         wrapped(f"plan for {_place(facts)}: {_verdict(config, facts)}"),
         "",
         memory_table(memory_gb, optimizer_groups(config), capacity_gb=capacity_gb),
@@ -574,7 +613,36 @@ def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:
         "All sizes are predicted; a GB is 1e9 bytes. Training prints the measured ones\n"
         "beside them.",
     ]
+    if facts["gpus"] > 1:
+        lines.append("They are those of the GPU that needs most.")
     print("\n".join(lines))
+
+
+def _lines_of_several_gpus(facts: dict) -> list[str]:
+    """What `plan` says of several GPUs alone: the batch that they need, and their traffic."""
+    lines = []
+    needed = facts["needed_batch"]
+    if needed:
+        text = f"{facts['gpus']} GPUs need as many micro-batches a step. {needed['difference']}"
+        lines.append(_labelled("batch", text))
+    traffic = facts["traffic"]
+    if traffic:
+        lines.append(_labelled("traffic", _traffic_text(traffic)))
+    return lines
+
+
+def _traffic_text(traffic: dict) -> str:
+    text = (
+        f"predicted: a step sends {format_size(traffic['gradients_gb'])} of gradients "
+        f"({traffic['gradient_seconds']:.2f} s) and {format_size(traffic['weights_gb'])} of "
+        f"weights ({traffic['weight_seconds']:.2f} s) from each GPU, while the GPUs compute"
+    )
+    if traffic["machines_gb"]:
+        text += (
+            f"; and {format_size(traffic['machines_gb'])} to other machines "
+            f"({traffic['machine_seconds']:.2f} s)"
+        )
+    return text
 
 
 # Columns of a label and of the space behind it, in what `plan` prints.
@@ -627,10 +695,24 @@ def _place(facts: dict) -> str:
     if facts["gpu"]:
         untested = "" if facts["gpu_tested"] else ", untested"
         place = f"{facts['gpu']} ({facts['gpu_memory_gb']} GB{untested})"
+    place = _several(facts) + place
     place += f", host with {facts['host_memory_gb']:.0f} GB"
     if facts["host_memory_assumed"]:
         place += " (assumed; --host_memory_gb N says what it has)"
     return place
+
+
+def _several(facts: dict) -> str:
+    """How many GPUs the plan is for, or processes on a CPU; empty for one."""
+    if facts["gpus"] == 1:
+        return ""
+    machines = facts["gpus"] // facts["gpus_per_node"]
+    if not facts["gpu"]:
+        return f"{facts['gpus']} processes on "
+    text = f"{facts['gpus_per_node']} x "
+    if machines > 1:
+        text = f"{machines} machines with {text}"
+    return text
 
 
 def _verdict(config: Config, facts: dict) -> str:

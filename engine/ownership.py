@@ -108,7 +108,8 @@ def _given_away(parameters: dict[str, ParameterSpec], ranks: int) -> Ownership:
     units = []  # (cost, name, first row, last row + 1)
     for name, spec in parameters.items():
         for start, stop in _units(spec):
-            units.append((_cost(spec, start, stop), name, start, stop))
+            cost = update_cost(spec, start, stop)
+            units.append((cost, name, start, stop))
     # Equal costs stay in the order of names and rows: every rank must get the same result.
     units.sort(key=lambda unit: (-unit[0], *unit[1:]))
     load = [0] * ranks
@@ -128,14 +129,16 @@ def _units(spec: ParameterSpec) -> list[tuple[int, int]]:
     return [(row, row + 1) for row in range(rows)]
 
 
-def _cost(spec: ParameterSpec, start: int, stop: int) -> int:
-    """What the update of these rows takes, in multiplications up to a factor.
+def update_cost(spec: ParameterSpec, start: int = 0, stop: int | None = None) -> int:
+    """What the update of these rows takes, or of all, in multiplications.
 
     Newton-Schulz in Gram form (muon.py) on [short, long]: the Gram matrix is computed twice and
     multiplied with x twice, in all 3 long short^2 (a symmetric product is half a product), and
     about 10 symmetric products of the Gram matrix are 5 short^3.
     """
     short, long = sorted(spec.shape[-2:])
+    if stop is None:
+        stop = spec.shape[0]
     matrices = 1
     if len(spec.shape) > 2:
         matrices = stop - start

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from config import LIGHTER, PRESETS, Config, ConfigError, OutOfMemory
 from planner.layout import format_size
-from planner.machine import HOST_SHARE, ONE_GPU, Machine
-from planner.sizes import MemoryPredictor
+from planner.machine import GB, HOST_SHARE, ONE_GPU, Machine
+from planner.sizes import MemoryPredictor, weights
 
 # Time of a step relative to that without recomputation; it orders the choices. Measured on an H200
 # with four layers of 18b and the head, forward and backward
@@ -584,3 +584,23 @@ def check_fits(config: Config, machine: Machine) -> None:
             f"  {advice}; if the machine has more than the operating system reports, say so with "
             "--host_memory_gb."
         )
+
+
+# The share of a GPU's memory that the weights may take where several GPUs train. Each one holds
+# all weights, and activations need the rest.
+WEIGHTS_SHARE = 0.45
+
+
+def check_weights(config: Config, machine: Machine) -> None:
+    """Raises ConfigError where several GPUs train and the weights alone take too much of each."""
+    if machine.ranks == 1 or machine.is_cpu:
+        return
+    weights_gb = weights(config) / GB
+    if weights_gb <= WEIGHTS_SHARE * machine.memory_gb:
+        return
+    raise ConfigError(
+        f"the weights take {weights_gb:.1f} GB, {weights_gb / machine.memory_gb:.0%} of a "
+        f"{machine.name} ({machine.memory_gb:.1f} GB). Each of several GPUs holds all weights, and "
+        f"more than {WEIGHTS_SHARE:.0%} leaves activations too little: take GPUs with more memory, "
+        "one GPU (--gpus 1), or a smaller --preset"
+    )

@@ -31,26 +31,27 @@ class GPU:
     memory_gb: float  # what PyTorch sees of it, in GB of 1e9 bytes: less than its label says
     peak_tflops: float  # of dense matmuls in 16 bits with fp32 sums, without sparsity
     peak_fp32_tflops: float  # of matmuls in fp32, without tensor cores
-    host_memory_gb: float  # of a usual host
+    host_memory_gb: float  # of a usual host, for each GPU
+    link_gb_s: float  # to other GPUs of its machine, one way: NVLink, Infinity Fabric or PCIe
     words: tuple[str, ...]  # all of them are in the driver's name for it
     tested: bool = False  # whether this program has run on one
 
 
 GPUS = {
-    "b300": GPU(287.0, 2250, 75, 256, ("B300",)),
-    "mi300x": GPU(206.1, 1307, 163, 256, ("MI300X",)),
-    "b200": GPU(191.5, 2250, 75, 256, ("B200",)),
-    "h200": GPU(150.1, 989, 67, 128, ("H200",), tested=True),
-    "gh200": GPU(101.5, 989, 67, 256, ("GH200", "480GB")),
+    "b300": GPU(287.0, 2250, 75, 256, 900, ("B300",)),
+    "mi300x": GPU(206.1, 1307, 163, 256, 448, ("MI300X",)),
+    "b200": GPU(191.5, 2250, 75, 256, 900, ("B200",)),
+    "h200": GPU(150.1, 989, 67, 128, 450, ("H200",), tested=True),
+    "gh200": GPU(101.5, 989, 67, 256, 450, ("GH200", "480GB")),
     # the SXM card; PCIe and NVL cards have other peaks
-    "h100": GPU(84.9, 989, 67, 128, ("H100", "HBM3"), tested=True),
-    "a100-80": GPU(85.1, 312, 19.5, 128, ("A100", "80GB")),
-    "a6000": GPU(51.0, 155, 38.7, 128, ("RTX", "A6000")),
-    "l40s": GPU(47.7, 362, 91.6, 128, ("L40S",)),
-    "a100-40": GPU(42.3, 312, 19.5, 128, ("A100", "40GB")),
-    "rtx5090": GPU(33.7, 209, 105, 64, ("RTX", "5090")),
-    "rtx4090": GPU(25.3, 165, 82.6, 64, ("RTX", "4090")),
-    "l4": GPU(23.7, 121, 30.3, 64, ("L4",)),
+    "h100": GPU(84.9, 989, 67, 128, 450, ("H100", "HBM3"), tested=True),
+    "a100-80": GPU(85.1, 312, 19.5, 128, 300, ("A100", "80GB")),
+    "a6000": GPU(51.0, 155, 38.7, 128, 32, ("RTX", "A6000")),
+    "l40s": GPU(47.7, 362, 91.6, 128, 32, ("L40S",)),
+    "a100-40": GPU(42.3, 312, 19.5, 128, 300, ("A100", "40GB")),
+    "rtx5090": GPU(33.7, 209, 105, 64, 64, ("RTX", "5090")),
+    "rtx4090": GPU(25.3, 165, 82.6, 64, 32, ("RTX", "4090")),
+    "l4": GPU(23.7, 121, 30.3, 64, 32, ("L4",)),
 }
 
 # Host memory of a usual host, for a GPU that is not known: cards of up to 40 GB are in desktops.
@@ -147,7 +148,7 @@ def find_machine(
 ) -> Machine:
     """The machine to plan for, without torch.
 
-    - With `gpu`, a name in GPUS: that GPU with a usual host.
+    - With `gpu`, a name in GPUS: that GPU with a usual host, which has as much memory for each GPU.
     - With `gpu_memory_gb`: a GPU with that memory, called `gpu` if that is given, and a usual host.
     - With `cpu`: this machine's CPU.
     - With none: the first visible GPU that the driver reports, or the CPU if there is none.
@@ -156,9 +157,9 @@ def find_machine(
     `machines`; nothing checks that they are there. Raises ConfigError for an unknown name.
     """
     if gpu_memory_gb is not None:
-        machine = _gpu_with_memory(gpu, gpu_memory_gb, host_gb)
+        machine = _gpu_with_memory(gpu, gpu_memory_gb, host_gb, gpus)
     elif gpu is not None:
-        machine = _gpu_by_name(gpu.lower(), host_gb)
+        machine = _gpu_by_name(gpu.lower(), host_gb, gpus)
     else:
         machine = _this_machine(host_gb, cpu)
     return dataclasses.replace(machine, gpus=gpus, machines=machines)
@@ -172,17 +173,17 @@ def _this_machine(host_gb: float, cpu: bool) -> Machine:
     return machine or Machine(None, 0, host_gb)
 
 
-def _gpu_by_name(name: str, host_gb: float) -> Machine:
+def _gpu_by_name(name: str, host_gb: float, gpus: int) -> Machine:
     if name not in GPUS:
         raise ConfigError(
             f"unknown GPU {name!r}.{nearest(name, GPUS)} Known: {', '.join(GPUS)}. "
             "Plan for another one with --gpu_memory_gb N"
         )
     gpu = GPUS[name]
-    return Machine(name, gpu.memory_gb, host_gb or gpu.host_memory_gb, name)
+    return Machine(name, gpu.memory_gb, host_gb or gpus * gpu.host_memory_gb, name)
 
 
-def _gpu_with_memory(name: str | None, memory_gb: float, host_gb: float) -> Machine:
+def _gpu_with_memory(name: str | None, memory_gb: float, host_gb: float, gpus: int) -> Machine:
     """A GPU that need not be known; a known one keeps its peak and its usual host."""
     key = None
     usual_host_gb: float = SERVER_HOST_GB
@@ -191,7 +192,7 @@ def _gpu_with_memory(name: str | None, memory_gb: float, host_gb: float) -> Mach
     if name is not None and name.lower() in GPUS:
         key = name.lower()
         usual_host_gb = GPUS[key].host_memory_gb
-    return Machine(key or name or "a GPU", memory_gb, host_gb or usual_host_gb, key)
+    return Machine(key or name or "a GPU", memory_gb, host_gb or gpus * usual_host_gb, key)
 
 
 def _gpu_of_driver(host_gb: float) -> Machine | None:

@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Sequence
 
 from config import Config, OptimizerGroup
-from planner.choice import Choice, advise, choose, fastest
+from planner.choice import Choice, advise, check_weights, choose, fastest
 from planner.layout import format_size
 from planner.machine import GPUS, Machine
+from planner.sharing import Batch, batch_for
 from planner.sizes import checkpoint_gb
 from planner.speed import MeasuredRun, PredictedSpeed, predict_speed, runs_of
+from planner.traffic import traffic_of_a_step
 
 # Labels of the memory table's rows, by key. Those of optimizer state are the groups' own.
 COMPONENTS = dict(
@@ -35,7 +37,15 @@ def build_plan(
     `choice`, `options` and `memory_gb` are what a run chooses, or else the smallest choice;
     `advice` then says what would fit, and `advised_memory_gb` what that takes. `fastest_options`
     are those of the fastest choice that fits, with every field free.
+
+    With several GPUs sizes are those of one GPU, speeds those of all, and `traffic` is what each
+    one sends in a step. `needed_batch` is the batch of the plan where a step of `config` has fewer
+    micro-batches than there are GPUs. Raises ConfigError where the weights are too large for that.
     """
+    check_weights(config, machine)
+    batch = batch_for(config, machine.ranks)
+    needed_batch = _needed_batch(config, batch)
+    config = dataclasses.replace(config, **dataclasses.asdict(batch))
     choice, kept = choose(config, machine, fixed_batch=False)
     fits = choice.fits(machine)
 
@@ -48,7 +58,9 @@ def build_plan(
             advised_memory_gb = _rounded(planned.memory_gb)
 
     free = fastest(config, machine)
-    measured = _measured_run(runs_of(config, preset, machine, runs), choice.options(config))
+    measured = None
+    if machine.ranks == 1:
+        measured = _measured_run(runs_of(config, preset, machine, runs), choice.options(config))
     predicted = None
     if planned:
         predicted = predict_speed(config, planned, machine, runs)
@@ -75,7 +87,32 @@ def build_plan(
         options=choice.options(config),
         fastest_options=free.options(config) if free else None,
         gpu_tested=machine.key is not None and GPUS[machine.key].tested,
+        gpus=machine.ranks,
+        gpus_per_node=machine.gpus,
+        reduce_gradients=choice.reduce_gradients,
+        needed_batch=needed_batch,
+        traffic=_traffic(config, choice, machine),
     )
+
+
+def _needed_batch(config: Config, batch: Batch) -> dict | None:
+    """The batch with a micro-batch for each GPU; None where that is the configuration's."""
+    if batch.gradient_accumulation_steps == config.gradient_accumulation_steps:
+        return None
+    return dict(
+        batch_size=batch.batch_size,
+        gradient_accumulation_steps=batch.gradient_accumulation_steps,
+        another_training=batch.is_another_training(config),
+        difference=batch.difference(config),
+    )
+
+
+def _traffic(config: Config, choice: Choice, machine: Machine) -> dict | None:
+    """What each GPU sends in a step, by what it is; None with one GPU."""
+    if machine.ranks == 1:
+        return None
+    traffic = traffic_of_a_step(config, choice, machine)
+    return {key: round(value, 4) for key, value in dataclasses.asdict(traffic).items()}
 
 
 def _measured_run(runs: Sequence[MeasuredRun], options: str) -> MeasuredRun | None:
@@ -121,6 +158,8 @@ def _chosen_values(choice: Choice) -> dict:
     del values["memory_gb"]  # it has an entry of its own
     if not choice.lighter_blocks:
         del values["lighter_blocks"]
+    if choice.reduce_gradients is None:
+        del values["reduce_gradients"]
     return values
 
 

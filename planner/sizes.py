@@ -425,17 +425,23 @@ def _gradients_reduced_in_each_pass(
         parts = _bytes_by_group(config, _parts(config, gpus, owned))
         travelling = [sum(both) for both in zip(travelling, parts)]
 
-    def in_flight_before(group: int) -> int:
-        """Bytes of the groups that were made just before this one."""
-        earlier = range(group - GROUPS_IN_FLIGHT, group)
-        if not several_passes:
-            earlier = range(max(earlier.start, 0), group)
-        # An index below 0 counts from the end: the last groups of the micro-batch before.
-        return sum(travelling[index] for index in earlier)
-
     # The head's group is 0, that of the last block is 1, that of block 0 is n_layers.
-    under_way = [in_flight_before(config.n_layers - layer) for layer in range(config.n_layers)]
-    return GradientBytes(stay, under_way, at_the_loss=in_flight_before(0))
+    in_flight = [
+        _in_flight_before(group, travelling, several_passes) for group in range(config.n_layers + 1)
+    ]
+    of_blocks = in_flight[:0:-1]  # by number of the block
+    return GradientBytes(stay, of_blocks, at_the_loss=in_flight[0])
+
+
+def _in_flight_before(group: int, sizes: list[int], wraps: bool) -> int:
+    """Bytes of the groups that were made just before this one; `sizes` are those of all groups.
+
+    With `wraps` the last groups of one micro-batch come before the first ones of the next.
+    """
+    earlier = range(group - GROUPS_IN_FLIGHT, group)
+    if not wraps:
+        earlier = range(max(earlier.start, 0), group)
+    return sum(sizes[index] for index in earlier)  # an index below 0 counts from the end
 
 
 def _parts(config: Config, gpus: int, owned: dict[str, int]) -> dict[str, int]:

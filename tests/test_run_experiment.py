@@ -301,7 +301,6 @@ def test_plan_says_whose_host_memory_it_counts_on(cli):
 
 
 def test_several_gpus_and_one_that_is_used(cli, monkeypatch, tmp_path):
-    assert "uses one GPU by design" in " ".join(cli("plan", "--help")[1].split())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(
@@ -312,6 +311,31 @@ def test_several_gpus_and_one_that_is_used(cli, monkeypatch, tmp_path):
         assert (
             "2 GPUs are visible; this run uses one. --gpus all" in cli("--resume", __file__)[1]
         ) is (count == 2)
+
+
+def test_plan_of_several_gpus(cli):
+    argv = ("plan", "--preset", "18b", "--gpu", "h200", "--gpus")
+    code, out, _ = cli(*argv, "4")
+    words = "plan for 4 x h200 (150.1 GB), host with 512 GB (assumed"
+    assert code == 0 and words in unbroken(out) and "traffic" in out
+    assert "--reduce_gradients micro_batch" in unbroken(out)
+    assert max(map(len, out.splitlines())) <= 80
+
+    code, out, _ = cli(*argv, "64", "--gpus_per_node", "8")
+    assert code == 0 and "plan for 8 machines with 8 x h200" in unbroken(out)
+    assert "64 GPUs need as many micro-batches a step. That is another training" in unbroken(out)
+    assert "to other machines" in unbroken(out)
+    assert cli(*argv, "64")[1] == out, "8 GPUs a machine are usual"
+
+    for words, cause in (
+        (("12", "--gpus_per_node", "8"), "--gpus 12 with --gpus_per_node 8: every machine"),
+        (("0",), "--gpus 0: must lie between 1 and"),
+        (("2", "--gpus_per_node", "0"), "--gpus_per_node 0: must be at least 1"),
+    ):
+        code, _, err = cli(*argv, *words)
+        assert code == 2 and cause in unbroken(err)
+    code, _, err = cli("plan", "--preset", "25b", "--gpu", "h100", "--gpus", "8")
+    assert code == 2 and "58% of a h100" in unbroken(err)
 
 
 def test_plan_says_what_is_short(cli):

@@ -5,16 +5,20 @@ import itertools
 
 import pytest
 
-from config import PRESET_BY_GPU_MEMORY, PRESETS, Config
+from config import PRESET_BY_GPU_MEMORY, PRESETS, Config, ConfigError, OutOfMemory
 from planner.choice import (
     Choice,
     advise,
     apply_choice,
     candidates,
+    check_fits,
+    check_weights,
     choose,
     could_fit,
     fastest,
     next_smaller,
+    relative_time,
+    resolve_autos,
 )
 from planner.machine import CONTEXT_GB, GPUS, USABLE, Machine, find_machine
 from planner.sizes import MemoryPredictor, predict_memory
@@ -365,3 +369,115 @@ def test_advice_needs_no_preset_that_an_edited_default_makes_impossible(monkeypa
     c = config_of("18b")
     advice, _ = advise(choose(c, machine, fixed_batch=False)[0], c, machine)
     assert advice.endswith("these fit: 2b small")
+
+
+# ---------------------------------------------------------------- several GPUs
+
+
+@pytest.mark.parametrize(
+    "gpu, gpus, expected",
+    [
+        ("h200", 2, dict(reduce_gradients="step", activation_checkpointing="selective")),
+        ("h200", 4, dict(reduce_gradients="micro_batch", offload_optimizer=False)),
+        ("h200", 8, dict(reduce_gradients="step", offload_optimizer=False)),
+        ("h100", 4, dict(reduce_gradients="micro_batch", activation_checkpointing="full")),
+    ],
+)
+def test_known_answers_of_several_gpus(gpu, gpus, expected):
+    c = config_of("18b")
+    machine = find_machine(gpu=gpu, gpus=gpus)
+    choice, kept = choose(c, machine, fixed_batch=False)
+    assert kept and choice.fits(machine) and expected.items() <= dataclasses.asdict(choice).items()
+    assert choice.batch_size == c.batch_size, "the number of GPUs chooses no training"
+    assert choose(c, machine, fixed_batch=True)[0] == choice
+    resolved, memory_gb, advised = resolve_autos(c, machine)
+    assert advised is None and memory_gb == choice.memory_gb
+    assert resolved.reduce_gradients == choice.reduce_gradients
+    assert f"--reduce_gradients {choice.reduce_gradients} " in choice.options(c)
+
+
+def test_more_gpus_recompute_less():
+    c = config_of("18b")
+    times = []
+    for gpus in (2, 4, 8):
+        choice, _ = choose(c, find_machine(gpu="h100", gpus=gpus), fixed_batch=True)
+        times.append(relative_time(c, dataclasses.replace(choice, reduce_gradients=None)))
+    assert times == sorted(times, reverse=True) and times[0] > times[-1]
+    # and none at all where that fits, though nobody requested it
+    choice, _ = choose(config_of("5b"), find_machine(gpu="h200", gpus=2), fixed_batch=True)
+    assert choice.activation_checkpointing == "none" and choice.reduce_gradients == "step"
+
+
+@pytest.mark.parametrize(
+    "gpu_gb, host_gb, gpus", [(20, 64, 2), (30, 10, 2), (16, 128, 4), (9, 64, 4)]
+)
+def test_several_gpus_take_the_fastest_of_every_choice(gpu_gb, host_gb, gpus):
+    c = config_of("18b", **SHORT)
+    machine = Machine("a GPU", gpu_gb, host_gb, gpus=gpus)
+    choice, kept = choose(c, machine, fixed_batch=True)
+    everything = candidates(c, batches=[c.batch_size], machine=machine)
+    fitting = [x for x in everything if x.fits(machine)]
+    assert kept == bool(fitting)
+    if fitting:
+        assert choice == fitting[0]
+    assert could_fit(c, machine) == any(x.fits(machine) for x in candidates(c, machine=machine))
+
+
+def test_the_configuration_fixes_how_gradients_are_reduced():
+    machine = find_machine(gpu="b200", gpus=2)
+    for reduction in ("step", "micro_batch"):
+        c = config_of("5b", reduce_gradients=reduction)
+        assert choose(c, machine, fixed_batch=True)[0].reduce_gradients == reduction
+        assert choose(c, MACHINES["b200"], fixed_batch=True)[0].reduce_gradients is None
+    assert resolve_autos(config_of("5b"), MACHINES["b200"])[0].reduce_gradients == "auto"
+
+
+def test_several_gpus_resolve_all_fields_even_where_nothing_fits():
+    c = config_of("18b", host_gradient_blocks=3, offload_optimizer="true")
+    for memory_gb in (20, 150):
+        machine = Machine("a GPU", memory_gb, 500, gpus=4)
+        resolved, memory, advised = resolve_autos(c, machine)
+        assert (advised is None) == (memory_gb == 150)
+        assert resolved.reduce_gradients in ("step", "micro_batch")
+        assert resolved.host_gradient_blocks == 0 and resolved.batch_size == c.batch_size
+        # what a run reports when its memory runs out
+        [used] = candidates(
+            resolved,
+            [resolved.activation_checkpointing],
+            [resolved.offload_optimizer == "true"],
+            [resolved.batch_size],
+            machine,
+        )
+        assert used.memory_gb == memory
+        less = next_smaller(resolved, used, machine)
+        assert less is None or less.device_gb < used.device_gb
+
+
+def test_gpus_of_a_machine_share_its_host_memory():
+    c = config_of("18b", activation_checkpointing="full", offload_optimizer="true")
+    # 74.3 GB of state, whatever the number of GPUs
+    assert choose(c, Machine("a GPU", 150, 84, gpus=4), fixed_batch=True)[1]
+    short = Machine("a GPU", 70, 80, gpus=4)
+    choice, kept = choose(c, short, fixed_batch=True)
+    assert not kept and "the host, for each of 4 GPUs" in choice.shortage(short)
+    advice, _ = advise(choice, c, short)
+    assert "With 83 GB of host memory this would fit: " in advice
+
+    nowhere = Machine("a GPU", 30, 500, gpus=4)
+    advice, _ = advise(choose(c, nowhere, fixed_batch=True)[0], c, nowhere)
+    assert advice.startswith("No choice for this model would fit: use more GPUs, or a smaller")
+
+
+def test_processes_on_a_cpu_share_its_memory():
+    c = config_of("small")
+    needed_gb = resolve_autos(c, Machine(None, 0, 20, gpus=2))[1]["total"]
+    check_fits(c, Machine(None, 0, 2.5 * needed_gb, gpus=2))
+    with pytest.raises(OutOfMemory, match="no memory for this run"):
+        check_fits(c, Machine(None, 0, 0.5 * needed_gb, gpus=2))
+
+
+def test_weights_that_leave_no_room_are_refused():
+    check_weights(config_of("25b"), MACHINES["h100"])
+    check_weights(config_of("18b"), find_machine(gpu="h100", gpus=8))
+    with pytest.raises(ConfigError, match=r"weights take 49.3 GB, 58% of a h100 \(84.9 GB\)"):
+        check_weights(config_of("25b"), find_machine(gpu="h100", gpus=8))

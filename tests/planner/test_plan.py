@@ -1,5 +1,7 @@
 """What `plan` reports."""
 
+import pytest
+
 from config import PRESETS, Config, optimizer_groups
 from planner.machine import find_machine
 from planner.plan import build_plan, memory_table
@@ -58,3 +60,40 @@ def test_a_plan_names_the_fastest_options_too():
     assert plan["gpu_tested"]
     nowhere = build_plan(Config(**PRESETS["18b"]), "18b", find_machine(gpu="l4"))
     assert nowhere["fastest_options"] is None and not nowhere["gpu_tested"]
+
+
+def test_a_plan_of_several_gpus():
+    config = Config(**PRESETS["18b"])
+    one = build_plan(config, "18b", find_machine(gpu="h200"))
+    assert (one["gpus"], one["gpus_per_node"]) == (1, 1)
+    assert one["reduce_gradients"] is one["traffic"] is one["needed_batch"] is None
+    assert "reduce_gradients" not in one["choice"] and "reduce" not in one["options"]
+
+    run = MeasuredRun("18b", "fp16", "h200", 9_000.0, one["options"])
+    four = build_plan(config, "18b", find_machine(gpu="h200", gpus=4), [run])
+    assert four["fits"] and (four["gpus"], four["gpus_per_node"]) == (4, 4)
+    assert four["needed_batch"] is None and four["reduce_gradients"] == "micro_batch"
+    assert four["tokens_per_second"] is None, "one GPU's speed is none of four"
+    assert 3.5 < four["predicted_tokens_per_second"] / 9_000 < 4.5
+    # two micro-batches, of whose gradients a GPU sends all but its own quarter
+    sent = 2 * 0.75 * one["memory_gb"]["gradients"]
+    assert four["traffic"]["gradients_gb"] == pytest.approx(sent, abs=0.01)
+    assert four["traffic"]["machines_gb"] == 0
+    # host memory that nobody stated grows with the GPUs
+    assert (one["host_memory_gb"], four["host_memory_gb"]) == (128, 512)
+
+
+def test_a_plan_of_several_machines_names_the_batch_that_they_need():
+    config = Config(**PRESETS["18b"])
+    machine = find_machine(gpu="h200", gpus=8, machines=8)
+    plan = build_plan(config, "18b", machine)
+    assert (plan["gpus"], plan["gpus_per_node"]) == (64, 8)
+    needed = plan["needed_batch"]
+    assert (needed["batch_size"], needed["gradient_accumulation_steps"]) == (1, 64)
+    assert needed["another_training"] and plan["tokens_per_step"] == 2 * config.tokens_per_step
+    assert plan["options"].startswith("--batch_size 1 --gradient_accumulation_steps 64 ")
+    # owners are within a machine: each has an eighth of the state, and sums it with 7 others
+    eight = build_plan(config, "18b", find_machine(gpu="h200", gpus=8))
+    assert plan["memory_gb"]["momentum"] == eight["memory_gb"]["momentum"]
+    gradients_gb = build_plan(config, "18b", find_machine(gpu="h200"))["memory_gb"]["gradients"]
+    assert plan["traffic"]["machines_gb"] == pytest.approx(2 * 7 / 8 * gradients_gb / 8, abs=0.01)

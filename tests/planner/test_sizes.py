@@ -18,14 +18,17 @@ from config import (
     parameter_table,
 )
 from engine.offload import GradientOffload
+from engine.ownership import is_even, ownership
 from model import COMPUTE_DTYPE, MoETransformer
 from moe import MoE, SwiGLU
 from muon import build_optimizers
-from planner.machine import Machine
+from planner.machine import Machine, find_machine
 from planner.plan import build_plan, memory_table
+from planner.sharing import evenly_owned
 from planner.sizes import (
     CPU_LIBRARY_GB,
     _gradients_under_way,
+    _in_flight_before,
     activation_bytes_per_token,
     checkpoint_gb,
     optimizer_bytes,
@@ -408,3 +411,99 @@ def test_a_third_optimizer_group_is_one_more_row(monkeypatch):
     table = memory_table(after, with_third_group(config))
     assert any(line.startswith("Lion momentum") for line in table.splitlines())
     assert "lion" in build_plan(config, "18b", Machine("a GPU", 150, 128))["memory_gb"]
+
+
+# ---------------------------------------------------------------- several GPUs
+
+
+def naive_share(config: Config, gpus: int, gpu: int, reduce_gradients: str) -> dict[str, int]:
+    """Bytes of gradients and state of one GPU, from shapes and owners."""
+    element = 2 if config.split_masters else 4
+    table = parameter_table(config)
+    sizes = dict.fromkeys(("gradients", "master", "momentum", "adamw"), 0)
+    for name, shards in ownership(config, gpus).items():
+        spec = table[name]
+        numels = {}
+        for shard in shards:
+            rows = shard.stop - shard.start
+            numels[shard.owner] = numels.get(shard.owner, 0) + rows * spec.numel // spec.shape[0]
+        own = numels.get(gpu, 0)
+        small = spec.kind in ("norms", "router")
+        gradient = 4 if small or spec.kind in ("embedding", "head") else element
+        even = not small and is_even(shards, gpus)
+        if reduce_gradients == "step":  # all, and the new tensors of a reduce-scatter
+            sizes["gradients"] += gradient * (spec.numel + (own if even else 0))
+        else:
+            sizes["gradients"] += gradient * (spec.numel if small else own)
+        if element == 2 and not small:
+            sizes["master"] += 2 * own
+        if spec.kind in ("attention", "dense_ffn", "experts"):
+            sizes["momentum"] += element * own
+        else:
+            sizes["adamw"] += 8 * own
+    return sizes
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("reduce_gradients", ["step", "micro_batch"])
+def test_what_stays_of_several_gpus_is_the_share_of_the_largest(gpus, precision, reduce_gradients):
+    config = tiny_config(
+        **SMALL, precision=precision, gradient_accumulation_steps=8, host_gradient_blocks=1
+    )
+    shares = [naive_share(config, gpus, gpu, reduce_gradients) for gpu in range(gpus)]
+    expected = max(shares, key=lambda sizes: sum(sizes.values()))
+    options = dict(gpus=gpus, reduce_gradients=reduce_gradients)
+    found = predict_memory(config, "none", 2, offload=False, **options)
+    assert {key: round(found[key] * 1e9) for key in expected} == expected
+    state = expected["master"] + expected["momentum"] + expected["adamw"]
+    offloaded = predict_memory(config, "none", 2, offload=True, **options)
+    assert round(offloaded["host"] * 1e9) == state
+    assert offloaded["gradients"] == found["gradients"], "no gradients are summed in host memory"
+
+
+def test_one_micro_batch_for_each_gpu_is_reduced_at_once():
+    config = config_of("18b")
+    once, each = (
+        predict_memory(config, "full", 4, False, gpus=8, reduce_gradients=reduce_gradients)
+        for reduce_gradients in ("step", "micro_batch")
+    )
+    assert once == each
+    two_each = predict_memory(config, "full", 4, False, gpus=4, reduce_gradients="step")
+    assert two_each["gradients"] > 36 > 5 > once["gradients"]
+
+
+def test_gradients_on_their_way_to_their_owners():
+    """Two groups of them: here blocks have 1, 10, 100 and 1000 elements, and head and embedding none."""
+    names = [[], ["d"], ["c"], ["b"], ["a"], []]
+    elements = dict(a=1, b=10, c=100, d=1000)
+    sizes = [sum(elements[name] for name in group) for group in names]
+    before = [_in_flight_before(group, sizes, wraps=False) for group in range(6)]
+    assert before == [0, 0, 1000, 1100, 110, 11]
+    # before the next micro-batch's first groups there is what is left of the last one
+    assert [_in_flight_before(group, sizes, wraps=True) for group in range(3)] == [1, 0, 1000]
+
+
+def test_the_peak_of_four_gpus_is_the_measured_one():
+    """121.6 GB, with 18b in micro-batches of 2, all state on the card and nothing recomputed."""
+    config = config_of("18b", precision="bf16", batch_size=2, gradient_accumulation_steps=16)
+    sizes = predict_memory(config, "none", 2, False, gpus=4, reduce_gradients="micro_batch")
+    assert sizes["total"] == pytest.approx(121.6, rel=0.03)
+    # and with two, and the state in host memory, it fits
+    sizes = predict_memory(config, "none", 2, True, gpus=2, reduce_gradients="micro_batch")
+    assert sizes["total"] < find_machine(gpu="h200", gpus=2).usable_gb
+
+
+def test_a_peak_counts_the_sums_that_exist_by_then():
+    """With gradients reduced once a step the new tensors come block by block: where nothing else is
+    as large, the peak is at the end, when all are there."""
+    config = tiny_config(**SMALL, precision="bf16", gradient_accumulation_steps=8)
+    one = predict_memory(config, "none", 2, offload=False)
+    two = predict_memory(config, "none", 2, False, gpus=2, reduce_gradients="step")
+    parts = two["gradients"] - one["gradients"]
+    table = parameter_table(config)
+    last_block = f"blocks.{config.n_layers - 1}."
+    of_head = 4 * table["head.weight"].numel / 2 / 1e9
+    assert any(name.startswith(last_block) for name in evenly_owned(config, 2))
+    # During the last block's backward pass, the peak, only the head's sum is there.
+    assert two["activations"] == pytest.approx(one["activations"] - parts + of_head)
