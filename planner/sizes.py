@@ -11,7 +11,7 @@ Change this file together with model.py, moe.py, muon.py and engine/offload.py.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 from config import (
@@ -184,13 +184,17 @@ class MemoryPredictor:
         return self._gradient_bytes[summing]
 
     def _computed_gradients(self, summing: Summing) -> "GradientBytes":
-        if self.gpus == 1:
+        if self.ranks == 1:
             return _gradients_of_one_gpu(self.config, self._host_gradients(summing.offload))
-        if summing.over_gpus == "step" and summing.several_passes:
-            return _gradients_reduced_once(self.config, self.gpus, self.owned)
-        return _gradients_reduced_in_each_pass(
-            self.config, self.gpus, self.owned, summing.several_passes
-        )
+        in_every_pass = summing.over_gpus == "micro_batch"
+        groups = travelling_groups(self.config, self.gpus, self.owned, in_every_pass)
+        if not summing.several_passes:
+            existing = _existing_in_one_pass(groups)
+        elif in_every_pass:
+            existing = _existing_in_every_pass(groups)
+        else:
+            existing = _existing_in_the_last_pass(groups)
+        return _gradients_of_several_gpus(self.config, groups, existing)
 
     def _activation_peak(
         self, checkpointing: str, lighter_blocks: int, tokens: int, summing: Summing
@@ -368,14 +372,12 @@ def _numel(group: OptimizerGroup, owned: dict[str, int]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class GradientBytes:
-    """Bytes of the gradients of large and small parameters, on one GPU."""
+    """Bytes of the gradients on one GPU."""
 
-    # from the end of the backward passes to the end of the optimizer step
-    stay: int
-    # What is there besides, during the backward pass of each block, and between forward and
-    # backward pass. Negative where some of `stay` does not exist yet.
+    stay: int  # from the end of the backward passes to the end of the optimizer step
+    # By how much it is more during the backward pass of each block; negative where it is less.
     under_way: list[int]
-    at_the_loss: int = 0
+    at_the_loss: int = 0  # the same, between forward and backward pass
 
 
 def _gradients_of_one_gpu(config: Config, host_gradients: list[int]) -> GradientBytes:
@@ -384,84 +386,106 @@ def _gradients_of_one_gpu(config: Config, host_gradients: list[int]) -> Gradient
     return GradientBytes(gradients(config) - sum(host_gradients), under_way)
 
 
-def _gradients_reduced_once(config: Config, gpus: int, owned: dict[str, int]) -> GradientBytes:
-    """Gradients that are summed over the GPUs in the last of several micro-batches.
+# Several GPUs: engine/distributed.py sends the gradients of a block to their owners as soon as all
+# are made. That is a group; head and embedding are groups too.
 
-    Every GPU has all gradients until the end of the step. The sums of evenly owned parameters are
-    new tensors, each GPU's of its own rows. All other gradients are summed in place.
-    """
-    parts = _bytes_by_group(config, _parts(config, gpus, owned))
-    # During the backward pass of block 0 all parts are there but its own and the embedding's.
-    under_way = []
-    missing = parts[-1]
-    for of_block in reversed(parts[1:-1]):
-        missing += of_block
-        under_way.append(-missing)
-    return GradientBytes(gradients(config) + sum(parts), under_way, at_the_loss=-sum(parts))
-
-
-# Groups of gradients that travel while the gradients of the next one are made.
+# Groups that may be on their way while the gradients of the next one are made.
 GROUPS_IN_FLIGHT = 2
 
 
-def _gradients_reduced_in_each_pass(
-    config: Config, gpus: int, owned: dict[str, int], several_passes: bool
-) -> GradientBytes:
-    """Gradients that go to their owners as soon as a block has made them.
+class TravellingGroup(NamedTuple):
+    """Bytes of a group's gradients on one GPU."""
 
-    What stays are the sums of the rows that a GPU owns, and all gradients of small parameters.
-    Under way are the gradients of the last groups that were made. They are there as a whole; in
-    several micro-batches each GPU also has its part, which it adds to its sum. These gradients are
-    still under way when the next micro-batch begins.
+    whole: int  # as the backward pass makes them
+    kept: int  # of sums, after the group has arrived
+    arriving: int  # of new tensors that the other GPUs' gradients arrive in
+    beside: int  # of sums that are there beside the whole gradients, before those are freed
+
+
+def travelling_groups(
+    config: Config, gpus: int, owned: dict[str, int], in_every_pass: bool
+) -> list[TravellingGroup]:
+    """The groups in the order of the backward pass, on the GPU that owns `owned`.
+
+    The sums of an evenly owned parameter arrive in a new tensor. Others are summed in place. Such a
+    sum is a view of the gradient, which so stays in memory as a whole. Where gradients travel
+    `in_every_pass`, a sum of some rows is copied, and the gradient is freed.
     """
     table = parameter_table(config)
-    whole = {name: spec.numel for name, spec in table.items() if spec.kind not in SMALL_KINDS}
-    small = {name: spec.numel for name, spec in table.items() if spec.kind in SMALL_KINDS}
-    sums = {name: owned.get(name, 0) for name in whole}
-    stay = _gradient_bytes(config, (sums | small).items())
-
-    travelling = _bytes_by_group(config, whole)
-    if several_passes:
-        parts = _bytes_by_group(config, _parts(config, gpus, owned))
-        travelling = [sum(both) for both in zip(travelling, parts)]
-
-    # The head's group is 0, that of the last block is 1, that of block 0 is n_layers.
-    in_flight = [
-        _in_flight_before(group, travelling, several_passes) for group in range(config.n_layers + 1)
-    ]
-    of_blocks = in_flight[:0:-1]  # by number of the block
-    return GradientBytes(stay, of_blocks, at_the_loss=in_flight[0])
-
-
-def _in_flight_before(group: int, sizes: list[int], wraps: bool) -> int:
-    """Bytes of the groups that were made just before this one; `sizes` are those of all groups.
-
-    With `wraps` the last groups of one micro-batch come before the first ones of the next.
-    """
-    earlier = range(group - GROUPS_IN_FLIGHT, group)
-    if not wraps:
-        earlier = range(max(earlier.start, 0), group)
-    return sum(sizes[index] for index in earlier)  # an index below 0 counts from the end
-
-
-def _parts(config: Config, gpus: int, owned: dict[str, int]) -> dict[str, int]:
-    """Elements of each evenly owned parameter that a GPU owns."""
-    return {name: owned[name] for name in evenly_owned(config, gpus)}
-
-
-def _bytes_by_group(config: Config, elements: dict[str, int]) -> list[int]:
-    """Bytes of these elements' gradients, in each of the `gradient_groups`."""
-    sizes = []
+    even = evenly_owned(config, gpus)
+    groups = []
     for names in gradient_groups(config):
-        of_group = [(name, elements.get(name, 0)) for name in names]
-        sizes.append(_gradient_bytes(config, of_group))
-    return sizes
+        whole = kept = arriving = beside = 0
+        for name in names:
+            element = _gradient_element(config, table[name].kind)
+            gradient = element * table[name].numel
+            own_rows = element * owned.get(name, 0)
+            whole += gradient
+            if name in even:
+                kept += own_rows
+                arriving += own_rows
+                beside += own_rows
+            elif in_every_pass:
+                kept += own_rows
+                if own_rows < gradient:
+                    beside += own_rows
+            elif own_rows:
+                kept += gradient
+        groups.append(TravellingGroup(whole, kept, arriving, beside))
+    return groups
 
 
-def _gradient_bytes(config: Config, elements: Iterable[tuple[str, int]]) -> int:
-    """Bytes of gradients of so many elements of each parameter."""
-    table = parameter_table(config)
-    return sum(numel * _gradient_element(config, table[name].kind) for name, numel in elements)
+def _gradients_of_several_gpus(
+    config: Config, groups: list[TravellingGroup], existing: list[int]
+) -> GradientBytes:
+    """`existing` are the bytes of the groups' gradients while each group is made."""
+    kept = sum(group.kept for group in groups)
+    small = FP32 * sum(config.parameter_groups[kind] for kind in SMALL_KINDS)
+    # The head's group is number 0, that of the last block 1, and that of block 0 n_layers.
+    under_way = [existing[config.n_layers - layer] - kept for layer in range(config.n_layers)]
+    return GradientBytes(kept + small, under_way, at_the_loss=existing[0] - kept)
+
+
+def _existing_in_one_pass(groups: list[TravellingGroup]) -> list[int]:
+    """Bytes while each group is made, where a GPU has one micro-batch in a step."""
+    return [_sent_before(groups, number) for number in range(len(groups))]
+
+
+def _existing_in_the_last_pass(groups: list[TravellingGroup]) -> list[int]:
+    """Bytes while each group is made, where gradients travel in the last of several passes.
+
+    Before that pass, and at its beginning, there are the whole gradients of all groups.
+    """
+    all_whole = sum(group.whole for group in groups)
+    existing = []
+    for number in range(len(groups)):
+        coming = sum(group.whole for group in groups[number:])
+        existing.append(max(all_whole, coming + _sent_before(groups, number)))
+    return existing
+
+
+def _existing_in_every_pass(groups: list[TravellingGroup]) -> list[int]:
+    """Bytes while each group is made, where gradients travel in every one of several passes.
+
+    After the first pass all sums are there. What arrives is added to them.
+    """
+    kept = sum(group.kept for group in groups)
+    existing = []
+    for number in range(len(groups)):
+        in_flight = 0
+        for earlier in range(number - GROUPS_IN_FLIGHT, number):
+            # A number below 0 counts from the end: the last groups of the pass before.
+            in_flight += groups[earlier].whole + groups[earlier].arriving
+        existing.append(kept + in_flight)
+    return existing
+
+
+def _sent_before(groups: list[TravellingGroup], number: int) -> int:
+    """Bytes of the groups that were sent before this one in the same pass."""
+    first_in_flight = max(number - GROUPS_IN_FLIGHT, 0)
+    arrived = sum(group.kept for group in groups[:first_in_flight])
+    in_flight = sum(group.whole + group.beside for group in groups[first_in_flight:number])
+    return arrived + in_flight
 
 
 # ---------------------------------------------------------------- what a block keeps

@@ -24,11 +24,12 @@ from moe import MoE, SwiGLU
 from muon import build_optimizers
 from planner.machine import Machine, find_machine
 from planner.plan import build_plan, memory_table
-from planner.sharing import evenly_owned
+from planner.sharing import gradient_groups, owned_elements
 from planner.sizes import (
     CPU_LIBRARY_GB,
+    MemoryPredictor,
+    Summing,
     _gradients_under_way,
-    _in_flight_before,
     activation_bytes_per_token,
     checkpoint_gb,
     optimizer_bytes,
@@ -416,72 +417,113 @@ def test_a_third_optimizer_group_is_one_more_row(monkeypatch):
 # ---------------------------------------------------------------- several GPUs
 
 
-def naive_share(config: Config, gpus: int, gpu: int, reduce_gradients: str) -> dict[str, int]:
-    """Bytes of gradients and state of one GPU, from shapes and owners."""
+def simulated(config: Config, gpus: int, gpu: int, in_every_pass: bool, passes: int):
+    """Bytes of large gradients while each group is made, at most, and at the end of the step.
+
+    What engine/distributed.py does, with a name and a size for each tensor: gradients that their
+    parameters hold, those on their way, and sums.
+    """
+    table = parameter_table(config)
+    shards = ownership(config, gpus)
+    groups = gradient_groups(config)
+    gradients, in_flight, sums = {}, [], {}  # what holds tensors: {name: (tensor, bytes)}
+    at_most = [0] * len(groups)
+
+    def alive() -> int:
+        held = {**gradients}
+        tensors = dict(held.values())
+        for group in in_flight:
+            tensors |= dict(group.values())
+        return sum((tensors | dict(sums.values())).values())
+
+    for number in range(passes):
+        sends = in_every_pass or number == passes - 1
+        for position, names in enumerate(groups):
+            at_most[position] = max(at_most[position], alive())
+            sent = {}
+            for name in names:
+                element = 2 if config.split_masters and "blocks" in name else 4
+                whole = element * table[name].numel
+                gradient = gradients.setdefault(name, (f"{name} {number}", whole))
+                if not sends:
+                    continue
+                sent[name] = gradients.pop(name)
+                even = is_even(shards[name], gpus)
+                for shard in shards[name]:
+                    if shard.owner != gpu:
+                        continue
+                    part = whole * (shard.stop - shard.start) // table[name].shape[0]
+                    arrived = gradient
+                    if even:
+                        arrived = sent[name, "part"] = (f"part of {name} {number}", part)
+                    elif in_every_pass and part < whole:
+                        arrived = (f"sum of {name} {shard}", part)
+                    sums.setdefault((name, shard), arrived)
+            if sends and names:
+                in_flight.append(sent)
+                del in_flight[:-2]
+    in_flight.clear()
+    return at_most, alive()
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 4])
+@pytest.mark.parametrize("in_every_pass", [False, True])
+@pytest.mark.parametrize("passes", [1, 3])
+def test_gradients_of_several_gpus_are_those_that_are_sent(gpus, in_every_pass, passes):
+    config = tiny_config(**SMALL, precision="bf16", gradient_accumulation_steps=12)
+    config = dataclasses.replace(config, gradient_accumulation_steps=2 * gpus * passes)
+    owned = owned_elements(config, gpus)
+    [gpu] = [gpu for gpu in range(gpus) if owned_by(config, gpus, gpu) == owned][:1]
+    at_most, at_the_end = simulated(config, gpus, gpu, in_every_pass, passes)
+
+    machines = 2 if gpus == 1 else 1  # one GPU of one machine sends nothing
+    predictor = MemoryPredictor(config, gpus=gpus, machines=machines)
+    over_gpus = "micro_batch" if in_every_pass else "step"
+    found = predictor._gradients(Summing(False, over_gpus, several_passes=passes > 1))
+    small = 4 * (config.parameter_groups["norms"] + config.parameter_groups["router"])
+    assert found.stay == at_the_end + small
+    assert found.at_the_loss + at_the_end == at_most[0]
+    of_blocks = at_most[1:-1][::-1]
+    assert [more + at_the_end for more in found.under_way] == of_blocks
+
+
+def owned_by(config: Config, gpus: int, gpu: int) -> dict[str, int]:
+    table = parameter_table(config)
+    owned = {}
+    for name, shards in ownership(config, gpus).items():
+        for shard in shards:
+            if shard.owner == gpu:
+                numel = table[name].numel * (shard.stop - shard.start) // table[name].shape[0]
+                owned[name] = owned.get(name, 0) + numel
+    return owned
+
+
+@pytest.mark.parametrize("gpus", [2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_of_several_gpus_is_the_share_of_the_largest(gpus, precision):
+    config = tiny_config(**SMALL, precision=precision)
     element = 2 if config.split_masters else 4
     table = parameter_table(config)
-    sizes = dict.fromkeys(("gradients", "master", "momentum", "adamw"), 0)
-    for name, shards in ownership(config, gpus).items():
-        spec = table[name]
-        numels = {}
-        for shard in shards:
-            rows = shard.stop - shard.start
-            numels[shard.owner] = numels.get(shard.owner, 0) + rows * spec.numel // spec.shape[0]
-        own = numels.get(gpu, 0)
-        small = spec.kind in ("norms", "router")
-        gradient = 4 if small or spec.kind in ("embedding", "head") else element
-        even = not small and is_even(shards, gpus)
-        if reduce_gradients == "step":  # all, and the new tensors of a reduce-scatter
-            sizes["gradients"] += gradient * (spec.numel + (own if even else 0))
+    expected = dict(master=0, momentum=0, adamw=0)
+    for name, numel in owned_elements(config, gpus).items():
+        kind = table[name].kind
+        if element == 2 and kind not in ("norms", "router"):
+            expected["master"] += 2 * numel
+        if kind in ("attention", "dense_ffn", "experts"):
+            expected["momentum"] += element * numel
         else:
-            sizes["gradients"] += gradient * (spec.numel if small else own)
-        if element == 2 and not small:
-            sizes["master"] += 2 * own
-        if spec.kind in ("attention", "dense_ffn", "experts"):
-            sizes["momentum"] += element * own
-        else:
-            sizes["adamw"] += 8 * own
-    return sizes
-
-
-@pytest.mark.parametrize("gpus", [2, 3, 4])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("reduce_gradients", ["step", "micro_batch"])
-def test_what_stays_of_several_gpus_is_the_share_of_the_largest(gpus, precision, reduce_gradients):
-    config = tiny_config(
-        **SMALL, precision=precision, gradient_accumulation_steps=8, host_gradient_blocks=1
-    )
-    shares = [naive_share(config, gpus, gpu, reduce_gradients) for gpu in range(gpus)]
-    expected = max(shares, key=lambda sizes: sum(sizes.values()))
-    options = dict(gpus=gpus, reduce_gradients=reduce_gradients)
-    found = predict_memory(config, "none", 2, offload=False, **options)
+            expected["adamw"] += 8 * numel
+    found = predict_memory(config, "none", 2, offload=False, gpus=gpus)
     assert {key: round(found[key] * 1e9) for key in expected} == expected
-    state = expected["master"] + expected["momentum"] + expected["adamw"]
-    offloaded = predict_memory(config, "none", 2, offload=True, **options)
-    assert round(offloaded["host"] * 1e9) == state
-    assert offloaded["gradients"] == found["gradients"], "no gradients are summed in host memory"
+    offloaded = predict_memory(config, "none", 2, offload=True, gpus=gpus)
+    assert round(offloaded["host"] * 1e9) == sum(expected.values())
 
 
-def test_one_micro_batch_for_each_gpu_is_reduced_at_once():
-    config = config_of("18b")
-    once, each = (
-        predict_memory(config, "full", 4, False, gpus=8, reduce_gradients=reduce_gradients)
-        for reduce_gradients in ("step", "micro_batch")
-    )
-    assert once == each
-    two_each = predict_memory(config, "full", 4, False, gpus=4, reduce_gradients="step")
-    assert two_each["gradients"] > 36 > 5 > once["gradients"]
-
-
-def test_gradients_on_their_way_to_their_owners():
-    """Two groups of them: here blocks have 1, 10, 100 and 1000 elements, and head and embedding none."""
-    names = [[], ["d"], ["c"], ["b"], ["a"], []]
-    elements = dict(a=1, b=10, c=100, d=1000)
-    sizes = [sum(elements[name] for name in group) for group in names]
-    before = [_in_flight_before(group, sizes, wraps=False) for group in range(6)]
-    assert before == [0, 0, 1000, 1100, 110, 11]
-    # before the next micro-batch's first groups there is what is left of the last one
-    assert [_in_flight_before(group, sizes, wraps=True) for group in range(3)] == [1, 0, 1000]
+def test_several_gpus_sum_no_gradients_in_host_memory():
+    config = tiny_config(**SMALL, precision="bf16", gradient_accumulation_steps=8)
+    on_host = dataclasses.replace(config, host_gradient_blocks=1, offload_optimizer="true")
+    sizes, other = (predict_memory(c, "none", 2, True, gpus=2) for c in (config, on_host))
+    assert sizes == other
 
 
 def test_the_peak_of_four_gpus_is_the_measured_one():
@@ -492,18 +534,3 @@ def test_the_peak_of_four_gpus_is_the_measured_one():
     # and with two, and the state in host memory, it fits
     sizes = predict_memory(config, "none", 2, True, gpus=2, reduce_gradients="micro_batch")
     assert sizes["total"] < find_machine(gpu="h200", gpus=2).usable_gb
-
-
-def test_a_peak_counts_the_sums_that_exist_by_then():
-    """With gradients reduced once a step the new tensors come block by block: where nothing else is
-    as large, the peak is at the end, when all are there."""
-    config = tiny_config(**SMALL, precision="bf16", gradient_accumulation_steps=8)
-    one = predict_memory(config, "none", 2, offload=False)
-    two = predict_memory(config, "none", 2, False, gpus=2, reduce_gradients="step")
-    parts = two["gradients"] - one["gradients"]
-    table = parameter_table(config)
-    last_block = f"blocks.{config.n_layers - 1}."
-    of_head = 4 * table["head.weight"].numel / 2 / 1e9
-    assert any(name.startswith(last_block) for name in evenly_owned(config, 2))
-    # During the last block's backward pass, the peak, only the head's sum is there.
-    assert two["activations"] == pytest.approx(one["activations"] - parts + of_head)
