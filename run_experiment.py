@@ -533,7 +533,8 @@ def _plan_parser() -> Parser:
 
 # As most machines have that are sold for training.
 GPUS_OF_A_MACHINE = 8
-# More than any run has had.
+# More than any machine has, and than any run has had.
+MOST_GPUS_OF_A_MACHINE = 1024
 MOST_GPUS = 2**17
 
 
@@ -544,12 +545,14 @@ def _gpus_and_machines(args: argparse.Namespace) -> tuple[int, int]:
     per_machine = args.gpus_per_node
     if per_machine is None:
         per_machine = min(args.gpus, GPUS_OF_A_MACHINE)
-    if per_machine < 1:
-        raise ConfigError(f"--gpus_per_node {per_machine}: must be at least 1")
+    if not 1 <= per_machine <= MOST_GPUS_OF_A_MACHINE:
+        raise ConfigError(
+            f"--gpus_per_node {per_machine}: must lie between 1 and {MOST_GPUS_OF_A_MACHINE:,}"
+        )
     if args.gpus % per_machine != 0:
         raise ConfigError(
-            f"--gpus {args.gpus} with --gpus_per_node {per_machine}: every machine needs as many "
-            "GPUs, so the first must be a multiple of the second"
+            f"--gpus {args.gpus}: all machines have the same number of GPUs, so it must be a "
+            f"multiple of --gpus_per_node ({per_machine})"
         )
     return per_machine, args.gpus // per_machine
 
@@ -592,7 +595,7 @@ def _measured_run(path: Path, preset: str, precision: str, gpu: str) -> Measured
 
 def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:
     memory_gb = facts["advised_memory_gb"] or facts["memory_gb"]
-    capacity_gb = machine.memory_gb or machine.host_memory_gb
+    capacity_gb = machine.memory_gb or machine.host_gb_of_a_gpu
     lines = [
         wrapped(f"{facts['preset']}: {why}."),
         _labelled(

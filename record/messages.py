@@ -30,7 +30,7 @@ def memory_plan(config: Config, predicted: dict, machine: Machine) -> str:
     state = "on the device"
     if config.offload_optimizer == "true":
         state = "in host memory (optimizer offload)"
-    capacity_gb = machine.memory_gb or machine.host_memory_gb
+    capacity_gb = machine.memory_gb or machine.host_gb_of_a_gpu
     table = memory_table(predicted, optimizer_groups(config), capacity_gb=capacity_gb)
     return (
         f"Memory on {_machine_memory(machine)}: activation checkpointing {mode}, "

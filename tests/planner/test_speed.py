@@ -140,14 +140,14 @@ def test_several_gpus_are_predicted_from_one():
 
 def test_gpus_wait_for_a_slow_link():
     """Without NVLink, gradients take longer than the passes that they should hide behind."""
-    config = config_of("2b", precision="bf16")
+    config = config_of("18b", max_seq_len=1024)
     options = NONE.replace("--offload", "--reduce_gradients micro_batch --offload")
     run = dataclasses.replace(HALF, options=options)
     shares = {}
-    for gpu in ("h100", "rtx4090"):
+    for gpu in ("h100", "l40s"):
         one = predicted(config, HALF, find_machine(gpu=gpu), [HALF])
         shares[gpu] = predicted(config, run, find_machine(gpu=gpu, gpus=4), [HALF]) / (4 * one)
-    assert shares["rtx4090"] < 0.9 < shares["h100"] < 1
+    assert shares["l40s"] < 0.8 < shares["h100"] < 1
 
 
 def test_machines_share_no_optimizer_step():
