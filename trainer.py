@@ -30,7 +30,7 @@ from config import (
 )
 from engine.distributed import GradientReducer, Ranks, WeightGatherer, different_replicas
 from engine.offload import GradientOffload
-from engine.ownership import ownership, parameter_of, small_parameters
+from engine.ownership import ownership, small_parameters
 from engine.precision import LossScaler, gradient_norms
 from engine.triton_kernels import any_order, attention_backends, set_deterministic
 from generate import stream
@@ -45,7 +45,6 @@ from planner.machine import (
     release_freed_memory,
 )
 from record import checkpoint, console, latest, lineage, messages, tracker
-from record.archive import Rows
 from record.meter import MemoryMeter
 from record.metrics import Interval, mfu, perplexity
 from record.results import (
@@ -57,6 +56,7 @@ from record.results import (
     write_run_file,
 )
 from record.run_folder import RunCheckpoints
+from record.shared_save import rows_of_shards, rows_of_states
 from record.side_work import PAUSES, NoSideWork, SideWork, cause_of, warn
 from record.small_files import CURVES, METRICS, RESULTS, RUN, resume_points
 from record.stop import AgreedStop, StopSignal
@@ -933,37 +933,21 @@ class Trainer:
             interval=self.interval.sums,
         )
 
-    def _model_state(self) -> dict[str, Tensor | Rows]:
-        state: dict[str, Tensor | Rows] = {}
-        for name, tensor in self._saved_tensors().items():
-            state[name] = tensor.detach()
+    def _model_state(self) -> dict:
+        state = {name: tensor.detach() for name, tensor in self._saved_tensors().items()}
         if self.reducer is not None:
-            for name, parameter in self.parameters.items():
-                state[name] = Rows(parameter.shape, parameter.dtype, [])
-            if self.ranks.on_first_machine:
-                for shard, weight in self.reducer.owned.items():
-                    name, rows = parameter_of(shard)
-                    state[name].parts.append((rows.start, weight))
+            state |= rows_of_shards(self.reducer.owned, self.parameters, self.ranks)
         return state
 
     def _optimizer_state(self, name: str) -> dict:
         """An optimizer's state. With several ranks each tensor is the rows that this one owns."""
         state = self.optimizers[name].state_dict()
-        if self.reducer is None:
-            return state
-        optimizer_state = self.optimizers[name].state
-        tensors: dict[str, dict[str, Rows]] = {}
-        for parameter in self.optimizer_groups[name].parameters:
-            weight = self.parameters[parameter]
-            tensors[parameter] = {}
-            for key, dtype in optimizer_state.dtypes(weight).items():
-                tensors[parameter][key] = Rows(weight.shape, dtype, [])
-        if self.ranks.on_first_machine:
-            for shard, own in state["state"].items():
-                parameter, rows = parameter_of(shard)
-                for key, tensor in own.items():
-                    tensors[parameter][key].parts.append((rows.start, tensor))
-        return {**state, "state": tensors}
+        if self.reducer is not None:
+            names = self.optimizer_groups[name].parameters
+            parameters = {parameter: self.parameters[parameter] for parameter in names}
+            dtypes = self.optimizers[name].state.dtypes
+            state["state"] = rows_of_states(state["state"], parameters, dtypes, self.ranks)
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         """Copies a checkpoint's state into this run. Raises CheckpointError if it does not fit."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.distributed import Ranks
+from engine.ownership import parameter_of
 from record import archive
 from record.archive import Rows
 from record.causes import interruption_behind, root_cause_of
@@ -56,6 +57,44 @@ def agree(ranks: Ranks, work: Callable[[], Any]) -> list:
 
 
 # ---------------------------------------------------------------- what a rank has
+
+
+def rows_of_shards(
+    shards: dict[str, Tensor], whole: dict[str, Tensor], ranks: Ranks
+) -> dict[str, Rows]:
+    """A rank's rows of each tensor in `whole`, from its `shards`, whose keys are shard_keys.
+
+    Of several machines, which all have the same shards, the first one saves them.
+    """
+    rows = {name: Rows(tuple(tensor.shape), tensor.dtype, []) for name, tensor in whole.items()}
+    if ranks.on_first_machine:
+        for key, tensor in shards.items():
+            name, place = parameter_of(key)
+            rows[name].parts.append((place.start, tensor))
+    return rows
+
+
+def rows_of_states(
+    shards: dict[str, dict[str, Tensor]],
+    whole: dict[str, Tensor],
+    dtypes: Callable[[Tensor], dict[str, torch.dtype]],
+    ranks: Ranks,
+) -> dict[str, dict[str, Rows]]:
+    """`rows_of_shards` for an optimizer's state: several tensors for each parameter in `whole`.
+
+    `dtypes` gives their keys and dtypes; their shape is the parameter's.
+    """
+    rows: dict[str, dict[str, Rows]] = {}
+    for name, parameter in whole.items():
+        rows[name] = {}
+        for key, dtype in dtypes(parameter).items():
+            rows[name][key] = Rows(tuple(parameter.shape), dtype, [])
+    if ranks.on_first_machine:
+        for shard, tensors in shards.items():
+            name, place = parameter_of(shard)
+            for key, tensor in tensors.items():
+                rows[name][key].parts.append((place.start, tensor))
+    return rows
 
 
 class Part(NamedTuple):
