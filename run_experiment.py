@@ -58,6 +58,7 @@ from config import (
     PRESETS,
     Config,
     ConfigError,
+    check_ranks,
     defaults,
     nearest,
     optimizer_groups,
@@ -237,8 +238,10 @@ def open_run(
     from record import run_folder, tracker
 
     ranks = start_ranks(find_device(config))
+    lifeline.join(ranks)
     start = _start_of_all(config, chosen, options, args, lock, ranks)
     config = start.config
+    check_ranks(config, ranks.size)
     folder = Path(config.save_dir)
     run_folder.check_shared(folder, "--save_dir", ranks)
     run_folder.check_shared(Path(config.cache_dir), "--cache_dir", ranks)
