@@ -86,6 +86,7 @@ from planner.machine import (
     machine_of_device,
 )
 from planner.plan import build_plan, memory_table
+from planner.sharing import check_ranks
 from planner.sizes import checkpoint_gb
 from planner.speed import MeasuredRun
 from record import restarts
@@ -257,7 +258,11 @@ def open_run(
     )
     # What cannot start is refused before minutes of tokenizing.
     tracker.require(config.tracker)
-    check_fits(config, machine_of_device(find_device(config), config.host_memory_gb))
+    check_ranks(config, ranks.size)
+    machine = machine_of_device(
+        find_device(config), config.host_memory_gb, ranks.local_size, ranks.machines
+    )
+    check_fits(config, machine)
     corpus = _prepared_corpus(config, start.rules, ranks)
     # The state is mapped from the checkpoint's file. It must not outlive this function: the disk
     # space of a checkpoint that is deleted would stay taken.

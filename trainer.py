@@ -141,7 +141,9 @@ class Trainer:
             _check_same_rules(state, corpus)
             _check_same_data(state["data"], corpus)
         self.device = find_device(config)
-        self.machine = machine_of_device(self.device, config.host_memory_gb)
+        self.machine = machine_of_device(
+            self.device, config.host_memory_gb, self.ranks.local_size, self.ranks.machines
+        )
         # Checkpoints keep the autos as requested: another machine may resolve them otherwise.
         self.requested_config = config
         self.config = self._resolve(config)
@@ -224,7 +226,7 @@ class Trainer:
         self.parameters = dict(self.model.named_parameters())
 
         on_gpu = self.device.type == "cuda"
-        if not on_gpu and self.predicted["total"] > self.machine.host_memory_gb / 2:
+        if not on_gpu and self.predicted["total"] > self.machine.host_gb_of_a_gpu / 2:
             # Returning freed memory at once costs speed, which is worth more where memory is ample.
             release_freed_memory()
         offload = config.offload_optimizer == "true"
@@ -276,7 +278,7 @@ class Trainer:
 
     def _check_host_memory(self) -> None:
         needed_gb = self.predicted["host"]
-        free_gb = self.machine.host_memory_gb
+        free_gb = self.machine.host_gb_of_a_gpu
         if needed_gb > free_gb:
             raise OutOfMemory(messages.no_host_memory(needed_gb, free_gb))
 
