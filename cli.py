@@ -6,6 +6,7 @@ It parses and reports. It trains nothing, and writes nothing but the folder that
 import argparse
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import signal
@@ -291,31 +292,67 @@ def _missing_folders(folder: Path) -> list[Path]:
     return missing[::-1]
 
 
-def exit_at_a_wrong_path(argv: list[str]) -> None:
-    """For a command of tools: ends the program when --checkpoint or --data names nothing.
+def check_model_folder(folder: str) -> None:
+    """Raises ExperimentError unless `folder`, the value of --model, holds a config.json."""
+    path = Path(folder) / "config.json"
+    try:
+        _check_readable(str(path))
+    except OSError as error:
+        raise ExperimentError(
+            f"cannot read {path}: {error.strerror}. --model must be the folder of a model that "
+            "transformers can open"
+        ) from error
 
-    It is called before the command's imports, and so before there is a parser.
+
+def check_empty_or_new(out: str) -> None:
+    """Raises ExperimentError unless the folder `out`, the value of --out, is empty or new."""
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExperimentError(
+            f"--out {out} is there already and no empty folder. Nothing is written over: choose "
+            "another, or delete it"
+        )
+
+
+# The options that name a path, and what raises ExperimentError when it cannot be the right one
+PATH_CHECKS: dict[str, Callable[[str], None]] = {
+    "--checkpoint": functools.partial(check_checkpoint, option="--checkpoint"),
+    "--data": check_data,
+    "--tokenizer": check_tokenizer,
+    "--model": check_model_folder,
+}
+
+
+def exit_at_a_wrong_path(argv: list[str], out_is_new: bool = False) -> None:
+    """Ends the program when an option names a path that is not there, or cannot be written to.
+
+    A command calls it before its slow imports, and so before it has a parser. With `out_is_new`
+    the folder of --out must be empty or new.
     """
     try:
-        checkpoint = _value_of("--checkpoint", argv)
-        if checkpoint is not None:
-            check_checkpoint(checkpoint, "--checkpoint")
-        data = _value_of("--data", argv)
-        if data is not None:
-            check_data(data)
+        for option, check in PATH_CHECKS.items():
+            value = _value_of(option, argv)
+            if value is not None:
+                check(value)
+        out = _value_of("--out", argv)
+        if out is not None:
+            if out_is_new:
+                check_empty_or_new(out)
+            check_writable(Path(out), "--out")
     except ExperimentError as error:
         say(f"error: {error}", sys.stderr)
         sys.exit(error.exit_code)
 
 
 def _value_of(option: str, argv: list[str]) -> str | None:
-    """The value in `--option VALUE` or `--option=VALUE`; None where the option is missing."""
+    """The last value in `--option VALUE` or `--option=VALUE`; None where the option is missing."""
+    value = None
     for word, next_word in zip(argv, [*argv[1:], None]):
         if word == option:
-            return next_word
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
-    return None
+            value = next_word
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+    return value
 
 
 # ---------------------------------------------------------------- the lock on a folder

@@ -23,10 +23,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-if __name__ == "__main__":  # before the imports below, which fail without their packages
+if __name__ == "__main__":  # before the imports below: slow, and they fail without their packages
+    from cli import exit_at_a_wrong_path
     from config import explain_missing_packages
 
     explain_missing_packages()
+    exit_at_a_wrong_path(sys.argv[1:])
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function

@@ -37,6 +37,8 @@ for line in sys.argv[1:]:
 
 def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
     (tmp_path / "file").write_text("a file, no folder")
+    (tmp_path / "config.json").write_text("{}")
+    here = tmp_path / "file"
     gone = tmp_path / "gone"
     training = f"run_experiment --save_dir {tmp_path / 'run'}"
     expected = {
@@ -52,6 +54,14 @@ def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
         f"tools.evaluate --checkpoint {gone}": f"checkpoint {gone} cannot be read",
         f"tools.evaluate --checkpoint={gone} --json": f"checkpoint {gone} cannot be read",
         f"tools.export_hf --out {gone} --checkpoint {gone}": f"checkpoint {gone} cannot be read",
+        f"tools.export_hf --checkpoint {here} --out {tmp_path}": "is there already and no empty",
+        f"tools.export_hf --checkpoint {here} --out /proc/model": "the folder /proc/model cannot be",
+        f"tools.import_hf --out {gone} --model {gone}": f"cannot read {gone}/config.json: No such",
+        f"tools.import_hf --model {tmp_path} --tokenizer {gone}": f"the tokenizer {gone}: {gone}:",
+        f"tools.import_hf --model {tmp_path} --data {gone}": f"there is no file or folder {gone}",
+        f"studies.run balance --data {here} --data {gone}": f"there is no file or folder {gone}",
+        f"studies.run balance --out {here}": f"the folder {here} cannot be written to",
+        f"benchmarks.harness --checkpoint {gone}": f"checkpoint {gone} cannot be read",
     }
     done = subprocess.run(
         [sys.executable, "-c", CALLS, *expected], cwd=ROOT, capture_output=True, text=True
@@ -63,7 +73,7 @@ def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
         assert (code, torch_imported) == ("1", "False"), (command, line)
         assert message.startswith("error: ")
         assert expected[command] in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file"]
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):

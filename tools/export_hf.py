@@ -25,12 +25,12 @@ if __name__ == "__main__":  # before the imports below: slow, and they fail with
     from config import explain_missing_packages
 
     explain_missing_packages()
-    exit_at_a_wrong_path(sys.argv[1:])
+    exit_at_a_wrong_path(sys.argv[1:], out_is_new=True)
 
 import torch
 from torch import Tensor
 
-from cli import exit_code, new_parser
+from cli import check_empty_or_new, exit_code, new_parser
 from config import Config, ConfigError, ExperimentError, resumed_config
 from corpus.sources import BUILT_IN
 from corpus.tokenizer import load_tokenizer
@@ -120,7 +120,7 @@ def export(state: dict, metrics: dict, out: Path, dtype: str, shard_bytes: int) 
     """
     config, _ = resumed_config(state["config"], {})
     tensors = exported_tensors(state, config)
-    check_empty_or_new(out)
+    check_empty_or_new(str(out))
     # The folder is written beside `out`, on the same disk, so that renaming it at the end is one
     # step of the file system.
     unfinished = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.unfinished")
@@ -158,14 +158,6 @@ def exported_tensors(state: dict, config: Config) -> list[QwenTensor]:
     if lost:
         raise ExperimentError(no_place_message(lost))
     return tensors
-
-
-def check_empty_or_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExperimentError(
-            f"--out {out} is there already and no empty folder. Nothing is written over: choose "
-            "another, or delete it"
-        )
 
 
 def check_free_space(folder: Path, out: Path, needed: int) -> None:

@@ -16,16 +16,25 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-if __name__ == "__main__":  # before the imports below, which fail without their packages
+if __name__ == "__main__":  # before the imports below: slow, and they fail without their packages
+    from cli import exit_at_a_wrong_path
     from config import explain_missing_packages
 
     explain_missing_packages()
+    exit_at_a_wrong_path(sys.argv[1:], out_is_new=True)
 
 import numpy
 import torch
 from torch import Tensor
 
-from cli import add_config_options, config_options, exit_code, new_parser
+from cli import (
+    add_config_options,
+    check_empty_or_new,
+    check_model_folder,
+    config_options,
+    exit_code,
+    new_parser,
+)
 from config import Config, ConfigError, ExperimentError, preset_values
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
 from engine.precision import LossScaler, encode_master
@@ -35,7 +44,6 @@ from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint
 from record.results import write_whole
-from tools.export_hf import check_empty_or_new
 from tools.qwen3_moe import QwenTensor, from_hugging_face, fused_name, qwen_rows, qwen_tensors
 from trainer import lr_schedule
 
@@ -277,10 +285,6 @@ def read_json(path: Path) -> dict:
         if path.exists() and not path.is_file():
             raise OSError("it is no file")  # whoever reads from a pipe waits without end
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ExperimentError(
-            f"there is no {path}: --model must be the folder of a model that transformers can open"
-        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ExperimentError(
             f"{path} cannot be read ({error}): copy or download it again"
@@ -333,7 +337,8 @@ def main(argv: list[str]) -> None:
     out = Path(args.out).resolve()
     if "save_dir" in options:
         raise ConfigError("--save_dir: the run's folder is --out")
-    check_empty_or_new(out)
+    check_model_folder(args.model)
+    check_empty_or_new(str(out))
     config = imported_config(folder, out, args.preset, options)
     tokenizer_path = Path(options.get("tokenizer", folder / "tokenizer.json"))
     tokenizer_json = read_tokenizer(tokenizer_path, config)

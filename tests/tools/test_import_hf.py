@@ -398,7 +398,7 @@ def test_all_that_is_wrong_is_said_at_once(load, folder):
     [
         ("cut", ["model.safetensors", "cut short"]),
         ("gone", ["holds neither model.safetensors"]),
-        ("no config", ["there is no", "config.json"]),
+        ("no config", ["config.json: No such file", "--model must be"]),
         ("bad config", ["config.json", "cannot be read"]),
         ("list config", ["no JSON object"]),
         ("no tokenizer", ["tokenizer.json", "--tokenizer"]),
