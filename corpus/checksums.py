@@ -13,7 +13,8 @@ import zlib
 from pathlib import Path
 
 from config import ExperimentError
-from corpus.token_files import ProgressBar, replace_file
+from corpus.progress_bar import ProgressBar
+from corpus.token_files import replace_file
 
 READ_AT_ONCE = 2**20  # bytes
 # Files from this size on are written down once they were compared. Smaller ones take 0.1 s.

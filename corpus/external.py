@@ -16,11 +16,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from config import Config, ExperimentError
+from corpus.progress_bar import ProgressBar
 from corpus.token_files import (
     HEADER_BYTES,
     MAGIC,
     FileHead,
-    ProgressBar,
     count_tokens,
     entropy,
     read_head,

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-from corpus.token_files import ProgressBar
+from corpus.progress_bar import ProgressBar
 
 # Version 2 of the rules of data depends on these numbers: they must not change within it.
 NEAR = 0.7

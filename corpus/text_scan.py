@@ -18,9 +18,10 @@ import numpy as np
 
 from config import Config, ExperimentError
 from corpus import split
+from corpus.progress_bar import ProgressBar
 from corpus.sources import Source
 from corpus.split import CHUNKS_AT_ONCE, Split
-from corpus.token_files import ProgressBar, discard_unreadable
+from corpus.token_files import discard_unreadable
 from corpus.tokenizer import load_tokenizer, train_tokenizer, trained_size
 from planner.layout import format_duration, say
 

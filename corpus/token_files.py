@@ -9,15 +9,13 @@ import math
 import os
 import shutil
 import struct
-import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from config import ExperimentError
+from corpus.progress_bar import ProgressBar
 from corpus.token_reader import FilePart, FileVersion, TokenFiles, file_version
 
 # Increase it when the same text would give other shards. It is part of the cache's key and of every
@@ -37,44 +35,6 @@ class ShardHeader(NamedTuple):
     token_bytes: int  # bytes of one token
     num_tokens: int
     tokenizer: bytes  # sha256 of the tokenizer.json
-
-
-class ProgressBar:
-    """A progress bar: characters or tokens a second, documents a second, and the time left.
-
-    The time left is shown only when the total is known.
-    """
-
-    def __init__(self, title: str, total: int | None = None, done: int = 0, unit: str = "char"):
-        # In a file the redrawings stay, one behind the other.
-        seconds_between_redrawings = 60.0
-        if sys.stderr is not None and sys.stderr.isatty():
-            seconds_between_redrawings = 0.5
-        self.bar = tqdm(
-            desc=title,
-            total=total,
-            initial=done,
-            unit=unit,
-            unit_scale=True,
-            leave=False,
-            mininterval=seconds_between_redrawings,
-        )
-        self.start = time.perf_counter()
-        self.documents = 0
-
-    def add(self, count: int, documents: int = 0) -> None:
-        """Moves the bar by `count` characters or tokens, which end `documents` documents."""
-        self.documents += documents
-        if self.documents:
-            speed = self.documents / (time.perf_counter() - self.start)
-            self.bar.set_postfix_str(f"{speed:,.0f} documents/s", refresh=False)
-        self.bar.update(count)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
 
 
 def replace_file(path: Path, content: str) -> None:

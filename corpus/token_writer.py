@@ -22,13 +22,13 @@ from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset
 
 from config import Config, ExperimentError
+from corpus.progress_bar import ProgressBar
 from corpus.safe_cuts import SafeCuts
 from corpus.sources import Source
 from corpus.split import Split
 from corpus.text_scan import CHUNK, Scan, changed_error, text_hash
 from corpus.token_files import (
     HEADER_BYTES,
-    ProgressBar,
     discard_unreadable,
     read_own_json,
     replace_file,

@@ -1,6 +1,4 @@
-"""The format of token shards, and the progress bar."""
-
-import re
+"""The format of token shards."""
 
 import numpy as np
 import pytest
@@ -39,17 +37,3 @@ def test_a_shard_is_read_as_it_was_written_and_not_when_a_byte_of_its_header_or_
         path.write_bytes(damaged)
         with pytest.raises(ExperimentError, match="delete the folder"):
             open_shard(path, "00" * 32)
-
-
-def test_the_progress_bar_has_documents_a_second_and_the_time_left():
-    with token_files.ProgressBar("tokenizing", 4000, done=1000) as bar:
-        bar.start -= 10
-        bar.bar.start_t -= 10
-        bar.add(1000, 20)
-        shown = str(bar.bar)
-    assert (
-        "tokenizing:  50%" in shown
-        and "2.00k/4.00k" in shown
-        and re.search(r"00:10<00:(19|20)", shown)
-    )
-    assert re.search(r"(100|99\.\d+)char/s, 2 documents/s", shown), shown
