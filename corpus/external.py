@@ -29,7 +29,7 @@ from corpus.token_files import (
 )
 from corpus.token_reader import FilePart, TokenFiles, file_version
 from corpus.tokenizer import load_tokenizer, sha256, vocabulary
-from planner.layout import say
+from planner.layout import quoted, say
 
 
 class _Format(NamedTuple):
@@ -72,29 +72,31 @@ def open_external_shard(path: str, without_header: str = NANO_GPT) -> TokenFiles
         head = read_head(Path(path))
     except OSError as error:
         raise ExperimentError(
-            f"cannot read {path}: {error.strerror}. Make it readable or take it out of --data"
+            f"cannot read {quoted(path)}: {error.strerror}. Make it readable or take it out of "
+            "--data"
         ) from error
     if head.header.startswith(MAGIC):
         raise ExperimentError(_our_own_shard_message(path))
     if head.header.startswith(NUMPY_MAGIC):
         raise ExperimentError(
-            f"{path} was written by numpy.save, whose header is no token. Write the array with its "
-            "tofile"
+            f"{quoted(path)} was written by numpy.save, whose header is no token. Write the array "
+            "with its tofile"
         )
     if not head.header:
-        raise ExperimentError(f"{path} is empty. Take it out of --data, or make it again")
+        raise ExperimentError(f"{quoted(path)} is empty. Take it out of --data, or make it again")
     magic, version, count = _llm_c_header(head)
     if magic == LLM_C_EVALUATION:
         raise ExperimentError(
-            f"{path} holds llm.c's multiple-choice questions, not text. Take it out of --data"
+            f"{quoted(path)} holds llm.c's multiple-choice questions, not text. Take it out of "
+            "--data"
         )
     if magic not in LLM_C_FORMATS:
         return _open_without_header(path, head, np.dtype(without_header))
     known = LLM_C_FORMATS[magic]
     if version != known.version:
         raise ExperimentError(
-            f"{path} has llm.c's format version {version}, not {known.version}. Make it again with "
-            "a current llm.c"
+            f"{quoted(path)} has llm.c's format version {version}, not {known.version}. Make it "
+            "again with a current llm.c"
         )
     dtype = np.dtype(known.dtype)
     stored = max(0, head.size - HEADER_BYTES)
@@ -120,16 +122,16 @@ def _open_without_header(path: str, head: FileHead, dtype: np.dtype) -> TokenFil
     """Opens a file that holds nothing but tokens. Returns [tokens]."""
     if head.size % dtype.itemsize:
         raise ExperimentError(
-            f"{path} is cut short: {head.size:,} bytes are no whole number of {dtype.name} tokens. "
-            "Make or download it again"
+            f"{quoted(path)} is cut short: {head.size:,} bytes are no whole number of {dtype.name} "
+            "tokens. Make or download it again"
         )
     return _token_files(path, head, dtype, 0, head.size // dtype.itemsize)
 
 
 def _our_own_shard_message(path: str) -> str:
     return (
-        f"{path} belongs to this program's cache. Give --data and --tokenizer as they were when it "
-        "was made, and it is used again"
+        f"{quoted(path)} belongs to this program's cache. Give --data and --tokenizer as they were "
+        "when it was made, and it is used again"
     )
 
 
@@ -137,7 +139,10 @@ def _wrong_size_message(path: str, stored: int, expected: int) -> str:
     what = "is cut short: it holds"
     if stored > expected:
         what = "is longer than its header says: it holds"
-    return f"{path} {what} {stored:,} bytes of tokens, not {expected:,}. Make or download it again"
+    return (
+        f"{quoted(path)} {what} {stored:,} bytes of tokens, not {expected:,}. Make or download it "
+        "again"
+    )
 
 
 # --- the width of the tokens
@@ -210,7 +215,7 @@ def _look_like_tokens(tokens: np.ndarray, vocabulary_size: int) -> bool:
 
 def _too_narrow_message(path: str, config: Config, vocabulary_size: int) -> str:
     return (
-        f"{path} holds 16-bit tokens, and the tokenizer {config.tokenizer} has "
+        f"{quoted(path)} holds 16-bit tokens, and the tokenizer {config.tokenizer} has "
         f"{vocabulary_size:,}, more than 16 bits can tell apart: it was not made with this "
         "tokenizer. Give the --tokenizer that made it"
     )
@@ -219,8 +224,8 @@ def _too_narrow_message(path: str, config: Config, vocabulary_size: int) -> str:
 def _other_width_message(part: FilePart, wider: _Reading) -> str:
     bits = 8 * part.dtype.itemsize
     return (
-        f"{part.path} holds tokens of {wider.bits} bits: read with {bits} bits, every second one "
-        f"or more would be 0. {WRITE_IT_AGAIN}"
+        f"{quoted(part.path)} holds tokens of {wider.bits} bits: read with {bits} bits, every "
+        f"second one or more would be 0. {WRITE_IT_AGAIN}"
     )
 
 
@@ -228,9 +233,9 @@ def _ambiguous_message(part: FilePart, wider: _Reading) -> str:
     narrow = part.num_tokens
     wide = narrow * part.dtype.itemsize // wider.dtype.itemsize
     return (
-        f"{part.path} has no header that names the width of its tokens, and can be read in two "
-        f"ways: {narrow:,} tokens of 16 bits, of which every second one is 0, or {wide:,} tokens "
-        f"of {wider.bits} bits. {WRITE_IT_AGAIN}"
+        f"{quoted(part.path)} has no header that names the width of its tokens, and can be read in "
+        f"two ways: {narrow:,} tokens of 16 bits, of which every second one is 0, or {wide:,} "
+        f"tokens of {wider.bits} bits. {WRITE_IT_AGAIN}"
     )
 
 
@@ -269,7 +274,9 @@ def open_counted(facts: dict, vocabulary: int) -> tuple[TokenFiles, TokenFiles]:
 def _check_unchanged(path: str, version: list[int] | None) -> None:
     """Raises ExperimentError when a file's size or times are not those of `version`."""
     if version is not None and list(file_version(path)) != list(version):
-        raise ExperimentError(f"{path} was changed since its tokens were counted: run again")
+        raise ExperimentError(
+            f"{quoted(path)} was changed since its tokens were counted: run again"
+        )
 
 
 def import_shards(
@@ -368,7 +375,7 @@ def _count_and_hash(
                     counts[side] += count_tokens(part, vocabulary_size, bar, digest)
                 except ValueError as error:  # "token TOKEN at position POSITION"
                     raise ExperimentError(
-                        f"{path}: {error} of its {SIDES[side]} part is out of range: "
+                        f"{quoted(path)}: {error} of its {SIDES[side]} part is out of range: "
                         + _other_tokenizer_message(config, vocabulary_size)
                     ) from error
     return counts, digest.hexdigest()

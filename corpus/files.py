@@ -26,6 +26,7 @@ from corpus.formats import (
     is_compressed,
     suffix_of,
 )
+from planner.layout import quoted
 
 SHARD_SUFFIX = ".bin"
 # What version 1 of the rules of data reads in a folder or a glob that has any of it.
@@ -77,7 +78,7 @@ class FoundFiles:
 
 def count_suffixes(files: Iterable[str]) -> str:
     """How many files have which suffix: "12 .jsonl.gz, 1 .md". The most frequent come first."""
-    counts = collections.Counter(suffix_of(file) or "without suffix" for file in files)
+    counts = collections.Counter(quoted(suffix_of(file)) or "without suffix" for file in files)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{count:,} {suffix}" for suffix, count in ordered[:NAMED_SUFFIXES]]
     others = ordered[NAMED_SUFFIXES:]
@@ -191,7 +192,8 @@ def _check_one_kind(found: FoundFiles) -> None:
     texts = [file for file in found.read if not is_shard(file)]
     if shards and texts:
         raise ExperimentError(
-            f"{found.path} holds both token shards ({shards[0]}) and text ({texts[0]}). "
+            f"{quoted(found.path)} holds both token shards ({quoted(shards[0])}) and text "
+            f"({quoted(texts[0])}). "
             "Name one kind with a glob, such as --data 'folder/*.bin'"
         )
 
@@ -201,9 +203,10 @@ def nothing_to_read_message(found: FoundFiles) -> str:
     if found.left_out or found.hidden:
         left_out = f" It has {found.left_out_message()}."
     return (
-        f"no text to read in {found.path}.{left_out} It must be or hold {' '.join(READ_SUFFIXES)} "
-        f"files (all but .parquet also with {' or '.join(COMPRESSIONS)}) or {SHARD_SUFFIX} files. "
-        "Convert it, name the files themselves with a glob, or correct --data or --text_field"
+        f"no text to read in {quoted(found.path)}.{left_out} It must be or hold "
+        f"{' '.join(READ_SUFFIXES)} files (all but .parquet also with {' or '.join(COMPRESSIONS)}) "
+        f"or {SHARD_SUFFIX} files. Convert it, name the files themselves with a glob, or correct "
+        "--data or --text_field"
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TextIO
 
 from config import ExperimentError
 from corpus.json_lines import LONG_LINE, PART, LineParts, ScannedLine, scan_line, string_stream
+from planner.layout import quoted
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 PLAIN_SUFFIXES = (".txt", ".md", ".py")
@@ -149,17 +150,18 @@ def _check_content(path: str, kind: str | None) -> None:
         return  # their readers say what is wrong
     for mark, what in OTHER_CONTENTS.items():
         if beginning.startswith(mark):
-            raise ExperimentError(f"{path} is {what}")
+            raise ExperimentError(f"{quoted(path)} is {what}")
 
 
 def cannot_read(path: str, error: OSError) -> ExperimentError:
     # pyarrow raises OSError without a number when the compressed data are damaged.
     if is_compressed(path) and error.errno is None:
         return ExperimentError(
-            f"{path} is not a valid {Path(path).suffix} file ({error}). Make or download it again"
+            f"{quoted(path)} is not a valid {Path(path).suffix} file ({error}). Make or download "
+            "it again"
         )
     return ExperimentError(
-        f"cannot read {path}: {error.strerror}. Correct it or take it out of --data"
+        f"cannot read {quoted(path)}: {error.strerror}. Correct it or take it out of --data"
     )
 
 
@@ -178,7 +180,7 @@ def _valid_lines(path: str, file: TextIO, length: int, rows: RowCounter) -> Iter
         rows.read += len(lines)
         valid = [line for line in lines if _is_text(line)]
         num_bad = len(lines) - len(valid)
-        rows.leave_out(path, functools.partial(_problem_of_file, path), num_bad)
+        rows.leave_out(quoted(path), functools.partial(_problem_of_file, path), num_bad)
         if valid:
             yield "".join(valid)
 
@@ -251,7 +253,7 @@ def _json_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tuple
     with open_text(path) as file, contextlib.closing(_SecondReading(path)) as second_reading:
         while line := file.readline(LONG_LINE):
             number += 1
-            place = f"{path}:{number}"
+            place = f"{quoted(path)}:{number}"
             if len(line) < LONG_LINE or line.endswith("\n"):
                 yield from _value_of_line(place, line, text_field, rows)
                 position += len(line)
@@ -336,7 +338,7 @@ def _value_of_line(
     if not isinstance(row, dict):
         raise _no_object(place, line)
     if text_field not in row:
-        raise no_field(place, text_field, f"the fields are {', '.join(row)}")
+        raise no_field(place, text_field, row)
     yield place, row[text_field]
 
 
@@ -359,7 +361,7 @@ def _scan_long_line(
     if not found.is_object:
         raise _no_object(place, parts.first_part)
     if not found.has_field:
-        raise no_field(place, text_field, f"the fields are {', '.join(found.names)}")
+        raise no_field(place, text_field, found.names)
     if found.bad_part is not None:
         rows.leave_out(place, functools.partial(_problem_of_long_field, text_field, found))
         return None
@@ -382,11 +384,11 @@ def _parquet_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tu
         raise  # file_chunks says it
     except (pyarrow.ArrowException, OSError) as error:
         raise ExperimentError(
-            f"{path} is not a valid parquet file ({error}). Make or download it again"
+            f"{quoted(path)} is not a valid parquet file ({error}). Make or download it again"
         ) from error
     names = file.schema_arrow.names
     if text_field not in names:
-        raise no_field(path, text_field, f"the fields are {', '.join(names)}")
+        raise no_field(quoted(path), text_field, names)
     group_start = 1  # number of the group's first row; rows are counted from 1
     for group in range(file.num_row_groups):
         group_rows = file.metadata.row_group(group).num_rows
@@ -396,10 +398,10 @@ def _parquet_values(path: str, text_field: str, rows: RowCounter) -> Iterator[tu
             batches = file.iter_batches(batch_size=1024, row_groups=[group], columns=[text_field])
             for batch in batches:
                 for scalar in batch.column(0):
-                    yield f"{path}, row {next_row}", _python_value(scalar)
+                    yield f"{quoted(path)}, row {next_row}", _python_value(scalar)
                     next_row += 1
         except (pyarrow.ArrowException, OSError) as error:
-            place = f"{path}, row group {group + 1} of {file.num_row_groups}"
+            place = f"{quoted(path)}, row group {group + 1} of {file.num_row_groups}"
             last_row = group_start + group_rows - 1
             describe = functools.partial(_problem_of_row_group, next_row, last_row, error)
             rows.leave_out(place, describe, last_row - next_row + 1)
@@ -429,9 +431,11 @@ def _no_object(place: str, line: str) -> ExperimentError:
     )
 
 
-def no_field(place: str, text_field: str, found: str) -> ExperimentError:
+def no_field(place: str, text_field: str, names: Iterable[str]) -> ExperimentError:
+    """The error of a row that has fields of these names, and not the field of the text."""
+    found = ", ".join(map(quoted, names))
     return ExperimentError(
-        f"{place}: no field {text_field!r}; {found}. Choose one with --text_field"
+        f"{place}: no field {text_field!r}; the fields are {found}. Choose one with --text_field"
     )
 
 

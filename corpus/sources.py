@@ -37,7 +37,7 @@ from corpus.formats import (
     no_field,
     value_chunks,
 )
-from planner.layout import say
+from planner.layout import quoted, say
 
 BUILT_IN = ("python", "installed")
 INSTALLED_SUFFIXES = (
@@ -150,7 +150,8 @@ def open_source(config: Config, rules: int = DATA_RULES) -> Source:
     found = find_files(config, path, rules)
     left_out = found.left_out_message()
     if left_out:
-        _say_once(f"data: {path}: {count_suffixes(found.read)} read; not read: {left_out}")
+        read = count_suffixes(found.read)
+        _say_once(f"data: {quoted(path)}: {read} read; not read: {left_out}")
     if is_shard(found.read[0]):
         return TokenShards(config, found.read)
     return Files(config, found.read)
@@ -230,7 +231,7 @@ class TextSource:
         if len(rows.problems) == NAMED_PROBLEMS:
             problems += "; ..."
         raise ExperimentError(
-            f"{rows.bad:,} of {rows.read:,} lines or rows of {self.name} cannot be read, "
+            f"{rows.bad:,} of {rows.read:,} lines or rows of {quoted(self.name)} cannot be read, "
             f"more than {share:.2%} (max_bad_share): {problems}. Correct them (what is not UTF-8 "
             "with iconv, for example), or leave more out with a larger --max_bad_share"
         )
@@ -459,7 +460,7 @@ class HubDataset(TextSource):
         field = self.config.text_field
         for row in self.stream:
             if field not in row:
-                raise no_field(self.name, field, f"the fields are {', '.join(row)}")
+                raise no_field(self.name, field, row)
             self.rows.read += 1
             yield f"{self.name}, row {self.rows.read}", row[field]
 
@@ -608,7 +609,7 @@ def package_of(path: str, roots: list[str]) -> str:
 
 def _nothing_there_message(path: str, data: str) -> str:
     return (
-        f"there is no file or folder {path}.{nearest(data, BUILT_IN)} Give --data python, "
+        f"there is no file or folder {quoted(path)}.{nearest(data, BUILT_IN)} Give --data python, "
         "installed, the path of a file, a folder or a glob, or hf:DATASET for one of the Hugging "
         "Face hub"
     )

@@ -60,6 +60,16 @@ def format_rate(rate: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def quoted(name: str) -> str:
+    """A file's name or suffix for a message: as it is, or as a literal of Python.
+
+    A line break or control character of the name would break the line that the message is.
+    """
+    if name.isprintable():
+        return name
+    return repr(name)
+
+
 # ---------------------------------------------------------------- lines that fit
 
 

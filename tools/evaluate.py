@@ -40,6 +40,7 @@ from corpus.safe_cuts import SafeCuts
 from corpus.tokenizer import ChunkEncoder, character_before_next, load_tokenizer
 from engine.triton_kernels import attention_backends
 from model import MoETransformer
+from planner.layout import quoted
 from record.checkpoint import data_rules, open_model
 
 # The largest domains have a row of the table each. The others share one row.
@@ -247,7 +248,7 @@ def table(domains: dict[str, Sums]) -> str:
     ]
     largest_first = sorted(domains, key=lambda name: domains[name].tokens, reverse=True)
     for name in largest_first[:SHOWN]:
-        lines.append(table_row(name, domains[name].figures()))
+        lines.append(table_row(quoted(name), domains[name].figures()))
     others = [domains[name] for name in largest_first[SHOWN:]]
     if others:
         lines.append(table_row(f"({len(others)} others)", total_of(others).figures()))

@@ -297,6 +297,26 @@ def test_what_has_no_known_format_is_counted_by_suffix(tmp_path, capsys):
     assert "12 of 12 other suffixes" in said
 
 
+def test_a_name_with_a_line_break_does_not_break_the_line_of_a_message(tmp_path, capsys):
+    """Whether it is in the suffix, the name of a file or of a field, or in a folder's name."""
+    rows = '{"text": "one"}\n{"text": \n{"te\\nxt": "two"}\n'
+    write(tmp_path / "text", {"a.jsonl": ROWS, "b.x\ny\x1b[2J": "", "c.é": ""})
+    assert read(tmp_path) == ["one", "two"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "\x1b" not in said
+    assert "not read: 1 '.x\\ny\\x1b[2j', 1 .é (no format" in said
+
+    write(tmp_path / "text", {"d\ne/f.jsonl": rows})
+    with pytest.raises(ExperimentError) as error:
+        read(tmp_path, "d\ne")
+    assert "\n" not in str(error.value)
+    assert "d\\ne/f.jsonl':3: no field 'text'; the fields are 'te\\nxt'." in str(error.value)
+    write(tmp_path / "text", {"d\ne/f.jsonl": rows.rpartition("{")[0]})
+    with pytest.raises(ExperimentError, match=r"d\\ne/f.jsonl':2: not valid JSON") as error:
+        read(tmp_path, "d\ne")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("where", ["", "*"])
 def test_a_link_whose_target_is_gone_is_counted(tmp_path, capsys, where):
     write(tmp_path / "text", {"a.jsonl": '{"text": "one"}'})
