@@ -379,11 +379,7 @@ def _build_or_link(
     It does not matter from where the text was read: a copy of a folder gives the same shards.
     """
     found = scan(source, folder)
-    if found.bad:
-        say(
-            f"data: {found.bad:,} of {found.rows:,} lines or rows cannot be read and are left out: "
-            f"{found.bad_rows}"
-        )
+    _say_what_is_left_out(config, found)
     key = build_key(config, tokenizer_json, rules)
     # Groups may split the same text otherwise; version 1 does not know them.
     may_link = rules == 1 or not found.grouped
@@ -391,6 +387,19 @@ def _build_or_link(
         build(config, source, found, tokenizer_json, folder, rules)
     for name in TEMPORARY_FILES:
         (folder / name).unlink(missing_ok=True)
+
+
+def _say_what_is_left_out(config: Config, found: Scan) -> None:
+    if found.nulls:
+        say(
+            f"data: {found.nulls:,} of {found.rows:,} rows have null in the field "
+            f"{config.text_field!r} and are left out"
+        )
+    if found.bad:
+        say(
+            f"data: {found.bad:,} of {found.rows:,} lines or rows cannot be read and are left out: "
+            f"{found.bad_rows}"
+        )
 
 
 def _link_same_text(config: Config, found: Scan, key: str, folder: Path) -> bool:

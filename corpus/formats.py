@@ -1,7 +1,7 @@
 """Reads the documents of one file in chunks: text, JSON lines or parquet, compressed or not.
 
-Lines and rows that hold no valid text are left out and counted in a RowCounter. Which files are
-read, and in which order, is decided in sources.py. A new file format is added here.
+Lines and rows that hold no text, or no valid text, are left out and counted in a RowCounter. Which
+files are read, and in which order, is decided in sources.py. A new file format is added here.
 
 Text files and JSON lines are read in bounded memory, however long their lines and documents are.
 Of a parquet file, Arrow holds the text field of one row group at a time.
@@ -44,10 +44,11 @@ Chunk = tuple[str, bool]  # text, and whether its document ends with it
 
 @dataclass
 class RowCounter:
-    """Counts the lines and rows that were read, and those of them that hold no valid text."""
+    """Counts the lines and rows that were read, and those of them that give no document."""
 
     read: int = 0
-    bad: int = 0
+    nulls: int = 0  # rows whose text is null. They are no mistake, so max_bad_share allows any
+    bad: int = 0  # lines and rows that hold no valid text
     # "place: what is wrong" of the first NAMED_PROBLEMS places
     problems: list[str] = field(default_factory=list)
 
@@ -190,14 +191,15 @@ def value_chunks(
 ) -> Iterator[Chunk]:
     """Yields the documents that are values of a field, in chunks.
 
-    `values` are (place, value): the place is that of the row, for messages. A value of null is no
-    document. A value that is not valid UTF-8 is left out and counted in `rows`. A long value may
-    be a stream of valid text, which is read before the next value is taken.
+    `values` are (place, value): the place is that of the row, for messages. A value that is null
+    or not valid UTF-8 is left out and counted in `rows`. A long value may be a stream of valid
+    text, which is read before the next value is taken.
 
     Raises ExperimentError when a value is no text.
     """
     for place, value in values:
         if value is None:
+            rows.nulls += 1
             continue
         if isinstance(value, io.TextIOWrapper):
             yield from cut(value, length)
