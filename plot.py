@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # before the imports below, which fail without their packages
@@ -286,12 +286,19 @@ def _finish_panel(axes: Axes, last_step: int) -> None:
 # ---------------------------------------------------------------- several runs
 
 
-def plot_comparison(runs: dict[str, Rows], path, title: str = "") -> None:
+def plot_comparison(
+    runs: dict[str, Rows],
+    path,
+    title: str = "",
+    resumed_at: Mapping[str, Iterable[int]] | None = None,
+) -> None:
     """Draws the loss of several runs into one PNG at `path`.
 
     `runs` are rows of metrics.jsonl by label. Training loss is smoothed, validation loss is drawn
-    as points. Raises ExperimentError when the file cannot be written.
+    as points. `resumed_at` are the steps at which each run was resumed, by label; a short stroke
+    across the run's own line marks each. Raises ExperimentError when the file cannot be written.
     """
+    resumed_at = resumed_at or {}
     figure = Figure(figsize=(9, 5.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     styles = itertools.cycle(itertools.product(RUN_DASHES, RUN_COLORS))
@@ -303,6 +310,7 @@ def plot_comparison(runs: dict[str, Rows], path, title: str = "") -> None:
         smooth = _smoothed(loss)
         line = dict(linewidth=1.5, linestyle=dashes)
         _line(axes, steps, smooth, _as_label(label), color, **line)
+        _mark_on_line(axes, steps, smooth, resumed_at.get(label, ()), color)
         points = dict(marker="o", markersize=4, linestyle="")
         _draw_metric(axes, validation, "val_loss", None, color, **points)
     axes.set_title(title)
@@ -310,11 +318,38 @@ def plot_comparison(runs: dict[str, Rows], path, title: str = "") -> None:
     axes.set_ylabel("loss (nats per token); points: validation")
     _plain_frame(axes)
     if axes.lines:
+        if any(resumed_at.values()):
+            _stroke(axes, [], [], "0.3", label="resumed")  # the marks' entry in the legend
         axes.legend(frameon=False, fontsize="small")
     else:
         _say(axes, "no data yet")
         _hide_scale(axes)
     write_figure(figure, Path(path))
+
+
+def _mark_on_line(
+    axes: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    steps: Iterable[int],
+    color: str,
+) -> None:
+    """A short stroke across the line (x, y) at each of the steps.
+
+    Lines across the whole panel, as in one run's curves, would not say whose they are.
+    """
+    marked = np.array(list(steps), float)
+    is_drawn = np.isfinite(y)
+    if not marked.size or not is_drawn.any():
+        return
+    heights = np.interp(marked, x[is_drawn], y[is_drawn])
+    _stroke(axes, marked, heights, color)
+
+
+def _stroke(axes: Axes, x, y, color: str, label: str | None = None) -> None:
+    """Short vertical strokes, centred on the points (x, y)."""
+    stroke = dict(marker="|", markersize=11, markeredgewidth=1, linestyle="")
+    axes.plot(x, y, color=color, label=label, **stroke)
 
 
 def _as_label(text: str) -> str:
@@ -726,7 +761,8 @@ def _draw(runs: list[Path], histories: list[Rows], out: Path) -> None:
         return
     configs = [read_config(run) for run in runs]
     names = labels(runs, configs)
-    plot_comparison(dict(zip(names, histories)), out)
+    resumed_at = {name: read_resume_points(run) for name, run in zip(names, runs)}
+    plot_comparison(dict(zip(names, histories)), out, resumed_at=resumed_at)
 
 
 if __name__ == "__main__":

@@ -267,6 +267,33 @@ def test_resume_points_are_marked_where_there_are_data(draw, tmp_path):
     assert plot.read_resume_points(tmp_path) == []
 
 
+def test_a_comparison_marks_resume_points_on_the_runs_own_lines(monkeypatch, tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for folder in folders:
+        folder.mkdir()
+        write_metrics(folder, run(20, layers=0))
+    starts = [dict(step=0, resumed_from=None), dict(step=5, resumed_from="a")]
+    content = dict(step=12, resumed_from="b", earlier=starts)
+    (folders[1] / "run.json").write_text(json.dumps(content))
+
+    figures = []
+    monkeypatch.setattr(plot, "write_figure", lambda figure, path: figures.append(figure))
+    plot.draw_runs(folders, tmp_path / "c.png")
+    [axes] = figures[0].axes
+    marks = [line for line in axes.lines if line.get_marker() == "|"]
+    [of_b, entry] = marks  # the second one is an entry of the legend
+    assert list(of_b.get_xdata()) == [5, 12] and not len(entry.get_xdata())
+    line_of_b = next(line for line in axes.lines if line.get_label() == str(folders[1]))
+    assert of_b.get_color() == line_of_b.get_color()
+    drawn = dict(zip(line_of_b.get_xdata(), line_of_b.get_ydata()))
+    assert list(of_b.get_ydata()) == [drawn[5], drawn[12]]
+    assert axes.get_legend_handles_labels()[1] == [*map(str, folders), "resumed"]
+
+    (folders[1] / "run.json").unlink()
+    plot.draw_runs(folders, tmp_path / "c.png")
+    assert not [line for line in figures[1].axes[0].lines if line.get_marker() == "|"]
+
+
 # --- command line
 
 
