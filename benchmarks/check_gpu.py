@@ -39,7 +39,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
+from cli import exit_code
 from config import LOSS_CHUNK, PRESETS, Config
+from corpus.workers import die_with_parent, ignore_stop_signals
 from engine.linear import expert_loop, grouped_linear
 from engine.offload import GradientOffload, OptimizerState
 from engine.precision import (
@@ -331,6 +333,12 @@ def step_jobs() -> dict[Job, dict]:
     return jobs
 
 
+def _start_worker() -> None:
+    """Lets a worker process end with the program, and not by a Ctrl-C of its own."""
+    ignore_stop_signals()
+    die_with_parent()
+
+
 @functools.cache
 def model_runs() -> tuple[dict[Job, Steps], dict[Job, "FullWidth"]]:
     """The results of all models, each from a process of its own, several at a time."""
@@ -342,7 +350,7 @@ def model_runs() -> tuple[dict[Job, Steps], dict[Job, "FullWidth"]]:
     in_order = sorted(jobs, key=lambda job: "compile" not in jobs[job])
     on_gpu = find_device(BASE).type == "cuda"
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(PROCESSES, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES, context, _start_worker) as pool:
         running = {}
         for job in in_order:
             future = pool.submit(take_steps, jobs[job])
@@ -924,7 +932,7 @@ def run(function: Callable[[torch.device], Checks], device: torch.device) -> Che
     yield from function(device)
 
 
-def main() -> int:
+def main(_argv: list[str]) -> None:
     device = find_device(BASE)
     functions = list(CHECKS)
     if device.type == "cpu":
@@ -937,10 +945,10 @@ def main() -> int:
             failed += not check.holds
     if failed:
         print(f"{failed} checks failed")
-        return 1
+        raise SystemExit(1)
     print("all checks hold")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # At a signal it ends at once: to clean up, it would wait for the models that are running.
+    sys.exit(exit_code(main, sys.argv[1:], cleans_up=False))

@@ -37,6 +37,7 @@ import torch
 
 import data
 from benchmarks.result_files import ROOT, write
+from cli import exit_code
 from config import PRESETS, Config
 from corpus.external import joined, open_external_shard
 from corpus.sources import open_source
@@ -220,7 +221,11 @@ def drop_from_memory(path: str) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
+    if argv:  # in a process of batches_per_second_of_new_process
+        shard, preset, workers, state = argv
+        print(batches_per_second(shard, preset, int(workers), cold=state == "cold"))
+        return
     with contextlib.ExitStack() as stack:
         # On the disk that training would read from.
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=ROOT)))
@@ -246,9 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # The arguments of loader_command.
-    if len(sys.argv) == 5:
-        _, shard, preset, workers, state = sys.argv
-        print(batches_per_second(shard, preset, int(workers), cold=state == "cold"))
-    else:
-        main()
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from benchmarks.result_files import write
+from cli import exit_code
 from config import KNOWN_DATA_RULES, Config
 from corpus import text_scan
 from corpus.sources import BUILT_IN, Source, open_source
@@ -88,7 +89,7 @@ def long_lines(source: Source, held_out: np.ndarray) -> Iterator[Line]:
                 yield Line(hash(words), len(line), is_held_out)
 
 
-def main() -> None:
+def main(_argv: list[str]) -> None:
     """Writes the measurements of each corpus and version. The figure is of `installed`.
 
     It compares the share of repeated lines in version 2 with that in version 1.
@@ -113,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main, sys.argv[1:]))

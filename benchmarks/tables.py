@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the imports below, which fail without their
 
     explain_missing_packages()
 
+from cli import exit_code
 from config import PRESETS, Config, field_docs, optimizer_groups
 from planner.choice import choose
 from planner.layout import format_count
@@ -655,8 +656,12 @@ def rewrite(made_by: dict[str, Callable[[], str]]) -> None:
             print(f"{page.relative_to(ROOT)} written", file=sys.stderr)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:]:
+def main(argv: list[str]) -> None:
+    if argv:
         print(__doc__)
-    else:
-        rewrite(blocks())
+        return
+    rewrite(blocks())
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main, sys.argv[1:]))

@@ -442,6 +442,18 @@ def test_a_command_that_does_not_train_cleans_up(tmp_path, capsys):
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_every_command_ends_as_the_others_do():
+    """`exit_code` handles its signals, its errors and its lost output."""
+    commands = 0
+    for room in ("tools", "studies", "benchmarks"):
+        for path in (ROOT / room).glob("*.py"):
+            _, as_command, its_end = path.read_text().rpartition('\nif __name__ == "__main__":\n')
+            if as_command:
+                assert "sys.exit(exit_code(" in its_end, path
+                commands += 1
+    assert commands >= 16
+
+
 def test_the_run_of_a_benchmark_ends_with_it(tmp_path, monkeypatch):
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     monkeypatch.setattr(result_files, "train_command", lambda folder, options: sleeping)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import check_gpu
+from cli import exit_code
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU was found")
 FAST_ON_A_CPU = [
@@ -57,10 +58,11 @@ def test_main_reports_failures_in_its_exit_code(monkeypatch, capsys):
 
     monkeypatch.setattr(check_gpu, "CHECKS", (check_one,))
     error = 0.5
-    assert check_gpu.main() == 0
+    assert exit_code(check_gpu.main, []) == 0
     assert capsys.readouterr().out.endswith("all checks hold\n")
     error = 2.0
-    assert check_gpu.main() == 1
+    with pytest.raises(SystemExit, match="1"):
+        exit_code(check_gpu.main, [])
     assert capsys.readouterr().out.endswith("1 checks failed\n")
 
 
