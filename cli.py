@@ -23,6 +23,7 @@ from config import (
     ExperimentError,
     OutOfMemory,
     defaults,
+    expanded,
     field_docs,
     field_types,
     missing_package_message,
@@ -248,7 +249,7 @@ def check_tokenizer(name: str) -> None:
     """
     if name.partition(":")[0] in ("train", "hf"):
         return
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         path = path / "tokenizer.json"
     try:
@@ -340,8 +341,9 @@ def exit_at_a_wrong_path(argv: list[str], out_is_new: bool = False) -> None:
                 check_empty_or_new(out)
             check_writable(Path(out), "--out")
     except ExperimentError as error:
-        say(f"error: {error}", sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(_failed(str(error), error.exit_code))
+    except OSError as error:  # a path that no file system has: it is too long, for example
+        sys.exit(_failed(str(error)))
 
 
 def _value_of(option: str, argv: list[str]) -> str | None:

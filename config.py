@@ -20,6 +20,7 @@ import sys
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 DATA_RULES = 2
@@ -718,6 +719,14 @@ def _parse_choice(name: str, text: str, choices: tuple[str, ...]) -> str:
             f"{name}: {text!r} is not one of {', '.join(choices)}.{nearest(text, choices)}"
         )
     return text
+
+
+def expanded(path: str) -> Path:
+    """The path with ~ and ~USER replaced by home folders; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user
+        return Path(path)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from config import DATA_RULES, KNOWN_DATA_RULES, Config, ConfigError, ExperimentError
+from config import DATA_RULES, KNOWN_DATA_RULES, Config, ConfigError, ExperimentError, expanded
 from corpus import checksums, sources
 from corpus.external import import_shards, open_counted
 from corpus.shards import TEMPORARY_FILES, build, build_key
@@ -95,7 +95,7 @@ def prepare(config: Config, rules: int = DATA_RULES) -> Corpus:
     source = sources.open_source(config, rules)
     if source.token_shards and trained_size(config):
         raise ExperimentError(_unknown_tokenizer_message(config))
-    cache = Path(config.cache_dir).expanduser()
+    cache = expanded(config.cache_dir)
     tokenizer_json = _local_tokenizer(config)
     folder = cache / _cache_key(config, source, tokenizer_json, rules)
     try:

@@ -18,7 +18,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
-from config import DATA_RULES, Config, ConfigError, ExperimentError, nearest
+from config import DATA_RULES, Config, ConfigError, ExperimentError, expanded, nearest
 from corpus import near_duplicates
 from corpus.files import (
     FoundFiles,
@@ -526,7 +526,7 @@ def _open_hub(source: HubDataset) -> Any:
     """
     import datasets  # slow to import, and only hf: needs it
 
-    folder = Path(source.dataset).expanduser()
+    folder = expanded(source.dataset)
     try:
         if (folder / "state.json").exists():
             # Dataset.save_to_disk wrote this folder; load_dataset refuses such a one.

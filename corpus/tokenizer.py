@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from config import DATA_RULES, Config, ConfigError, ExperimentError
+from config import DATA_RULES, Config, ConfigError, ExperimentError, expanded
 from corpus.sources import first_line
 
 # The names by which an end-of-text token is known. The first one that a tokenizer has is used.
@@ -209,7 +209,7 @@ def _read_tokenizer(name: str) -> str:
     if name.startswith("hf:"):
         path = Path(_download_tokenizer(name.removeprefix("hf:")))
     else:
-        path = Path(name).expanduser()
+        path = expanded(name)
     if path.is_dir():
         path = path / "tokenizer.json"
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever

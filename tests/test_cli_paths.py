@@ -45,6 +45,7 @@ def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
         f"{training} --data {gone}": f"there is no file or folder {gone}",
         f"{training} --data {gone}/*.txt": f"no text to read in {gone}/*.txt",
         f"{training} --tokenizer {gone}": f"cannot use the tokenizer {gone}: {gone}: No such file",
+        f"{training} --tokenizer ~nobody.here": "cannot use the tokenizer ~nobody.here: ~nobody.here",
         f"{training} --tokenizer {tmp_path}": f"{tmp_path}/tokenizer.json: No such file",
         f"{training} --resume {gone}": f"checkpoint {gone} cannot be read: No such file",
         f"{training} --resume latest --data {gone}": f"there is no file or folder {gone}",
@@ -60,6 +61,7 @@ def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
         f"tools.import_hf --model {tmp_path} --tokenizer {gone}": f"the tokenizer {gone}: {gone}:",
         f"tools.import_hf --model {tmp_path} --data {gone}": f"there is no file or folder {gone}",
         f"studies.run balance --data {here} --data {gone}": f"there is no file or folder {gone}",
+        f"tools.import_hf --model {tmp_path} --out {'x' * 5000}": "File name too long",
         f"studies.run balance --out {here}": f"the folder {here} cannot be written to",
         f"benchmarks.harness --checkpoint {gone}": f"checkpoint {gone} cannot be read",
     }
