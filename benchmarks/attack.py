@@ -45,7 +45,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a drawn name of a data set must not be dow
 
 import torch
 
-from benchmarks.attack_cases import KINDS, Tensors, build_base
+from benchmarks.attack_cases import KINDS, Expected, build_base
 from benchmarks.attack_programs import default_signals, import_programs
 from benchmarks.result_files import write
 from cli import exit_code, new_parser
@@ -82,7 +82,7 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def run_case(case: Case, base: Path, expected: dict[str, Tensors]) -> Outcome:
+def run_case(case: Case, base: Path, expected: Expected) -> Outcome:
     """Runs one case in a new copy of the base, which is deleted afterwards."""
     start = time.perf_counter()
     folder = base.parent / f"{case.kind}-{case.number}"
@@ -111,7 +111,7 @@ def run_cases(cases: list[Case]) -> list[Outcome]:
     return outcomes
 
 
-def _run_case(arguments: tuple[Case, Path, dict[str, Tensors]]) -> Outcome:
+def _run_case(arguments: tuple[Case, Path, Expected]) -> Outcome:
     return run_case(*arguments)
 
 
@@ -154,7 +154,10 @@ def print_counts(found: dict[str, dict]) -> None:
 
 
 def drawn_cases(seed: int, only: str | None, number: int | None, most: int | None) -> list[Case]:
-    """The cases that the options ask for: of each kind, the first `most`."""
+    """The cases that the options choose: of all kinds or `only` one, and of each the first `most`.
+
+    With a `number` it is one case of the kind `only`.
+    """
     kinds = KINDS
     if only is not None:
         if only not in KINDS:
@@ -191,11 +194,11 @@ def main(argv: list[str]) -> None:
     if args.only is None and args.cases is None:
         write(
             "attack",
-            faults,
-            f"faults in {len(cases):,} cases",
-            1,
-            environment(torch.device("cpu")),
-            dict(seed=args.seed, seconds=time.perf_counter() - start, kinds=found),
+            value=faults,
+            unit=f"faults in {len(cases):,} cases",
+            repetitions=1,
+            machine=environment(torch.device("cpu")),
+            details=dict(seed=args.seed, seconds=time.perf_counter() - start, kinds=found),
             command=f"python -m benchmarks.attack --seed {args.seed}",
         )
     if faults:

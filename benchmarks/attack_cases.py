@@ -1,10 +1,11 @@
 """The five kinds of case of the attack: what is done in a case, and what counts as a fault.
 
 A case has a folder of its own, a copy of the base, and a random.Random. Its function returns a
-Finding. The run that nothing happens to is in the base too: `tensors` are checksums of its last
-checkpoint, which a disturbed run must reach as well.
+Finding. The tensors that a disturbed run must end with are `expected`: those of a run that nothing
+happened to.
 """
 
+import functools
 import os
 import re
 import shutil
@@ -38,6 +39,7 @@ MOST_DELAY = 0.06  # seconds after an event in which a signal or a kill comes: a
 KILLED_TWICE = 0.3  # share of the killed runs whose resumed run is killed too
 
 Tensors = dict[str, int]  # checksums by name
+Expected = dict[str, Tensors]  # the tensors that an undisturbed run ends with, by the run's name
 
 
 class Finding(NamedTuple):
@@ -49,6 +51,11 @@ class Finding(NamedTuple):
 
 
 def finding(what: str, ended: Ended, unsaved: bool = False) -> Finding:
+    """What was done, and the fault of the program that `ended`.
+
+    `unsaved` says that a run has lost something or has not come to the right end. It is the fault
+    where the program has no other one.
+    """
     fault = ended.fault()
     if fault is None and unsaved:
         fault = "unsaved"
@@ -58,7 +65,7 @@ def finding(what: str, ended: Ended, unsaved: bool = False) -> Finding:
 # ---------------------------------------------------------------- the base
 
 
-def build_base(base: Path) -> dict[str, Tensors]:
+def build_base(base: Path) -> Expected:
     """Makes what each case gets a copy of, and returns the tensors that undisturbed runs end with.
 
     text/            a corpus
@@ -74,22 +81,24 @@ def build_base(base: Path) -> dict[str, Tensors]:
     write_text(base / "text")
     expected = {}
     for name, steps in dict(run=STEPS, long=LONG_STEPS).items():
-        _expect(0, run_forked(train_words(f"whole_{name}", steps), base))
+        _must_end(0, run_forked(train_words(f"whole_{name}", steps), base))
         expected[name] = tensors_of(step_path(base / f"whole_{name}", steps), base)
         shutil.rmtree(base / f"whole_{name}")
-    _expect(143, run_forked(train_words("run", STEPS), base, lambda: stop_at(STOPPED_AT)))
-    checkpoint = "run/checkpoint_latest.pt"
-    export = ["tools.export_hf", "--checkpoint", checkpoint, "--out", "exported"]
-    _expect(0, run_forked(export, base))
+    stop = functools.partial(stop_at, STOPPED_AT)
+    _must_end(128 + signal.SIGTERM, run_forked(train_words("run", STEPS), base, action=stop))
+    checkpoint = ["--checkpoint", "run/checkpoint_latest.pt"]
+    export = ["tools.export_hf", *checkpoint, "--out", "exported"]
+    _must_end(0, run_forked(export, base))
     [tokenizer] = base.glob("cache/*/tokenizer.json")
     shutil.copy(tokenizer, base)
-    _expect(0, fork(lambda: write_formats(base / "formats", tokenizer.read_text()), base))
+    _must_end(0, fork(lambda: write_formats(base / "formats", tokenizer.read_text()), base))
     shutil.rmtree(base / "cache")  # the corpus of a case has another path, and so another cache
-    (base / OUTPUT).unlink()
+    (base / OUTPUT).unlink()  # a case's copy of it would hold what was printed here
     return expected
 
 
-def _expect(code: int, ended: Ended) -> None:
+def _must_end(code: int, ended: Ended) -> None:
+    """Raises RuntimeError unless a program ended with this exit code, and without a fault."""
     if ended.code != code or ended.fault():
         raise RuntimeError(f"the base cannot be made, exit code {ended.code}:\n{ended.output}")
 
@@ -97,17 +106,17 @@ def _expect(code: int, ended: Ended) -> None:
 # ---------------------------------------------------------------- odd and damaged inputs
 
 
-def command_line_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+def command_line_case(folder: Path, draw: Random, expected: Expected) -> Finding:
     argv = command_line(draw)
     return finding(shown(argv), run_forked(argv, folder))
 
 
-def data_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+def data_case(folder: Path, draw: Random, expected: Expected) -> Finding:
     damaged = damaged_data(folder, draw)
     return finding(damaged.shown(), run_forked(damaged.argv, folder))
 
 
-def small_file_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+def small_file_case(folder: Path, draw: Random, expected: Expected) -> Finding:
     run_forked(train_words("other", 1), folder)  # makes the cache
     (folder / OUTPUT).unlink()
     damaged = damaged_small_file(folder, draw)
@@ -118,7 +127,7 @@ def small_file_case(folder: Path, draw: Random, expected: dict[str, Tensors]) ->
     return finding(damaged.shown(), ended, unsaved)
 
 
-def _finished(folder: Path, run: str, steps: int, expected: dict[str, Tensors]) -> bool:
+def _finished(folder: Path, run: str, steps: int, expected: Expected) -> bool:
     """Whether a run has ended with the tensors that the undisturbed one has."""
     return tensors_of(step_path(folder / run, steps), folder) == expected[run]
 
@@ -135,6 +144,7 @@ class Moment(NamedTuple):
     def wait(self, process: Process) -> None:
         def happened() -> bool:
             if self.step == 0:
+                # Tokenizing makes the cache's folder first. The run has none yet.
                 return any(process.folder.glob("cache/*"))
             return last_step(process.folder / "long") >= self.step
 
@@ -152,16 +162,17 @@ def _draw_moment(draw: Random) -> Moment:
     return Moment(step, draw.uniform(0, MOST_DELAY))
 
 
-def signal_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+def signal_case(folder: Path, draw: Random, expected: Expected) -> Finding:
     """A signal stops a run, or its output is lost while it works."""
     moment = _draw_moment(draw)
+    # Plain signals are what happens most: three of eight cases.
     attack = draw.choice(
         [_stop, _stop, _stop, _interrupt_pipeline, _lose_reader, _lose_output, _ignore, _hang_up]
     )
     return attack(folder, draw, moment, expected)
 
 
-def _stop(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+def _stop(folder: Path, draw: Random, moment: Moment, expected: Expected) -> Finding:
     """A signal to the process, or to its group as a terminal sends it."""
     number = draw.choice(SIGNALS)
     group = draw.random() < 0.5
@@ -171,21 +182,21 @@ def _stop(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
     ended = process.end()
     what = f"{number.name} {moment}; {shown(LONG)}"
     unsaved = ended.code not in (0, 128 + number)
-    return _resumed(folder, what, ended, unsaved, expected)
+    return _resume_stopped(folder, what, ended, unsaved, expected)
 
 
-def _interrupt_pipeline(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+def _interrupt_pipeline(folder: Path, draw: Random, moment: Moment, expected: Expected) -> Finding:
     """Ctrl-C at a terminal where the output goes through tee, which the signal ends too."""
     process = Process(LONG, folder, shell='"$@" 2>&1 | tee log.txt')
     moment.wait(process)
     process.send(signal.SIGINT, whole_group=True)
     ended = process.end()
     what = f"SIGINT {moment}; {shown(LONG)} 2>&1 | tee log.txt"
-    # The exit code is that of the shell.
-    return _resumed(folder, what, ended, False, expected)
+    # The exit code is the shell's, and says nothing of the run.
+    return _resume_stopped(folder, what, ended, unsaved=False, expected=expected)
 
 
-def _hang_up(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+def _hang_up(folder: Path, draw: Random, moment: Moment, expected: Expected) -> Finding:
     """The terminal of a run goes away."""
     ours, theirs = os.openpty()
     process = Process(LONG, folder, terminal=theirs)
@@ -200,20 +211,25 @@ def _hang_up(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
     ended = process.end()
     what = f"the terminal goes away {moment}; {shown(LONG)}"
     unsaved = ended.code not in (0, 128 + signal.SIGHUP)
-    return _resumed(folder, what, ended, unsaved, expected)
+    return _resume_stopped(folder, what, ended, unsaved, expected)
 
 
-def _resumed(folder: Path, what: str, ended: Ended, unsaved: bool, expected) -> Finding:
-    """Resumes a run that was stopped. It must continue after the last step that it took."""
-    first = finding(what, ended, unsaved)
-    if first.fault:
-        return first
+def _resume_stopped(
+    folder: Path, what: str, ended: Ended, unsaved: bool, expected: Expected
+) -> Finding:
+    """Resumes a run that was stopped. It must continue after the last step that it took.
+
+    `unsaved` says that its exit code is not that of a run that has saved.
+    """
+    found = finding(what, ended, unsaved)
+    if found.fault:
+        return found
     taken = last_step(folder / "long")
-    return _resume(folder, what, taken, expected)
+    return _resume_and_finish(folder, what, taken, expected)
 
 
-def _resume(folder: Path, what: str, at_least: int, expected: dict[str, Tensors]) -> Finding:
-    """Resumes a long run and finishes it. `at_least` is the step that must not be lost."""
+def _resume_and_finish(folder: Path, what: str, at_least: int, expected: Expected) -> Finding:
+    """Resumes a long run, which must finish. `at_least` is the step that it must not have lost."""
     (folder / OUTPUT).unlink()  # a run that was killed twice has been resumed before
     ended = run_forked([*LONG, "--resume", "latest"], folder)
     found = re.search(r"Resuming .* at step (\d+)", ended.output)
@@ -225,31 +241,31 @@ def _resume(folder: Path, what: str, at_least: int, expected: dict[str, Tensors]
     return finding(what, ended, unsaved)
 
 
-def _lose_reader(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+def _lose_reader(folder: Path, draw: Random, moment: Moment, expected: Expected) -> Finding:
     """The reader of the output stops reading."""
     lines = draw.choice([0, 1, 5, 20])
     pipe = draw.choice([f"2>&1 | head -n {lines}", f"| head -n {lines}", "| true", "2>&1 | true"])
     process = Process(LONG, folder, shell=f'"$@" {pipe}')
-    return _goes_on(process, f"{shown(LONG)} {pipe}", expected)
+    return _must_finish(process, f"{shown(LONG)} {pipe}", expected)
 
 
-def _lose_output(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+def _lose_output(folder: Path, draw: Random, moment: Moment, expected: Expected) -> Finding:
     """An output is closed from the beginning, or its disk is full."""
     redirect = draw.choice([">&-", "2>&-", ">&- 2>&-", ">/dev/full", ">/dev/full 2>&1", "<&- >&-"])
     process = Process(LONG, folder, shell=f'exec "$@" {redirect}')
-    return _goes_on(process, f"{shown(LONG)} {redirect}", expected)
+    return _must_finish(process, f"{shown(LONG)} {redirect}", expected)
 
 
-def _ignore(folder: Path, draw: Random, moment: Moment, expected) -> Finding:
+def _ignore(folder: Path, draw: Random, moment: Moment, expected: Expected) -> Finding:
     """nohup: the run inherits that SIGHUP is ignored."""
     process = Process(LONG, folder, shell='trap "" HUP; exec "$@"')
     moment.wait(process)
     process.send(signal.SIGHUP)
-    return _goes_on(process, f"SIGHUP {moment}; nohup {shown(LONG)}", expected)
+    return _must_finish(process, f"SIGHUP {moment}; nohup {shown(LONG)}", expected)
 
 
-def _goes_on(process: Process, what: str, expected: dict[str, Tensors]) -> Finding:
-    """The run must reach its end as if nothing had happened."""
+def _must_finish(process: Process, what: str, expected: Expected) -> Finding:
+    """Waits for a run that must reach its last step as if nothing had happened."""
     ended = process.end()
     unsaved = not _finished(process.folder, "long", LONG_STEPS, expected)
     return finding(what, ended, unsaved)
@@ -258,7 +274,7 @@ def _goes_on(process: Process, what: str, expected: dict[str, Tensors]) -> Findi
 # ---------------------------------------------------------------- kills
 
 
-def kill_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Finding:
+def kill_case(folder: Path, draw: Random, expected: Expected) -> Finding:
     """SIGKILL to a run, sometimes to the resumed one too."""
     times = 2 if draw.random() < KILLED_TWICE else 1
     argv = LONG
@@ -276,10 +292,10 @@ def kill_case(folder: Path, draw: Random, expected: dict[str, Tensors]) -> Findi
     what = f"killed {' and '.join(moments)}; {shown(LONG)}"
     if ended.fault():
         return finding(what, ended)
-    return _resume(folder, what, saved_step(folder / "long"), expected)
+    return _resume_and_finish(folder, what, saved_step(folder / "long"), expected)
 
 
-CaseFunction = Callable[[Path, Random, dict[str, Tensors]], Finding]
+CaseFunction = Callable[[Path, Random, Expected], Finding]
 
 
 class Kind(NamedTuple):

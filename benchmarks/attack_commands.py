@@ -73,6 +73,7 @@ SHARES = dict(train=10, plan=3, sample=2, evaluate=1, export=1, import_=1, plot=
 
 
 def _right_words(command: str, draw: Random) -> list[str]:
+    """A command line that the program carries out, in the folder of a case."""
     checkpoint = ["--checkpoint", "run/checkpoint_latest.pt"]
     if command == "train":
         return _right_training(draw)
@@ -103,6 +104,8 @@ def _right_training(draw: Random) -> list[str]:
 
 # ---------------------------------------------------------------- odd values
 
+# In the tuples below several values share a line; that they share it has no meaning.
+
 # Small numbers, edges of what fields allow, and what no computer holds.
 INTEGERS = (
     *("0", "1", "2", "3", "4", "5", "7", "8", "16", "33", "-1", "1000000000"),
@@ -124,8 +127,8 @@ TEXTS = (
     *("tokenizer.json", "formats", "formats/data.parquet", "formats/data.bin", "exported"),
     *("exported/config.json", "tiny", "18b"),
 )
-# Values of options with which a right command line may work for minutes before its first step, or
-# without steps.
+# The only values of these options. With others a right command line may work for minutes: it
+# compiles, or writes a long text.
 QUICK = dict(
     compile=("auto", "false"),
     max_new_tokens=("0", "1", "5", "33", "-1", "9223372036854775808"),
@@ -148,7 +151,10 @@ def _add_option(words: list[str], command: str, draw: Random) -> None:
 
 
 def _odd_value(name: str, draw: Random) -> str:
-    """Mostly one of the form that the option has, because it gets further."""
+    """An odd value for an option, mostly of the form that the option takes.
+
+    A value of another form is refused while options are read: it tests nothing that follows.
+    """
     kind = field_types().get(name, str)
     if draw.random() < WRONG_FORM:
         return draw.choice(INTEGERS + NUMBERS + TEXTS)
@@ -182,6 +188,9 @@ def command_line(draw: Random) -> list[str]:
     return words
 
 
+# Each change leaves word 0, the module, as it is.
+
+
 def _drop_word(words: list[str], draw: Random) -> None:
     del words[draw.randrange(1, len(words))]
 
@@ -196,19 +205,20 @@ def _stray_word(words: list[str], draw: Random) -> None:
 
 
 def _misspell(words: list[str], draw: Random) -> None:
-    """Another letter in a word, or none."""
+    """Puts another character, or none, in the place of one character of a word, or at its end."""
     number = draw.randrange(1, len(words))
     word = words[number]
     place = draw.randint(0, len(word))
-    words[number] = word[:place] + draw.choice(["", "-", "_", "=", "x", "é"]) + word[place + 1 :]
+    other = draw.choice(["", "-", "_", "=", "x", "é"])
+    words[number] = word[:place] + other + word[place + 1 :]
 
 
 def _join_value(words: list[str], draw: Random) -> None:
     """--NAME VALUE becomes --NAME=VALUE, spelled with hyphens."""
-    numbers = [number for number, word in enumerate(words[:-1]) if word.startswith("--")]
-    if not numbers:
+    options = [number for number, word in enumerate(words[:-1]) if word.startswith("--")]
+    if not options:
         return
-    number = draw.choice(numbers)
+    number = draw.choice(options)
     name = words[number].replace("_", "-")
     words[number : number + 2] = [f"{name}={words[number + 1]}"]
 

@@ -49,9 +49,10 @@ def write_formats(folder: Path, tokenizer_json: str) -> None:
     draw = Random(0)
     documents = [" ".join(draw.choices(WORDS, k=60)) + "\n" for _ in range(60)]
     lines = "".join(json.dumps(dict(text=text)) + "\n" for text in documents)
+    # Any tokens that the vocabulary of the base's tokenizer has.
     tokens = np.array([draw.randrange(260) for _ in range(6000)], "<u2")
-    header = np.zeros(256, "<i4")  # llm.c's: magic number, version, number of tokens
-    header[:3] = 20240520, 1, len(tokens)
+    llm_c_header = np.zeros(256, "<i4")
+    llm_c_header[:3] = [20240520, 1, len(tokens)]  # magic number, version, number of tokens
 
     folder.mkdir()
     for suffix in (".txt", ".md", ".py"):
@@ -61,8 +62,8 @@ def write_formats(folder: Path, tokenizer_json: str) -> None:
     (folder / "data.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (folder / "data.txt.gz").write_bytes(gzip.compress("".join(documents).encode(), mtime=0))
     pyarrow.parquet.write_table(pyarrow.table(dict(text=documents)), folder / "data.parquet")
-    (folder / "data.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    (folder / "plain.bin").write_bytes(tokens.tobytes())
+    (folder / "data.bin").write_bytes(llm_c_header.tobytes() + tokens.tobytes())
+    (folder / "plain.bin").write_bytes(tokens.tobytes())  # without a header, as nanoGPT's
     (folder / "tokenizer.json").write_text(tokenizer_json)
 
 
@@ -78,6 +79,7 @@ def _cut_off(raw: bytes, draw: Random) -> bytes:
 
 
 def _flip_bytes(raw: bytes, draw: Random) -> bytes:
+    """Other values for some of the bytes."""
     flipped = bytearray(raw)
     for _ in range(draw.choice([1, 3, 100])):
         if flipped:
@@ -86,7 +88,8 @@ def _flip_bytes(raw: bytes, draw: Random) -> bytes:
 
 
 def _insert(raw: bytes, draw: Random) -> bytes:
-    """Something in the middle that does not belong there."""
+    """Inserts bytes that do not belong there."""
+    # Bytes that are no text, parts of JSON, rows that are wrong, and what is too long or too deep.
     odd = [
         *(b"\0" * 10, b"\xff\xfe", b"\xed\xa0\x80", b"\r", b"\n\n\n", b"\xe2\x80\xa8", b"\x1a"),
         *(b"{", b"]", b'"', b"\\", b"\nnull\n", b"\n123\n", b'\n{"a": 1}\n', b"\n[]\n"),
@@ -119,6 +122,7 @@ def _encode_otherwise(raw: bytes, draw: Random) -> bytes:
 
 
 def _other_lines(raw: bytes, draw: Random) -> bytes:
+    """Other ends for all lines, or none."""
     return raw.replace(b"\n", draw.choice([b"", b"\r", b"\r\n", b"\n\r\n", b"\0"]))
 
 
@@ -126,9 +130,9 @@ def _twice(raw: bytes, draw: Random) -> bytes:
     return raw + raw
 
 
-def _reorder_digits(raw: bytes, draw: Random) -> bytes:
-    """Another number in the place of each of some digits: a file that is right in its form."""
-    digits = [place for place, byte in enumerate(raw) if 48 <= byte <= 57]
+def _change_digits(raw: bytes, draw: Random) -> bytes:
+    """Other characters for up to five digits, which mostly keeps the form of a file."""
+    digits = [place for place, byte in enumerate(raw) if byte in b"0123456789"]
     changed = bytearray(raw)
     for place in draw.sample(digits, min(len(digits), 5)):
         changed[place] = draw.choice(b"0123456789-e.")
@@ -145,12 +149,12 @@ DAMAGES: list[Callable[[bytes, Random], bytes]] = [
     _encode_otherwise,
     _other_lines,
     _twice,
-    _reorder_digits,
+    _change_digits,
 ]
 
 
 def damage(path: Path, draw: Random) -> str:
-    """Damages a file, and says how: its bytes, or what stands under its name."""
+    """Changes the bytes of a file, or puts something else in its place. Returns how, in a word."""
     if draw.random() < 0.25:
         replace = draw.choice(REPLACEMENTS)
         _remove(path)
@@ -158,7 +162,7 @@ def damage(path: Path, draw: Random) -> str:
         return replace.__name__.strip("_")
     change = draw.choice(DAMAGES)
     changed = change(path.read_bytes(), draw)
-    # A new file: the old one may have another name, as checkpoint_latest.pt has.
+    # A new file: the old one may have a second name. checkpoint_latest.pt is such a link.
     _remove(path)
     path.write_bytes(changed)
     return change.__name__.strip("_")

@@ -77,8 +77,7 @@ def import_programs() -> None:
 def run_forked(argv: list[str], folder: Path, action: Callable | None = None) -> Ended:
     """Runs a command line of the program in a forked child, in `folder`.
 
-    `action` is called first, in the child. A training that takes longer than FORKED_SECONDS is no
-    fault: it must then stop by SIGTERM.
+    `action` is called first, in the child.
     """
 
     def program() -> None:
@@ -107,11 +106,15 @@ def _draw_nothing(*_arguments, **_options) -> None:
 
 
 def fork(program: Callable[[], None], folder: Path) -> Ended:
-    """Calls `program` in a forked child, and waits for its end."""
+    """Calls `program` in a forked child, and waits for its end.
+
+    After FORKED_SECONDS the child gets SIGTERM. To train for so long is no fault: a training must
+    then stop and say so. Any other program has hung.
+    """
     output = folder / OUTPUT
     child = os.fork()
     if child == 0:
-        _be_program(program, folder, output)
+        _become_program(program, folder, output)
     code = _wait_for(child, FORKED_SECONDS)
     hung = False
     if code is None:
@@ -124,9 +127,9 @@ def fork(program: Callable[[], None], folder: Path) -> Ended:
     return Ended(code, _read(output), hung)
 
 
-def _be_program(program: Callable[[], None], folder: Path, output: Path) -> None:
+def _become_program(program: Callable[[], None], folder: Path, output: Path) -> None:
     """Turns a forked child into a program of its own. It never returns."""
-    code = 70  # if this function fails itself
+    code = 70  # of a failure before `program` is called or after it
     try:
         os.setsid()  # a group of its own, with the workers that it starts
         signal_with_parent(signal.SIGKILL)
@@ -168,7 +171,7 @@ def _wait_for(child: int, seconds: float) -> int | None:
 
 
 def default_signals() -> None:
-    """Undoes what a shell or a parent has set: a job in the background ignores SIGINT."""
+    """Python's handlers of a new process. A shell lets a job in the background ignore SIGINT."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -246,11 +249,15 @@ class Process:
 
 
 def _end_with_parent() -> None:
+    """For a child: it is killed when the attack itself ends."""
     signal_with_parent(signal.SIGKILL)
 
 
 def _take_terminal() -> None:
-    """Makes standard input the terminal that controls this process."""
+    """For a child of a new session: makes its standard input the terminal that controls it.
+
+    Then it gets SIGHUP when the terminal goes away.
+    """
     _end_with_parent()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
@@ -297,7 +304,7 @@ def tensors_of(file: Path, folder: Path) -> dict[str, int]:
     def write_checksums() -> None:
         state = checkpoint.load(file)
         tensors, _ = archive.split(dict(model=state["model"], optimizer=state["optimizer"]))
-        answer.write_text(json.dumps(archive.checksums(tensors, {})))
+        answer.write_text(json.dumps(archive.checksums(tensors, plain={})))
 
     fork(write_checksums, folder)
     if not answer.exists():
