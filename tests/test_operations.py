@@ -19,6 +19,7 @@ import run_experiment
 from cli import config_options
 from config import ConfigError, Diverged
 from engine.processes import STOP_SIGNALS
+from tests.small_model import SMALL_MODEL
 
 ROOT = Path(run_experiment.__file__).parent
 FOLDER = ROOT / "docs" / "operations"
@@ -215,15 +216,8 @@ def test_a_real_run_comes_back_after_the_end_of_its_job(programs, tmp_path):
     words = " ".join(f"word{i % 7}" for i in range(20_000))
     (tmp_path / "text.txt").write_text(words)
     small = dict(
+        SMALL_MODEL,
         preset="tiny",
-        d_model=32,
-        n_layers=2,
-        n_heads=2,
-        d_ff=32,
-        num_experts=4,
-        max_seq_len=16,
-        vocab_size=300,
-        batch_size=2,
         gradient_accumulation_steps=1,
         eval_steps=1,
         sample_tokens=0,

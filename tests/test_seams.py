@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_model import SMALL_MODEL
+
 ROOT = Path(__file__).parent.parent
 OLD_RUNS = ROOT / "tests" / "fixtures" / "old_runs"
 EXTRA_FIELD = '''
@@ -22,15 +24,8 @@ EXTRA_FIELD = '''
 '''
 
 SMALL = dict(
+    SMALL_MODEL,
     preset="tiny",
-    d_model=32,
-    n_layers=2,
-    n_heads=2,
-    d_ff=32,
-    num_experts=4,
-    max_seq_len=16,
-    vocab_size=300,
-    batch_size=2,
     gradient_accumulation_steps=1,
     max_steps=3,
     eval_steps=1,

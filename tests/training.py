@@ -16,19 +16,11 @@ from torch import Tensor
 import data
 from config import PRESETS, Config
 from record import checkpoint
+from tests.small_model import SMALL_MODEL
 from trainer import Trainer
 
-SMALL = dict(
-    PRESETS["tiny"],
-    d_model=32,
-    n_layers=2,
-    n_heads=2,
-    d_ff=32,
-    num_experts=4,
-    moe_every=1,
-    max_seq_len=16,
-    vocab_size=300,
-    batch_size=2,
+SMALL = PRESETS["tiny"] | dict(
+    SMALL_MODEL,
     gradient_accumulation_steps=2,
     max_steps=12,
     eval_every=4,

@@ -22,6 +22,7 @@ from corpus import sources, split, text_scan
 from corpus.tokenizer import load_tokenizer
 from record import checkpoint
 from tests.helpers import TEXT, tiny_config, tokenizer_json, write_checkpoint
+from tests.small_model import SMALL_MODEL
 from tools import evaluate, export_hf
 
 
@@ -214,15 +215,8 @@ def run(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     shutil.copytree(corpus, folder / "text")
     options = dict(
+        SMALL_MODEL,
         preset="tiny",
-        d_model=32,
-        n_layers=2,
-        n_heads=2,
-        d_ff=32,
-        num_experts=4,
-        max_seq_len=16,
-        vocab_size=300,
-        batch_size=2,
         max_steps=1,
         eval_steps=10_000,
         sample_tokens=0,
