@@ -11,7 +11,7 @@ import torch
 import model
 import run_experiment
 from record import checkpoint, latest, run_folder
-from tests.test_run_experiment import (  # noqa: F401  (fixtures are found by their names)
+from tests.commands import (  # noqa: F401  (fixtures are found by their names)
     arguments,
     assert_refused,
     base,
