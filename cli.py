@@ -31,7 +31,7 @@ from config import (
     parse_value,
 )
 from engine import lifeline
-from planner.layout import fitted, say
+from planner.layout import fitted, quoted, say
 from planner.machine import is_out_of_memory
 from record import console, stop
 
@@ -239,7 +239,7 @@ def _other_checkpoints(path: str) -> str:
     names = sorted(other.name for other in folder.glob("checkpoint_*.pt"))
     if not names:
         return f"There is no other checkpoint in {folder}."
-    return f"In {folder} there are: {', '.join(names[:5])}."
+    return f"In {folder} there are: {', '.join(map(quoted, names[:5]))}."
 
 
 def check_tokenizer(name: str) -> None:

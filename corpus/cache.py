@@ -390,10 +390,10 @@ def _build_or_link(
 
 
 def _say_what_is_left_out(config: Config, found: Scan) -> None:
-    if found.nulls:
+    if found.empty:
         say(
-            f"data: {found.nulls:,} of {found.rows:,} rows have null in the field "
-            f"{config.text_field!r} and are left out"
+            f"data: {found.empty:,} of {found.rows:,} rows have no text in the field "
+            f"{config.text_field!r} (null or empty) and are left out"
         )
     if found.bad:
         say(

@@ -47,7 +47,7 @@ class RowCounter:
     """Counts the lines and rows that were read, and those of them that give no document."""
 
     read: int = 0
-    nulls: int = 0  # rows whose text is null. They are no mistake, so max_bad_share allows any
+    empty: int = 0  # rows whose text is null or "". They are no mistake: any number is allowed
     bad: int = 0  # lines and rows that hold no valid text
     # "place: what is wrong" of the first NAMED_PROBLEMS places
     problems: list[str] = field(default_factory=list)
@@ -191,15 +191,15 @@ def value_chunks(
 ) -> Iterator[Chunk]:
     """Yields the documents that are values of a field, in chunks.
 
-    `values` are (place, value): the place is that of the row, for messages. A value that is null
-    or not valid UTF-8 is left out and counted in `rows`. A long value may be a stream of valid
-    text, which is read before the next value is taken.
+    `values` are (place, value): the place is that of the row, for messages. A value that is null,
+    empty or not valid UTF-8 is left out and counted in `rows`. A long value may be a stream of
+    valid text, which is read before the next value is taken.
 
     Raises ExperimentError when a value is no text.
     """
     for place, value in values:
-        if value is None:
-            rows.nulls += 1
+        if value is None or value == "":
+            rows.empty += 1
             continue
         if isinstance(value, io.TextIOWrapper):
             yield from cut(value, length)
@@ -213,7 +213,7 @@ def value_chunks(
             rows.leave_out(place, functools.partial(_problem_of_field, text_field, value))
         elif len(value) > length:
             yield from cut(io.StringIO(value, newline=""), length)
-        elif value:
+        else:
             yield value, True
 
 

@@ -43,7 +43,7 @@ class Scan:
     grouped: bool  # whether the source keeps groups of documents on one side
     whole: bool  # whether these are all chunks of the text
     rows: int  # lines and rows that were read
-    nulls: int  # of these, how many have null in the field of the text
+    empty: int  # of these, how many rows have no text: null or an empty string
     bad: int  # of these, how many cannot be read and are left out
     bad_rows: str  # where the first of them are, and what is wrong with them
 
@@ -116,7 +116,7 @@ def read_text(source: Source, to_end: bool) -> Scan:
         grouped=grouped,
         whole=whole,
         rows=rows.read,
-        nulls=rows.nulls,
+        empty=rows.empty,
         bad=rows.bad,
         bad_rows="; ".join(rows.problems),
     )
@@ -124,10 +124,10 @@ def read_text(source: Source, to_end: bool) -> Scan:
 
 def _no_text_error(source: Source) -> ExperimentError:
     rows = source.rows
-    if rows.nulls:
+    if rows.empty:
         return ExperimentError(
-            f"{source.name} holds no text: {rows.nulls:,} of {rows.read:,} rows have null in the "
-            "field of the text. Choose another field with --text_field"
+            f"{source.name} holds no text: in {rows.empty:,} of {rows.read:,} rows it is null or "
+            "empty. Choose another field with --text_field"
         )
     return ExperimentError(f"{source.name} is empty. Give --data a corpus with text")
 
@@ -156,7 +156,7 @@ def _save_scan(found: Scan, path: Path) -> None:
         grouped=found.grouped,
         whole=found.whole,
         rows=found.rows,
-        nulls=found.nulls,
+        empty=found.empty,
         bad=found.bad,
         bad_rows=found.bad_rows,
     )
@@ -176,16 +176,16 @@ def _load_scan(path: Path) -> Scan:
         if "keys" in saved:
             keys = saved["keys"]
             grouped = saved["grouped"].item()
-        nulls = 0  # an older program did not count them
-        if "nulls" in saved:
-            nulls = saved["nulls"].item()
+        empty = 0  # an older program did not count them
+        if "empty" in saved:
+            empty = saved["empty"].item()
         found = Scan(
             chunks=chunks,
             keys=keys,
             grouped=grouped,
             whole=saved["whole"].item(),
             rows=saved["rows"].item(),
-            nulls=nulls,
+            empty=empty,
             bad=saved["bad"].item(),
             bad_rows=saved["bad_rows"].item(),
         )
@@ -199,7 +199,7 @@ def _check_scan(found: Scan) -> None:
         raise ValueError("it has no records of chunks")
     if found.keys.dtype != np.uint64 or found.keys.shape != found.chunks.shape:
         raise ValueError("it does not have a key for each chunk")
-    kinds = dict(grouped=bool, whole=bool, rows=int, nulls=int, bad=int, bad_rows=str)
+    kinds = dict(grouped=bool, whole=bool, rows=int, empty=int, bad=int, bad_rows=str)
     for name, kind in kinds.items():
         if type(getattr(found, name)) is not kind:
             raise ValueError(f"{name} is of another kind")

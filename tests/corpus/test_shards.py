@@ -464,7 +464,7 @@ def test_a_scan_without_keys_is_one_of_version_1(tmp_path, folder):
         bad_rows=found.bad_rows,
     )
     loaded = text_scan._load_scan(tmp_path / "survey.npz")
-    assert not loaded.grouped and loaded.nulls == 0
+    assert not loaded.grouped and loaded.empty == 0
     assert np.array_equal(loaded.keys, loaded.chunks["hash"])
     expected = text_scan.split_of(found, 0.2, 1).held_out
     assert np.array_equal(text_scan.split_of(loaded, 0.2, 1).held_out, expected)

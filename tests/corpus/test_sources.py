@@ -64,7 +64,7 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
     )
     source = open_source(config)
     assert [text for text, _ in source.chunks()] == [*STORIES, "é 🙂\r\nend"]
-    assert (source.rows.read, source.rows.nulls, source.rows.bad) == (len(texts), 1, 0)
+    assert (source.rows.read, source.rows.empty, source.rows.bad) == (len(texts), 2, 0)
     shutil.copy(tmp_path / name, tmp_path / name.replace("rows", "ROWS").upper())
     assert documents(
         config_for(tmp_path, data=str(tmp_path / "*.[!x]*"), text_field="body")
@@ -208,14 +208,14 @@ def test_bad_rows_are_counted_and_left_out_up_to_the_stated_share(tmp_path, name
             fails(config, "2 of 1,000", "0.19%", "--max_bad_share", name, "UTF-8")
 
 
-def test_rows_of_null_are_left_out_and_said(tmp_path, capsys):
-    path = write_rows(tmp_path / "rows.parquet", [None, *STORIES, None])
+def test_rows_without_text_are_left_out_and_said(tmp_path, capsys):
+    path = write_rows(tmp_path / "rows.parquet", [None, *STORIES, ""])
     config = config_for(tmp_path, data=str(path), max_bad_share=0.0)
     assert data.prepare(config).documents == len(STORIES)
     said = capsys.readouterr().out
-    assert "data: 2 of 42 rows have null in the field 'text' and are left out\n" in said
+    assert "data: 2 of 42 rows have no text in the field 'text' (null or empty)" in said
     write_rows(path, [None, None, None])
-    fails(config, "rows.parquet holds no text: 3 of 3 rows have null", "--text_field")
+    fails(config, "rows.parquet holds no text: in 3 of 3 rows it is null", "--text_field")
 
 
 def test_no_more_lines_are_bad_than_there_are(tmp_path):
