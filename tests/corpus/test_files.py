@@ -182,7 +182,7 @@ def test_bad_rows(tmp_path):
     fails(jsonl('["text"]'), "rows.jsonl:1", "not an object")
     fails(jsonl('{"text": 5}'), "rows.jsonl:1", "5", "--text_field")
     fails(jsonl('{"text": "\\ud800"}'), "rows.jsonl:1", "no valid text")
-    fails(jsonl('{"text": ""}'), "rows.jsonl", "is empty")
+    fails(jsonl('{"text": ""}'), "rows.jsonl", "holds no text", "empty")
 
 
 def test_bad_parquet(tmp_path):
