@@ -348,7 +348,7 @@ def _mark_on_line(
 
 def _stroke(axes: Axes, x, y, color: str, label: str | None = None) -> None:
     """Short vertical strokes, centred on the points (x, y)."""
-    stroke = dict(marker="|", markersize=11, markeredgewidth=1, linestyle="")
+    stroke = dict(marker="|", markersize=15, markeredgewidth=1, linestyle="")
     axes.plot(x, y, color=color, label=label, **stroke)
 
 

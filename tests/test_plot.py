@@ -283,11 +283,12 @@ def test_a_comparison_marks_resume_points_on_the_runs_own_lines(monkeypatch, tmp
     marks = [line for line in axes.lines if line.get_marker() == "|"]
     [of_b, entry] = marks  # the second one is an entry of the legend
     assert list(of_b.get_xdata()) == [5, 12] and not len(entry.get_xdata())
-    line_of_b = next(line for line in axes.lines if line.get_label() == str(folders[1]))
+    names = [plot._as_label(str(folder)) for folder in folders]
+    line_of_b = next(line for line in axes.lines if line.get_label() == names[1])
     assert of_b.get_color() == line_of_b.get_color()
     drawn = dict(zip(line_of_b.get_xdata(), line_of_b.get_ydata()))
     assert list(of_b.get_ydata()) == [drawn[5], drawn[12]]
-    assert axes.get_legend_handles_labels()[1] == [*map(str, folders), "resumed"]
+    assert axes.get_legend_handles_labels()[1] == [*names, "resumed"]
 
     (folders[1] / "run.json").unlink()
     plot.draw_runs(folders, tmp_path / "c.png")
