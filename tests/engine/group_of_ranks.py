@@ -30,7 +30,7 @@ class Case:
     """A configuration that is trained on several numbers of ranks."""
 
     changes: dict = field(default_factory=dict)
-    steps: int = 4
+    steps: int = 3
     # Called with the trainer and the number of a micro-batch of the run before it is computed
     disturb: Callable = lambda run, micro_batch: None
 
@@ -69,7 +69,7 @@ def train(case: Case, text: Path, ranks: Ranks, reverse: bool = False) -> dict:
     """The losses and gradient norms of each step. `reverse` takes each step's micro-batches in
     reverse order, which changes nothing but rounding.
     """
-    values = dict(batch_size=2, gradient_accumulation_steps=6, reduce_gradients="step")
+    values = dict(batch_size=2, gradient_accumulation_steps=5, reduce_gradients="step")
     config = small_config(text, text.parent / "never_written", **{**values, **case.changes})
     run = trainer.Trainer(config, data.prepare(config), ranks=ranks)
     steps = []

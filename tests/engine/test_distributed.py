@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import socket
+import time
 from functools import partial
 
 import pytest
@@ -32,8 +33,9 @@ def trained(text, tmp_path_factory):  # noqa: F811
         process = fork.Process(target=group_of_ranks.main, args=(rank, port, text, folder))
         process.start()
         processes.append(process)
+    deadline = time.monotonic() + 300
     for process in processes:
-        process.join(timeout=120)
+        process.join(deadline - time.monotonic())
         process.kill()
     outputs = [(folder / f"output_of_{rank}").read_text() for rank in range(len(processes))]
     assert all(process.exitcode == 0 for process in processes), "\n".join(outputs)[-3000:]
