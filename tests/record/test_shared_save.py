@@ -214,7 +214,15 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path, monkeypatch, module, f
     monkeypatch.setattr(archive, "in_threads", in_this_thread)
     full = OSError(errno.ENOSPC, "x")
     monkeypatch.setattr(module, function, failing_on(rank, getattr(module, function), full))
+    unlink, deleted_by = os.unlink, set()
+
+    def noted_unlink(name):
+        deleted_by.add(threading.current_thread().name)
+        unlink(name)
+
+    monkeypatch.setattr(os, "unlink", noted_unlink)
     outcomes = on_all_ranks(3, saves(path, whole_state(), equal_ranges(3)))
+    assert deleted_by == {"0"}, "a slower rank would delete the file of the next attempt"
     for outcome in outcomes:
         assert type(outcome) is CheckpointError, outcome
         assert f"rank {rank}: No space left on device. It needs 0.00 GB, " in str(outcome)
