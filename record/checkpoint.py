@@ -580,6 +580,7 @@ def random_states(device: torch.device) -> dict:
     version, words, next_gauss = random.getstate()
     numpy_state = typing.cast(tuple, numpy.random.get_state())
     name, keys, position, has_gauss, cached_gauss = numpy_state
+    # Checkpoints have always held numpy's position and has_gauss as floats.
     states = dict(
         python=[version, list(words), next_gauss],
         numpy=[name, keys.tolist(), float(position), float(has_gauss), float(cached_gauss)],

@@ -24,7 +24,7 @@ class _State:
 
     # While False, output that cannot be written is an error of the program, as usual.
     may_be_lost = False
-    # Set by a signal: from then on nothing waits for a reader that does not read.
+    # Set by a signal, which is to end the program: nothing waits for a slow reader any more.
     in_a_hurry = False
 
 
@@ -88,17 +88,17 @@ class _Descriptor(io.RawIOBase):
 
 
 def _takes_bytes(descriptor: int) -> bool:
-    """Waits until the reader is ready. False when the program may wait no longer."""
-    while not is_ready(descriptor):
+    """Waits until the reader is ready. False when a signal came and the reader is not ready."""
+    while not is_ready(descriptor):  # each call waits POLL_SECONDS
         if _State.in_a_hurry:
             return False
     return True
 
 
 def is_ready(descriptor: int, seconds: float = POLL_SECONDS) -> bool:
-    """Whether a descriptor takes some bytes without waiting longer than `seconds`.
+    """Whether a descriptor takes some bytes. Waits for that, at most for so many seconds.
 
-    It also does when writing would fail at once.
+    A descriptor to which writing would fail at once counts as ready.
     """
     _, ready, _ = select.select([], [descriptor], [], seconds)
     return bool(ready)
@@ -176,11 +176,14 @@ def output_may_be_lost() -> Iterator[None]:
 
 
 def forget_output() -> None:
-    """After an error: Python flushes stdout when it exits, and that would fail again."""
-    _State.may_be_lost = True
+    """Lets what stdout still holds be lost, after an error that is reported already.
+
+    Python flushes stdout when it exits. That would fail again, with a traceback.
+    """
+    _State.may_be_lost = True  # so that the flush raises no error
     descriptor = _descriptor_of(sys.stdout)
     if descriptor:
-        descriptor.is_lost = True  # so that nothing more is said about it
+        descriptor.is_lost = True  # so that no note about the loss is written
 
 
 def _descriptor_of(stream) -> _Descriptor | None:
@@ -205,8 +208,9 @@ def print_somewhere(text: str) -> None:
 def write_in_a_signal_handler(message: bytes) -> None:
     """Writes to stderr if that is possible at once.
 
-    A handler may interrupt a print, and print takes a lock. So it writes to the descriptor.
+    A handler may interrupt a print, and print takes a lock. So this writes to the descriptor.
     """
+    # The signal is to end the program: a print that waits for a slow reader gives up.
     _State.in_a_hurry = True
     with contextlib.suppress(OSError, ValueError):
         if is_ready(2, seconds=0):

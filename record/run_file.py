@@ -19,7 +19,7 @@ def branches(last_start: dict) -> list[dict]:
 
 
 def config_of(last_start: dict, options: dict) -> tuple[Config, list[str]]:
-    """The configuration of the last start with the changes of `options`, and these in words.
+    """(the configuration of the last start, changed by `options`; a text for each change).
 
     What was auto is auto again: another machine may resolve it otherwise. Raises ValueError where
     the file holds no configuration of this program, and ConfigError for the options.
@@ -29,6 +29,7 @@ def config_of(last_start: dict, options: dict) -> tuple[Config, list[str]]:
     if not isinstance(fields, dict) or not isinstance(requested, dict):
         raise ValueError("it has no configuration")
     fields = {**fields, **requested}
+    # First without the options: whatever is wrong then is the file's fault and not the user's.
     try:
         restarted_config(fields, {})
     except ConfigError as error:
@@ -49,11 +50,15 @@ def beginning(last_start: dict) -> Path | None:
 
 
 def data_rules(last_start: dict) -> int:
-    """The version of the rules of data of the last start; older files do not name theirs."""
+    """The version of the rules of data of the last start; older files, which name none, have 1.
+
+    A file that says nothing usable about its data gets the present version. The run then starts
+    at step 0, and no model has seen the text that it will hold out.
+    """
     data = last_start.get("data")
     if not isinstance(data, dict):
         return DATA_RULES
     rules = data.get("rules", 1)
-    if rules not in KNOWN_DATA_RULES:
+    if type(rules) is not int or rules not in KNOWN_DATA_RULES:
         return DATA_RULES
     return rules

@@ -54,18 +54,6 @@ def _is_list_of_steps(value) -> bool:
     return type(value) is list and all(_is_whole(step) for step in value)
 
 
-def _are_skips(value) -> bool:
-    """Whether it is a list as Trainer.skip_data writes it."""
-    if type(value) is not list:
-        return False
-    for skip in value:
-        if not isinstance(skip, dict) or set(skip) != {"step", "steps", "sequences"}:
-            return False
-        if not all(_is_whole(number) for number in skip.values()):
-            return False
-    return True
-
-
 def _are_metrics(value) -> bool:
     if not isinstance(value, dict):
         return False
@@ -96,6 +84,7 @@ FIELDS = dict(
     metrics=METRICS,
 )
 DATA_FIELDS = dict(data_hash=TEXT_OR_NONE, tokenizer_hash=TEXT_OR_NONE)
+# At the step `step`, the data of the next `steps` steps were left out: so many `sequences`.
 SKIPPED_FIELDS = dict(step=WHOLE, steps=WHOLE, sequences=WHOLE)
 LOSS_SCALER_FIELDS = dict(scale=QUANTITY, good_steps=WHOLE, stuck_steps=WHOLE)
 
@@ -186,20 +175,22 @@ def check_run(state: dict) -> None:
     """Checks what a run that is resumed reads, the model included. Raises WrongContent."""
     check_model(state)
     _check_fields(_part(state, "loss_scaler"), LOSS_SCALER_FIELDS, "loss_scaler/")
-    if not _are_skips(state.get("skipped_data", [])):  # older checkpoints have none
-        raise WrongContent("skipped_data is no list of skips")
-    all_skipped = state.get("skipped_data", [])  # older checkpoints have none
-    if type(all_skipped) is not list:
-        raise WrongContent("skipped_data is no list")
-    for skipped in all_skipped:
-        if not isinstance(skipped, dict):
-            raise WrongContent("skipped_data has an entry without names")
-        _check_fields(skipped, SKIPPED_FIELDS, "skipped_data/")
+    _check_skipped_data(state.get("skipped_data", []))  # older checkpoints have none
     problem = lineage.problem(state.get("lineage", []))
     if problem:
         raise WrongContent(f"lineage {problem}")
     _check_interval(_part(state, "interval"), _checked_config(state["config"]))
     _check_random_states(_part(state, "random"))
+
+
+def _check_skipped_data(entries) -> None:
+    """Checks a list as Trainer.skip_data writes it."""
+    if type(entries) is not list:
+        raise WrongContent("skipped_data is no list")
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise WrongContent("skipped_data has an entry without names")
+        _check_fields(entry, SKIPPED_FIELDS, "skipped_data/")
 
 
 def _check_interval(sums: dict, config: Config) -> None:
@@ -217,7 +208,10 @@ def _check_interval(sums: dict, config: Config) -> None:
 
 
 def _check_random_states(states: dict) -> None:
-    """Tries the states on generators of their own. That of a GPU is checked by its type alone."""
+    """Tries the states on generators of their own.
+
+    That of a GPU, which this machine may lack, is checked by its type alone.
+    """
     try:
         version, words, next_gauss = states["python"]
         random.Random().setstate((version, tuple(words), next_gauss))
@@ -231,6 +225,10 @@ def _check_random_states(states: dict) -> None:
         torch.Generator().set_state(states["torch"])
     except Exception as error:  # each library raises errors of its own kinds
         raise WrongContent(f"random is no state of the generators ({error})") from error
-    on_gpu = states.get("cuda", states["torch"])
-    if not isinstance(on_gpu, Tensor) or on_gpu.dtype != torch.uint8 or on_gpu.ndim != 1:
+    if "cuda" in states:  # the run was on a GPU
+        _check_gpu_state(states["cuda"])
+
+
+def _check_gpu_state(state) -> None:
+    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
         raise WrongContent("random/cuda is no state of a generator")

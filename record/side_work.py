@@ -41,9 +41,9 @@ class SideWork:
         """
         try:
             action()
-        except ON_PURPOSE:
+        except ON_PURPOSE:  # the program is to end
             raise
-        except BaseException as error:
+        except BaseException as error:  # also a panic in Rust, which is no Exception
             self._note_failure(name, error)
             return False
         self._note_success(name)
