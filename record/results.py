@@ -30,6 +30,7 @@ from record.small_files import (
     read_rows,
     read_run_file,
     starts,
+    without_repeats,
 )
 
 # A run without evaluations rewrites its results this often.
@@ -421,7 +422,7 @@ def earlier_starts(folder: Path) -> list[dict]:
 
 def write_run_file(folder: Path, start: dict, earlier: list[dict]) -> None:
     """Writes run.json: this start of the run, and under `earlier` those before it."""
-    *earlier, start = _with_each_diff_once([*earlier, start])
+    *earlier, start = without_repeats(_with_each_diff_once([*earlier, start]))
     content = dict(start, earlier=earlier)
     write_whole(folder / RUN, json.dumps(content, indent=1))
 

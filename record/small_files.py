@@ -13,6 +13,10 @@ RESULTS = "training_results.json"
 CURVES = "training_curves.png"
 RUN = "run.json"
 
+# In an earlier start of run.json: the packages that this start had otherwise than the next one,
+# each with its version, or None where it was not installed. `packages` itself is None then.
+PACKAGES_UNLIKE_NEXT = "packages_unlike_next"
+
 Rows = list[dict]  # of metrics.jsonl
 
 # Whole numbers beyond this are in no file of ours. As a float they would overflow sooner or later.
@@ -75,14 +79,14 @@ def parse_object(text: bytes) -> dict:
 
 
 def _is_number(value) -> bool:
-    """Whether it is a number, or None where none was measured."""
+    """Whether the value is a number, or None where none was measured."""
     if type(value) is int:
         return abs(value) < LARGEST_WHOLE_NUMBER
     return value is None or type(value) is float
 
 
 def _is_table(value) -> bool:
-    """Whether it is a list of lists of numbers, all of the same length."""
+    """Whether the value is a list of lists of numbers, all of the same length."""
     if type(value) is not list:
         return False
     for line in value:
@@ -127,19 +131,75 @@ def read_run_file(path: Path) -> dict:
 
 
 def starts(run: dict) -> list[dict]:
-    """All starts of a run of which `run` is the content of run.json; the oldest first."""
-    last = {key: value for key, value in run.items() if key != "earlier"}
-    return [*run["earlier"], last]
+    """All starts of a run of which `run` is the content of run.json; the oldest first.
+
+    Each has its whole list of packages, of which the file holds the changes only.
+    """
+    following = {key: value for key, value in run.items() if key != "earlier"}
+    found = [following]
+    for start in reversed(run["earlier"]):
+        following = _with_packages(start, following)
+        found.insert(0, following)
+    return found
+
+
+def _with_packages(start: dict, following: dict) -> dict:
+    """The start with its whole list of packages. `following` is the next start, which has one."""
+    changes = start.get(PACKAGES_UNLIKE_NEXT)
+    packages = following.get("packages")
+    if not _is_object(changes) or not _is_object(packages):  # as in files of older programs
+        return start
+    both = {**packages, **changes}
+    start = {key: value for key, value in start.items() if key != PACKAGES_UNLIKE_NEXT}
+    start["packages"] = {name: both[name] for name in sorted(both) if both[name] is not None}
+    return start
+
+
+def without_repeats(all_starts: list[dict]) -> list[dict]:
+    """The starts as run.json holds them: what the next start has too is not repeated.
+
+    Otherwise a run that is restarted a thousand times would have a thousand lists of packages,
+    and of the branches that led to each start. The last start is as it was. `starts` undoes this
+    for the packages.
+    """
+    found = all_starts[-1:]
+    for start, following in zip(reversed(all_starts[:-1]), reversed(all_starts)):
+        found.insert(0, _without_packages(_with_last_branches(start), following))
+    return found
+
+
+def _without_packages(start: dict, following: dict) -> dict:
+    own = start.get("packages")
+    others = following.get("packages")
+    if not _is_object(own) or not _is_object(others):
+        return start
+    names = sorted({*own, *others})
+    changes = {name: own.get(name) for name in names if own.get(name) != others.get(name)}
+    return {**start, "packages": None, PACKAGES_UNLIKE_NEXT: changes}
+
+
+def _with_last_branches(start: dict) -> dict:
+    """The start with its own branch and the branch that this one left.
+
+    Those before are the own branches of still earlier starts.
+    """
+    branches = start.get("lineage")
+    if type(branches) is not list:
+        return start
+    return {**start, "lineage": branches[-2:]}
 
 
 def resume_points(starts_of_run: list[dict]) -> list[int]:
-    """The steps at which a run was resumed, as far as what followed is still a part of the run."""
+    """The steps at which a run was resumed, without those on branches that were given up.
+
+    `starts_of_run` has the oldest start first.
+    """
     points: list[int] = []
     for start in starts_of_run:
         step = start.get("step")
         if type(step) is not int:
             continue
-        # Points past this step lie on a branch that this start has left.
+        # What an earlier start trained beyond this step is given up.
         points = [point for point in points if point < step]
         if start.get("resumed_from") is not None:
             points.append(step)

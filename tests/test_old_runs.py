@@ -21,6 +21,7 @@ import run_experiment
 import trainer
 from config import ExperimentError, resumed_config
 from record import checkpoint
+from record.small_files import starts
 from tests.corpus.stories import config_for, story
 from tools import export_hf
 
@@ -148,7 +149,7 @@ def test_it_goes_on_as_the_old_program_did(case, places, tmp_path, no_pictures):
     run = json.loads((tmp_path / "first" / "run.json").read_text())
     old_run = json.loads((OLD / case / "run.json").read_text())
     old_run.pop("earlier")
-    assert run["earlier"] == [old_run], "the old start is kept"
+    assert starts(run)[:-1] == [old_run], "the old start is kept"
     assert run["run_id"] == old_run["run_id"]
 
     # A second time it ends in the same bits.

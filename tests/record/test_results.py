@@ -14,7 +14,7 @@ import torch
 from config import optimizer_groups
 from muon import build_optimizers
 from planner.machine import GB, Machine, known_gpu
-from record import checkpoint, meter, results
+from record import checkpoint, lineage, meter, results, run_file
 from record import side_work as side_work_module
 from record.meter import MemoryMeter
 from record.metrics import Interval, mfu, perplexity
@@ -217,6 +217,33 @@ def test_a_diff_is_stored_once(tmp_path, monkeypatch):
     found = [start["git"] for start in [*facts["earlier"], facts]]
     assert [git["diff"] for git in found] == [None, None, "two", "one", "", ""]
     assert [git["diff_sha256"] for git in found] == ["a", "a", "b", "a", "c", "c"]
+
+
+def test_what_the_next_start_has_too_is_stored_once(tmp_path, monkeypatch):
+    first = dict(a="1", b="1", c="1")
+    lists = [first, first, dict(a="2", c="1"), None, dict(a="2", c="1", d="1"), dict(d="1")]
+    branches: list = []
+    before = []
+    for step, packages in enumerate(lists):
+        monkeypatch.setattr(results, "_packages", lambda packages=packages: packages)
+        branches = lineage.begin(branches, step, None)
+        facts = write_start(tmp_path, step=step, lineage=branches)
+        before.append({key: value for key, value in facts.items() if key != "earlier"})
+    assert facts["packages"] == dict(d="1") and len(facts["lineage"]) == 6
+    changes = [start.get("packages_unlike_next") for start in facts["earlier"]]
+    assert changes == [{}, dict(a="1", b="1"), None, None, dict(a="2", c="1")]
+    assert max(len(start["lineage"]) for start in facts["earlier"]) == 2
+
+    whole = earlier_starts(tmp_path)
+    assert [start["packages"] for start in whole] == lists
+    assert run_file.beginning(facts) is None
+
+    # A file of an older program has all lists in full, and gets the new form.
+    text = json.dumps(dict(before[-1], earlier=before[:-1]))
+    (tmp_path / "run.json").write_text(text)
+    assert earlier_starts(tmp_path) == before
+    write_run_file(tmp_path, before[-1], before[:-1])
+    assert json.loads((tmp_path / "run.json").read_text())["earlier"] == facts["earlier"]
 
 
 def test_what_cannot_be_found_out_about_a_machine_is_left_out(tmp_path, monkeypatch, capsys):
@@ -516,6 +543,16 @@ def test_the_oldest_of_the_runs_own_checkpoints_go(tmp_path):
     assert own.last_saved_step == 6
     assert own.latest.samefile(checkpoint.step_path(tmp_path, 6))
     assert (tmp_path / "checkpoint_step_1.pt").exists()
+
+
+def test_the_checkpoints_of_another_run_are_not_counted_as_own(tmp_path):
+    """The checkpoint that is resumed was copied into the folder of another run."""
+    for step, run_id in ((1, "other"), (2, "own"), (4, "other")):
+        checkpoint.save(checkpoint.step_path(tmp_path, step), dict(run_id=run_id, step=step))
+    checkpoint.step_path(tmp_path, 3).write_text("damaged")
+    run = checkpoints_of(tmp_path)
+    run.count_own([1, 2, 3, 4, 5], "own")
+    assert run.saved_steps == [2, 3]
 
 
 def test_a_numbered_checkpoint_that_leads_nowhere_stops_no_run(tmp_path):
