@@ -311,12 +311,15 @@ def _found_start(
     args: argparse.Namespace,
     lock: contextlib.ExitStack,
 ) -> "Start":
-    if args.resume in (None, "latest"):  # the folder is locked before it is looked into
-        lock.enter_context(locked(Path(config.save_dir), "--save_dir"))
-        return find_start(config, chosen, options, args)
-    start = _start_from_file(Path(args.resume), config, options, args.preset)
-    lock.enter_context(locked(Path(start.config.save_dir), "--save_dir"))
-    return start
+    resumes_file = args.resume not in (None, "latest")
+    folder = Path(config.save_dir)
+    if resumes_file:
+        folder = Path(options.get("save_dir", Path(args.resume).parent))
+    # Before it is looked into, and before a checkpoint is read that a run in it may write over.
+    lock.enter_context(locked(folder, "--save_dir"))
+    if resumes_file:
+        return _start_from_file(Path(args.resume), config, options, args.preset)
+    return find_start(config, chosen, options, args)
 
 
 def _prepared_corpus(config: Config, rules: int, ranks: "Ranks"):
@@ -346,17 +349,21 @@ class Start:
         """Whether the run that the folder holds is the one that starts."""
         if self.again:
             return True
-        return self.path is not None and self.path.resolve().parent == folder.resolve()
+        from record import run_folder
+
+        return self.path is not None and run_folder.is_in(self.path, folder)
 
 
 def find_start(config: Config, chosen: str, options: dict, args: argparse.Namespace) -> Start:
     """A new run, or with --resume latest what the folder holds. The folder is locked already."""
     from record import latest, run_file, run_folder
+    from record.small_files import RUN
 
     folder = Path(config.save_dir)
     if args.resume is None:
         say(chosen)
         return Start(config)
+    has_run_file = os.path.lexists(folder / RUN)
     run_folder.set_odd_files_aside(folder)
     last_start = run_folder.last_start(folder)
     branches = []
@@ -370,6 +377,8 @@ def find_start(config: Config, chosen: str, options: dict, args: argparse.Namesp
     nothing = f"Nothing to resume: no checkpoint in {folder}."
     if last_start is not None:
         return _start_again(nothing, last_start, options, args.preset)
+    if has_run_file:
+        nothing += f" Its {RUN} could not be read and was set aside: the configuration is lost."
     say(f"{nothing} A new run starts.\n{chosen}")
     return Start(config, again=True)
 

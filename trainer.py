@@ -532,9 +532,9 @@ class Trainer:
         self.record.resume_points = resume_points([*self.earlier, self.start])
         self.side_work.run(RUN, self._write_run_file)
         # After run.json, which names the new branch: until the branch saves, nothing else does.
-        with self.ranks.together():
-            if self.ranks.is_first:
-                self.checkpoints.take_over(self.step)
+        if self.ranks.is_first:
+            name = str(self.checkpoints.latest)
+            self.side_work.run(name, lambda: self.checkpoints.take_over(self.step))
         last_saved_step = self.ranks.value_of_first(self.checkpoints.last_saved_step)
         self.checkpoints.last_saved_step = last_saved_step
         if self.skips_data_here and self.checkpoints.enabled:
@@ -867,7 +867,9 @@ class Trainer:
             if numbered:
                 self._save_numbered()
             else:
-                checkpoint.save(self.checkpoints.latest, self.state_dict(), self.ranks)
+                with self.ranks.together():
+                    path = self.checkpoints.begin_latest()
+                checkpoint.save(path, self.state_dict(), self.ranks)
             self.checkpoints.note_saved(self.step)
         if self.failed_saves:
             warn(messages.saved_after_all(self.step))
@@ -961,7 +963,7 @@ class Trainer:
             for name in PROGRESS:
                 setattr(self, name, state[name])
             self.skipped_data = state.get("skipped_data", [])  # older checkpoints have none
-            self.checkpoints.saved_steps = state["saved_steps"]
+            self.checkpoints.count_own(state["saved_steps"], self.run_id)
             self.interval = Interval(self._copied(state["interval"]))
             checkpoint.restore_random_states(state["random"], self.device)
         except (KeyError, ValueError) as error:

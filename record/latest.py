@@ -107,20 +107,22 @@ def _delete(path: Path, what: str, remedy: str) -> None:
 
 
 class _Candidate(NamedTuple):
-    """A numbered checkpoint of which only the plain values were read."""
+    """A numbered checkpoint of which only the plain values were read, and not the tensors."""
 
     path: Path
     step: int
     branches: list[dict]  # see lineage.py; empty in a checkpoint of an older program
 
 
-def newest_intact(folder: Path, last_start: list[dict]) -> tuple[Path, dict] | None:
+def newest_intact(folder: Path, run_branches: list[dict]) -> tuple[Path, dict] | None:
     """(path, state) of the checkpoint that a run continues from; None where there is none.
 
-    It is checkpoint_latest.pt, or a later numbered checkpoint of the same branch: its run was
-    killed before it could link it. Where checkpoint_latest.pt is missing or damaged, it is the
-    intact checkpoint with the highest step on the way to the current branch. Each damaged one is
-    named in a warning. `last_start` are the branches that run.json holds, or [].
+    `run_branches` are the branches that run.json holds (see lineage.py), or [].
+
+    It is checkpoint_latest.pt if that is intact and of the current branch, or a later numbered
+    checkpoint of this branch: its run was killed before it could link it. Otherwise it is the
+    intact numbered checkpoint with the highest step that leads to the current branch. Each
+    checkpoint that is passed over is named in a warning.
 
     Raises CheckpointError when there are checkpoints and none of them may be taken.
     """
@@ -128,51 +130,80 @@ def newest_intact(folder: Path, last_start: list[dict]) -> tuple[Path, dict] | N
     state = None
     if os.path.lexists(latest):
         state = _load_or_warn(latest)
-    above = -1
-    if state is not None:
-        above = state["step"]
-    candidates = _candidates(folder, latest, above)
-    branches_of_latest = _branches(latest, state)
-    # Each start was somebody's decision: the branch that began last is the current one.
-    known = [last_start, branches_of_latest, *(other.branches for other in candidates)]
-    current = max(known, key=lineage.began)
+    latest_branches = _branches(latest, state)
+    known = max(run_branches, latest_branches, key=lineage.began)
+    # A start that went back to an earlier checkpoint has made that one the latest, unless the
+    # disk was full or the program was killed just then.
+    is_given_up = state is not None and lineage.is_given_up(latest_branches, state["step"], known)
 
-    on_the_way = [c for c in candidates if lineage.leads_to(c.branches, c.step, current)]
-    if state is not None:
-        latest_counts = lineage.leads_to(branches_of_latest, state["step"], current)
-        # Without any branches nobody knows which of the later checkpoints were given up.
-        if not current or not latest_counts:
-            on_the_way = []
-    for candidate in _best_first(on_the_way, current):
+    least_step = 0
+    if state is not None and not is_given_up:
+        least_step = state["step"] + 1
+    candidates = _candidates(folder, latest, least_step)
+    current = _current_branches(known, candidates)
+    leading = [c for c in candidates if lineage.leads_to(c.branches, c.step, current)]
+    may_be_taken = leading
+    if state is not None and not is_given_up:
+        may_be_taken = _descendants_of_latest(leading, latest_branches, state["step"], current)
+
+    for candidate in _best_first(may_be_taken, current):
         other = _load_or_warn(candidate.path)
         if other is not None:
+            if is_given_up:
+                _warn(f"{latest} is of a branch that was given up")
             return candidate.path, other
     if state is not None:
         return latest, state
     if not os.path.lexists(latest) and not candidates and not _numbered(folder):
         return None
-    raise CheckpointError(_none_left_message(folder, candidates, on_the_way))
+    raise CheckpointError(_none_left_message(folder, candidates, leading))
 
 
-def _candidates(folder: Path, latest: Path, above: int) -> list[_Candidate]:
-    """The numbered checkpoints of steps over `above` whose plain values are intact.
+def _candidates(folder: Path, latest: Path, least_step: int) -> list[_Candidate]:
+    """The numbered checkpoints from a step on whose plain values are intact.
 
     The one that `latest` stands for is left out. Damaged ones are named in warnings.
     """
     found = []
     for path in _numbered(folder):
-        step = checkpoint.step_of(path)
-        if checkpoint.is_same(path, latest) or step <= above:
+        if checkpoint.is_same(path, latest) or checkpoint.step_of(path) < least_step:
             continue
         try:
             plain = checkpoint.load_plain(path)
         except checkpoint.UnusableFile as error:
-            _warn(error)
+            _warn(error.what)
             continue
+        step = plain.get("step")
         branches = plain.get("lineage", [])
-        if not lineage.problem(branches):
+        if type(step) is not int or lineage.problem(branches):
+            _warn(f"{path} is not what this program writes")
+        elif step >= least_step:  # a renamed file has another step than its name says
             found.append(_Candidate(path, step, branches))
     return found
+
+
+def _current_branches(known: list[dict], candidates: list[_Candidate]) -> list[dict]:
+    """The branches up to the current one, which is the one that the last start began.
+
+    `known` are those that run.json or checkpoint_latest.pt names. A start that could write neither
+    is known from its numbered checkpoints, whose branches continue the known ones. Those of a
+    copied file of another run do not.
+    """
+    later = [c.branches for c in candidates if lineage.extends(c.branches, known)]
+    return max([known, *later], key=lineage.began)
+
+
+def _descendants_of_latest(
+    leading: list[_Candidate], branches: list[dict], step: int, current: list[dict]
+) -> list[_Candidate]:
+    """Those of `leading`, which lead to the current branch, that come after checkpoint_latest.pt.
+
+    `branches` and `step` are those of checkpoint_latest.pt.
+    """
+    # Without any branches nobody knows which of the later checkpoints were given up.
+    if not current or not lineage.leads_to(branches, step, current):
+        return []
+    return leading
 
 
 def _numbered(folder: Path) -> list[Path]:
@@ -204,19 +235,19 @@ def _load_or_warn(path: Path) -> dict | None:
     try:
         return checkpoint.load_run(path)
     except checkpoint.UnusableFile as error:
-        _warn(error)
+        _warn(error.what)
         return None
 
 
-def _warn(error: checkpoint.UnusableFile) -> None:
-    print(f"warning: {error.what}; it is passed over", file=sys.stderr)
+def _warn(what: str) -> None:
+    print(f"warning: {what}; it is passed over", file=sys.stderr)
 
 
 def _none_left_message(
-    folder: Path, candidates: list[_Candidate], on_the_way: list[_Candidate]
+    folder: Path, candidates: list[_Candidate], leading: list[_Candidate]
 ) -> str:
     message = f"no checkpoint of {folder} can be resumed: those of its last run are damaged or gone"
-    others = [candidate.path.name for candidate in candidates if candidate not in on_the_way]
+    others = [candidate.path.name for candidate in candidates if candidate not in leading]
     if others:
         message += (
             f". There are those of branches that were given up ({', '.join(sorted(others))}): to "

@@ -61,10 +61,28 @@ def _is_branch(branch) -> bool:
 
 
 def began(branches: list[dict]) -> float:
-    """When the last of the branches began; 0 where there is none."""
+    """When the last of the branches began, in seconds since 1970; 0 where there is none."""
     if not branches:
         return 0.0
     return branches[-1]["began"]
+
+
+def extends(branches: list[dict], others: list[dict]) -> bool:
+    """Whether `branches` are the `others` and perhaps more that began from the last of them."""
+    if len(branches) < len(others):
+        return False
+    return all(own["id"] == other["id"] for own, other in zip(branches, others))
+
+
+def is_given_up(branches: list[dict], step: int, current: list[dict]) -> bool:
+    """Whether the run of a checkpoint has gone back to an earlier one, and continued from there.
+
+    `branches` and `step` are the checkpoint's. `current` are the branches up to the current one.
+    Of a checkpoint of another run, whose first branch is another, it is not known.
+    """
+    if not branches or not current or branches[0]["id"] != current[0]["id"]:
+        return False
+    return not leads_to(branches, step, current)
 
 
 def leads_to(branches: list[dict], step: int, current: list[dict]) -> bool:
@@ -72,11 +90,8 @@ def leads_to(branches: list[dict], step: int, current: list[dict]) -> bool:
 
     `branches` and `step` are the checkpoint's. `current` are the branches up to the current one.
     """
-    if len(branches) > len(current):
+    if not extends(current, branches):
         return False
-    for own, other in zip(branches, current):
-        if own["id"] != other["id"]:
-            return False
     following = current[len(branches) :]
     # The next branch left this one at a step: what came after that step was given up.
     return not following or step <= following[0]["step"]

@@ -32,7 +32,7 @@ def set_odd_files_aside(folder: Path) -> None:
 def last_start(folder: Path) -> dict | None:
     """What run.json says of the run in the folder. A file that cannot be read is set aside."""
     path = folder / RUN
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         found = read_run_file(path)
@@ -68,6 +68,20 @@ def set_run_aside(folder: Path) -> list[Path]:
     """
     paths = [set_aside(file) for file in run_files(folder) if file.name != RUN]
     return [path for path in paths if path is not None]
+
+
+def is_in(path: Path, folder: Path) -> bool:
+    """Whether a file lies in the folder, or is a link of the folder to a file elsewhere."""
+    folders = (path.parent.resolve(), path.resolve().parent)
+    return folder.resolve() in folders
+
+
+def _run_id(path: Path) -> str | None:
+    """The run that wrote a checkpoint; None for a file that does not say it."""
+    try:
+        return checkpoint.load_plain(path).get("run_id")
+    except checkpoint.CheckpointError:
+        return None
 
 
 # ---------------------------------------------------------------- several machines
@@ -120,6 +134,8 @@ class RunCheckpoints:
         self.resumed_from = resumed_from
         self.latest = checkpoint.latest_path(self.folder)
         self.saved_steps: list[int] = []
+        # Whether checkpoint_latest.pt is still that of the branch which this run has left.
+        self.latest_is_others = False
         self.last_saved_step = -1
         self.last_save = time.monotonic()
 
@@ -157,7 +173,30 @@ class RunCheckpoints:
 
     def finish_numbered(self, path: Path) -> None:
         """After the file is whole: makes it the latest."""
-        latest.link_latest(path, self.latest)
+        self._make_latest(path)
+
+    def begin_latest(self) -> Path:
+        """Where a checkpoint goes that is checkpoint_latest.pt itself and no numbered one."""
+        self._set_others_latest_aside()
+        self.latest_is_others = False
+        return self.latest
+
+    def _make_latest(self, path: Path) -> None:
+        """Links checkpoint_latest.pt to `path`. When that fails, it is what it was before."""
+        aside = self._set_others_latest_aside()
+        try:
+            latest.link_latest(path, self.latest)
+        except BaseException:
+            if aside is not None:
+                aside.rename(self.latest)
+            raise
+        self.latest_is_others = False
+
+    def _set_others_latest_aside(self) -> Path | None:
+        """Keeps the other branch's checkpoint_latest.pt, if it is the only copy; its new path."""
+        if not self.latest_is_others or self._latest_is_numbered():
+            return None
+        return set_aside(self.latest)
 
     def delete_oldest(self) -> None:
         """Deletes the oldest numbered checkpoints over the limit. Raises CheckpointError."""
@@ -185,17 +224,26 @@ class RunCheckpoints:
         """Makes the checkpoint that the run was resumed from the latest, when it is in this folder.
 
         Otherwise a run that branches off from an older checkpoint, and is killed before it saves,
-        would be resumed from the other branch.
+        would be resumed from the other branch. Raises CheckpointError or OSError.
         """
-        if self.resumed_from is None:
-            return
-        if self.resumed_from.resolve().parent != self.folder.resolve():
+        if self.resumed_from is None or not is_in(self.resumed_from, self.folder):
             return
         if not self._resumed_from_latest():
-            if self.latest.exists() and not self._latest_is_numbered():
-                set_aside(self.latest)  # the other branch's only copy
-            latest.link_latest(self.resumed_from, self.latest)
+            self.latest_is_others = True
+            self._make_latest(self.resumed_from)
         self.last_saved_step = step
+
+    def count_own(self, steps: list[int], run_id: str) -> None:
+        """Sets `saved_steps` to those of a checkpoint whose files in the folder are this run's.
+
+        A checkpoint may have been copied into the folder of another run. The files of that run
+        must not be deleted as old ones of this run.
+        """
+        self.saved_steps = []
+        for step in steps:
+            path = checkpoint.step_path(self.folder, step)
+            if path.exists() and _run_id(path) in (run_id, None):
+                self.saved_steps.append(step)
 
     def _resumed_from_latest(self) -> bool:
         return self.resumed_from is not None and checkpoint.is_same(self.latest, self.resumed_from)

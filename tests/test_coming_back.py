@@ -109,6 +109,67 @@ def test_a_branch_that_has_not_saved_yet_is_not_left_for_the_one_before(branch, 
     assert chosen(branch, capsys)[0] == "checkpoint_step_3.pt"
 
 
+def test_a_start_that_could_not_make_its_checkpoint_the_latest_is_continued(branch, capsys):
+    """run.json says that the run went back to step 3. Step 5 is newer, and was given up."""
+    (branch / "checkpoint_step_4.pt").unlink()
+    (branch / "checkpoint_step_5.pt").replace(branch / LATEST)
+    name, warnings = chosen(branch, capsys)
+    assert name == "checkpoint_step_3.pt"
+    assert warnings.count("warning") == 1 and "branch that was given up" in warnings
+    for step in (1, 2, 3):
+        (branch / f"checkpoint_step_{step}.pt").unlink()
+    assert chosen(branch, capsys) == (LATEST, ""), "it is all that there is"
+
+
+def test_files_that_were_copied_into_the_folder_take_no_place(branch, capsys):
+    shutil.copy(branch / "checkpoint_step_1.pt", branch / "checkpoint_step_90.pt")
+    assert chosen(branch, capsys) == (LATEST, ""), "it is of step 1, whatever its name says"
+    # A copy of the run went on elsewhere, and its step 9 comes back.
+    state = checkpoint.load(branch / "checkpoint_step_5.pt")
+    state["step"] = 9
+    later = dict(id="elsewhere", began=4e9, step=5, file=None)
+    state["lineage"] = [*state["lineage"], later]
+    checkpoint.save(branch / "checkpoint_step_9.pt", state)
+    assert chosen(branch, capsys) == (LATEST, "")
+    damage(branch / LATEST)
+    assert chosen(branch, capsys)[0] == "checkpoint_step_4.pt"
+
+
+def test_a_start_does_not_end_when_its_checkpoint_cannot_be_made_the_latest(
+    cli,  # noqa: F811
+    branch,
+    monkeypatch,
+):
+    link = latest.link_latest
+
+    def full_once(path, name):
+        monkeypatch.setattr(latest, "link_latest", link)
+        raise OSError(28, "No space left on device", str(name))
+
+    monkeypatch.setattr(latest, "link_latest", full_once)
+    (branch / "checkpoint_step_5.pt").replace(branch / LATEST)  # the only copy
+    code, _, err = cli("--resume", branch / "checkpoint_step_3.pt", "--save_every", 9)
+    assert code == 0, err
+    assert err.count(f"warning: {branch / LATEST} failed: ") == 1
+    assert checkpoint.load(branch / f"{LATEST}.1")["step"] == 5
+    assert (branch / LATEST).samefile(branch / "checkpoint_step_4.pt")
+
+
+def test_checkpoints_may_lie_on_another_disk(cli, branch, tmp_path):  # noqa: F811
+    """Their names in the folder of the run are links."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("checkpoint_step_4.pt", "checkpoint_step_3.pt", LATEST):
+        (branch / name).replace(elsewhere / name)
+        (branch / name).symlink_to(elsewhere / name)
+    code, _, err = cli("--resume", "latest", "--save_dir", branch, "--max_steps", 5)
+    assert code == 0, err
+    assert step_of(branch) == 5 and not (branch / LATEST).is_symlink()
+    assert cli("--resume", branch / "checkpoint_step_3.pt", "--max_steps", 3)[0] == 0
+    assert step_of(branch) == 3
+    assert checkpoint.load(elsewhere / LATEST)["step"] == 4
+
+
 def test_a_checkpoint_that_was_not_linked_yet_is_adopted(cli, branch):  # noqa: F811
     shutil.copy(branch / "checkpoint_step_3.pt", branch / LATEST)
     code, out, err = cli("--resume", "latest", "--save_dir", branch)
@@ -301,6 +362,20 @@ def test_a_run_json_that_cannot_be_read_is_set_aside(tmp_path, capsys, text):
 
 def make_pipe(path: Path) -> None:
     os.mkfifo(path)
+
+
+def test_a_new_run_says_that_run_json_could_not_be_read(tmp_path, capsys):
+    args = run_experiment._train_parser().parse(["--resume", "latest"])
+    config = run_experiment.Config(save_dir=str(tmp_path))
+    for make in (Path.mkdir, lambda path: path.write_text("{"), lambda path: path.symlink_to("x")):
+        make(tmp_path / "run.json")
+        start = run_experiment.find_start(config, "Preset tiny.", {}, args)
+        assert (start.config, start.again) == (config, True)
+        out, err = capsys.readouterr()
+        assert "Its run.json could not be read and was set aside" in " ".join(out.split())
+        assert "run.json cannot be read (" in err
+    run_experiment.find_start(config, "Preset tiny.", {}, args)
+    assert "run.json" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, make_pipe])
