@@ -90,6 +90,7 @@ from planner.sharing import check_ranks
 from planner.sizes import checkpoint_gb
 from planner.speed import MeasuredRun
 from record import restarts
+from record.run_file import MOST_SKIPPED_STEPS
 
 if TYPE_CHECKING:
     from engine.distributed import Ranks
@@ -182,10 +183,6 @@ def _train_parser() -> Parser:
     return parser
 
 
-# More than any run has, and few enough that data positions stay numbers of 64 bits.
-MOST_SKIPPED_STEPS = 10**9
-
-
 def _check_skip_steps(args: argparse.Namespace) -> None:
     if args.skip_steps is None:
         return
@@ -267,8 +264,9 @@ def open_run(
     # The state is mapped from the checkpoint's file. It must not outlive this function: the disk
     # space of a checkpoint that is deleted would stay taken.
     run = trainer.Trainer(config, corpus, start.state, start.path, LAUNCHED, ranks)
-    if args.skip_steps:
-        run.skip_data(args.skip_steps)
+    skip_steps = args.skip_steps or start.skip_steps
+    if skip_steps:
+        run.skip_data(skip_steps)
     # Only now that nothing can be wrong any more
     with ranks.together():
         if ranks.is_first:
@@ -344,6 +342,7 @@ class Start:
     path: Path | None = None  # the checkpoint, and its content
     state: dict | None = None
     again: bool = False  # the run that the folder holds has no checkpoint, and starts anew
+    skip_steps: int = 0  # steps whose data are left out, as the start before was to do
 
     def continues(self, folder: Path) -> bool:
         """Whether the run that the folder holds is the one that starts."""
@@ -373,7 +372,10 @@ def find_start(config: Config, chosen: str, options: dict, args: argparse.Namesp
     options = {**options, "save_dir": config.save_dir}  # the folder may have been moved since
     if found is not None:
         path, state = found
-        return _start_from_state(path, state, options, args.preset)
+        start = _start_from_state(path, state, options, args.preset)
+        if last_start is not None:
+            start.skip_steps = run_file.skipped_steps(last_start, state)
+        return start
     nothing = f"Nothing to resume: no checkpoint in {folder}."
     if last_start is not None:
         return _start_again(nothing, last_start, options, args.preset)
@@ -395,7 +397,9 @@ def _start_again(nothing: str, last_start: dict, options: dict, preset: str | No
     say(message + _changes_message(preset, changes, "its configuration holds"))
     if path is None:
         return Start(config, run_file.data_rules(last_start), again=True)
-    start = _start_from_state(path, checkpoint.load_run(path), dataclasses.asdict(config), None)
+    state = checkpoint.load_run(path)
+    start = _start_from_state(path, state, dataclasses.asdict(config), None)
+    start.skip_steps = run_file.skipped_steps(last_start, state)
     start.again = True
     return start
 

@@ -322,6 +322,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with path_named(path):
         try:
+            # What is there already may be a pipe: opening it would wait without end.
+            temporary.unlink(missing_ok=True)
             temporary.write_bytes(content)
             temporary.replace(path)
         except BaseException:

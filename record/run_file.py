@@ -5,6 +5,9 @@ from pathlib import Path
 from config import DATA_RULES, KNOWN_DATA_RULES, Config, ConfigError, restarted_config
 from record import lineage
 
+# --skip_steps takes no more. No run has as many, and data positions stay numbers of 64 bits.
+MOST_SKIPPED_STEPS = 10**9
+
 
 def branches(last_start: dict) -> list[dict]:
     """The branches up to the last start (see lineage.py); older files have none.
@@ -47,6 +50,29 @@ def beginning(last_start: dict) -> Path | None:
     if type(file) is not str or not file:
         return None
     return Path(file)
+
+
+def skipped_steps(last_start: dict, state: dict) -> int:
+    """The number of steps whose data the last start skipped, and no checkpoint says so.
+
+    `state` is that of the checkpoint which is to be resumed. If the last start began from it, that
+    start was killed before it could save.
+    """
+    branches = last_start.get("lineage", [])
+    if not branches or branches[-1]["step"] != state["step"]:
+        return 0
+    if branches[:-1] != state.get("lineage", []):
+        return 0
+    entries = last_start.get("skipped_data")
+    if type(entries) is not list:
+        return 0
+    saved_entries = len(state.get("skipped_data", []))
+    steps = 0
+    for entry in entries[saved_entries:]:
+        skipped = isinstance(entry, dict) and entry.get("steps")
+        if type(skipped) is int and 1 <= skipped <= MOST_SKIPPED_STEPS:
+            steps += skipped
+    return steps
 
 
 def data_rules(last_start: dict) -> int:

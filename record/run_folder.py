@@ -135,7 +135,7 @@ class RunCheckpoints:
         self.latest = checkpoint.latest_path(self.folder)
         self.saved_steps: list[int] = []
         # Whether checkpoint_latest.pt is still that of the branch which this run has left.
-        self.latest_is_others = False
+        self.latest_is_of_other_branch = False
         self.last_saved_step = -1
         self.last_save = time.monotonic()
 
@@ -177,24 +177,24 @@ class RunCheckpoints:
 
     def begin_latest(self) -> Path:
         """Where a checkpoint goes that is checkpoint_latest.pt itself and no numbered one."""
-        self._set_others_latest_aside()
-        self.latest_is_others = False
+        self._set_other_latest_aside()
+        self.latest_is_of_other_branch = False
         return self.latest
 
     def _make_latest(self, path: Path) -> None:
         """Links checkpoint_latest.pt to `path`. When that fails, it is what it was before."""
-        aside = self._set_others_latest_aside()
+        aside = self._set_other_latest_aside()
         try:
             latest.link_latest(path, self.latest)
         except BaseException:
             if aside is not None:
                 aside.rename(self.latest)
             raise
-        self.latest_is_others = False
+        self.latest_is_of_other_branch = False
 
-    def _set_others_latest_aside(self) -> Path | None:
+    def _set_other_latest_aside(self) -> Path | None:
         """Keeps the other branch's checkpoint_latest.pt, if it is the only copy; its new path."""
-        if not self.latest_is_others or self._latest_is_numbered():
+        if not self.latest_is_of_other_branch or self._latest_is_numbered():
             return None
         return set_aside(self.latest)
 
@@ -229,7 +229,7 @@ class RunCheckpoints:
         if self.resumed_from is None or not is_in(self.resumed_from, self.folder):
             return
         if not self._resumed_from_latest():
-            self.latest_is_others = True
+            self.latest_is_of_other_branch = True
             self._make_latest(self.resumed_from)
         self.last_saved_step = step
 

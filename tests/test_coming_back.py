@@ -170,6 +170,34 @@ def test_checkpoints_may_lie_on_another_disk(cli, branch, tmp_path):  # noqa: F8
     assert checkpoint.load(elsewhere / LATEST)["step"] == 4
 
 
+def test_data_are_skipped_though_the_start_that_was_to_skip_them_was_killed(
+    cli,  # noqa: F811
+    branch,
+    monkeypatch,
+):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    file = branch / "checkpoint_step_3.pt"
+    again = ["--resume", "latest", "--save_dir", branch]
+    with monkeypatch.context() as changes:
+        changes.setattr(checkpoint, "save", killed)
+        for how in (["--resume", file, "--skip_steps", 7], again):
+            with pytest.raises(Killed):
+                cli(*how, "--max_steps", 4)
+    assert cli(*again, "--max_steps", 4)[0] == 0
+    state = checkpoint.load(branch / LATEST)
+    [skipped] = state["skipped_data"]
+    assert (skipped["step"], skipped["steps"]) == (3, 7)
+    assert state["data_position"] == checkpoint.load(file)["data_position"] // 3 * (4 + 7)
+    # Once a checkpoint says it, nothing more is skipped.
+    assert cli(*again, "--max_steps", 5)[0] == 0
+    assert len(checkpoint.load(branch / LATEST)["skipped_data"]) == 1
+
+
 def test_a_checkpoint_that_was_not_linked_yet_is_adopted(cli, branch):  # noqa: F811
     shutil.copy(branch / "checkpoint_step_3.pt", branch / LATEST)
     code, out, err = cli("--resume", "latest", "--save_dir", branch)
