@@ -147,7 +147,7 @@ def _with_packages(start: dict, following: dict) -> dict:
     """The start with its whole list of packages. `following` is the next start, which has one."""
     changes = start.get(PACKAGES_UNLIKE_NEXT)
     packages = following.get("packages")
-    if not _is_object(changes) or not _is_object(packages):  # as in files of older programs
+    if not isinstance(changes, dict) or not isinstance(packages, dict):  # as in files of older programs
         return start
     both = {**packages, **changes}
     start = {key: value for key, value in start.items() if key != PACKAGES_UNLIKE_NEXT}
@@ -171,7 +171,7 @@ def without_repeats(all_starts: list[dict]) -> list[dict]:
 def _without_packages(start: dict, following: dict) -> dict:
     own = start.get("packages")
     others = following.get("packages")
-    if not _is_object(own) or not _is_object(others):
+    if not isinstance(own, dict) or not isinstance(others, dict):
         return start
     names = sorted({*own, *others})
     changes = {name: own.get(name) for name in names if own.get(name) != others.get(name)}

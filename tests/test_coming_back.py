@@ -10,7 +10,7 @@ import torch
 
 import model
 import run_experiment
-from record import checkpoint, latest, run_folder
+from record import checkpoint, latest, run_file, run_folder
 from tests.commands import (  # noqa: F401  (fixtures are found by their names)
     arguments,
     assert_refused,
@@ -151,51 +151,42 @@ def test_a_start_does_not_end_when_its_checkpoint_cannot_be_made_the_latest(
     code, _, err = cli("--resume", branch / "checkpoint_step_3.pt", "--save_every", 9)
     assert code == 0, err
     assert err.count(f"warning: {branch / LATEST} failed: ") == 1
-    assert checkpoint.load(branch / f"{LATEST}.1")["step"] == 5
-    assert (branch / LATEST).samefile(branch / "checkpoint_step_4.pt")
+    assert checkpoint.load_plain(branch / f"{LATEST}.1")["step"] == 5
+    assert (branch / LATEST).samefile(branch / "checkpoint_step_5.pt"), "the next save does it"
 
 
 def test_checkpoints_may_lie_on_another_disk(cli, branch, tmp_path):  # noqa: F811
     """Their names in the folder of the run are links."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for name in ("checkpoint_step_4.pt", "checkpoint_step_3.pt", LATEST):
+    for name in ("checkpoint_step_3.pt", LATEST):
         (branch / name).replace(elsewhere / name)
         (branch / name).symlink_to(elsewhere / name)
     code, _, err = cli("--resume", "latest", "--save_dir", branch, "--max_steps", 5)
     assert code == 0, err
     assert step_of(branch) == 5 and not (branch / LATEST).is_symlink()
-    assert cli("--resume", branch / "checkpoint_step_3.pt", "--max_steps", 3)[0] == 0
-    assert step_of(branch) == 3
-    assert checkpoint.load(elsewhere / LATEST)["step"] == 4
+    assert checkpoint.load_plain(elsewhere / LATEST)["step"] == 4
+    start = run_experiment.Start(None, path=branch / "checkpoint_step_3.pt")
+    assert start.continues(branch) and not start.continues(tmp_path)
 
 
-def test_data_are_skipped_though_the_start_that_was_to_skip_them_was_killed(
-    cli,  # noqa: F811
-    branch,
-    monkeypatch,
-):
-    class Killed(BaseException):
-        pass
+def test_data_are_skipped_though_the_start_that_was_to_skip_them_was_killed(branch):
+    """It has written run.json, and no checkpoint yet."""
+    shutil.copy(branch / "checkpoint_step_3.pt", branch / LATEST)
+    (branch / "checkpoint_step_4.pt").unlink()
+    facts = json.loads((branch / "run.json").read_text())
+    facts["skipped_data"] = [dict(step=3, steps=7, sequences=28)]
+    (branch / "run.json").write_text(json.dumps(facts))
+    args = run_experiment._train_parser().parse(["--resume", "latest"])
+    config = run_experiment.Config(save_dir=str(branch))
+    assert run_experiment.find_start(config, "", {}, args).skip_steps == 7
 
-    def killed(*_):
-        raise Killed
-
-    file = branch / "checkpoint_step_3.pt"
-    again = ["--resume", "latest", "--save_dir", branch]
-    with monkeypatch.context() as changes:
-        changes.setattr(checkpoint, "save", killed)
-        for how in (["--resume", file, "--skip_steps", 7], again):
-            with pytest.raises(Killed):
-                cli(*how, "--max_steps", 4)
-    assert cli(*again, "--max_steps", 4)[0] == 0
-    state = checkpoint.load(branch / LATEST)
-    [skipped] = state["skipped_data"]
-    assert (skipped["step"], skipped["steps"]) == (3, 7)
-    assert state["data_position"] == checkpoint.load(file)["data_position"] // 3 * (4 + 7)
-    # Once a checkpoint says it, nothing more is skipped.
-    assert cli(*again, "--max_steps", 5)[0] == 0
-    assert len(checkpoint.load(branch / LATEST)["skipped_data"]) == 1
+    state = checkpoint.load_plain(branch / LATEST)
+    assert run_file.skipped_steps(facts, state | dict(skipped_data=facts["skipped_data"])) == 0
+    assert run_file.skipped_steps(facts, state | dict(step=4)) == 0
+    assert run_file.skipped_steps(facts, state | dict(lineage=facts["lineage"])) == 0
+    for wrong in (None, [7], [dict(steps=True)], [dict(steps=10**30)]):
+        assert run_file.skipped_steps(facts | dict(skipped_data=wrong), state) == 0
 
 
 def test_a_checkpoint_that_was_not_linked_yet_is_adopted(cli, branch):  # noqa: F811
