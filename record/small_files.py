@@ -147,7 +147,8 @@ def _with_packages(start: dict, following: dict) -> dict:
     """The start with its whole list of packages. `following` is the next start, which has one."""
     changes = start.get(PACKAGES_UNLIKE_NEXT)
     packages = following.get("packages")
-    if not isinstance(changes, dict) or not isinstance(packages, dict):  # as in files of older programs
+    # Files of older programs hold the whole list of every start.
+    if not isinstance(changes, dict) or not isinstance(packages, dict):
         return start
     both = {**packages, **changes}
     start = {key: value for key, value in start.items() if key != PACKAGES_UNLIKE_NEXT}
