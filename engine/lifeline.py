@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 import select
+import signal
 import socket
 import sys
 import threading
@@ -250,6 +251,8 @@ def fail(code: int, text: str) -> NoReturn:
     """
     with contextlib.suppress(OSError):
         sys.stdout.flush()
+    # torchrun sends SIGTERM to the others when one rank has ended: the exit code stays this one.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
     failure = Failure(_state.rank, code, text)
     if _state.rank == 0:
         _wait_if_an_echo(code, ECHO_SECONDS_OF_FIRST)
