@@ -20,20 +20,20 @@ from record.stop import StopSignal
 STEP_SECONDS = 0.02
 # The waiting times of the program in tests, where nothing but the ranks runs.
 SECONDS = dict(
-    GRACE_SECONDS=0.6,
-    ECHO_SECONDS=1.2,
-    ECHO_SECONDS_OF_FIRST=0.6,
-    LAUNCHER_SECONDS=0.4,
-    MARGIN_SECONDS=2.0,
+    GRACE_SECONDS=0.4,
+    ECHO_SECONDS=1.0,
+    ECHO_SECONDS_OF_FIRST=0.5,
+    LAUNCHER_SECONDS=0.3,
+    MARGIN_SECONDS=3.0,
     UNCONNECTED_SECONDS=1.0,
 )
 
 At = Callable[[int, int], None]  # called with (rank, step) in each step
 
 
-def train(at: At, size: int, steps: int = 10**6) -> None:
+def steps_of_no_model(at: At, steps: int = 10**6) -> None:
     """What the program does with its ranks, without a model: steps whose sum all ranks share."""
-    lifeline.begin(launch.rank(), size)
+    lifeline.begin(launch.rank(), launch.size())
     print("a line of every rank")
     ranks = distributed.start_ranks(torch.device("cpu"))
     lifeline.join(ranks)
@@ -49,9 +49,12 @@ def train(at: At, size: int, steps: int = 10**6) -> None:
 
 
 class Run:
-    """`size` ranks in forks. `codes` are their exit codes, minus the signal for a killed one."""
+    """`size` ranks in forks, each of which runs the command with `argv`.
 
-    def __init__(self, folder: Path, size: int, at: At, **changes):
+    `codes` are their exit codes, minus the signal for a killed one.
+    """
+
+    def __init__(self, folder: Path, size: int, command: Callable, argv: list[str] = ()):
         self.output = folder / "output"
         self.output.touch()
         port = str(launch._free_port())
@@ -66,7 +69,7 @@ class Run:
                     MASTER_PORT=port,
                     GLOO_SOCKET_IFNAME="lo",
                 )
-                run_in_fork(self.output, lambda argv: train(at, size, **changes))
+                run_in_fork(self.output, command, argv)
             self.pids.append(pid)
 
     def codes(self, seconds: float = 10) -> list[int]:
@@ -88,13 +91,14 @@ class Run:
         return self.output.read_text()
 
 
-def run_in_fork(output: Path, command: Callable) -> None:
+def run_in_fork(output: Path, command: Callable, argv: list[str] = ()) -> None:
     """Runs a command as the program would, and ends this process. `output` gets what it prints."""
     code = 99
     try:
         os.setsid()
         for name, value in SECONDS.items():
             setattr(lifeline, name, value)
+        launch.REPORT_SECONDS = 0.2
         to = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(to, number)
@@ -102,7 +106,7 @@ def run_in_fork(output: Path, command: Callable) -> None:
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)
         try:
-            code = exit_code(command, [], cleans_up=False)
+            code = exit_code(command, list(argv), cleans_up=False)
         except SystemExit as ended:
             code = ended.code
         sys.stdout.flush()

@@ -191,10 +191,7 @@ def is_alive(pid: int) -> bool:
     "end, code, message",
     [
         ("os.kill(os.getpid(), 9)", 137, "rank 2: it was killed by SIGKILL"),
-        ("os._exit(143)", 143, "rank 2: it was stopped by SIGTERM"),
-        ("os._exit(77)", 77, "rank 2: it ended with exit code 77"),
         ("print('rank 2: error: why', flush=True); os._exit(4)", 4, "rank 2: error: why"),
-        ("os._exit(0)", 1, "rank 2: it ended with exit code 0 before the run did"),
     ],
 )
 def test_a_worker_that_ends_before_the_run_ends_it(tmp_path, end, code, message):
@@ -202,6 +199,20 @@ def test_a_worker_that_ends_before_the_run_ends_it(tmp_path, end, code, message)
     assert launched.code() == code
     assert launched.output.read_text().startswith(message)
     assert launched.output.read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "returncode, code, text",
+    [
+        (-signal.SIGSEGV, 139, "it was killed by SIGSEGV"),
+        (143, 143, "it was stopped by SIGTERM"),
+        (77, 77, "it ended with exit code 77 before the run did"),
+        (0, 1, "it ended with exit code 0 before the run did"),
+        (2, 2, ""),  # it has printed why
+    ],
+)
+def test_what_is_said_of_a_worker_that_said_nothing(returncode, code, text):
+    assert launch._failure(2, returncode) == (2, code, text)
 
 
 @pytest.mark.slow

@@ -10,7 +10,11 @@ import torch
 
 from config import Diverged, ExperimentError
 from engine import lifeline
-from tests.engine.ranks import Run
+from tests.engine.ranks import Run, steps_of_no_model
+
+
+def run_of(folder, at, **changes) -> Run:
+    return Run(folder, 3, lambda argv: steps_of_no_model(at, **changes))
 
 
 def raises(error, at_rank: int):
@@ -32,7 +36,7 @@ def kills(victim: int, number: int = signal.SIGKILL):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_raises_ends_all_with_one_traceback(tmp_path, rank):
-    run = Run(tmp_path, 3, raises(ZeroDivisionError("a bug"), rank))
+    run = run_of(tmp_path, raises(ZeroDivisionError("a bug"), rank))
     assert run.codes() == [1, 1, 1]
     printed = run.printed()
     assert printed.count("Traceback") == 1 and printed.count("ZeroDivisionError: a bug") == 1
@@ -43,7 +47,7 @@ def test_a_rank_that_raises_ends_all_with_one_traceback(tmp_path, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_is_killed_ends_all(tmp_path, rank):
-    run = Run(tmp_path, 3, kills(rank))
+    run = run_of(tmp_path, kills(rank))
     codes = [1, 1, 1]
     codes[rank] = -signal.SIGKILL
     assert run.codes() == codes
@@ -54,7 +58,7 @@ def test_a_rank_that_is_killed_ends_all(tmp_path, rank):
 
 @pytest.mark.slow
 def test_a_rank_out_of_memory_ends_all_with_its_code(tmp_path):
-    run = Run(tmp_path, 3, raises(torch.OutOfMemoryError("CUDA out of memory. Tried"), 2))
+    run = run_of(tmp_path, raises(torch.OutOfMemoryError("CUDA out of memory. Tried"), 2))
     assert run.codes() == [4, 4, 4]
     assert run.printed().count("out of memory (") == 1
     assert "rank 2: error: out of memory" in run.printed()
@@ -70,7 +74,7 @@ def test_an_error_that_all_ranks_have_is_the_first_ranks(tmp_path):
                 time.sleep(1.5)  # longer than the usual grace
             raise Diverged("the loss is nan")
 
-    run = Run(tmp_path, 3, at)
+    run = run_of(tmp_path, at)
     assert run.codes() == [3, 3, 3]
     assert run.printed().count("the loss is nan") == 1
     assert "\nerror: the loss is nan" in run.printed()
@@ -78,7 +82,7 @@ def test_an_error_that_all_ranks_have_is_the_first_ranks(tmp_path):
 
 @pytest.mark.slow
 def test_an_error_of_one_rank_alone_is_named(tmp_path):
-    run = Run(tmp_path, 3, raises(ExperimentError("a shard cannot be read"), 1))
+    run = run_of(tmp_path, raises(ExperimentError("a shard cannot be read"), 1))
     assert run.codes() == [1, 1, 1]
     assert run.printed().count("a shard cannot be read") == 1
     assert "rank 1: error: a shard cannot be read" in run.printed()
@@ -87,7 +91,7 @@ def test_an_error_of_one_rank_alone_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, rank):
-    run = Run(tmp_path, 3, kills(rank, signal.SIGTERM))
+    run = run_of(tmp_path, kills(rank, signal.SIGTERM))
     assert run.codes() == [143, 143, 143]
     assert "stopped after step 3\n" in run.printed()
     assert "rank" not in run.printed().replace("every rank", "")
@@ -95,8 +99,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path, rank):
 
 @pytest.mark.slow
 def test_a_run_to_its_end_says_nothing_of_ranks(tmp_path):
-    run = Run(tmp_path, 2, lambda rank, step: None, steps=3)
-    assert run.codes() == [0, 0]
+    run = run_of(tmp_path, lambda rank, step: None, steps=3)
+    assert run.codes() == [0, 0, 0]
     assert run.printed() == "a line of every rank\ndone\n"
 
 
@@ -111,7 +115,7 @@ def test_a_worker_that_outlives_its_killed_rank_hides_nothing(tmp_path):
                 os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    run = Run(tmp_path, 3, at)
+    run = run_of(tmp_path, at)
     assert run.codes() == [1, -signal.SIGKILL, 1]
 
 
