@@ -5,10 +5,10 @@ without these rows. Then every rank writes its own rows at their offsets. So no 
 the bytes of other ranks' rows. The file equals, to the byte, the one that a single rank would
 write, and any number of ranks reads it.
 
-The ranks write into the same file, so they need a folder that all of them see.
+All ranks that have rows write into the same file, so they need a folder that all of them see.
+Those of one machine are enough: see rows_of_shards.
 """
 
-import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -206,16 +206,12 @@ def _write_all_but_rows(
     """Writes the file with gaps in it for the rows. Returns the offset (bytes) of each tensor."""
     rows = rows_by_name(state)
     parts = _parts_of_all_ranks(rows, shares_of_ranks)
-    stand_ins: dict[str, Tensor] = {}
-    for name in rows:
-        device = "cpu"
-        if parts[name]:
-            device = parts[name][0].device
-        stand_ins[name] = _stand_in(rows[name], device)
+    stand_ins = _stand_ins(rows, parts)
     state = _replace_rows(archive.compact(state), stand_ins)
     tensors, plain = archive.split(state)
-
+    # The other tensors are small, and the first rank has all of them.
     whole = {name: tensor for name, tensor in tensors.items() if name not in rows}
+
     crcs = archive.tensor_checksums(whole)
     for name, stand_in in stand_ins.items():
         crcs[name] = _combined_checksum(stand_in, parts[name])
@@ -232,10 +228,6 @@ def _write_all_but_rows(
         offsets = archive.offsets_in_file(path)
         archive.write_tensors(whole, file.fileno(), offsets)
         os.fsync(file.fileno())
-        # Other machines write to the same pages of the file. A network file system may send a
-        # page that it has in memory as a whole, with what was read of it before they wrote.
-        with contextlib.suppress(AttributeError, OSError):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return offsets
 
 
@@ -268,6 +260,17 @@ def _parts_of_all_ranks(
     return parts
 
 
+def _stand_ins(rows: dict[str, Rows], parts: dict[str, list[Written]]) -> dict[str, Tensor]:
+    """A tensor in the place of each Rows, on the device where its parts are."""
+    stand_ins = {}
+    for name in rows:
+        device = "cpu"
+        if parts[name]:
+            device = parts[name][0].device
+        stand_ins[name] = _stand_in(rows[name], device)
+    return stand_ins
+
+
 def _stand_in(rows: Rows, device: str) -> Tensor:
     """A tensor that torch.save describes as it would the whole one, and that takes no memory."""
     if device == "cpu":
@@ -294,7 +297,8 @@ def _replace_rows(node: dict, stand_ins: dict[str, Tensor], path: str = "") -> d
 
 def _write_parts(path: Path, parts: list[Part], offsets: dict[str, int]) -> None:
     """Writes this rank's rows into the file; they are on the disk when this returns."""
-    # For writing only. What is read of the file stays in memory: see _write_all_but_rows.
+    if not parts:
+        return
     handle = os.open(path, os.O_WRONLY)
 
     def write_part(part: Part) -> None:
