@@ -941,40 +941,6 @@ def _with_eval_sequences(before: Config, options: dict) -> dict:
     return options
 
 
-# ---------------------------------------------------------------- several GPUs
-
-
-def check_ranks(config: Config, ranks: int) -> None:
-    """Raises ConfigError where `ranks` GPUs are more than a step has micro-batches.
-
-    A micro-batch belongs to one GPU. Its size is never chosen by the number of GPUs, because the
-    balancing loss is one of each micro-batch.
-    """
-    micro_batches = config.gradient_accumulation_steps
-    if ranks <= micro_batches:
-        return
-    refused = (
-        f"{ranks} GPUs, but a step has {micro_batches} micro-batches "
-        "(gradient_accumulation_steps), and each belongs to one GPU. "
-    )
-    sequences = config.sequences_per_step
-    fitting = [
-        batch_size
-        for batch_size in range(1, config.batch_size)
-        if sequences % batch_size == 0 and sequences // batch_size >= ranks
-    ]
-    if not fitting:
-        raise ConfigError(
-            f"{refused}A step has {sequences} sequences: use at most as many GPUs, or train with "
-            f"more tokens a step, which is another training: --gradient_accumulation_steps {ranks}"
-        )
-    batch_size = max(fitting)
-    raise ConfigError(
-        f"{refused}The same tokens a step: --batch_size {batch_size} "
-        f"--gradient_accumulation_steps {sequences // batch_size}"
-    )
-
-
 # ---------------------------------------------------------------- checks of the values
 
 AT_LEAST_1 = (

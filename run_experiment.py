@@ -58,7 +58,6 @@ from config import (
     PRESETS,
     Config,
     ConfigError,
-    check_ranks,
     defaults,
     nearest,
     optimizer_groups,
@@ -255,7 +254,6 @@ def open_run(
     )
     # What cannot start is refused before minutes of tokenizing.
     tracker.require(config.tracker)
-    check_ranks(config, ranks.size)
     machine = machine_of_device(
         find_device(config), config.host_memory_gb, ranks.local_size, ranks.machines
     )

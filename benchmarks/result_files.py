@@ -42,6 +42,8 @@ SHORT = option_words(
 # The options that benchmarks.run was given. They go to every run, after its own options, and so
 # they win over these.
 EXTRA_OPTIONS: list[str] = []
+# --gpus and its number, where benchmarks.run was given that
+GPUS_OPTION: list[str] = []
 
 
 # The runs of this process that are under way
@@ -115,17 +117,26 @@ def write(
     machine: dict,
     details: dict,
     command: str = "",
+    gpus: int = 1,
 ) -> None:
-    """Writes results/NAME_GPU.json.
+    """Writes results/NAME_GPU.json; of several `gpus` results/NAME_GPUxN.json.
 
     `machine` is what record.results.environment says of the machine; a training_results.json holds
     it as `environment`. `command` is the command that made the figure, if it is not benchmarks.run.
     """
     if not command:
-        command = " ".join(["python -m benchmarks.run", name, *EXTRA_OPTIONS])
+        words = ["python -m benchmarks.run", name, *EXTRA_OPTIONS]
+        if gpus > 1:
+            words[2:2] = GPUS_OPTION
+        command = " ".join(words)
+    gpu = machine["gpu"] or f"none, {machine['cpus']} CPU cores"
+    key = _gpu_key(machine["gpu"])
+    if gpus > 1:
+        gpu = f"{gpus} x {gpu}"
+        key += f"x{gpus}"
     record = dict(
         name=name,
-        gpu=machine["gpu"] or f"none, {machine['cpus']} CPU cores",
+        gpu=gpu,
         value=value,
         unit=unit,
         repetitions=repetitions,
@@ -135,7 +146,7 @@ def write(
         details=details,
     )
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}_{_gpu_key(machine['gpu'])}.json"
+    path = RESULTS / f"{name}_{key}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{name}: {value:.4g} {unit} -> {path}", flush=True)
 

@@ -2,8 +2,10 @@
 
     python -m benchmarks.run                                          list the names
     python -m benchmarks.run NAME [NAME ...] [--FIELD VALUE ...]      make these figures
+    python -m benchmarks.run train_18b_bf16 --gpus 2                  the same with two GPUs
 
 The options are those of run_experiment.py, and they go to every run that a benchmark starts.
+--gpus is for the benchmarks train_: they train with one GPU first, then with all.
 
     default_run              the default run on a CPU, from an empty cache
     small_precisions         `small` in fp16 and bf16, two seeds each, on one plot
@@ -54,6 +56,7 @@ from benchmarks import parts
 from benchmarks.result_files import (
     CACHE,
     EXTRA_OPTIONS,
+    GPUS_OPTION,
     RESULTS,
     ROOT,
     SHORT,
@@ -86,7 +89,7 @@ def advised_options(preset: str, precision: str) -> list[str]:
     """The options of the fastest choice that fits this machine's GPU, without checkpointing if that
     fits; or what the extra options leave of it.
     """
-    options = dict(precision=precision, **extra_options())
+    options = {"precision": precision, **extra_options()}
     machine = find_machine(options.get("host_memory_gb", 0))
     config, _, _ = resolve(options, preset, machine.memory_gb)
     choice = None
@@ -421,33 +424,77 @@ def first_command(folder: Path) -> None:
 
 
 def train_preset(folder: Path, preset: str, precision: str) -> dict:
-    """Seven whole steps of a preset, with cached tokens.
+    """Seven whole steps of a preset, with cached tokens; with --gpus N again on N GPUs.
 
-    Writes the median speed, and returns the run's training_results.json.
+    Writes the median speed, and returns the training_results.json of the run on one GPU.
     """
     cache_tokens(preset)
     chosen = option_words(preset=preset, precision=precision)
     options = [*chosen, *advised_options(preset, precision), *SHORT]
     results = train(folder / "run", [*options, *option_words(max_steps=7)])
-    rows = training_rows(results)
-    speeds = column(steady(rows), "tokens_per_second")
+    one_gpu = _speed_details(results, options)
+    name = f"train_{preset}_{precision}"
     write(
-        f"train_{preset}_{precision}",
-        statistics.median(speeds),
+        name,
+        statistics.median(one_gpu["tokens_per_second"]),
         "tokens/s",
-        len(speeds),
+        len(one_gpu["tokens_per_second"]),
         results["environment"],
-        dict(
-            mfu=median_mfu(steady(rows)),
-            tokens_per_second=speeds,
-            options=" ".join(options),
-            memory_gb=results["memory_gb"],
-            seconds_to_first_step=results["totals"]["seconds_to_first_step"],
-            skipped_steps=column(rows, "skipped_steps"),
-            train_loss=column(rows, "train_loss"),
-        ),
+        one_gpu,
     )
+    if GPUS_OPTION:
+        _train_on_several_gpus(folder, name, chosen, one_gpu)
     return results
+
+
+def _train_on_several_gpus(folder: Path, name: str, chosen: list[str], one_gpu: dict) -> None:
+    """The same steps on several GPUs: what is placed where is chosen anew, the batch stays."""
+    words = one_gpu["options"].split()
+    batch = {}
+    for field in ("batch_size", "gradient_accumulation_steps"):
+        batch[field] = int(words[words.index(f"--{field}") + 1])
+    gpus = int(GPUS_OPTION[1])
+    options = [*chosen, *_options_on_several_gpus(chosen, batch, gpus), *SHORT, *GPUS_OPTION]
+    results = train(folder / f"run_{gpus}", [*options, *option_words(max_steps=7)])
+    details = _speed_details(results, options)
+    speed = statistics.median(details["tokens_per_second"])
+    times = speed / statistics.median(one_gpu["tokens_per_second"])
+    details |= dict(
+        times_one_gpu=times,
+        # What is exchanged and not hidden, slows matmuls, or is done by each rank
+        lost_share_of_a_step=1 - times / gpus,
+        one_gpu=one_gpu,
+    )
+    repetitions = len(details["tokens_per_second"])
+    write(name, speed, "tokens/s", repetitions, results["environment"], details, gpus=gpus)
+
+
+def _options_on_several_gpus(chosen: list[str], batch: dict[str, int], gpus: int) -> list[str]:
+    """The fastest choice that fits for this batch, without checkpointing if that fits."""
+    named = dict(zip(chosen[::2], chosen[1::2]))
+    preset = named["--preset"]
+    options = {"precision": named["--precision"], **batch, **extra_options()}
+    machine = find_machine(options.get("host_memory_gb", 0), gpus=gpus)
+    config, _, _ = resolve(options, preset, machine.memory_gb)
+    choice = fastest(config, machine, fixed_batch=True)
+    if choice is None:
+        raise ExperimentError(f"{preset} does not fit {gpus} GPUs like this one")
+    return choice.options(config).split()
+
+
+def _speed_details(results: dict, options: list[str]) -> dict:
+    """What a result file says of a run of a few steps with these options."""
+    rows = training_rows(results)
+    return dict(
+        mfu=median_mfu(steady(rows)),
+        tokens_per_second=column(steady(rows), "tokens_per_second"),
+        options=" ".join(options),
+        memory_gb=results["memory_gb"],
+        seconds_to_first_step=results["totals"]["seconds_to_first_step"],
+        skipped_steps=column(rows, "skipped_steps"),
+        train_loss=column(rows, "train_loss"),
+        grad_norm=column(rows, "grad_norm"),
+    )
 
 
 def train_18b_bf16(folder: Path) -> None:
@@ -593,6 +640,9 @@ BENCHMARKS = dict(
 def main(argv: list[str]) -> None:
     names = list(itertools.takewhile(lambda word: not word.startswith("--"), argv))
     EXTRA_OPTIONS[:] = argv[len(names) :]
+    GPUS_OPTION[:] = _taken_out(EXTRA_OPTIONS, "--gpus")
+    if GPUS_OPTION and not all(name.startswith("train_") for name in names):
+        raise ConfigError("--gpus is for the benchmarks train_ alone")
     for name in names:
         if name not in BENCHMARKS:
             raise ConfigError(_unknown_name_message(name))
@@ -603,6 +653,18 @@ def main(argv: list[str]) -> None:
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             BENCHMARKS[name](Path(folder))
+
+
+def _taken_out(words: list[str], option: str) -> list[str]:
+    """The option with its value, which is removed from the words; [] where it is not there."""
+    if option not in words:
+        return []
+    place = words.index(option)
+    found = words[place : place + 2]
+    if len(found) < 2 or not found[1].isdecimal() or int(found[1]) < 2:
+        raise ConfigError(f"{option} needs a number, 2 or more")
+    del words[place : place + 2]
+    return found
 
 
 def _unknown_name_message(name: str) -> str:

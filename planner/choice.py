@@ -358,15 +358,19 @@ def _steps(config: Config, machine: Machine, fixed_batch: bool) -> list[Step]:
     return steps
 
 
-def fastest(config: Config, machine: Machine) -> Choice | None:
+def fastest(config: Config, machine: Machine, fixed_batch: bool = False) -> Choice | None:
     """The fastest choice that fits; None if nothing fits.
 
-    All fields are free: activation_checkpointing=none is possible too, unlike with auto.
+    All fields are free, but with `fixed_batch` the micro-batch: activation_checkpointing=none is
+    possible too, unlike with auto.
     """
+    batches = _possible_batches(config, machine)
+    if fixed_batch:
+        batches = [config.batch_size]
     return _Search(config, machine).fastest(
         lambda choice: choice.fits(machine),
         all_levels(config),
-        _possible_batches(config, machine),
+        batches,
         _free_placements(machine),
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from config import Config, ConfigError, check_ranks
+from config import ConfigError
 from engine import launch
 from tests.engine.ranks import run_in_fork
 
@@ -82,17 +82,6 @@ def test_gpus_are_found_without_torch(monkeypatch):
 
     monkeypatch.setattr(launch.subprocess, "run", no_driver)
     assert launch.visible_gpus() == []
-
-
-def test_more_ranks_than_micro_batches_are_refused_with_what_keeps_the_tokens_of_a_step():
-    config = Config(batch_size=4, gradient_accumulation_steps=8)
-    check_ranks(config, 8)
-    with pytest.raises(ConfigError, match="--batch_size 2 --gradient_accumulation_steps 16"):
-        check_ranks(config, 9)
-    with pytest.raises(ConfigError, match="--batch_size 1 --gradient_accumulation_steps 32"):
-        check_ranks(config, 32)
-    with pytest.raises(ConfigError, match="32 sequences: use at most as many GPUs"):
-        check_ranks(config, 33)
 
 
 # ---------------------------------------------------------------- what a rank gets
