@@ -645,8 +645,7 @@ def _lines_of_several_gpus(facts: dict) -> list[str]:
     lines = []
     needed = facts["needed_batch"]
     if needed:
-        text = f"{facts['gpus']} GPUs need as many micro-batches a step. {needed['difference']}"
-        lines.append(_labelled("batch", text))
+        lines.append(_labelled("batch", f"{needed['reason']}. {needed['difference']}"))
     traffic = facts["traffic"]
     if traffic:
         lines.append(_labelled("traffic", _traffic_text(traffic)))
@@ -654,17 +653,20 @@ def _lines_of_several_gpus(facts: dict) -> list[str]:
 
 
 def _traffic_text(traffic: dict) -> str:
-    text = (
-        f"predicted: a step sends {format_size(traffic['gradients_gb'])} of gradients "
-        f"({traffic['gradient_seconds']:.2f} s) and {format_size(traffic['weights_gb'])} of "
-        f"weights ({traffic['weight_seconds']:.2f} s) from each GPU, while the GPUs compute"
-    )
+    parts = []
+    if traffic["gradients_gb"]:
+        parts.append(
+            f"{format_size(traffic['gradients_gb'])} of gradients "
+            f"({traffic['gradient_seconds']:.2f} s) and {format_size(traffic['weights_gb'])} of "
+            f"weights ({traffic['weight_seconds']:.2f} s) to the others of its machine, while they "
+            "compute"
+        )
     if traffic["machines_gb"]:
-        text += (
-            f"; and {format_size(traffic['machines_gb'])} to other machines "
+        parts.append(
+            f"{format_size(traffic['machines_gb'])} to other machines "
             f"({traffic['machine_seconds']:.2f} s)"
         )
-    return text
+    return "predicted: in a step each GPU sends " + "; and ".join(parts)
 
 
 # Columns of a label and of the space behind it, in what `plan` prints.
@@ -733,7 +735,7 @@ def _several(facts: dict) -> str:
         return f"{facts['gpus']} processes on "
     text = f"{facts['gpus_per_node']} x "
     if machines > 1:
-        text = f"{machines} machines with {text}"
+        text = f"{machines:,} machines with {text}"
     return text
 
 

@@ -317,7 +317,7 @@ def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice,
     is the first of these that there is:
 
     1. The fastest that fits and keeps what is fixed, in the order of `_steps`.
-    2. The fastest that fits, with all fields free.
+    2. The fastest that fits, with all fields free; with several GPUs the micro-batch comes last.
     3. The one that takes the least memory, which does not fit.
     """
     search = _Search(config, machine)
@@ -331,9 +331,11 @@ def choose(config: Config, machine: Machine, fixed_batch: bool) -> tuple[Choice,
         if choice:
             return choice, True
 
-    choice = fastest(config, machine)
-    if choice is None:
-        choice = _smallest(search)
+    choice = None
+    if machine.ranks > 1:
+        choice = fastest(config, machine, fixed_batch=True)
+    choice = choice or fastest(config, machine)
+    choice = choice or _smallest(search)
     return choice, False
 
 
@@ -554,8 +556,10 @@ def _with_more_gradients_on_host(config: Config, machine: Machine) -> tuple[Choi
 
 def _use_a_smaller_preset(machine: Machine) -> str:
     advice = "No choice for this model would fit: use a smaller --preset"
-    if machine.gpus > 1:
-        advice = "No choice for this model would fit: use more GPUs, or a smaller --preset"
+    if machine.ranks > 1:
+        advice = (
+            "No choice for this model would fit: use more GPUs in a machine, or a smaller --preset"
+        )
     fitting = [name for name in PRESETS if _preset_could_fit(name, machine)]
     if fitting:
         advice += f"; these fit: {' '.join(fitting)}"
@@ -603,8 +607,8 @@ def check_weights(config: Config, machine: Machine) -> None:
     if weights_gb <= WEIGHTS_SHARE * machine.memory_gb:
         return
     raise ConfigError(
-        f"the weights take {weights_gb:.1f} GB, {weights_gb / machine.memory_gb:.0%} of a "
-        f"{machine.name} ({machine.memory_gb:.1f} GB). Each of several GPUs holds all weights, and "
-        f"more than {WEIGHTS_SHARE:.0%} leaves activations too little: take GPUs with more memory, "
-        "one GPU (--gpus 1), or a smaller --preset"
+        f"the weights take {weights_gb:.1f} GB, {weights_gb / machine.memory_gb:.0%} of the memory "
+        f"of {machine.name} ({machine.memory_gb:.1f} GB). Each of several GPUs holds all weights, "
+        f"and more than {WEIGHTS_SHARE:.0%} leaves activations too little: take GPUs with more "
+        "memory, one GPU (--gpus 1), or a smaller --preset"
     )

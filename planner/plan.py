@@ -39,12 +39,13 @@ def build_plan(
     are those of the fastest choice that fits, with every field free.
 
     With several GPUs sizes are those of one GPU, speeds those of all, and `traffic` is what each
-    one sends in a step. `needed_batch` is the batch of the plan where a step of `config` has fewer
-    micro-batches than there are GPUs. Raises ConfigError where the weights are too large for that.
+    one sends in a step. `needed_batch` is the batch of the plan where that of `config` cannot be:
+    it has fewer micro-batches than there are GPUs, or larger ones than fit. Raises ConfigError
+    where the weights are too large for several GPUs.
     """
     check_weights(config, machine)
+    requested = config
     batch = batch_for(config, machine.ranks)
-    needed_batch = _needed_batch(config, batch)
     config = dataclasses.replace(config, **dataclasses.asdict(batch))
     choice, kept = choose(config, machine, fixed_batch=False)
     fits = choice.fits(machine)
@@ -90,20 +91,26 @@ def build_plan(
         gpus=machine.ranks,
         gpus_per_node=machine.gpus,
         reduce_gradients=choice.reduce_gradients,
-        needed_batch=needed_batch,
+        needed_batch=_needed_batch(requested, choice, machine),
         traffic=_traffic(config, choice, machine),
     )
 
 
-def _needed_batch(config: Config, batch: Batch) -> dict | None:
-    """The batch with a micro-batch for each GPU; None where that is the configuration's."""
-    if batch.gradient_accumulation_steps == config.gradient_accumulation_steps:
+def _needed_batch(requested: Config, choice: Choice, machine: Machine) -> dict | None:
+    """The batch that several GPUs take instead of the requested one; None where they keep that."""
+    kept = choice.gradient_accumulation_steps == requested.gradient_accumulation_steps
+    if machine.ranks == 1 or kept:
         return None
+    reason = "the requested micro-batch does not fit"
+    if machine.ranks > requested.gradient_accumulation_steps:
+        reason = f"{machine.ranks:,} GPUs need as many micro-batches a step"
+    batch = Batch(choice.batch_size, choice.gradient_accumulation_steps)
     return dict(
         batch_size=batch.batch_size,
         gradient_accumulation_steps=batch.gradient_accumulation_steps,
-        another_training=batch.is_another_training(config),
-        difference=batch.difference(config),
+        reason=reason,
+        another_training=batch.is_another_training(requested),
+        difference=batch.difference(requested),
     )
 
 

@@ -142,7 +142,7 @@ def test_plan_of_several_gpus(cli):
     code, out, _ = cli(*argv, "64", "--gpus_per_node", "8")
     assert code == 0 and "plan for 8 machines with 8 x h200" in unbroken(out)
     assert "64 GPUs need as many micro-batches a step. That is another training" in unbroken(out)
-    assert "to other machines" in unbroken(out)
+    assert "to the others of its machine" in unbroken(out) and "to other machines" in unbroken(out)
     assert cli(*argv, "64")[1] == out, "8 GPUs a machine are usual"
 
     for words, cause in (
@@ -153,7 +153,7 @@ def test_plan_of_several_gpus(cli):
         code, _, err = cli(*argv, *words)
         assert code == 2 and cause in unbroken(err)
     code, _, err = cli("plan", "--preset", "25b", "--gpu", "h100", "--gpus", "8")
-    assert code == 2 and "58% of a h100" in unbroken(err)
+    assert code == 2 and "58% of the memory of h100" in unbroken(err)
 
 
 def test_plan_says_what_is_short(cli):

@@ -90,6 +90,7 @@ def test_a_plan_of_several_machines_names_the_batch_that_they_need():
     assert (plan["gpus"], plan["gpus_per_node"]) == (64, 8)
     needed = plan["needed_batch"]
     assert (needed["batch_size"], needed["gradient_accumulation_steps"]) == (1, 64)
+    assert needed["reason"] == "64 GPUs need as many micro-batches a step"
     assert needed["another_training"] and plan["tokens_per_step"] == 2 * config.tokens_per_step
     assert plan["options"].startswith("--batch_size 1 --gradient_accumulation_steps 64 ")
     # owners are within a machine: each has an eighth of the state, and sums it with 7 others
@@ -97,3 +98,12 @@ def test_a_plan_of_several_machines_names_the_batch_that_they_need():
     assert plan["memory_gb"]["momentum"] == eight["memory_gb"]["momentum"]
     gradients_gb = build_plan(config, "18b", find_machine(gpu="h200"))["memory_gb"]["gradients"]
     assert plan["traffic"]["machines_gb"] == pytest.approx(2 * 7 / 8 * gradients_gb / 8, abs=0.01)
+
+
+def test_a_plan_of_several_gpus_says_where_the_micro_batch_does_not_fit():
+    config = Config(**PRESETS["18b"] | dict(batch_size=16, gradient_accumulation_steps=2))
+    plan = build_plan(config, "18b", find_machine(gpu="h100", gpus=2))
+    needed = plan["needed_batch"]
+    assert plan["fits"] and not plan["as_configured"] and needed["another_training"]
+    assert needed["reason"] == "the requested micro-batch does not fit"
+    assert needed["batch_size"] < 16 and "keeps the tokens of a step" in needed["difference"]
