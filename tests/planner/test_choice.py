@@ -473,7 +473,7 @@ def test_gpus_of_a_machine_share_its_host_memory():
 
 
 def test_processes_on_a_cpu_share_its_memory():
-    c = config_of("small")
+    c = config_of("small", activation_checkpointing="full")
     needed_gb = resolve_autos(c, Machine(None, 0, 20, gpus=2))[1]["total"]
     check_fits(c, Machine(None, 0, 2.5 * needed_gb, gpus=2))
     with pytest.raises(OutOfMemory, match="no memory for this run"):
