@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,19 @@ def test_a_worker_that_ends_before_the_run_ends_it(tmp_path, end, code, message)
 )
 def test_what_is_said_of_a_worker_that_said_nothing(returncode, code, text):
     assert launch._failure(2, returncode) == (2, code, text)
+
+
+@pytest.mark.parametrize("has_left", [True, False])
+def test_a_worker_that_has_said_goodbye_may_end(monkeypatch, has_left):
+    """Before the launcher does, and with the exit code of a signal."""
+    failures = []
+    ended = types.SimpleNamespace(poll=lambda: 143, returncode=143)
+    monkeypatch.setattr(launch, "_workers", {1: ended})
+    monkeypatch.setattr(launch, "REPORT_SECONDS", 0)
+    monkeypatch.setattr(launch.lifeline, "has_left", lambda rank: has_left)
+    monkeypatch.setattr(launch.lifeline, "peer_failed", failures.append)
+    launch._watch_workers()
+    assert bool(failures) is not has_left
 
 
 @pytest.mark.slow

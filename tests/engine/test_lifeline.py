@@ -107,16 +107,22 @@ def test_a_run_to_its_end_says_nothing_of_ranks(tmp_path):
 @pytest.mark.slow
 def test_a_worker_that_outlives_its_killed_rank_hides_nothing(tmp_path):
     """A fork of a rank, such as a process that reads data, must not hold the connection open."""
+    note = tmp_path / "worker"
 
     def at(rank: int, step: int) -> None:
         if step == 3 and rank == 1:
-            if os.fork() == 0:
-                time.sleep(6)
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(60)
                 os._exit(0)
+            note.write_text(str(worker))
             os.kill(os.getpid(), signal.SIGKILL)
 
     run = run_of(tmp_path, at)
-    assert run.codes() == [1, -signal.SIGKILL, 1]
+    try:
+        assert run.codes() == [1, -signal.SIGKILL, 1]
+    finally:
+        os.kill(int(note.read_text()), signal.SIGKILL)
 
 
 def test_a_stranger_that_connects_is_no_rank(monkeypatch):
