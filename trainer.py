@@ -29,9 +29,10 @@ from config import (
     optimizer_groups,
 )
 from engine.distributed import GradientReducer, Ranks, WeightGatherer, different_replicas
+from engine.gradients import OwnGradients
 from engine.offload import GradientOffload
 from engine.ownership import ownership, small_parameters
-from engine.precision import LossScaler, gradient_norms
+from engine.precision import LossScaler
 from engine.triton_kernels import any_order, attention_backends, set_deterministic
 from generate import stream
 from model import MoETransformer
@@ -235,22 +236,20 @@ class Trainer:
             say(messages.reserving_host_memory(self.predicted["host"]))
         compiling = config.compile == "true" or (config.compile == "auto" and on_gpu)
         fused = compiling and on_gpu
-        self.gradient_offload = GradientOffload(self.model, config.host_gradient_blocks)
+        gradient_offload = GradientOffload(self.model, config.host_gradient_blocks)
         self.optimizer_groups = optimizer_groups(config)
-        self.reducer = None
-        own_parameters = self.parameters
+        self.gradients = OwnGradients(self.parameters, gradient_offload)
         if self.ranks.size > 1:
-            self.reducer = self._build_reducer(config)
-            own_parameters = self.reducer.owned
+            self.gradients = self._build_reducer(config)
         self.optimizers = build_optimizers(
-            config, own_parameters, offload, fused, self.gradient_offload
+            config, self.gradients.owned, offload, fused, gradient_offload
         )
-        # Sends new weights to the other ranks while the optimizers are at work.
+        # Several ranks send each other the new weights while the optimizers are at work.
         self.gathering: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if self.reducer is not None:
+        if self.ranks.size > 1:
             for name, group in self.optimizer_groups.items():
                 self.optimizers[name].state.names = set(group.parameters)
-            self.gathering = WeightGatherer(self.reducer, self.optimizers)
+            self.gathering = WeightGatherer(self.gradients, self.optimizers)
         self.scaler = LossScaler(
             config.loss_scale, config.loss_scale_growth_interval, enabled=config.precision == "fp16"
         )
@@ -261,8 +260,8 @@ class Trainer:
             self.parameters,
             self.optimizers,
             self.optimizer_groups,
-            self.gradient_offload.tensors,
-            gradients=self.reducer and self.reducer.gradients,
+            gradient_offload.tensors,
+            self.gradients.on_device,
         )
         if compiling:
             self.model.compile_blocks()
@@ -301,7 +300,9 @@ class Trainer:
                 tokens = tokens.to(self.device, non_blocking=True)
                 targets = targets.to(self.device, non_blocking=True)
                 loss, metrics = self.model(tokens, targets)
-                self._begin_backward(i, own_micro_batches)
+                # Gradients leave while the backward pass makes them: for host memory, or for the
+                # ranks that own them.
+                self.gradients.micro_batch(i, own_micro_batches)
                 # A step's gradient is the mean over its micro-batches, times the loss scale.
                 (loss * (self.scaler.scale / micro_batches)).backward()
                 sums.add_loss(loss.detach())
@@ -335,40 +336,37 @@ class Trainer:
                     self.model.balance(sums.sums["expert_counts"])
             self.step += 1
             self.tokens_seen += c.tokens_per_step
-        self._free_gradients()
+        self.gradients.free()
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # so that the time of a step is this step's
         self.scaler.update(overflow)
         self._check_overflow(overflow)
         return not overflow
 
-    def _begin_backward(self, number: int, of: int) -> None:
-        """Tells what takes gradients away during a backward pass which of this rank's it is."""
-        # Gradients kept in host memory are copied there.
-        self.gradient_offload.micro_batch(number, of)
-        if self.reducer is not None:
-            self.reducer.micro_batch(number, of)
-
     def _end_of_backward(self, sums: Interval) -> tuple[Tensor, list[Tensor]]:
         """The norms of the parameters' gradients [n], and what the ranks have voted for.
 
         With several ranks `sums` becomes that of all of them. One rank has nobody to vote with.
         """
-        if self.reducer is None:
-            parameters = list(self.parameters.values())
-            return gradient_norms(parameters, self.gradient_offload.norms), []
+        c = self.config
+        totals = sums.sums
+        own_votes = self._votes()
+        totals |= own_votes
+        most_passes = math.ceil(c.gradient_accumulation_steps / self.ranks.size)
+        norms = self.gradients.finish(totals, most_passes)
+        totals["sequences"] = c.sequences_per_step
+        return norms, [totals.pop(name) for name in own_votes]
+
+    def _votes(self) -> dict[str, Tensor]:
+        """What this rank's signals and the first one's clock request of several ranks."""
+        if self.ranks.size == 1:
+            return {}
         assert isinstance(self.stop, AgreedStop)
         saves = self.ranks.is_first and self.checkpoints.latest_due(self.step + 1)
-        sums.sums["sequences"] = torch.tensor(sums.sums["sequences"], device=self.device)
-        totals = dict(sums.sums)
-        totals["stop"] = torch.tensor(float(self.stop.vote), device=self.device)
-        totals["save"] = torch.tensor(float(saves), device=self.device)
-        most_passes = -(-self.config.gradient_accumulation_steps // self.ranks.size)
-        norms = self.reducer.finish(totals, most_passes)
-        votes = [totals.pop("stop"), totals.pop("save")]
-        totals["sequences"] = self.config.sequences_per_step
-        sums.sums = totals
-        return norms, votes
+        return dict(
+            stop=torch.tensor(float(self.stop.vote), device=self.device),
+            save=torch.tensor(float(saves), device=self.device),
+        )
 
     def _follow(self, votes: list[float]) -> None:
         """Does what a rank has voted for: every rank at the same step."""
@@ -378,12 +376,6 @@ class Trainer:
         if stop and not self.stop.requested:
             self.stop.agree(self.ranks.all_values(self.stop.number))
         self.save_now = bool(save)
-
-    def _free_gradients(self) -> None:
-        if self.reducer is not None:
-            self.reducer.clear()
-        for parameter in self.parameters.values():
-            parameter.grad = None
 
     def _check_loss(self, loss: float) -> None:
         if math.isfinite(loss):
@@ -869,7 +861,8 @@ class Trainer:
             else:
                 with self.ranks.together():
                     path = self.checkpoints.begin_latest()
-                checkpoint.save(path, self.state_dict(), self.ranks)
+                    state = self.state_dict()
+                checkpoint.save(path, state, self.ranks)
             self.checkpoints.note_saved(self.step)
         if self.failed_saves:
             warn(messages.saved_after_all(self.step))
@@ -883,8 +876,9 @@ class Trainer:
         with self.ranks.together():
             if self.ranks.is_first:
                 self.checkpoints.begin_numbered(self.step)
+            state = self.state_dict()
         path = checkpoint.step_path(self.folder, self.step)
-        checkpoint.save(path, self.state_dict(), self.ranks)
+        checkpoint.save(path, state, self.ranks)
         with self.ranks.together():
             if self.ranks.is_first:
                 self.checkpoints.finish_numbered(path)
@@ -939,14 +933,14 @@ class Trainer:
 
     def _model_state(self) -> dict:
         state = {name: tensor.detach() for name, tensor in self._saved_tensors().items()}
-        if self.reducer is not None:
-            state |= rows_of_shards(self.reducer.owned, self.parameters, self.ranks)
+        if self.ranks.size > 1:
+            state |= rows_of_shards(self.gradients.owned, self.parameters, self.ranks)
         return state
 
     def _optimizer_state(self, name: str) -> dict:
         """An optimizer's state. With several ranks each tensor is the rows that this one owns."""
         state = self.optimizers[name].state_dict()
-        if self.reducer is not None:
+        if self.ranks.size > 1:
             names = self.optimizer_groups[name].parameters
             parameters = {parameter: self.parameters[parameter] for parameter in names}
             dtypes = self.optimizers[name].state.dtypes

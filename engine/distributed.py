@@ -338,12 +338,12 @@ class GradientReducer:
     # ------------------------------------------------------------ after the last backward pass
 
     @torch.no_grad()
-    def finish(self, totals: dict[str, Tensor], passes: int) -> Tensor:
+    def finish(self, totals: dict, passes: int) -> Tensor:
         """Ends a step's reductions. Returns the norm of each parameter's gradient, fp32 [n].
 
-        `totals` are this rank's sums over its micro-batches, such as losses and counts. They are
-        replaced by their sums over all ranks. `passes` is the largest number of micro-batches of a
-        rank: one that has fewer takes part with zeros.
+        `totals` are this rank's sums over its micro-batches, such as losses and counts. The tensors
+        among them are replaced by their sums over all ranks. `passes` is the largest number of
+        micro-batches of a rank: one that has fewer takes part with zeros.
         """
         self._end_pass()
         if self.every_micro_batch:
@@ -358,11 +358,12 @@ class GradientReducer:
                 dist.all_reduce(total, group=self.ranks.across)
 
         small_gradients = {name: self._take_gradient(name) for name in self.small}
-        tensors = dict(totals)
+        own_sums = {name: value for name, value in totals.items() if isinstance(value, Tensor)}
+        tensors = dict(own_sums)
         tensors["squares of norms"] = self._squares_of_norms()
         tensors.update(small_gradients)
         sums = _summed_over_ranks(tensors, self.ranks)
-        for name in totals:
+        for name in own_sums:
             totals[name] = sums[name]
         norms = dict(zip(self.shards, sums["squares of norms"].sqrt()))
         for name in self.small:
@@ -393,13 +394,13 @@ class GradientReducer:
             view.grad_dtype = gradient.dtype
             view.grad = gradient
 
-    def gradients(self) -> list[Tensor]:
+    def on_device(self) -> list[Tensor]:
         """What this rank holds of a step's gradients once they are reduced."""
         small = [self.parameters[name].grad for name in self.small]
         return [*self.sums.values(), *small]
 
-    def clear(self) -> None:
-        """Frees the gradients after the optimizers have read them."""
+    def free(self) -> None:
+        """Call when the optimizers have read the gradients."""
         self.sums.clear()
         for view in self.owned.values():
             view.grad = None

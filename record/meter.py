@@ -25,7 +25,7 @@ class MemoryMeter:
     `measured_gb` is None until the third optimizer phase of this process has ended. Then it has GB
     (1e9 bytes) by component, which `table` shows beside the prediction.
 
-    `gradients` returns the gradients on this device, by default every parameter's `.grad`.
+    `gradients` returns the gradients on this device.
 
     `optimizers` and `groups` (config.optimizer_groups) have the same keys. `host_gradients` are the
     gradients that are accumulated in host memory, by name of the parameter.
@@ -40,7 +40,7 @@ class MemoryMeter:
         optimizers: dict,
         groups: dict[str, OptimizerGroup],
         host_gradients: dict[str, Tensor],
-        gradients: Callable[[], list[Tensor]] | None = None,
+        gradients: Callable[[], list[Tensor]],
     ):
         self.gpu = device.type == "cuda"
         self.predicted = predicted
@@ -49,7 +49,7 @@ class MemoryMeter:
         self.optimizers = optimizers
         self.groups = groups
         self.host_gradients = host_gradients
-        self.gradients = gradients or self._gradients_of_parameters
+        self.gradients = gradients
 
         self.steps = 0  # optimizer phases of this process
         self.peak_gb = 0.0  # over this process
@@ -108,10 +108,6 @@ class MemoryMeter:
         if offloaded:
             sizes["host"] = (sum(state.values()) + host_gradients) / GB
         return sizes
-
-    def _gradients_of_parameters(self) -> list[Tensor]:
-        gradients = [parameter.grad for parameter in self.parameters.values()]
-        return [gradient for gradient in gradients if gradient is not None]
 
     def _state_bytes(self) -> dict[str, int]:
         """Bytes of the optimizers' state, by key of the memory table."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from config import optimizer_groups
+from engine.gradients import OwnGradients
 from muon import build_optimizers
 from planner.machine import GB, Machine, known_gpu
 from record import checkpoint, lineage, meter, results, run_file
@@ -454,7 +455,8 @@ def meter_of(config, offload: bool, host_gradients: dict) -> MemoryMeter:
         for parameter in group.parameters:
             parameters.setdefault(parameter, torch.zeros(2, 3, dtype=torch.bfloat16))
     optimizers = build_optimizers(config, parameters, offload)
-    return MemoryMeter(CPU, {}, 0.0, parameters, optimizers, groups, host_gradients)
+    gradients = OwnGradients(parameters, None).on_device
+    return MemoryMeter(CPU, {}, 0.0, parameters, optimizers, groups, host_gradients, gradients)
 
 
 @pytest.mark.parametrize("offload", [False, True])
