@@ -595,7 +595,7 @@ def measured_runs() -> list[MeasuredRun]:
     results = Path(__file__).parent / "benchmarks" / "results"
     runs = []
     for path in sorted(results.glob("train_*.json")):
-        # train_PRESET_PRECISION_GPU.json
+        # train_PRESET_PRECISION_GPU.json, or ..._GPUxN.json for N of them
         preset, precision, gpu = path.stem.removeprefix("train_").rsplit("_", 2)
         runs.append(_measured_run(path, preset, precision, gpu))
     for path in sorted(results.glob("first_command_*.json")):
@@ -609,7 +609,13 @@ def _measured_run(path: Path, preset: str, precision: str, gpu: str) -> Measured
     result = json.loads(path.read_text())
     command = result.get("details", {}).get("options", "")
     options = re.search(r"--batch_size .*--offload_optimizer \w+", command)
-    return MeasuredRun(preset, precision, gpu, result["value"], options and options[0])
+    gpus = 1
+    if gpu not in GPUS:  # the names of some GPUs end like a number of them
+        several = re.fullmatch(r"(\w+)x(\d+)", gpu)
+        if several:
+            gpu = several[1]
+            gpus = int(several[2])
+    return MeasuredRun(preset, precision, gpu, result["value"], options and options[0], gpus)
 
 
 def print_plan(config: Config, why: str, facts: dict, machine: Machine) -> None:

@@ -59,9 +59,7 @@ def build_plan(
             advised_memory_gb = _rounded(planned.memory_gb)
 
     free = fastest(config, machine)
-    measured = None
-    if machine.ranks == 1:
-        measured = _measured_run(runs_of(config, preset, machine, runs), choice.options(config))
+    measured = _measured_run(runs_of(config, preset, machine, runs), choice.options(config))
     predicted = None
     if planned:
         predicted = predict_speed(config, planned, machine, runs)

@@ -2,7 +2,7 @@
 
 A prediction scales a measured rate of model FLOPs by the peaks of the two GPUs. It is an estimate:
 the measured runs, predicted from each other, are off by less than 15% (see its tests).
-The caller reads the result files; nothing here does. Several GPUs are always predicted, from the
+The caller reads the result files; nothing here does. Several GPUs are predicted from the
 time of one: forward and backward passes are divided by the GPUs of all machines, and the optimizer
 step by those of a machine. What planner/traffic.py says is not hidden behind these comes on top.
 """
@@ -38,6 +38,7 @@ class MeasuredRun:
     gpu: str  # its name in GPUS
     tokens_per_second: float
     options: str | None  # that choose micro-batch, recomputation and offload; None if unknown
+    gpus: int = 1  # of one machine
 
     def choice(self) -> Choice | None:
         """The choice that the options name; None for a run that names none."""
@@ -65,10 +66,11 @@ class PredictedSpeed:
 def runs_of(
     config: Config, preset: str, machine: Machine, runs: Sequence[MeasuredRun]
 ) -> list[MeasuredRun]:
-    """The runs on this GPU that computed what `config` does in a step."""
+    """The runs on this GPU, or as many of them, that computed what `config` does in a step."""
+    wanted = (preset, config.precision, machine.key, machine.gpus)
     found = []
     for run in runs:
-        same = (run.preset, run.precision, run.gpu) == (preset, config.precision, machine.key)
+        same = (run.preset, run.precision, run.gpu, run.gpus) == wanted and machine.machines == 1
         if same and _as_fast(config, Config(**PRESETS[preset])):
             found.append(run)
     return found
@@ -84,11 +86,11 @@ def _as_fast(config: Config, measured: Config) -> bool:
 def predict_speed(
     config: Config, choice: Choice, machine: Machine, runs: Sequence[MeasuredRun]
 ) -> PredictedSpeed | None:
-    """The speed of `config` with this choice, from the nearest of the measured runs.
+    """The speed of `config` with this choice, from the nearest of the runs measured on one GPU.
 
     None on a CPU and on a GPU whose peak is not known, and where no run can be compared.
     """
-    comparable = [run for run in runs if run.gpu in GPUS and run.choice()]
+    comparable = [run for run in runs if run.gpu in GPUS and run.gpus == 1 and run.choice()]
     if machine.key is None or not comparable:
         return None
 

@@ -258,6 +258,17 @@ def test_plan_gives_hours_only_where_they_were_measured(cli, monkeypatch, tmp_pa
         assert facts["hours"] is None and facts["predicted_hours"] > 0
         assert facts["predicted_from"] == "18b in fp16 on h200"
 
+    # several GPUs have files of their own; the names of some GPUs end like theirs
+    for gpu, speed in (("h200x4", 20_000.0), ("rtx4090", 900.0)):
+        (folder / f"train_18b_fp16_{gpu}.json").write_text(json.dumps(dict(value=speed)))
+    assert planned(cli, *argv)["tokens_per_second"] == 5000
+    assert planned(cli, *argv, "--gpus", "4")["tokens_per_second"] == 20_000
+    assert [(run.gpu, run.gpus) for run in run_experiment.measured_runs()] == [
+        ("h200", 1),
+        ("h200", 4),
+        ("rtx4090", 1),
+    ]
+
 
 def test_plan_takes_the_first_commands_speed_for_its_options(cli, monkeypatch, tmp_path):
     monkeypatch.setattr("run_experiment.__file__", str(tmp_path / "run_experiment.py"))

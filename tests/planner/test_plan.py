@@ -74,6 +74,9 @@ def test_a_plan_of_several_gpus():
     assert four["fits"] and (four["gpus"], four["gpus_per_node"]) == (4, 4)
     assert four["needed_batch"] is None and four["reduce_gradients"] == "micro_batch"
     assert four["tokens_per_second"] is None, "one GPU's speed is none of four"
+    of_four = MeasuredRun("18b", "fp16", "h200", 30_000.0, four["options"], gpus=4)
+    machine = find_machine(gpu="h200", gpus=4)
+    assert build_plan(config, "18b", machine, [run, of_four])["tokens_per_second"] == 30_000
     assert 3.5 < four["predicted_tokens_per_second"] / 9_000 < 4.5
     # two micro-batches, of whose gradients a GPU sends all but its own quarter
     sent = 2 * 0.75 * one["memory_gb"]["gradients"]
