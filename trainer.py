@@ -586,7 +586,7 @@ class Trainer:
         if not_saved is not None:
             raise not_saved
         saving = self.checkpoints.enabled
-        stopped = messages.stopped(self.step, self.folder, saving)
+        stopped = messages.stopped(self.step, self.folder, saving, self.ranks.size)
         console.print_somewhere(fitted(stopped, sys.stdout))
         raise SystemExit(128 + self.stop.number)
 

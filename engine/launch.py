@@ -37,6 +37,8 @@ def is_rank() -> bool:
 
 
 def rank() -> int:
+    if not is_rank():
+        return 0
     return int(os.environ.get("RANK", 0))
 
 
@@ -76,6 +78,12 @@ def requested_ranks(gpus: str | None, device: str) -> int:
 
 
 def _ranks_of_environment(gpus: str | None) -> int:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"the environment has WORLD_SIZE={size()}, but no {', '.join(missing)}: set what "
+            "torchrun sets, or unset WORLD_SIZE"
+        )
     if gpus not in (None, "all") and _number(gpus) != size():
         raise ConfigError(
             f"--gpus {gpus} contradicts WORLD_SIZE={size()} of the environment: whoever set "

@@ -217,11 +217,14 @@ def nothing_left(step: int) -> str:
     return f"Nothing is left to train: the run ended at step {step}. More: --max_steps N"
 
 
-def stopped(step: int, save_dir, saving: bool) -> str:
+def stopped(step: int, save_dir, saving: bool, ranks: int = 1) -> str:
     """After a signal; `saving` says whether the run saves checkpoints at all."""
     remedy = "Saving is off (save_every=0, save_minutes=0), so nothing was saved."
     if saving:
-        remedy = f"Go on with: python run_experiment.py --save_dir {save_dir} --resume latest"
+        gpus = ""
+        if ranks > 1:
+            gpus = f"--gpus {ranks} "
+        remedy = f"Go on with: python run_experiment.py {gpus}--save_dir {save_dir} --resume latest"
     return f"\nStopped at step {step}. {remedy}"
 
 

@@ -31,7 +31,7 @@ def test_a_signal_to_a_rank_that_is_not_the_first_saves_and_stops_all(start, tmp
     wait_until(lambda: has_trained(tmp_path / "run"))
     os.kill(run.pids[1], signal.SIGTERM)
     assert run.codes(30) == [143, 143]
-    assert run.printed().count("Stopped at step") == 1
+    assert run.printed().count("Stopped at step") == 1 and "--gpus 2" in run.printed()
     assert checkpoint.load(tmp_path / "run" / "checkpoint_latest.pt")["step"] > 0
 
 

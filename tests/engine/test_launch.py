@@ -55,15 +55,18 @@ def test_a_number_that_cannot_be_had(gpus, device, message):
 
 def test_the_environment_of_a_launcher_decides():
     """torchrun and others have started the processes already."""
-    launch.os.environ |= dict(RANK="1", WORLD_SIZE="16")
+    launch.os.environ |= dict(RANK="1", WORLD_SIZE="16", MASTER_PORT="29500")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=16, but no MASTER_ADDR:"):
+        launch.requested_ranks(None, "auto")
+    launch.os.environ["MASTER_ADDR"] = "node1"
     assert launch.is_rank() and launch.rank() == 1
     for gpus in (None, "all", "16"):
         assert launch.requested_ranks(gpus, "auto") == 16
     with pytest.raises(ConfigError, match="--gpus 8 contradicts WORLD_SIZE=16"):
         launch.requested_ranks("8", "auto")
     # Some schedulers set the variables for a single process too.
-    launch.os.environ |= dict(RANK="0", WORLD_SIZE="1")
-    assert launch.requested_ranks("2", "auto") == 2 and not launch.is_rank()
+    launch.os.environ |= dict(RANK="3", WORLD_SIZE="1")
+    assert launch.requested_ranks("2", "auto") == 2 and launch.rank() == 0
 
 
 def test_gpus_are_found_without_torch(monkeypatch):
