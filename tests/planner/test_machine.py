@@ -120,6 +120,14 @@ def test_a_gpu_that_is_not_known_is_described_by_its_memory():
     assert find_machine(gpu="H100", gpu_memory_gb=93) == Machine("h100", 93, 128, "h100")
 
 
+def test_several_gpus_share_a_host_and_leave_room_for_nccl():
+    one = find_machine(gpu="h200")
+    four = find_machine(100, gpu="h200", gpus=4, machines=2)
+    assert (four.ranks, four.host_gb_of_a_gpu, four.usable_host_gb) == (8, 25, 22.5)
+    assert four.usable_gb == pytest.approx(one.usable_gb - USABLE * NCCL_GB)
+    assert find_machine(gpu="h200", gpus=4).usable_host_gb == one.usable_host_gb
+
+
 def test_cards_that_nobody_has_run_on_are_marked():
     assert [name for name, gpu in GPUS.items() if gpu.tested] == ["h200", "h100"]
 
