@@ -102,7 +102,11 @@ def train(case: Case, text: Path, ranks: Ranks, reverse: bool = False) -> dict:
         key: value.tolist() if isinstance(value, torch.Tensor) else value
         for key, value in run.interval.sums.items()
     }
-    return dict(steps=steps, different=different, sums=sums)
+    memory = dict(
+        predicted=run.predicted,
+        measured=ranks.all_values(run.meter.measured_gb),  # of each rank
+    )
+    return dict(steps=steps, different=different, sums=sums, memory=memory)
 
 
 def _reversed(batches: Iterator, count: int) -> Iterator:

@@ -80,6 +80,20 @@ def test_replicas_and_sums_of_metrics_are_alike(trained, case):
             assert results[run]["sums"]["expert_counts"] == alone["expert_counts"]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_has_the_predicted_gradients_and_state(trained, case):
+    results = trained(case)
+    for run in ("1", *RUNS):
+        memory = results[run]["memory"]
+        if memory["measured"][0] is None:  # a step was skipped, and the first ones are not measured
+            continue
+        keys = ("weights", "gradients", "master", "momentum", "adamw", "host")
+        expected = [round(1e9 * memory["predicted"][key]) for key in keys]
+        # predicted for the rank that owns most
+        found = [[round(1e9 * rank[key]) for key in keys] for rank in memory["measured"]]
+        assert expected in found, (run, expected, found)
+
+
 def test_an_overflow_on_one_rank_is_one_on_all(trained):
     results = trained("overflow")
     for run in ("1", *RUNS):

@@ -11,6 +11,8 @@ import torch
 from config import ConfigError
 from planner.machine import (
     GPUS,
+    NCCL_GB,
+    USABLE,
     Machine,
     available_host_memory_gb,
     find_machine,
