@@ -17,11 +17,13 @@ functions.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -41,7 +43,6 @@ from torch._inductor.utils import run_and_get_code
 
 from cli import exit_code
 from config import LOSS_CHUNK, PRESETS, Config
-from corpus.workers import die_with_parent, ignore_stop_signals
 from engine.linear import expert_loop, grouped_linear
 from engine.offload import GradientOffload, OptimizerState
 from engine.precision import (
@@ -51,6 +52,7 @@ from engine.precision import (
     read_master,
     sum_gradient_in_fp32,
 )
+from engine.processes import STOP_SIGNALS
 from engine.triton_kernels import (
     attention_backends,
     qk_norm_rope,
@@ -333,12 +335,6 @@ def step_jobs() -> dict[Job, dict]:
     return jobs
 
 
-def _start_worker() -> None:
-    """Lets a worker process end with the program, and not by a Ctrl-C of its own."""
-    ignore_stop_signals()
-    die_with_parent()
-
-
 @functools.cache
 def model_runs() -> tuple[dict[Job, Steps], dict[Job, "FullWidth"]]:
     """The results of all models, each from a process of its own, several at a time."""
@@ -350,16 +346,17 @@ def model_runs() -> tuple[dict[Job, Steps], dict[Job, "FullWidth"]]:
     in_order = sorted(jobs, key=lambda job: "compile" not in jobs[job])
     on_gpu = find_device(BASE).type == "cuda"
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(PROCESSES, context, _start_worker) as pool:
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES, context) as pool, _killed_at_an_error():
         running = {}
-        for job in in_order:
-            future = pool.submit(take_steps, jobs[job])
-            running[future] = job
         wide = {}
-        if on_gpu:
-            for job in FULL_WIDTH:
-                future = pool.submit(run_full_width, *job)
-                wide[future] = job
+        with _signals_blocked():  # a new worker inherits that they are
+            for job in in_order:
+                future = pool.submit(take_steps, jobs[job])
+                running[future] = job
+            if on_gpu:
+                for job in FULL_WIDTH:
+                    future = pool.submit(run_full_width, *job)
+                    wide[future] = job
         steps = {}
         for done in concurrent.futures.as_completed(running):
             job = running[done]
@@ -368,6 +365,27 @@ def model_runs() -> tuple[dict[Job, Steps], dict[Job, "FullWidth"]]:
             print(f"{seconds:4.0f} s: ran {', '.join(job)}", file=sys.stderr, flush=True)
         full_width = {job: future.result() for future, job in wide.items()}
         return steps, full_width
+
+
+@contextlib.contextmanager
+def _killed_at_an_error() -> Iterator[None]:
+    """Kills the worker processes at an exception: the pool would wait until they have finished."""
+    try:
+        yield
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """In the block no signal comes that stops the program; it comes afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def check_whole_steps(device: torch.device) -> Checks:
@@ -950,5 +968,4 @@ def main(_argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    # At a signal it ends at once: to clean up, it would wait for the models that are running.
-    sys.exit(exit_code(main, sys.argv[1:], cleans_up=False))
+    sys.exit(exit_code(main, sys.argv[1:]))
