@@ -378,7 +378,9 @@ def find_start(config: Config, chosen: str, options: dict, args: argparse.Namesp
     if last_start is not None:
         return _start_again(nothing, last_start, options, args.preset)
     if has_run_file:
-        nothing += f" Its {RUN} could not be read and was set aside: the configuration is lost."
+        nothing += (
+            f" Its {RUN} could not be read and was set aside: its configuration is not known."
+        )
     say(f"{nothing} A new run starts.\n{chosen}")
     return Start(config, again=True)
 

@@ -194,7 +194,8 @@ class RunCheckpoints:
 
     def _set_other_latest_aside(self) -> Path | None:
         """Keeps the other branch's checkpoint_latest.pt, if it is the only copy; its new path."""
-        if not self.latest_is_of_other_branch or self._latest_is_numbered():
+        is_there = self.latest_is_of_other_branch and self.latest.exists()
+        if not is_there or self._latest_is_numbered():
             return None
         return set_aside(self.latest)
 
