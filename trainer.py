@@ -859,10 +859,7 @@ class Trainer:
             if numbered:
                 self._save_numbered()
             else:
-                with self.ranks.together():
-                    path = self.checkpoints.begin_latest()
-                    state = self.state_dict()
-                checkpoint.save(path, state, self.ranks)
+                self._save_latest()
             self.checkpoints.note_saved(self.step)
         if self.failed_saves:
             warn(messages.saved_after_all(self.step))
@@ -870,6 +867,13 @@ class Trainer:
         self.retry_save_at = None
         # The new checkpoint is safe: old ones that cannot be deleted take space and nothing else.
         self.side_work.run("deleting old checkpoints", self.checkpoints.delete_oldest)
+
+    def _save_latest(self) -> None:
+        with self.ranks.together():
+            if self.ranks.is_first:
+                self.checkpoints.begin_latest()
+            state = self.state_dict()
+        checkpoint.save(self.checkpoints.latest, state, self.ranks)
 
     def _save_numbered(self) -> None:
         """All ranks write the file. The first one does all else in the folder."""
