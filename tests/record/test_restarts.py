@@ -2,6 +2,7 @@
 
 import pytest
 
+import run_experiment
 from config import ConfigError, Diverged, OutOfMemory
 from record.restarts import RESTART_COUNT, VERDICT, not_in_vain
 
@@ -29,6 +30,17 @@ def test_a_run_that_cannot_succeed_is_not_trained_again(tmp_path, monkeypatch, e
         assert again == f"{error.exit_code}, not trained: not trained again by torchrun: {error}"
     monkeypatch.setenv(RESTART_COUNT, "0")  # somebody has started it anew
     assert run(tmp_path) == "done" and not (tmp_path / VERDICT).exists()
+
+
+def test_the_program_refuses_before_it_imports_torch(tmp_path, monkeypatch, capsys):
+    note = '{"exit_code": 3, "message": "the loss is nan"}'
+    (tmp_path / VERDICT).write_text(note)
+    monkeypatch.setenv(RESTART_COUNT, "2")
+    argv = ["--device", "cpu", "--preset", "tiny", "--save_dir", str(tmp_path)]
+    assert run_experiment.main([*argv, "--resume", "latest"]) == 3
+    assert "not trained again by torchrun: the loss is nan" in capsys.readouterr().err
+    assert run_experiment.main([*argv, "--overwrite"]) == 2
+    assert "--overwrite would delete what it trained" in capsys.readouterr().err
 
 
 def test_other_failures_are_tried_again(tmp_path, monkeypatch):
