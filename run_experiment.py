@@ -764,7 +764,10 @@ def _verdict(config: Config, facts: dict) -> str:
     verdict += f"\n{options}"
     if facts["fastest_options"] != facts["options"]:
         fastest_options = command_lines(facts["fastest_options"], "  ")
-        verdict += f"\nthe fastest by prediction, if every choice is free:\n{fastest_options}"
+        condition = "if every choice is free"
+        if facts["gpus"] > 1:
+            condition += ", the micro-batch too"
+        verdict += f"\nthe fastest by prediction, {condition}:\n{fastest_options}"
     return verdict
 
 

@@ -49,14 +49,10 @@ def build_plan(
     config = dataclasses.replace(config, **dataclasses.asdict(batch))
     choice, kept = choose(config, machine, fixed_batch=False)
     fits = choice.fits(machine)
-
-    planned: Choice | None = choice  # what the prediction of speed is for
-    advice = None
+    advice, planned = _advice(choice, config, machine)
     advised_memory_gb = None
-    if not fits:
-        advice, planned = advise(choice, config, machine)
-        if planned:
-            advised_memory_gb = _rounded(planned.memory_gb)
+    if planned and not fits:
+        advised_memory_gb = _rounded(planned.memory_gb)
 
     free = fastest(config, machine)
     measured = _measured_run(runs_of(config, preset, machine, runs), choice.options(config))
@@ -86,11 +82,24 @@ def build_plan(
         options=choice.options(config),
         fastest_options=free.options(config) if free else None,
         gpu_tested=machine.key is not None and GPUS[machine.key].tested,
+        **_facts_of_several_gpus(requested, choice, machine),
+    )
+
+
+def _advice(choice: Choice, config: Config, machine: Machine) -> tuple[str | None, Choice | None]:
+    """What would fit, where `choice` does not, and the choice that a speed is predicted for."""
+    if choice.fits(machine):
+        return None, choice
+    return advise(choice, config, machine)
+
+
+def _facts_of_several_gpus(requested: Config, choice: Choice, machine: Machine) -> dict:
+    return dict(
         gpus=machine.ranks,
         gpus_per_node=machine.gpus,
         reduce_gradients=choice.reduce_gradients,
         needed_batch=_needed_batch(requested, choice, machine),
-        traffic=_traffic(config, choice, machine),
+        traffic=_traffic(requested, choice, machine),
     )
 
 

@@ -457,6 +457,19 @@ def test_several_gpus_resolve_all_fields_even_where_nothing_fits():
         assert less is None or less.device_gb < used.device_gb
 
 
+def test_gradients_in_host_memory_offload_nothing_on_several_gpus():
+    c = config_of("5b", host_gradient_blocks=3)
+    assert choose(c, MACHINES["b200"], fixed_batch=True)[0].offload_optimizer
+    choice, _ = choose(c, find_machine(gpu="b200", gpus=2), fixed_batch=True)
+    assert not choice.offload_optimizer and "--host_gradient_blocks 0 " in choice.options(c)
+
+
+def test_every_candidate_has_a_micro_batch_for_each_gpu():
+    machine = find_machine(gpu="b200", gpus=16)
+    found = candidates(config_of("2b"), ["full"], [False], machine=machine)
+    assert {x.gradient_accumulation_steps for x in found} == {16, 32}
+
+
 def test_gpus_of_a_machine_share_its_host_memory():
     c = config_of("18b", activation_checkpointing="full", offload_optimizer="true")
     # 74.3 GB of state, whatever the number of GPUs
