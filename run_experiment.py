@@ -145,7 +145,7 @@ def _become_rank(gpus: str | None, options: dict, argv: list[str]) -> None:
     if not launch.is_rank():
         launch.launch(ranks, [sys.executable, __file__, *argv])
         lifeline.begin(0, ranks)
-    launch.isolate_gpu(cpu_cores())
+    launch.prepare_rank(device, cpu_cores())
 
 
 def _train_parser() -> Parser:

@@ -127,24 +127,14 @@ def _gpus_of_driver() -> list[str]:
     return [str(number) for number in range(len(lines))]
 
 
-def isolate_gpu(cores: int) -> None:
-    """Lets this rank see its own GPU alone, which is device 0 then, and gives it its settings.
+def prepare_rank(device: str, cores: int) -> None:
+    """Gives this rank its GPU and its settings, once, and before torch is imported.
 
-    `cores` are the CPU cores of this machine, which its ranks share. It must be called before torch
-    is imported, and once.
+    `cores` are the CPU cores of this machine, which its ranks share.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", rank()))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size()))
-    gpus = visible_gpus()
-    # A scheduler may already show each rank one GPU alone.
-    if len(gpus) > 1:
-        if local_rank >= len(gpus):
-            raise ConfigError(
-                f"{local_size} ranks on this machine, where {len(gpus)} GPUs are visible: start "
-                "one rank for each GPU, or train on the CPU with --device cpu"
-            )
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank]
-
+    if device != "cpu":
+        _isolate_gpu(local_size)
     share = str(max(1, cores // local_size))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", share)
     # torchrun sets 1 where nothing is set, however many cores there are.
@@ -155,6 +145,20 @@ def isolate_gpu(cores: int) -> None:
     # while it uses it may leave the GPUs of all in a bad state.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+
+def _isolate_gpu(local_size: int) -> None:
+    """Lets this rank see its own GPU alone, which is then device 0."""
+    gpus = visible_gpus()
+    if len(gpus) <= 1:  # a scheduler may already show each rank one GPU alone
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", rank()))
+    if local_rank >= len(gpus):
+        raise ConfigError(
+            f"{local_size} ranks on this machine, where {len(gpus)} GPUs are visible: start "
+            "one rank for each GPU, or train on the CPU with --device cpu"
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank]
 
 
 # ---------------------------------------------------------------- starting the other ranks
@@ -170,6 +174,9 @@ def launch(ranks: int, command: list[str]) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ["MASTER_PORT"] = str(_free_port())
+    gpus = visible_gpus()
+    if gpus:  # else every rank would query the driver, which takes a second
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     if sys.platform == "linux":
         # gloo would take the address that the host's name stands for, which may be none.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import run_experiment
 from config import ConfigError
 from engine import launch
 from tests.engine.ranks import run_in_fork
@@ -93,7 +94,7 @@ def test_gpus_are_found_without_torch(monkeypatch):
 
 def test_a_rank_sees_its_own_gpu_alone():
     launch.os.environ |= dict(RANK="6", WORLD_SIZE="8", LOCAL_RANK="2", LOCAL_WORLD_SIZE="4")
-    launch.isolate_gpu(cores=16)
+    launch.prepare_rank("auto", cores=16)
     environ = launch.os.environ
     assert environ["CUDA_VISIBLE_DEVICES"] == "6"
     assert environ["OMP_NUM_THREADS"] == environ["TORCHINDUCTOR_COMPILE_THREADS"] == "4"
@@ -104,18 +105,33 @@ def test_what_the_user_has_set_stays():
     """A scheduler may show each rank one GPU alone; torchrun sets OMP_NUM_THREADS=1 by itself."""
     launch.os.environ |= dict(RANK="1", WORLD_SIZE="2", CUDA_VISIBLE_DEVICES="3")
     launch.os.environ["OMP_NUM_THREADS"] = "1"
-    launch.isolate_gpu(cores=16)
+    launch.prepare_rank("auto", cores=16)
     assert launch.os.environ["CUDA_VISIBLE_DEVICES"] == "3"
     assert launch.os.environ["OMP_NUM_THREADS"] == "1"
     launch.os.environ["TORCHELASTIC_RUN_ID"] = "none"
-    launch.isolate_gpu(cores=16)
+    launch.prepare_rank("auto", cores=16)
     assert launch.os.environ["OMP_NUM_THREADS"] == "8"
 
 
 def test_more_ranks_than_gpus_on_a_machine():
     launch.os.environ |= dict(RANK="4", WORLD_SIZE="8")
     with pytest.raises(ConfigError, match="8 ranks on this machine, where 4 GPUs are visible"):
-        launch.isolate_gpu(cores=16)
+        launch.prepare_rank("auto", cores=16)
+    launch.prepare_rank("cpu", cores=16)  # there it does not matter
+
+
+def test_the_first_rank_starts_the_others_with_its_own_command(monkeypatch):
+    calls = []
+    monkeypatch.setattr(launch, "launch", lambda *call: calls.append(call))
+    monkeypatch.setattr(launch.lifeline, "begin", lambda *call: calls.append(call))
+    monkeypatch.setattr(launch, "prepare_rank", lambda *call: calls.append(call))
+    monkeypatch.setattr(run_experiment, "cpu_cores", lambda: 8)
+    argv = ["--gpus", "2", "--device", "cpu"]
+    run_experiment._become_rank("1", dict(device="cpu"), argv)
+    assert not calls, "one GPU takes no detour"
+    run_experiment._become_rank("2", dict(device="cpu"), argv)
+    command = [sys.executable, run_experiment.__file__, *argv]
+    assert calls == [(2, command), (0, 2), ("cpu", 8)]
 
 
 # ---------------------------------------------------------------- the launcher
