@@ -163,4 +163,5 @@ def test_machines_share_no_optimizer_step():
     )
     one_machine = predicted(config, run, find_machine(gpu="h200", gpus=8), [HALF])
     eight = predicted(config, run, find_machine(gpu="h200", gpus=8, machines=8), [HALF])
-    assert 4 < eight / one_machine < 7
+    # an optimizer step that all machines shared would make it 5.2
+    assert 4.5 < eight / one_machine < 5.1
