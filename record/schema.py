@@ -195,16 +195,23 @@ def _check_skipped_data(entries) -> None:
 
 def _check_interval(sums: dict, config: Config) -> None:
     """Sums of the metrics since the last row: numbers, counts of experts, facts about a spike."""
-    shapes = [(), (config.n_moe_layers, config.num_experts)]
     for name, value in sums.items():
-        if isinstance(value, Tensor):
-            is_right = tuple(value.shape) in shapes
-        elif name == "spike":
+        if name == "spike":
             is_right = isinstance(value, dict)
+        elif name in ("sequences", "seconds"):  # the means of a row are divided by them
+            is_right = _is_quantity(value)
+        elif name == "expert_counts":
+            is_right = _is_real_tensor(value, (config.n_moe_layers, config.num_experts))
         else:
-            is_right = _is_number(value)
+            is_right = _is_number(value) or _is_real_tensor(value, ())
         if not is_right:
             raise WrongContent(f"interval/{name} is {_shown(value)}, which is no sum of a metric")
+
+
+def _is_real_tensor(value, shape: tuple[int, ...]) -> bool:
+    if not isinstance(value, Tensor) or value.is_complex():
+        return False
+    return tuple(value.shape) == shape
 
 
 def _check_random_states(states: dict) -> None:
