@@ -278,10 +278,15 @@ def peer_failed(failure: Failure) -> None:
     """Ends the first rank's process because of a peer. It is called outside of the main thread."""
     if not _state.first_failure.acquire(blocking=False):
         return
-    _state.peer_has_failed.set()
-    _send_to_all(failure._asdict())
+    _make_known(failure)
     time.sleep(_grace(failure.code))
     _end(failure)
+
+
+def _make_known(failure: Failure) -> None:
+    """On the first rank: tells all ranks of a failure, before their collectives fail for it."""
+    _state.peer_has_failed.set()
+    _send_to_all(failure._asdict())
 
 
 def _grace(code: int) -> float:
@@ -334,9 +339,10 @@ def _read_peer(peer: int, messages: Iterator[dict]) -> None:
         peer_failed(Failure(**message))
     if _state.is_over:
         return
-    _state.peer_has_failed.set()
+    failure = Failure(peer, 1, "it was killed or has crashed: its connection closed")
+    _make_known(failure)
     time.sleep(LAUNCHER_SECONDS)
-    peer_failed(Failure(peer, 1, "it was killed or has crashed: its connection closed"))
+    peer_failed(failure)
 
 
 def _read_first_rank(first: int, messages: Iterator[dict]) -> None:

@@ -20,10 +20,10 @@ from record.stop import StopSignal
 STEP_SECONDS = 0.02
 # The waiting times of the program in tests, where nothing but the ranks runs.
 SECONDS = dict(
-    GRACE_SECONDS=0.4,
-    ECHO_SECONDS=1.0,
-    ECHO_SECONDS_OF_FIRST=0.5,
-    LAUNCHER_SECONDS=0.3,
+    GRACE_SECONDS=0.3,
+    ECHO_SECONDS=0.8,
+    ECHO_SECONDS_OF_FIRST=0.4,
+    LAUNCHER_SECONDS=0.2,
     MARGIN_SECONDS=3.0,
     UNCONNECTED_SECONDS=1.0,
 )

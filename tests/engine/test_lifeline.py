@@ -6,9 +6,8 @@ import socket
 import time
 
 import pytest
-import torch
 
-from config import Diverged, ExperimentError
+from config import Diverged
 from engine import lifeline
 from tests.engine.ranks import Run, steps_of_no_model
 
@@ -57,14 +56,6 @@ def test_a_rank_that_is_killed_ends_all(tmp_path, rank):
 
 
 @pytest.mark.slow
-def test_a_rank_out_of_memory_ends_all_with_its_code(tmp_path):
-    run = run_of(tmp_path, raises(torch.OutOfMemoryError("CUDA out of memory. Tried"), 2))
-    assert run.codes() == [4, 4, 4]
-    assert run.printed().count("out of memory (") == 1
-    assert "rank 2: error: out of memory" in run.printed()
-
-
-@pytest.mark.slow
 def test_an_error_that_all_ranks_have_is_the_first_ranks(tmp_path):
     """The first rank writes results before it ends, while the others have ended already."""
 
@@ -78,14 +69,6 @@ def test_an_error_that_all_ranks_have_is_the_first_ranks(tmp_path):
     assert run.codes() == [3, 3, 3]
     assert run.printed().count("the loss is nan") == 1
     assert "\nerror: the loss is nan" in run.printed()
-
-
-@pytest.mark.slow
-def test_an_error_of_one_rank_alone_is_named(tmp_path):
-    run = run_of(tmp_path, raises(ExperimentError("a shard cannot be read"), 1))
-    assert run.codes() == [1, 1, 1]
-    assert run.printed().count("a shard cannot be read") == 1
-    assert "rank 1: error: a shard cannot be read" in run.printed()
 
 
 @pytest.mark.slow
