@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import run_experiment
 from cli import Parser, add_config_options, config_options, new_parser
 from config import Config, ConfigError, defaults, field_docs
+from engine.distributed import Ranks
 from record import checkpoint, results
 from tests.commands import (
     ROOT,
@@ -515,3 +516,23 @@ def test_sample(cli, finished):
         == text("--temperature", "1e-40")
     )
     assert text("--top_k", "0") and text(prompt="") and text(prompt="--not-an-option in the prompt")
+
+
+# ---------------------------------------------------------------- ranks
+
+
+class RanksOfOneProcess(Ranks):
+    """The first of several ranks, whose others are not there."""
+
+    def value_of_first(self, value=None):
+        return value
+
+
+def test_more_ranks_than_micro_batches_are_refused(cli, monkeypatch, tmp_path):
+    ranks = RanksOfOneProcess(size=3, local_size=3)
+    monkeypatch.setattr("engine.distributed.start_ranks", lambda device: ranks)
+    monkeypatch.setattr("engine.lifeline.join", lambda ranks: None)
+    save_dir = tmp_path / "run"
+    code, _, err = cli("--preset", "tiny", "--device", "cpu", "--save_dir", save_dir)
+    assert code == 2 and "3 GPUs for the 2 micro-batches of a step" in err
+    assert "--batch_size 4 --gradient_accumulation_steps 4" in err and not contents(save_dir)
