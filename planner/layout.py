@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 from typing import TextIO
 
 # Of a text whose width does not depend on a terminal's, such as what `plan` prints.
@@ -60,14 +61,15 @@ def format_rate(rate: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def quoted(name: str) -> str:
+def quoted(name: str | Path) -> str:
     """A file's name or suffix for a message: as it is, or as a literal of Python.
 
     A line break or control character of the name would break the line that the message is.
     """
-    if name.isprintable():
-        return name
-    return repr(name)
+    text = str(name)
+    if text.isprintable():
+        return text
+    return repr(text)
 
 
 # ---------------------------------------------------------------- lines that fit
