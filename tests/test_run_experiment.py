@@ -20,7 +20,7 @@ import run_experiment
 from cli import Parser, add_config_options, config_options, new_parser
 from config import Config, ConfigError, defaults, field_docs
 from engine.distributed import Ranks
-from record import checkpoint, results
+from record import checkpoint, results, run_folder
 from tests.commands import (
     ROOT,
     arguments,
@@ -532,6 +532,8 @@ def test_more_ranks_than_micro_batches_are_refused(cli, monkeypatch, tmp_path):
     ranks = RanksOfOneProcess(size=3, local_size=3)
     monkeypatch.setattr("engine.distributed.start_ranks", lambda device: ranks)
     monkeypatch.setattr("engine.lifeline.join", lambda ranks: None)
+    # What comes next is not reached.
+    monkeypatch.setattr(run_folder, "check_shared", lambda *_: pytest.fail("not refused"))
     save_dir = tmp_path / "run"
     code, _, err = cli("--preset", "tiny", "--device", "cpu", "--save_dir", save_dir)
     assert code == 2 and "3 GPUs for the 2 micro-batches of a step" in err
