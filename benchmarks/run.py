@@ -44,10 +44,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-if __name__ == "__main__":  # before the imports below, which fail without their packages
+if __name__ == "__main__":  # before the imports below: slow, and they fail without their packages
+    from cli import exit_at_a_wrong_path
     from config import explain_missing_packages
 
     explain_missing_packages()
+    exit_at_a_wrong_path(sys.argv[1:])
 
 import torch
 

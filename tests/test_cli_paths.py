@@ -63,6 +63,7 @@ def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
         f"studies.run balance --data {here} --data {gone}": f"there is no file or folder {gone}",
         f"tools.import_hf --model {tmp_path} --out {'x' * 5000}": "File name too long",
         f"studies.run balance --out {here}": f"the folder {here} cannot be written to",
+        f"benchmarks.run optimizer --data {gone}": f"there is no file or folder {gone}",
         f"benchmarks.harness --checkpoint {gone}": f"checkpoint {gone} cannot be read",
     }
     done = subprocess.run(
