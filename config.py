@@ -40,6 +40,9 @@ class ExperimentError(Exception):
     """Something the user can fix: its text names the cause and the remedy; no traceback follows."""
 
     exit_code = 1
+    # Of several ranks: whether all of them raise it at the same place, so that they can still save
+    # together. Ranks.raise_on_all sets it.
+    of_all_ranks = False
 
 
 class ConfigError(ExperimentError, ValueError):

@@ -130,12 +130,12 @@ def batches(
 
     The first step begins at data position `position`. Of each step's micro-batches `rank` gets the
     numbers rank, rank + ranks, ... So a step has the same micro-batches on any number of ranks.
-    `pin_memory` puts the tensors in
-    page-locked memory, from which a GPU copies while the CPU continues. With config.num_workers > 0
-    background processes read in advance. They end when the iterator is closed or collected. When
-    one of them dies, this process reads on from the same position.
+    `pin_memory` puts the tensors in page-locked memory, from which a GPU copies while the CPU
+    continues. With config.num_workers > 0 background processes read in advance. They end when the
+    iterator is closed or collected. When one of them dies, this process reads on from the same
+    position.
     """
-    dataset = _TrainingBatches(tokens, config, rules)
+    dataset = _TrainingBatches(tokens, config, rules, ranks)
     read = 0  # micro-batches
     if config.num_workers:
         positions = _positions(config, position, rank, ranks)
@@ -235,20 +235,22 @@ class _TrainingBatches(Dataset[tuple[torch.Tensor, torch.Tensor] | str]):
     When its tokens cannot be read, the item is the message of the error. Raised in a worker, the
     error would come out of DataLoader with the worker's traceback in its message.
 
-    Each item also starts the disk's reading of the micro-batch that is READ_AHEAD later. Without
-    that, reads in random order would wait for the disk one after the other.
+    Each item also starts the disk's reading of the micro-batch that is READ_AHEAD later, counted
+    in those of one of the `ranks`. Without that, reads in random order would wait for the disk one
+    after the other.
     """
 
-    def __init__(self, tokens: Tokens, config: Config, rules: int):
+    def __init__(self, tokens: Tokens, config: Config, rules: int, ranks: int = 1):
         self.tokens = tokens
         self.rules = rules
         self.seq_len = config.max_seq_len
         self.seed = config.seed
         self.batch_size = config.batch_size
+        self.ahead = READ_AHEAD * ranks * config.batch_size  # sequences
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, torch.Tensor] | str:
         try:
-            self._read_ahead(position + READ_AHEAD * self.batch_size)
+            self._read_ahead(position + self.ahead)
             rows = sequences(
                 self.tokens, self.seq_len, self.seed, position, self.batch_size, self.rules
             )

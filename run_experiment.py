@@ -58,6 +58,7 @@ from config import (
     PRESETS,
     Config,
     ConfigError,
+    ExperimentError,
     defaults,
     nearest,
     optimizer_groups,
@@ -319,8 +320,13 @@ def _found_start(
 
 
 def _prepared_corpus(config: Config, rules: int, ranks: "Ranks"):
-    """The tokenized corpus. The first rank makes it; the others then find it in the cache."""
+    """The tokenized corpus. The first rank makes it; the others then find it in the cache.
+
+    Raises ExperimentError where a rank finds other data than the first one.
+    """
     import data
+    from record import messages
+    from record.results import data_identity
 
     corpus = None
     if ranks.is_first:
@@ -328,6 +334,10 @@ def _prepared_corpus(config: Config, rules: int, ranks: "Ranks"):
     ranks.wait_for_all()
     if corpus is None:
         corpus = data.prepare(config, rules)
+    identities = ranks.all_values(data_identity(corpus))
+    for rank, identity in enumerate(identities):
+        if identity != identities[0]:
+            raise ExperimentError(messages.data_of_ranks_differ(rank, config))
     return corpus
 
 

@@ -180,6 +180,7 @@ class Trainer:
         if self.ranks.size > 1:
             self.stop = AgreedStop()
         self.save_now = False  # whether the first rank's clock requests a checkpoint
+        self.data_error: ExperimentError | None = None  # why this rank cannot read its data
         self.bar = tqdm(disable=True)
         self.failed_saves = 0  # attempts since the last checkpoint that was saved
         self.skips_data_here = False  # whether this start skipped data
@@ -207,9 +208,10 @@ class Trainer:
         """Resolves the fields that are auto, and prints the predicted memory."""
         check_fits(config, self.machine)
         # `fitting` is a choice that fits, when the requested one is not expected to; else None.
-        # Free memory may differ from rank to rank: what the first one finds holds for all.
+        # Free memory may differ from rank to rank: what the first one finds holds for all. And no
+        # rank takes memory before all have measured what is free: they share the host's.
         resolved = resolve_autos(config, self.machine)
-        config, self.predicted, fitting = self.ranks.value_of_first(resolved)
+        config, self.predicted, fitting = self.ranks.all_values(resolved)[0]
         if fitting is not None:
             # The prediction may be wrong: the run starts as requested, with a warning.
             advice, _ = advise(fitting, config, self.machine)
@@ -296,7 +298,7 @@ class Trainer:
         sums = Interval()  # over the micro-batches of this step
         with self.meter.phase("backward"):
             for i in range(own_micro_batches):
-                tokens, targets = next(batches)  # [batch, sequence] both, pinned for a GPU
+                tokens, targets = self._next_micro_batch(batches)
                 tokens = tokens.to(self.device, non_blocking=True)
                 targets = targets.to(self.device, non_blocking=True)
                 loss, metrics = self.model(tokens, targets)
@@ -308,13 +310,13 @@ class Trainer:
                 sums.add_loss(loss.detach())
                 sums.add_micro_batch(metrics, c.batch_size)
             norms, votes = self._end_of_backward(sums)
-        self.data_position += c.sequences_per_step
 
         # The one wait for the GPU in a step: all arrive together.
         mean_loss = sums.pop_loss() / micro_batches
         loss, norm, *votes = torch.stack([mean_loss, norms.norm(), *votes]).tolist()
         norm /= self.scaler.scale
         self._follow(votes)
+        self.data_position += c.sequences_per_step
         self._check_loss(loss)
         self.interval.add_step(sums)
         # An inf or a nan in any gradient makes the norm one too: this is the overflow test.
@@ -343,6 +345,23 @@ class Trainer:
         self._check_overflow(overflow)
         return not overflow
 
+    def _next_micro_batch(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, [batch, sequence] both, pinned for a GPU.
+
+        When one of several ranks cannot read its data, the others already wait for its gradients.
+        So it takes part in this step with tokens that mean nothing, and with its vote the step ends
+        in an error on all ranks.
+        """
+        if self.ranks.size == 1:
+            return next(batches)
+        try:
+            if self.data_error is None:
+                return next(batches)
+        except ExperimentError as error:
+            self.data_error = error
+        nothing = torch.zeros(self.config.batch_size, self.config.max_seq_len, dtype=torch.int64)
+        return nothing, nothing
+
     def _end_of_backward(self, sums: Interval) -> tuple[Tensor, list[Tensor]]:
         """The norms of the parameters' gradients [n], and what the ranks have voted for.
 
@@ -362,17 +381,22 @@ class Trainer:
         if self.ranks.size == 1:
             return {}
         assert isinstance(self.stop, AgreedStop)
-        saves = self.ranks.is_first and self.checkpoints.latest_due(self.step + 1)
-        return dict(
-            stop=torch.tensor(float(self.stop.vote), device=self.device),
-            save=torch.tensor(float(saves), device=self.device),
+        votes = dict(
+            stop=self.stop.vote,
+            save=self.ranks.is_first and self.checkpoints.latest_due(self.step + 1),
+            error=self.data_error is not None,
         )
+        return {
+            name: torch.tensor(float(vote), device=self.device) for name, vote in votes.items()
+        }
 
     def _follow(self, votes: list[float]) -> None:
         """Does what a rank has voted for: every rank at the same step."""
         if not votes:
             return
-        stop, save = votes
+        stop, save, error = votes
+        if error:
+            self.ranks.raise_on_all(self.data_error)
         if stop and not self.stop.requested:
             self.stop.agree(self.ranks.all_values(self.stop.number))
         self.save_now = bool(save)
@@ -583,12 +607,11 @@ class Trainer:
         """Saves, unless this step is on disk already, and raises SystemExit."""
         not_saved = self._save_last()
         self._write_last_results()
-        if not_saved is not None:
-            raise not_saved
+        self._check_saved(not_saved)
         saving = self.checkpoints.enabled
         stopped = messages.stopped(self.step, self.folder, saving, self.ranks.size)
         console.print_somewhere(fitted(stopped, sys.stdout))
-        raise SystemExit(128 + self.stop.number)
+        raise SystemExit(self.stop.exit_code)
 
     def _finish(self) -> None:
         not_saved = self._save_last()
@@ -598,8 +621,7 @@ class Trainer:
         if sample is not None:
             print(messages.sample(**sample))
         self._write_last_results(sample)
-        if not_saved is not None:
-            raise not_saved
+        self._check_saved(not_saved)
         loss = self.record.latest().get("val_loss", math.nan)
         done = messages.done(
             self.step,
@@ -611,7 +633,16 @@ class Trainer:
         )
         console.print_somewhere(fitted(done, sys.stdout))
         if self.stop.requested:  # everything is on the disk, but the sample may be missing
-            raise SystemExit(128 + self.stop.number)
+            raise SystemExit(self.stop.exit_code)
+
+    def _check_saved(self, not_saved: checkpoint.CheckpointError | None) -> None:
+        """Raises the error of the last save, when the results are written.
+
+        All ranks have this error. The others wait for the first one: their end would be its end.
+        """
+        if not_saved is not None:
+            self.ranks.wait_for_all()
+            raise not_saved
 
     # ------------------------------------------------------------ what is written down
 
@@ -657,7 +688,7 @@ class Trainer:
         """Raises ExperimentError when the ranks' weights differ in a bit, as they never should."""
         if self.ranks.size == 1:
             return
-        different = different_replicas(self.parameters, self.ranks)
+        different = different_replicas(self._saved_tensors(), self.ranks)
         if different:
             raise ExperimentError(
                 messages.replicas_differ(self.step, different, self._last_checkpoint())
@@ -702,12 +733,15 @@ class Trainer:
         for inputs, targets in self._validation_bar():
             _, metrics = self.model(inputs.to(self.device), targets.to(self.device))
             if self.stop.requested:
-                return None
+                break
             # On the host: the rows that fill up the last batch have no targets.
             num_targets = int((targets != IGNORED_TARGET).sum())
             loss_sum = loss_sum + metrics["cross_entropy"] * num_targets
             correct = correct + metrics["correct"]
             tokens += num_targets
+        # Not in the loop: a rank may have no batch, and all ranks must leave at the same place.
+        if self.stop.requested:
+            return None
         # float64: the counts of all ranks stay exact.
         sums = torch.tensor([loss_sum.item(), correct.item(), tokens], dtype=torch.float64)
         loss, correct, tokens = self.ranks.sum(sums.to(self.device)).tolist()
@@ -721,7 +755,8 @@ class Trainer:
 
     def _validation_bar(self) -> tqdm:
         """The batches of an evaluation, behind a progress bar."""
-        batches = list(data.validation_batches(self.corpus.validation, self.config))
+        with self.ranks.together():  # one of them may be unable to read
+            batches = list(data.validation_batches(self.corpus.validation, self.config))
         return tqdm(
             batches[self.ranks.rank :: self.ranks.size],
             desc=f"validation at step {self.step}",
@@ -1008,9 +1043,13 @@ class Trainer:
         except (Diverged, OutOfMemory):
             self._write_last_results()
             raise
-        except ExperimentError:
-            self._save_before_error()
+        except ExperimentError as error:
+            # Ranks can save only together. An error of this rank alone ends all of them.
+            if self.ranks.size == 1 or error.of_all_ranks:
+                self._save_before_error()
             self._write_last_results()
+            if error.of_all_ranks:
+                self.ranks.wait_for_all()  # the others' end would be the first one's
             raise
         except Exception:
             self._write_last_results()
@@ -1018,8 +1057,6 @@ class Trainer:
 
     def _save_before_error(self) -> None:
         if not self.step_seconds:  # nothing was trained
-            return
-        if self.ranks.size > 1:  # the error may be this rank's alone, and all ranks write the file
             return
         not_saved = self._save_last()
         if not_saved is not None:

@@ -39,6 +39,7 @@ import contextlib
 import datetime
 import functools
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import ExperimentError
+from config import ConfigError, ExperimentError
 from engine.offload import weakly
 from engine.ownership import Ownership, is_even, parameter_of, shard_key
 from engine.precision import gradient_norm
@@ -128,20 +129,27 @@ class Ranks:
 
         The block itself must not use collectives: the rank with the error would miss them.
         """
-        if self.size == 1:
-            yield
-            return
         own_error = None
         try:
             yield
         except Exception as error:
             own_error = error
-        errors = self.all_values(None if own_error is None else str(own_error))
+        self.raise_on_all(own_error)
+
+    def raise_on_all(self, own_error: Exception | None) -> None:
+        """Raises this rank's error, or that of another rank. Returns where no rank has one."""
+        own_report = None
         if own_error is not None:
-            raise own_error
-        for error in errors:
-            if error is not None:
-                raise ExperimentError(error)
+            own_report = (str(own_error), isinstance(own_error, ExperimentError))
+        reports = [report for report in self.all_values(own_report) if report is not None]
+        if not reports:
+            return
+        first_text, _ = reports[0]
+        error = own_error or ExperimentError(first_text)
+        if isinstance(error, ExperimentError):
+            # A rank that has met a bug ends at once.
+            error.of_all_ranks = all(is_expected for _, is_expected in reports)
+        raise error
 
     def wait_for_all(self) -> None:
         """Returns when all ranks have called it; a slow rank may take days."""
@@ -162,16 +170,33 @@ def start_ranks(device: torch.device) -> Ranks:
         options = dict(device_id=device)
     dist.init_process_group(backend, timeout=STEP_TIMEOUT, **options)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    machine, across = _groups_of_machines(rank, size, local_size)
-    return Ranks(
-        rank,
-        size,
-        rank % local_size,
-        local_size,
-        machine=machine,
-        across=across,
-        waiting=dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT),
-    )
+    ranks = Ranks(rank, size, rank % local_size, local_size)
+    ranks.waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+    check_machines(ranks.all_values((local_size, platform.node())))
+    ranks.machine, ranks.across = _groups_of_machines(rank, size, local_size)
+    return ranks
+
+
+def check_machines(found: list[tuple[int, str]]) -> None:
+    """Raises ConfigError unless all machines have equally many ranks, which are neighbours.
+
+    `found` has LOCAL_WORLD_SIZE and the name of the machine of each rank.
+    """
+    local_size, _ = found[0]
+    sizes = sorted({size for size, _ in found})
+    if len(sizes) > 1 or len(found) % local_size != 0:
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE is {' or '.join(map(str, sizes))} for {len(found)} ranks: start "
+            "equally many ranks on every machine"
+        )
+    for first in range(0, len(found), local_size):
+        hosts = sorted({host for _, host in found[first : first + local_size]})
+        if len(hosts) > 1:
+            raise ConfigError(
+                f"ranks {first} to {first + local_size - 1} should be on one machine and are on "
+                f"{', '.join(hosts)}: set LOCAL_WORLD_SIZE to the ranks of a machine, and give "
+                "those of one machine neighbouring numbers"
+            )
 
 
 def _groups_of_machines(rank: int, size: int, local_size: int) -> tuple:
@@ -179,11 +204,11 @@ def _groups_of_machines(rank: int, size: int, local_size: int) -> tuple:
     if size == local_size:
         return None, None
     for first in range(0, size, local_size):
-        group = dist.new_group(list(range(first, first + local_size)))
+        group = dist.new_group(list(range(first, first + local_size)), timeout=STEP_TIMEOUT)
         if first <= rank < first + local_size:
             machine = group
     for local_rank in range(local_size):
-        group = dist.new_group(list(range(local_rank, size, local_size)))
+        group = dist.new_group(list(range(local_rank, size, local_size)), timeout=STEP_TIMEOUT)
         if rank % local_size == local_rank:
             across = group
     return machine, across

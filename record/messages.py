@@ -353,6 +353,13 @@ def other_rules(saved: int, found: int) -> str:
     )
 
 
+def data_of_ranks_differ(rank: int, config: Config) -> str:
+    return (
+        f"rank {rank} finds other text or another tokenizer than the first rank in {config.data}. "
+        "All machines need the same: put it on a shared file system, or copy it anew"
+    )
+
+
 def other_data(key: str, trained: str, option: str, saved: str, found: str) -> str:
     """`trained` is "on other text" or "with another tokenizer"; `saved` and `found` are hashes."""
     return (

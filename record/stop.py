@@ -61,6 +61,11 @@ class StopSignal:
     def requested(self) -> bool:
         return self.number is not None
 
+    @property
+    def exit_code(self) -> int:
+        """The program's, after the requested stop."""
+        return 128 + self.number
+
     def __enter__(self) -> "StopSignal":
         self.process = os.getpid()
         self.handlers.enter_context(handled(self._handle))
@@ -96,15 +101,22 @@ class AgreedStop(StopSignal):
 
     A signal may come to one rank, and to each at another time. So a signal alone requests nothing.
     It is the rank's vote in the next step's sum, and `agree` is called where that has votes.
+
+    `number` stays this rank's own first signal: a scheduler signals one rank after the other, and
+    the first signal of a rank must not count as its second.
     """
 
     def __init__(self):
         super().__init__()
-        self.agreed = False
+        self.agreed_number: int | None = None
 
     @property
     def requested(self) -> bool:
-        return self.agreed
+        return self.agreed_number is not None
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.agreed_number
 
     @property
     def vote(self) -> bool:
@@ -113,8 +125,7 @@ class AgreedStop(StopSignal):
 
     def agree(self, numbers: list[int | None]) -> None:
         """Requests the stop. `numbers` are the ranks' signals; None where none has come."""
-        self.agreed = True
-        self.number = next(number for number in numbers if number is not None)
+        self.agreed_number = next(number for number in numbers if number is not None)
 
 
 # ---------------------------------------------------------------- outside of a run

@@ -1,18 +1,23 @@
 """The whole program with two ranks, as torchrun would start them: how it ends."""
 
+import errno
 import os
 import signal
+import time
 from functools import partial
 
 import pytest
 import torch
 
+import data
 import run_experiment
 import trainer
-from config import ExperimentError
-from record import checkpoint
+from config import ConfigError, ExperimentError
+from engine.distributed import check_machines
+from record import archive, checkpoint
+from record.stop import AgreedStop
 from tests.engine.ranks import Run
-from tests.test_leaving import ENDLESS, arguments, has_trained, wait_until
+from tests.test_leaving import ENDLESS, SHORT, arguments, has_trained, wait_until
 from tests.training import no_pictures, text
 
 __all__ = ["no_pictures", "text"]  # fixtures
@@ -53,3 +58,75 @@ def test_an_error_of_one_rank_ends_the_run(start, monkeypatch, error, code):
     run = start()
     assert run.codes(30) == [code, code]
     assert run.printed().count("out of") == 1 and "rank 1: error: " in run.printed()
+
+
+@pytest.mark.slow
+def test_data_that_one_rank_cannot_read_end_the_run_saved(start, monkeypatch, tmp_path):
+    read = data.sequences
+
+    def sequences(tokens, seq_len, seed, position, *arguments):
+        if position >= 60 and os.environ["RANK"] == "1":
+            raise ExperimentError("cannot read the shard")
+        return read(tokens, seq_len, seed, position, *arguments)
+
+    def slow_results(run, *_arguments):
+        if run.ranks.is_first:
+            time.sleep(3)  # the other rank must wait
+            (tmp_path / "results are written").touch()
+
+    monkeypatch.setattr(data, "sequences", sequences)
+    monkeypatch.setattr(trainer.Trainer, "_write_last_results", slow_results)
+    run = start()
+    assert run.codes(60) == [1, 1]
+    assert "error: cannot read the shard" in run.printed() and "rank 1" not in run.printed()
+    assert (tmp_path / "results are written").exists()
+    state = checkpoint.load(tmp_path / "run" / "checkpoint_latest.pt")
+    config = state["config"]
+    sequences_of_a_step = config["batch_size"] * config["gradient_accumulation_steps"]
+    assert state["data_position"] == state["step"] * sequences_of_a_step > 0
+
+
+@pytest.mark.slow
+def test_a_last_checkpoint_that_fails_is_an_error_of_all(text, monkeypatch, tmp_path):
+    """The other rank must not end the first one while that writes the results."""
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def slow_results(run, *_arguments):
+        if run.ranks.is_first:
+            time.sleep(3)
+            (tmp_path / "results are written").touch()
+
+    monkeypatch.setattr(archive, "write_bytes", full)
+    monkeypatch.setattr(trainer.Trainer, "_write_last_results", slow_results)
+    argv = arguments(text, tmp_path / "run", **SHORT, num_workers=0)
+    run = Run(tmp_path, 2, run_experiment.train, argv)
+    assert run.codes(60) == [1, 1]
+    assert (tmp_path / "results are written").exists()
+    printed = run.printed()
+    assert "rank 1: error" not in printed and printed.count("\nerror: ") == 1
+    assert not list((tmp_path / "run").glob("*.pt")) + list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_the_first_signal_of_a_rank_does_not_count_as_its_second(monkeypatch):
+    """The ranks have agreed on a stop before the scheduler's signal has come to this one."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with AgreedStop() as stop:
+        stop.agree([signal.SIGINT, None])
+        signal.raise_signal(signal.SIGINT)
+        assert not ended and stop.requested
+        signal.raise_signal(signal.SIGINT)
+    assert ended == [stop.exit_code] == [130]
+
+
+def test_machines_with_different_numbers_of_ranks_are_refused():
+    check_machines([(2, "a"), (2, "a"), (2, "b"), (2, "b")])
+    for found, message in (
+        ([(2, "a"), (2, "a"), (1, "b")], "1 or 2 for 3 ranks"),
+        ([(4, "a"), (4, "a"), (4, "b"), (4, "b")], "are on a, b"),
+        ([(2, "a"), (2, "b"), (2, "a"), (2, "b")], "neighbouring"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_machines(found)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ def train(case: Case, text: Path, ranks: Ranks, reverse: bool = False) -> dict:
         run.train_step(batches)
     different = []
     if ranks.size > 1:
-        different = trainer.different_replicas(run.parameters, ranks)
+        different = trainer.different_replicas(run._saved_tensors(), ranks)
     sums = {
         key: value.tolist() if isinstance(value, torch.Tensor) else value
         for key, value in run.interval.sums.items()
@@ -132,6 +133,8 @@ def save_and_resume(text: Path, folder: Path, runs: dict[str, Ranks | None]) -> 
             state = checkpoint.load(resumed_from)
         run = trainer.Trainer(config, data.prepare(config), state, resumed_from, ranks=ranks)
         run.run()
+        if name == "resumed by 3":
+            _check_that_a_stopped_evaluation_ends(run)
 
     go("saved by two machines", runs["two machines"])
     go("saved by 2", runs["2"])
@@ -142,6 +145,41 @@ def save_and_resume(text: Path, folder: Path, runs: dict[str, Ranks | None]) -> 
     if runs["2"] is None and runs["3"] is None:
         go("resumed by 1", Ranks(), saved)
         go("alone", Ranks())
+
+
+def _check_that_a_stopped_evaluation_ends(run: trainer.Trainer) -> None:
+    """All ranks leave it at the same place, although there is no batch for the last one."""
+    batches = list(data.validation_batches(run.corpus.validation, run.config))
+    assert len(batches) < run.ranks.size
+    run.stop.agree([None, 15, None])
+    assert run._validate() is None
+    assert run.stop.exit_code == 128 + 15
+
+
+def _check_that_memory_is_measured_first(text: Path, folder: Path, ranks: Ranks | None) -> None:
+    """No rank takes memory before all have seen what is free, however slow one of them is."""
+    if ranks is None:
+        return
+    times = {}
+    measure = trainer.machine_of_device
+
+    def slowly(*arguments):
+        time.sleep(0.2 * ranks.rank)
+        times["measured"] = time.monotonic()
+        return measure(*arguments)
+
+    class Timed(trainer.Trainer):
+        def _build(self, config):
+            times["built"] = time.monotonic()
+            super()._build(config)
+
+    trainer.machine_of_device = slowly
+    config = small_config(text, folder, gradient_accumulation_steps=4)
+    Timed(config, data.prepare(config), ranks=ranks)
+    trainer.machine_of_device = measure
+    all_times = ranks.all_values(times)
+    last_measured = max(times["measured"] for times in all_times)
+    assert last_measured < min(times["built"] for times in all_times)
 
 
 def main(rank: int, port: int, text: Path, folder: Path) -> None:
@@ -171,6 +209,7 @@ def main(rank: int, port: int, text: Path, folder: Path) -> None:
         if world.is_first:
             (folder / f"{name}.json").write_text(json.dumps(results))
     save_and_resume(text, folder, runs)
+    _check_that_memory_is_measured_first(text, folder, runs["2"])
     world.wait_for_all()
     dist.destroy_process_group()
 
