@@ -98,7 +98,10 @@ def train(case: Case, text: Path, ranks: Ranks, reverse: bool = False) -> dict:
         run.train_step(batches)
     different = []
     if ranks.size > 1:
-        different = trainer.different_replicas(run._saved_tensors(), ranks)
+        replicas = dict(run.parameters)
+        if config.load_balancing == "bias":
+            replicas |= run.model.balancing_biases()
+        different = trainer.different_replicas(replicas, ranks)
     sums = {
         key: value.tolist() if isinstance(value, torch.Tensor) else value
         for key, value in run.interval.sums.items()
