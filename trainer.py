@@ -386,9 +386,7 @@ class Trainer:
             save=self.ranks.is_first and self.checkpoints.latest_due(self.step + 1),
             error=self.data_error is not None,
         )
-        return {
-            name: torch.tensor(float(vote), device=self.device) for name, vote in votes.items()
-        }
+        return {name: torch.tensor(float(vote), device=self.device) for name, vote in votes.items()}
 
     def _follow(self, votes: list[float]) -> None:
         """Does what a rank has voted for: every rank at the same step."""
