@@ -64,6 +64,7 @@ class StopSignal:
     @property
     def exit_code(self) -> int:
         """The program's, after the requested stop."""
+        assert self.number is not None
         return 128 + self.number
 
     def __enter__(self) -> "StopSignal":
@@ -116,6 +117,7 @@ class AgreedStop(StopSignal):
 
     @property
     def exit_code(self) -> int:
+        assert self.agreed_number is not None
         return 128 + self.agreed_number
 
     @property
