@@ -167,7 +167,7 @@ def start_ranks(device: torch.device) -> Ranks:
     backend = "gloo"
     if device.type == "cuda":
         backend = "nccl"
-        options = dict(device_id=device)
+        options = dict(device_id=torch.device("cuda", torch.cuda.current_device()))
     dist.init_process_group(backend, timeout=STEP_TIMEOUT, **options)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     ranks = Ranks(rank, size, rank % local_size, local_size)
