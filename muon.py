@@ -397,11 +397,18 @@ def scalar(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, device=device)
 
 
+KERNELS_OF_A_FUNCTION = 64  # at the most; no model has come near it
+
+
 def compile_elementwise(function, dynamic: bool = False):
     """Compiles a function of elementwise operations: they become one or two kernels.
 
-    There is a set of kernels for each shape, or with `dynamic` one for all shapes.
+    There is a set of kernels for each shape, or with `dynamic` one for all shapes. Ranks of several
+    GPUs own 1, 2, 4 ... matrices of each shape, which is more than torch._dynamo's limit of eight.
     """
+    torch._dynamo.config.recompile_limit = max(
+        KERNELS_OF_A_FUNCTION, torch._dynamo.config.recompile_limit
+    )
     return torch.compile(function, fullgraph=True, dynamic=dynamic, options=COMPILE_OPTIONS)
 
 
