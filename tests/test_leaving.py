@@ -78,6 +78,8 @@ class Forked:
             code = 99
             try:
                 os.setsid()
+                # The tokenizer's threads of the parent, if an earlier test made any, are not here.
+                os.environ["TOKENIZERS_PARALLELISM"] = "false"
                 prepare()
                 _streams_of_descriptors()
                 code = _code_of(argv)
