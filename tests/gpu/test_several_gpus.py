@@ -1,6 +1,7 @@
 """Two GPUs train as one does. A race gives wrong gradients on GPUs alone: the norms tell."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,30 +10,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = [
-    "--preset",
-    "small",
-    "--n_layers",
-    "2",
-    "--batch_size",
-    "2",
-    "--gradient_accumulation_steps",
-    "8",
-    "--max_steps",
-    "6",
-    "--log_every",
-    "1",
-    "--eval_every",
-    "6",
-    "--eval_steps",
-    "1",
-    "--save_every",
-    "0",
-    "--save_minutes",
-    "0",
-    "--sample_tokens",
-    "0",
-]
+OPTIONS = shlex.split(
+    "--preset small --n_layers 2 --batch_size 2 --gradient_accumulation_steps 8 --max_steps 6 "
+    "--log_every 1 --eval_every 6 --eval_steps 1 --save_every 0 --save_minutes 0 --sample_tokens 0"
+)
 
 
 def rows(folder: Path, *options: str) -> list[dict]:
