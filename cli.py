@@ -34,6 +34,7 @@ from engine import lifeline
 from planner.layout import fitted, quoted, say
 from planner.machine import is_out_of_memory
 from record import console, stop
+from record.small_files import run_files
 
 # ---------------------------------------------------------------- options
 
@@ -357,6 +358,41 @@ def _value_of(option: str, argv: list[str]) -> str | None:
     return value
 
 
+# ---------------------------------------------------------------- a folder that holds a run
+
+
+def check_unused(folder: Path) -> None:
+    """Raises an error where a new run cannot have the folder: FolderInUse, or ConfigError.
+
+    It only looks: `locked` takes the lock, and then the folder is looked into again.
+    """
+    if not folder.is_dir():
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _take_lock(handle, folder, "--save_dir")
+    finally:
+        os.close(handle)  # which releases the lock
+    refuse_used_folder(folder)
+
+
+def refuse_used_folder(folder: Path) -> None:
+    """Raises ConfigError where a run would write over another one."""
+    found = run_files(folder)
+    if found:
+        raise ConfigError(_holds_a_run_message(folder, found))
+
+
+def _holds_a_run_message(folder: Path, found: list[Path]) -> str:
+    names = ", ".join(file.name for file in found[:4])
+    if len(found) > 4:
+        names += " ..."
+    return (
+        f"{folder} already holds a run ({names}). Continue it: --resume latest; keep it: another "
+        "--save_dir; delete it: --overwrite."
+    )
+
+
 # ---------------------------------------------------------------- the lock on a folder
 
 
@@ -393,18 +429,30 @@ def _lock(folder: Path, option: str) -> int:
         checkpoint.check_free_space(folder, 0, option)  # this also makes the folder
         handle = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            has_locks = _take_lock(handle, folder, option)
+        except FolderInUse:
             os.close(handle)
-            raise FolderInUse(
-                f"another process is at work on {folder}: wait for it, or give another {option}"
-            ) from error
-        except OSError:  # a file system without locks
-            return handle
-        if _is_open_folder(handle, folder):
+            raise
+        if not has_locks or _is_open_folder(handle, folder):
             return handle
         # The process that had the lock removed its folder between our open and our lock.
         os.close(handle)
+
+
+def _take_lock(handle: int, folder: Path, option: str) -> bool:
+    """Locks the open folder `handle`. False on a file system without locks.
+
+    Raises FolderInUse when another process has the lock.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise FolderInUse(
+            f"another process is at work on {folder}: wait for it, or give another {option}"
+        ) from error
+    except OSError:
+        return False
+    return True
 
 
 def _is_open_folder(handle: int, folder: Path) -> bool:

@@ -718,9 +718,9 @@ _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "
 
 def _parse_choice(name: str, text: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
-        raise ConfigError(
-            f"{name}: {text!r} is not one of {', '.join(choices)}.{nearest(text, choices)}"
-        )
+        # Two of three letters in common are too few for a guess: the device gpu is not cpu.
+        guess = nearest(text, choices, cutoff=0.7)
+        raise ConfigError(f"{name}: {text!r} is not one of {', '.join(choices)}.{guess}")
     return text
 
 
@@ -732,16 +732,16 @@ def expanded(path: str) -> Path:
         return Path(path)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """' Did you mean X?', or an empty string when no known name is like this one.
 
     Known names that begin with this one come first, when they are at most three; else the name that
-    is most similar.
+    is most similar, if its similarity is at least `cutoff`, a share of the letters.
     """
     known = list(known)
     close = [other for other in known if name and other.startswith(name)]
     if not 1 <= len(close) <= 3:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     if not close:
         return ""
     return f" Did you mean {' or '.join(close)}?"

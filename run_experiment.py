@@ -46,10 +46,12 @@ from cli import (
     add_config_options,
     check_checkpoint,
     check_training_paths,
+    check_unused,
     config_options,
     exit_code,
     locked,
     new_parser,
+    refuse_used_folder,
     save_dir,
     training,
 )
@@ -114,8 +116,16 @@ def train(argv: list[str]) -> None:
     is_first = launch.rank() == 0
     if is_first:
         check_training_paths(options, args.resume)
-    _become_rank(args.gpus, options, argv)
     folder = save_dir(options, args.resume)
+    device = options.get("device", defaults()["device"])
+    ranks = launch.requested_ranks(args.gpus, device)
+    if not launch.is_rank() and args.resume is None:
+        if args.preset or device == "cpu":
+            # What is decided without the GPU's memory is checked before torch is imported.
+            check_ranks(resolve(options, args.preset, None)[0], ranks)
+        if not args.overwrite:
+            check_unused(folder)
+    _become_rank(ranks, argv)
     with restarts.not_in_vain(folder, is_first), training(), contextlib.ExitStack() as lock:
         config, name, why = resolve(options, args.preset, _gpu_memory_gb(options))
         run = open_run(config, _chosen_message(name, why), options, args, lock)
@@ -134,13 +144,11 @@ def _check_run_options(args: argparse.Namespace) -> None:
     _check_skip_steps(args)
 
 
-def _become_rank(gpus: str | None, options: dict, argv: list[str]) -> None:
-    """Starts the other ranks that --gpus requests, and gives this one its GPU.
+def _become_rank(ranks: int, argv: list[str]) -> None:
+    """Starts the other ranks of all that --gpus requests, and gives this one its GPU.
 
     It does so before torch is imported. For a run of one process it does nothing.
     """
-    device = options.get("device", defaults()["device"])
-    ranks = launch.requested_ranks(gpus, device)
     if ranks == 1:
         return
     if not launch.is_rank():
@@ -247,7 +255,7 @@ def open_run(
         if args.resume or args.overwrite:
             run_folder.set_odd_files_aside(folder)
         if not args.overwrite and not start.continues(folder):
-            _refuse_used_folder(folder)
+            refuse_used_folder(folder)
 
     say(
         f"{config.total_params:,} parameters, {config.active_params:,} active for a token; "
@@ -445,7 +453,7 @@ def _changes_message(preset: str | None, changes: list[str], why: str) -> str:
     """What of the command line changes the configuration of a run that is there already."""
     message = ""
     if preset:
-        message += f", {preset} ignored: {why}"
+        message += f", --preset {preset} is not used: {why}"
     if changes:
         message += ". Changed: " + "; ".join(changes)
     return message
@@ -472,25 +480,6 @@ def _resume(state: dict, options: dict, path: Path, preset: str | None) -> Confi
     if lrs_now != lrs_before:
         say(messages.schedule_changed(lrs_before, lrs_now))
     return config
-
-
-def _refuse_used_folder(folder: Path) -> None:
-    """Raises ConfigError where a run would write over another one."""
-    from record import results
-
-    found = results.run_files(folder)
-    if found:
-        raise ConfigError(_holds_a_run_message(folder, found))
-
-
-def _holds_a_run_message(folder: Path, found: list[Path]) -> str:
-    names = ", ".join(file.name for file in found[:4])
-    if len(found) > 4:
-        names += " ..."
-    return (
-        f"{folder} already holds a run ({names}). Continue it: --resume latest; keep it: another "
-        "--save_dir; delete it: --overwrite."
-    )
 
 
 def _set_run_aside(folder: Path) -> None:

@@ -607,7 +607,9 @@ class Trainer:
         self._write_last_results()
         self._check_saved(not_saved)
         saving = self.checkpoints.enabled
-        stopped = messages.stopped(self.step, self.folder, saving, self.ranks.size)
+        stopped = messages.stopped(
+            self.step, self.folder, saving, self.ranks.size, self.ranks.machines
+        )
         console.print_somewhere(fitted(stopped, sys.stdout))
         raise SystemExit(self.stop.exit_code)
 

@@ -283,7 +283,9 @@ class Files(TextSource):
     def __init__(self, config: Config, files: list[str]):
         super().__init__(config)
         self.files = files
-        self.description = f"{len(files):,} files"
+        self.description = "1 file"
+        if len(files) != 1:
+            self.description = f"{len(files):,} files"
         least, most = CHUNK_CHARACTERS
         corpus_bytes = sum(os.path.getsize(path) for path in files)
         self.chunk_characters = min(most, max(least, corpus_bytes // CHUNKS_OF_A_CORPUS))

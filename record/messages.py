@@ -217,14 +217,20 @@ def nothing_left(step: int) -> str:
     return f"Nothing is left to train: the run ended at step {step}. More: --max_steps N"
 
 
-def stopped(step: int, save_dir, saving: bool, ranks: int = 1) -> str:
-    """After a signal; `saving` says whether the run saves checkpoints at all."""
+def stopped(step: int, save_dir, saving: bool, ranks: int = 1, machines: int = 1) -> str:
+    """After a signal; `saving` says whether the run saves checkpoints at all.
+
+    `ranks` are those of all `machines`. A checkpoint does not hold their number.
+    """
     remedy = "Saving is off (save_every=0, save_minutes=0), so nothing was saved."
-    if saving:
+    options = f"--save_dir {save_dir} --resume latest"
+    if saving and machines > 1:
+        remedy = f"Go on with the command that started it on each machine, and {options}"
+    elif saving:
         gpus = ""
         if ranks > 1:
             gpus = f"--gpus {ranks} "
-        remedy = f"Go on with: python run_experiment.py {gpus}--save_dir {save_dir} --resume latest"
+        remedy = f"Go on with: python run_experiment.py {gpus}{options}"
     return f"\nStopped at step {step}. {remedy}"
 
 

@@ -278,15 +278,6 @@ def _results_text(facts: dict, lines: list[str]) -> str:
 # ---------------------------------------------------------------- files of a run
 
 
-def run_files(folder: Path) -> list[Path]:
-    """What a run has left in a folder."""
-    found = []
-    for name in (METRICS, RESULTS, CURVES, "checkpoint_latest.pt", RUN):
-        if (folder / name).exists():
-            found.append(folder / name)
-    return found + sorted(folder.glob("checkpoint_step_*.pt"))
-
-
 def set_aside(path: Path) -> Path | None:
     """Renames a file that would be written over to the first free name.1, name.2, ...
 

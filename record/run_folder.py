@@ -11,8 +11,8 @@ from engine.distributed import Ranks
 from planner.machine import GB
 from planner.sizes import checkpoint_gb
 from record import checkpoint, latest, run_file
-from record.results import move_unreadable, run_files, set_aside
-from record.small_files import CURVES, METRICS, RESULTS, RUN, read_run_file
+from record.results import move_unreadable, set_aside
+from record.small_files import CURVES, METRICS, RESULTS, RUN, read_run_file, run_files
 
 # ---------------------------------------------------------------- what was left there
 

@@ -23,6 +23,15 @@ Rows = list[dict]  # of metrics.jsonl
 LARGEST_WHOLE_NUMBER = 2**63
 
 
+def run_files(folder: Path) -> list[Path]:
+    """What a run has left in a folder."""
+    found = []
+    for name in (METRICS, RESULTS, CURVES, "checkpoint_latest.pt", RUN):
+        if (folder / name).exists():
+            found.append(folder / name)
+    return found + sorted(folder.glob("checkpoint_step_*.pt"))
+
+
 def read_whole(path: Path) -> bytes:
     """The bytes of a file. Raises OSError for what is no file, such as a folder or a pipe."""
     if path.exists() and not path.is_file():

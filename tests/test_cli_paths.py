@@ -1,4 +1,4 @@
-"""A wrong path is said before torch is imported, which takes many seconds on a busy machine."""
+"""What is wrong is said before torch is imported, which takes many seconds on a busy machine."""
 
 import subprocess
 import sys
@@ -35,9 +35,10 @@ for line in sys.argv[1:]:
 """
 
 
-def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
+def test_what_is_wrong_is_said_before_torch_is_imported(tmp_path):
     (tmp_path / "file").write_text("a file, no folder")
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run.json").write_text("{}")
     here = tmp_path / "file"
     gone = tmp_path / "gone"
     training = f"run_experiment --save_dir {tmp_path / 'run'}"
@@ -66,6 +67,15 @@ def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
         f"benchmarks.run optimizer --data {gone}": f"there is no file or folder {gone}",
         f"benchmarks.harness --checkpoint {gone}": f"checkpoint {gone} cannot be read",
     }
+    tiny = f"run_experiment --preset tiny --save_dir {tmp_path / 'run'}"
+    wrong_usage = {
+        "run_experiment --preset tini": "unknown preset 'tini'",
+        "run_experiment --device gpu": "'gpu' is not one of auto, cuda, cpu.",
+        f"{tiny} --top_k 9": "impossible configuration",
+        f"{tiny} --device cpu --gpus 3": "3 GPUs for the 2 micro-batches of a step",
+        f"run_experiment --save_dir {tmp_path}": "already holds a run (run.json)",
+    }
+    expected |= wrong_usage
     done = subprocess.run(
         [sys.executable, "-c", CALLS, *expected], cwd=ROOT, capture_output=True, text=True
     )
@@ -73,10 +83,11 @@ def test_a_wrong_path_is_said_before_torch_is_imported(tmp_path):
     assert len(lines) == len(expected), done.stderr
     for command, line in zip(expected, lines):
         code, torch_imported, message = line.split("|")
-        assert (code, torch_imported) == ("1", "False"), (command, line)
+        exit_code = "2" if command in wrong_usage else "1"
+        assert (code, torch_imported) == (exit_code, "False"), (command, line)
         assert message.startswith("error: ")
         assert expected[command] in message
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file", "run.json"]
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):

@@ -309,7 +309,7 @@ def test_a_run_without_a_checkpoint_starts_again_with_its_configuration(cli, uns
     code, out, err = cli(*options, "--log_every", 1)
     assert code == 0, err
     [line] = [line for line in out.splitlines() if "Nothing to resume" in line]
-    assert "run.json starts again with the same configuration, 18b ignored" in line
+    assert "run.json starts again with the same configuration, --preset 18b is not used" in line
     assert "Changed: keep_checkpoints: 3 -> 1; log_every: 2 -> 1" in line
     assert config_of(unsaved) == before | dict(keep_checkpoints=1, log_every=1)
     assert (unsaved / "metrics.jsonl.1").exists()

@@ -585,6 +585,8 @@ def test_the_nearest_name_is_suggested():
         nearest("n_layer", defaults()) == " Did you mean n_layers?"
         and nearest("zzz", defaults()) == ""
     )
+    with pytest.raises(ConfigError, match=r"'gpu' is not one of auto, cuda, cpu\.$"):
+        parse_value("device", "gpu")  # and not: did you mean cpu?
     assert nearest("a100", ["h100", "a100-80", "a100-40"]) == " Did you mean a100-80 or a100-40?", (
         "before what differs by a letter"
     )

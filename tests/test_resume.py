@@ -49,7 +49,7 @@ def test_resume_goes_further_and_says_what_changed(cli, run):
     assert code == 0 and f"Resuming {run / 'checkpoint_latest.pt'} at step 8" in out
     assert "max_steps: 8 -> 12" in out and "muon_lr: 0.02 -> 0.005" in out
     assert "adamw_lr" not in out.split("\n")[0]
-    assert "18b ignored" in out, "a preset is for a fresh start"
+    assert "--preset 18b is not used" in out, "a preset is for a fresh start"
     # after 8 of 12 steps, and of 8
     assert "muon_lr continues at 1.4e-3, where it was 2.0e-3; adamw_lr continues at" in out
     assert steps_of(run, "train_loss") == [2, 4, 6, 8, 10, 12]

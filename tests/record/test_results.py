@@ -22,14 +22,13 @@ from record.metrics import Interval, mfu, perplexity
 from record.results import (
     Record,
     earlier_starts,
-    run_files,
     set_aside,
     start_facts,
     write_run_file,
 )
 from record.run_folder import RunCheckpoints
 from record.side_work import SideWork
-from record.small_files import resume_points
+from record.small_files import resume_points, run_files
 from tests.helpers import tiny_config
 
 CPU = torch.device("cpu")
