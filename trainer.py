@@ -404,7 +404,11 @@ class Trainer:
             return
         raise Diverged(
             messages.loss_not_finite(
-                self.config, loss, self.step + 1, self.folder / METRICS, self._last_checkpoint()
+                self.config,
+                loss,
+                self.step + 1,
+                self.folder / METRICS,
+                messages.way_back(self.checkpoints.latest),
             )
         )
 
@@ -420,7 +424,7 @@ class Trainer:
                     STUCK_STEPS,
                     self.scaler.scale,
                     self.step + 1,
-                    self._last_checkpoint(),
+                    messages.way_back(self.checkpoints.latest),
                 )
             )
 

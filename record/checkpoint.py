@@ -27,6 +27,7 @@ from torch import Tensor
 
 from config import DATA_RULES, Config, ConfigError, ExperimentError, resumed_config
 from engine.distributed import Ranks
+from planner.layout import format_size
 from record import archive, schema, shared_save
 from record.causes import cause_of, interruption_behind, root_cause_of
 
@@ -198,7 +199,7 @@ def _not_saved_message(path: Path, bytes_needed: int, reason: str) -> str:
     if path.exists():
         kept = "The previous file of that name is untouched. "
     return (
-        f"checkpoint {path} was not saved: {reason}. It needs {bytes_needed / 1e9:.2f} GB, "
+        f"checkpoint {path} was not saved: {reason}. It needs {format_size(bytes_needed / 1e9, 2)}, "
         f"{_free_space(path.parent)}. {kept}{SPACE_REMEDY}"
     )
 
@@ -545,7 +546,7 @@ def check_free_space(folder, bytes_needed: int, option: str = "--save_dir") -> N
         ) from error
     if free < bytes_needed:
         raise CheckpointError(
-            f"not enough disk space for checkpoints: {bytes_needed / 1e9:.2f} GB are needed, "
+            f"not enough disk space for checkpoints: {format_size(bytes_needed / 1e9, 2)} are needed, "
             f"{_free_space(folder)}. {_set_aside_message(Path(folder))}{SPACE_REMEDY}"
         )
 
@@ -562,12 +563,13 @@ def _set_aside_message(folder: Path) -> str:
         return ""
     size = sum(path.stat().st_size for path in files) / 1e9
     names = ", ".join(path.name for path in files[:5])
-    return f"Checkpoints that were set aside take {size:.2f} GB there ({names}). "
+    return f"Checkpoints that were set aside take {format_size(size, 2)} there ({names}). "
 
 
 def _free_space(folder) -> str:
     try:
-        return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB are free in {folder}"
+        free_gb = shutil.disk_usage(folder).free / 1e9
+        return f"{format_size(free_gb, 2)} are free in {folder}"
     except OSError as error:
         return f"and {folder} cannot be examined ({cause_of(error)})"
 

@@ -313,6 +313,14 @@ def last_checkpoint(latest) -> str:
     return "No checkpoint was saved yet."
 
 
+def way_back(latest) -> str:
+    """For a run that diverged, perhaps because of the data after its last checkpoints."""
+    text = last_checkpoint(latest)
+    if latest.exists():
+        text += " Go back further and leave out data: --resume FILE --skip_steps N."
+    return text
+
+
 def last_save_failed(step: int, cause: str, last_checkpoint: str) -> str:
     return f"the run ends at step {step} and is not saved: {cause}\n  {last_checkpoint}"
 

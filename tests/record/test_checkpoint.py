@@ -681,7 +681,7 @@ def test_free_space(tmp_path):
     folder = tmp_path / "a" / "b"
     checkpoint.check_free_space(folder, 1000)
     assert folder.is_dir() and names(folder) == []
-    with pytest.raises(CheckpointError, match="1000000000.00 GB are needed") as caught:
+    with pytest.raises(CheckpointError, match="1,000,000,000.00 GB are needed") as caught:
         checkpoint.check_free_space(folder, 10**18)
     for part in (
         str(folder),

@@ -65,3 +65,19 @@ def test_another_schedule_is_told_in_learning_rates():
     text = messages.schedule_changed(dict(muon=0.02, adamw=3e-4), dict(muon=0.01, adamw=1.5e-4))
     assert "muon_lr continues at 1.0e-2, where it was 2.0e-2" in text
     assert "adamw_lr continues at 1.5e-4, where it was 3.0e-4" in text
+
+
+def test_a_stopped_run_of_several_gpus_continues_on_as_many():
+    """The checkpoint does not hold their number."""
+    one = messages.stopped(5, "runs/a", saving=True)
+    assert one.endswith("Go on with: python run_experiment.py --save_dir runs/a --resume latest")
+    assert messages.stopped(5, "runs/a", True, ranks=8).endswith("--resume latest --gpus 8")
+    machines = messages.stopped(5, "runs/a", True, ranks=16, machines=2)
+    assert "on each machine" in machines and "--gpus" not in machines
+
+
+def test_a_run_that_diverged_names_the_way_back_if_there_is_a_checkpoint(tmp_path):
+    latest = tmp_path / "checkpoint_latest.pt"
+    assert messages.way_back(latest) == "No checkpoint was saved yet."
+    latest.touch()
+    assert "--resume FILE --skip_steps N" in messages.way_back(latest)
