@@ -199,7 +199,7 @@ def _not_saved_message(path: Path, bytes_needed: int, reason: str) -> str:
     if path.exists():
         kept = "The previous file of that name is untouched. "
     return (
-        f"checkpoint {path} was not saved: {reason}. It needs {format_size(bytes_needed / 1e9, 2)}, "
+        f"checkpoint {path} was not saved: {reason}. It needs {bytes_needed / 1e9:.2f} GB, "
         f"{_free_space(path.parent)}. {kept}{SPACE_REMEDY}"
     )
 
@@ -545,8 +545,9 @@ def check_free_space(folder, bytes_needed: int, option: str = "--save_dir") -> N
             f"the folder {folder} cannot be written to: {cause_of(error)}. Choose another {option}."
         ) from error
     if free < bytes_needed:
+        needed = format_size(bytes_needed / 1e9, 2)
         raise CheckpointError(
-            f"not enough disk space for checkpoints: {format_size(bytes_needed / 1e9, 2)} are needed, "
+            f"not enough disk space for checkpoints: {needed} are needed, "
             f"{_free_space(folder)}. {_set_aside_message(Path(folder))}{SPACE_REMEDY}"
         )
 

@@ -22,7 +22,6 @@ from config import Config
 from planner.machine import GB
 from record.side_work import SideWork, cause_of, path_named, warn
 from record.small_files import (
-    CURVES,
     METRICS,
     NOT_A_METRIC,
     RESULTS,

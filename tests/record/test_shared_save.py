@@ -225,7 +225,7 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path, monkeypatch, module, f
     assert deleted_by == {"0"}, "a slower rank would delete the file of the next attempt"
     for outcome in outcomes:
         assert type(outcome) is CheckpointError, outcome
-        assert f"rank {rank}: No space left on device. It needs 0.0 MB, " in str(outcome)
+        assert f"rank {rank}: No space left on device. It needs 0.00 GB, " in str(outcome)
         assert "The previous file of that name is untouched." in str(outcome)
     assert names(tmp_path) == ["c.pt"] and path.read_bytes() == b"old"
 
