@@ -120,12 +120,8 @@ def train(argv: list[str]) -> None:
     device = options.get("device", defaults()["device"])
     ranks = launch.requested_ranks(args.gpus, device)
     if not launch.is_rank() and args.resume is None:
-        if args.preset or device == "cpu":
-            # What is decided without the GPU's memory is checked before torch is imported.
-            check_ranks(resolve(options, args.preset, None)[0], ranks)
-        if not args.overwrite:
-            check_unused(folder)
-    _become_rank(ranks, argv)
+        _check_new_run(options, args, ranks)
+    _become_rank(ranks, device, argv)
     with restarts.not_in_vain(folder, is_first), training(), contextlib.ExitStack() as lock:
         config, name, why = resolve(options, args.preset, _gpu_memory_gb(options))
         run = open_run(config, _chosen_message(name, why), options, args, lock)
@@ -144,7 +140,20 @@ def _check_run_options(args: argparse.Namespace) -> None:
     _check_skip_steps(args)
 
 
-def _become_rank(ranks: int, argv: list[str]) -> None:
+def _check_new_run(options: dict, args: argparse.Namespace, ranks: int) -> None:
+    """Refuses, before torch is imported, what would be refused after it.
+
+    Raises ConfigError or FolderInUse. Without a preset, the GPU's memory decides the configuration.
+    It is not known yet, so that the configuration is checked later.
+    """
+    if args.preset or options.get("device") == "cpu":
+        config, _, _ = resolve(options, args.preset, None)
+        check_ranks(config, ranks)
+    if not args.overwrite:
+        check_unused(save_dir(options, args.resume))
+
+
+def _become_rank(ranks: int, device: str, argv: list[str]) -> None:
     """Starts the other ranks of all that --gpus requests, and gives this one its GPU.
 
     It does so before torch is imported. For a run of one process it does nothing.

@@ -71,7 +71,7 @@ def test_a_stopped_run_of_several_gpus_continues_on_as_many():
     """The checkpoint does not hold their number."""
     one = messages.stopped(5, "runs/a", saving=True)
     assert one.endswith("Go on with: python run_experiment.py --save_dir runs/a --resume latest")
-    assert messages.stopped(5, "runs/a", True, ranks=8).endswith("--resume latest --gpus 8")
+    assert "run_experiment.py --gpus 8 --save_dir" in messages.stopped(5, "runs/a", True, ranks=8)
     machines = messages.stopped(5, "runs/a", True, ranks=16, machines=2)
     assert "on each machine" in machines and "--gpus" not in machines
 
