@@ -405,7 +405,7 @@ def test_the_folder_is_looked_into_only_when_it_is_locked(cli, base, finished, m
     monkeypatch.setattr(run_experiment, "find_start", find_start)
     monkeypatch.setattr(run_experiment, "_start_from_file", find_start)
     file = finished / "checkpoint_step_4.pt"
-    for how in ([], ["--resume", "latest"], ["--resume", file]):
+    for how in (["--overwrite"], ["--resume", "latest"], ["--resume", file]):
         assert_refused(cli(*arguments(base, save_dir=finished), *how), 2, "seen")
 
 

@@ -127,9 +127,9 @@ def test_the_first_rank_starts_the_others_with_its_own_command(monkeypatch):
     monkeypatch.setattr(launch, "prepare_rank", lambda *call: calls.append(call))
     monkeypatch.setattr(run_experiment, "cpu_cores", lambda: 8)
     argv = ["--gpus", "2", "--device", "cpu"]
-    run_experiment._become_rank("1", dict(device="cpu"), argv)
+    run_experiment._become_rank(1, "cpu", argv)
     assert not calls, "one GPU takes no detour"
-    run_experiment._become_rank("2", dict(device="cpu"), argv)
+    run_experiment._become_rank(2, "cpu", argv)
     command = [sys.executable, run_experiment.__file__, *argv]
     assert calls == [(2, command), (0, 2), ("cpu", 8)]
 
