@@ -9,19 +9,18 @@ function of (seed, position), so a resumed run continues with exactly the sequen
 import functools
 import itertools
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from config import DATA_RULES, IGNORED_TARGET, Config, ExperimentError
 from corpus.cache import Corpus, prepare
 from corpus.token_reader import TokenFiles
 from corpus.workers import die_with_parent, ignore_stop_signals
+from engine import lifeline
 
 __all__ = ["Corpus", "Tokens", "batches", "prepare", "sequences", "validation_batches"]
 
@@ -197,10 +196,9 @@ def _until_a_worker_dies(loader: DataLoader) -> Iterator:
             yield next(iterator)
     except Exception as error:  # a half-sent item can make the loader raise anything
         cause = str(error).partition("\n")[0]
-        tqdm.write(
+        lifeline.warn(
             f"warning: a worker that reads data has died ({cause}). The main process reads the "
-            "data from here on, which may be slower; a resumed run has workers again.",
-            file=sys.stderr,
+            "data from here on, which may be slower; a resumed run has workers again."
         )
         if iterator is not None:
             _kill_workers(iterator)

@@ -26,6 +26,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from tqdm import tqdm
+
 from config import ConfigError, Diverged, ExperimentError
 
 if TYPE_CHECKING:
@@ -100,6 +102,14 @@ def begin(rank: int, size: int) -> None:
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
     os.close(nothing)
+
+
+def warn(text: str) -> None:
+    """Prints a warning of this rank, on the real stderr although only the first rank prints."""
+    if _state.rank == 0:
+        tqdm.write(text, file=sys.stderr)  # above a progress bar
+    else:
+        _print_of_rank(_state.rank, text)
 
 
 def is_active() -> bool:
@@ -306,11 +316,13 @@ def _end(failure: Failure) -> NoReturn:
 
 
 def _print(failure: Failure) -> None:
-    if not failure.text:
-        return
-    text = failure.text
-    if failure.rank != 0:
-        text = f"rank {failure.rank}: {text}"
+    if failure.text:
+        _print_of_rank(failure.rank, failure.text)
+
+
+def _print_of_rank(rank: int, text: str) -> None:
+    if rank != 0:
+        text = f"rank {rank}: {text}"
     if os.isatty(_state.stderr):
         text = f"\n{text}"  # below a progress bar
     with contextlib.suppress(OSError):

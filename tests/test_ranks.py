@@ -12,15 +12,16 @@ import torch
 import data
 import run_experiment
 import trainer
-from config import ConfigError, ExperimentError
-from engine.distributed import check_machines
+from config import DATA_RULES, ConfigError, ExperimentError
+from engine import lifeline
+from engine.distributed import Ranks, check_machines
 from record import archive, checkpoint
 from record.stop import AgreedStop
 from tests.engine.ranks import Run
 from tests.test_leaving import ENDLESS, SHORT, arguments, has_trained, wait_until
-from tests.training import no_pictures, text
+from tests.training import no_pictures, settings, text
 
-__all__ = ["no_pictures", "text"]  # fixtures
+__all__ = ["no_pictures", "settings", "text"]  # fixtures
 
 
 @pytest.fixture
@@ -130,3 +131,28 @@ def test_machines_with_different_numbers_of_ranks_are_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             check_machines(found)
+
+
+def test_machines_with_other_data_are_refused(settings):
+    class OtherText(Ranks):
+        def all_values(self, value):
+            return [value, {**value, "data_hash": "another"}]
+
+    with pytest.raises(ExperimentError, match="rank 1 finds other text"):
+        run_experiment._prepared_corpus(settings(), DATA_RULES, OtherText())
+
+
+def test_another_rank_says_that_its_reader_has_died(monkeypatch):
+    """The first rank alone prints, but a rank that has become slow must say it."""
+
+    class Dead:
+        def __iter__(self):
+            raise RuntimeError("killed")
+
+    output, stderr = os.pipe()
+    monkeypatch.setattr(lifeline._state, "rank", 1)
+    monkeypatch.setattr(lifeline._state, "stderr", stderr)
+    assert list(data._until_a_worker_dies(Dead())) == []
+    os.close(stderr)
+    with open(output) as file:
+        assert file.read().startswith("rank 1: warning: a worker that reads data has died (killed)")

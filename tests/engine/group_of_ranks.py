@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import data
 import trainer
+from config import ExperimentError
 from engine.distributed import Ranks, _groups_of_machines, start_ranks
 from record import checkpoint
 from tests.training import small_config
@@ -138,6 +140,7 @@ def save_and_resume(text: Path, folder: Path, runs: dict[str, Ranks | None]) -> 
         run.run()
         if name == "resumed by 3":
             _check_that_a_stopped_evaluation_ends(run)
+            _check_that_unreadable_data_are_an_error_of_all(run)
 
     go("saved by two machines", runs["two machines"])
     go("saved by 2", runs["2"])
@@ -157,6 +160,22 @@ def _check_that_a_stopped_evaluation_ends(run: trainer.Trainer) -> None:
     run.stop.agree([None, 15, None])
     assert run._validate() is None
     assert run.stop.exit_code == 128 + 15
+
+
+def _check_that_unreadable_data_are_an_error_of_all(run: trainer.Trainer) -> None:
+    """A rank cannot read the data of an evaluation: all ranks raise that, and could still save."""
+    read = data.validation_batches
+
+    def unreadable(*arguments):
+        if run.ranks.rank == 1:
+            raise ExperimentError("cannot read the held-out text")
+        return read(*arguments)
+
+    data.validation_batches = unreadable
+    with pytest.raises(ExperimentError, match="held-out text") as raised:
+        run._validate()
+    data.validation_batches = read
+    assert raised.value.of_all_ranks
 
 
 def _check_that_memory_is_measured_first(text: Path, folder: Path, ranks: Ranks) -> None:
