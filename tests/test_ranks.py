@@ -19,9 +19,15 @@ from record import archive, checkpoint
 from record.stop import AgreedStop
 from tests.engine.ranks import Run
 from tests.test_leaving import ENDLESS, SHORT, arguments, has_trained, wait_until
-from tests.training import no_pictures, settings, text
+from tests.training import no_pictures, settings, small_config, text
 
 __all__ = ["no_pictures", "settings", "text"]  # fixtures
+
+
+@pytest.fixture(autouse=True)
+def prepared(text, tmp_path):
+    """The tokenized text. In a fork the tokenizer hangs whose threads this process has started."""
+    data.prepare(small_config(text, tmp_path))
 
 
 @pytest.fixture
