@@ -1,6 +1,7 @@
 """What holds for every test: no network, one thread, a fixed seed."""
 
 import os
+import signal
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network, nor what an earlier one downloaded
@@ -23,3 +24,11 @@ def tiny() -> Config:
 def deterministic():
     torch.set_num_threads(1)  # tiny models gain nothing from more, and wait for busy cores
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """A command that a test runs in this process must not change what Ctrl-C does to the next."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
