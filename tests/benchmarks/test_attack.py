@@ -68,7 +68,7 @@ def test_the_options_choose_cases():
 
 
 @pytest.mark.slow
-def test_three_cases_of_each_kind_and_one_again():
+def test_a_case_of_each_kind_and_one_again():
     def run(*options: str) -> str:
         command = [sys.executable, "-m", "benchmarks.attack", "--seed", "5", *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -76,7 +76,7 @@ def test_three_cases_of_each_kind_and_one_again():
         return done.stdout
 
     counted = re.findall(
-        r"^(\w+) +3 cases: 0 traceback, 0 hang, 0 unsaved;", run("--cases", "3"), re.M
+        r"^(\w+) +1 cases: 0 traceback, 0 hang, 0 unsaved;", run("--cases", "1"), re.M
     )
     assert counted == list(attack.KINDS)
     again = run("--only", "commands", "--case", "2")
