@@ -8,6 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network, nor what an earl
 HUB = tempfile.TemporaryDirectory()
 os.environ["HF_HOME"] = HUB.name
 
+# A shell lets what it starts in the background ignore Ctrl-C, and nohup SIGHUP. Programs keep to that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 import pytest
 import torch
 
