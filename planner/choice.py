@@ -26,13 +26,13 @@ RECOMPUTATION_TIME = {"none": 1.0, "selective": 1.05, "full": 1.26}
 HALVED_BATCH_TIME = 1.02
 # ... and relative to that with the optimizer's state on the GPU. This is with one GPU. More GPUs
 # divide the time of a step, and copy the same state through the same host memory: the copies' share
-# grows with their number (measured with 4: 1.06 to 1.07, this gives 1.08).
+# grows with their number (an experiment with 4: 1.06 to 1.07; this gives 1.08).
 OFFLOAD_TIME = 1.02
 
 # Time of a step on several GPUs relative to a step without exchange of gradients: collectives slow
-# down the matmuls beside them. Measured on 2 H200s with 8 layers of 18b; with 4 H200s and whole
-# 18b, in every micro-batch, it was 1.08. So in the order of time come: gradients once a step; those
-# in every micro-batch; selective recomputation of all blocks with the former; full recomputation.
+# down the matmuls beside them. Estimates from experiments with 2 and 4 H200s, which no result file
+# holds. So in the order of time come: gradients once a step; those in every micro-batch; selective
+# recomputation of all blocks with the former; full recomputation.
 REDUCTION_TIME = {"step": 1.023, "micro_batch": 1.065}
 
 # After a choice ran out of memory, the next one may take at most this share of its memory: 5% less,

@@ -1,6 +1,6 @@
 """What several GPUs send each other in a step: bytes, and the seconds that these take.
 
-All of it is predicted, from bandwidths that were measured on two H200s and from datasheets.
+All of it is predicted, from datasheets and from an experiment with two H200s.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from planner.machine import GB, GPUS, Machine
 from planner.sharing import passes_of_a_rank
 from planner.sizes import gradients, weights
 
-# Share of a link's bandwidth that a collective of many megabytes reaches. Measured on two H200s: a
-# reduce-scatter of 1.4 GB, of which half crosses the link, ran at 507 GB/s, which makes 254 of 450.
+# Share of a link's bandwidth that a collective of many megabytes reaches: an estimate. In an
+# experiment with two H200s, which no result file holds, a reduce-scatter of 1.4 GB, of which half
+# crosses the link, ran at 507 GB/s, which makes 254 of 450.
 LINK_SHARE = 0.55
 # GB/s that a GPU whose link is not known is planned with: PCIe of version 4.
 USUAL_LINK_GB_S = 32
