@@ -307,7 +307,6 @@ def _start_of_all(
     """
     from record import checkpoint
 
-    start = None
     if ranks.is_first:
         start = _found_start(config, chosen, options, args, lock)
         ranks.value_of_first(dataclasses.replace(start, state=None))

@@ -257,6 +257,7 @@ class OptimizerState:
         walk = self._resident_buckets(buckets)
         if self.offload:
             walk = self._offloaded_buckets(buckets)
+        # `walk` first: zip then asks it once more at the end, and its last copies are finished.
         for parts, bucket in zip(walk, buckets):
             yield parts
             if self.after_bucket is not None:
